@@ -1,0 +1,24 @@
+"""What a number of bits means: the one place that knows."""
+
+from __future__ import annotations
+
+from stepquant.errors import StepQuantError
+
+MIN_BITS, MAX_BITS = 1, 8
+
+# Eight-bit weights are symmetric so that `code - zero point` fits in int8 (-128..127).
+WEIGHT_ZERO_POINT_8BIT = 128
+
+
+def check_bits(bits: int, what: str) -> int:
+    """`bits` if it is a whole number from 1 to 8; otherwise an error that names `what`."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise StepQuantError(
+            f"{what} is {bits!r}: expected a whole number of bits from {MIN_BITS} to {MAX_BITS}"
+        )
+    return bits
+
+
+def max_code(bits: int) -> int:
+    """The largest code of an unsigned `bits`-bit grid; the smallest is 0."""
+    return (1 << bits) - 1

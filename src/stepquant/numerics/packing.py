@@ -1,0 +1,83 @@
+"""Codes of 1 to 8 bits packed into bytes with no bit unused but the last byte's.
+
+Bit order: codes follow one another in a little-endian bit stream. Code `i` of `b` bits occupies
+stream bits `i*b .. i*b + b - 1`, its least significant bit first; stream bit `k` is bit `k % 8`
+(least significant first) of byte `k // 8`. For 4 bits that is: even codes in the low nibble.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepquant.errors import StepQuantError
+from stepquant.numerics.bits import check_bits, max_code
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take."""
+    return (count * bits + 7) // 8
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack whole numbers in `0 .. 2^bits - 1` (any shape, read row by row) into uint8 `[bytes]`."""
+    check_bits(bits, "bits of the codes to pack")
+    flat = codes.detach().reshape(-1).to("cpu", torch.int16)
+    if flat.numel() and (flat.min() < 0 or flat.max() > max_code(bits)):
+        raise StepQuantError(
+            f"codes to pack lie in {int(flat.min())}..{int(flat.max())}: expected 0.."
+            f"{max_code(bits)} for {bits} bits"
+        )
+    bytes_ = flat.numpy().astype(np.uint8)[:, None]
+    stream = np.unpackbits(bytes_, axis=1, bitorder="little")[:, :bits]
+    return torch.from_numpy(np.packbits(stream.reshape(-1), bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes of a stream that `pack_bits` made, as uint8 `[count]`."""
+    check_bits(bits, "bits of the packed codes")
+    if packed.dtype != torch.uint8 or packed.dim() != 1:
+        raise StepQuantError(
+            f"packed codes are {packed.dtype} of shape {tuple(packed.shape)}: expected one "
+            "dimension of uint8"
+        )
+    if packed.numel() != packed_size(count, bits):
+        raise StepQuantError(
+            f"packed codes hold {packed.numel()} bytes: expected {packed_size(count, bits)} for "
+            f"{count} codes of {bits} bits"
+        )
+    stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little")
+    codes = np.packbits(stream.reshape(count, bits), axis=1, bitorder="little")
+    return torch.from_numpy(codes.reshape(count))
+
+
+def pack_channels(codes: Tensor, channel_bits: Tensor) -> Tensor:
+    """Pack `codes [C_out, K]`, channel `o` with `channel_bits[o]` bits, into uint8 `[bytes]`.
+
+    Channels are grouped by their bits, fewest first, each group in channel order and padded to a
+    whole byte. With equal bits everywhere this is `pack_bits(codes, bits)`.
+    """
+    groups = [
+        pack_bits(codes[channel_bits == bits], bits)
+        for bits in sorted(int(b) for b in channel_bits.unique())
+    ]
+    return torch.cat(groups)
+
+
+def unpack_channels(packed: Tensor, channel_bits: Tensor, columns: int) -> Tensor:
+    """The inverse of `pack_channels`: uint8 codes `[C_out, columns]`."""
+    codes = torch.empty(len(channel_bits), columns, dtype=torch.uint8)
+    start = 0
+    for bits in sorted(int(b) for b in channel_bits.unique()):
+        members = channel_bits == bits
+        count = int(members.sum()) * columns
+        stop = start + packed_size(count, bits)
+        codes[members] = unpack_bits(packed[start:stop], bits, count).view(-1, columns)
+        start = stop
+    if start != packed.numel():
+        raise StepQuantError(
+            f"packed codes hold {packed.numel()} bytes: expected {start} for {len(channel_bits)} "
+            f"channels of {columns} codes"
+        )
+    return codes

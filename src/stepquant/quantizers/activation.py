@@ -1,0 +1,69 @@
+"""Activation quantizer: per tensor, one (scale, zero point) for each row of the step grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.errors import StepQuantError
+from stepquant.numerics import check_bits, fake_quantize
+
+
+class ActivationQuantizer(nn.Module):
+    """`scale [T]` and `zero_point [T]`, gathered by step row; `T = 1` serves every step.
+
+    Source: DilateQuant (arXiv 2409.14307) section 4.2, equations 13 and 14.
+    """
+
+    def __init__(self, bits: int, steps: int) -> None:
+        """`steps` is `T`: 1 for a static quantizer, the length of the step grid otherwise."""
+        super().__init__()
+        self.bits = check_bits(bits, "activation bits")
+        self.scale = nn.Parameter(torch.ones(steps))
+        self.zero_point = nn.Parameter(torch.zeros(steps))
+
+    @property
+    def steps(self) -> int:
+        """Number of rows `T`."""
+        return self.scale.numel()
+
+    def resize(self, steps: int) -> None:
+        """Give the tables `steps` rows, all with the values of row 0."""
+        self.scale = nn.Parameter(self.scale.detach()[:1].repeat(steps))
+        self.zero_point = nn.Parameter(self.zero_point.detach()[:1].repeat(steps))
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Fake-quantize `x [B, ...]` with the rows `[1]` or `[B]` (int64).
+
+        Where a layer sees each sample several times (`[B * H, ...]`), each row serves `H`
+        neighbours. The tables are read through a sparse embedding, so that their gradient names
+        only the rows of the batch and a lazy optimizer leaves the others where they are.
+        """
+        rows = self.table_rows(rows, x.shape[0])
+        shape = (-1,) + (1,) * (x.dim() - 1)
+        gather = nn.functional.embedding
+        scale = gather(rows, self.scale.unsqueeze(1), sparse=True).view(shape)
+        zero_point = gather(rows, self.zero_point.unsqueeze(1), sparse=True).view(shape)
+        return fake_quantize(x, scale, zero_point, self.bits)
+
+    def table_rows(self, rows: Tensor, batch: int) -> Tensor:
+        """Rows of these tables for a tensor of leading size `batch`: `[1]` or `[batch]`."""
+        if self.steps == 1:
+            return torch.zeros_like(rows[:1])
+        return spread_rows(rows, batch)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"bits={self.bits}, steps={self.steps}"
+
+
+def spread_rows(rows: Tensor, batch: int) -> Tensor:
+    """`rows [R]` for a leading dimension of `batch`: `[1]` as it is, else each repeated."""
+    if rows.numel() in (1, batch):
+        return rows
+    if batch % rows.numel():
+        raise StepQuantError(
+            f"a quantized layer got a leading dimension of {batch} with {rows.numel()} timesteps: "
+            "expected a multiple; pass one timestep, or one for each sample"
+        )
+    return rows.repeat_interleave(batch // rows.numel())

@@ -1,0 +1,129 @@
+"""Trainable simulation of a quantized linear or conv layer.
+
+A layer has one or more input *parts*: a concatenated skip input is quantized as two tensors, split
+where the backbone's channels end, and its weight alike (Q-Diffusion, ICCV 2023, section 4.2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stepquant.errors import StepQuantError
+from stepquant.quantizers.activation import ActivationQuantizer
+from stepquant.quantizers.step_grid import StepContext
+from stepquant.quantizers.weight import WeightQuantizer
+
+
+class QuantLayer(nn.Module):
+    """What the simulated linear and conv layers share.
+
+    `weight`, `bias`: the float parameters, trainable. `splits`: in-channels of each part.
+    `inverse_channel_scale [C_in]`: what the input is multiplied with per in-channel before it is
+    quantized (all ones unless an equivalent scaling could not be folded into the producer).
+    `quantizing`: False runs the layer in float, with the scaling but without any rounding.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    channel_dim: int  # of the input
+
+    def _setup(
+        self, layer: nn.Linear | nn.Conv2d, weight_bits: int, activation_bits: int,
+        context: StepContext, splits: tuple[int, ...] | None,
+    ) -> None:
+        self.weight = nn.Parameter(layer.weight.detach().clone())
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        self.out_channels, self.in_channels = self.weight.shape[:2]
+        self.splits = splits or (self.in_channels,)
+        if sum(self.splits) != self.in_channels:
+            raise StepQuantError(
+                f"input parts {self.splits} add up to {sum(self.splits)} channels: expected "
+                f"{self.in_channels}"
+            )
+        self.context = context
+        self.quantizing = False
+        self.weight_bits, self.activation_bits = weight_bits, activation_bits
+        self.activation_quantizers = nn.ModuleList(
+            ActivationQuantizer(activation_bits, 1) for _ in self.splits
+        )
+        self.weight_quantizers = nn.ModuleList(
+            WeightQuantizer(weight_bits, self.out_channels) for _ in self.splits
+        )
+        self.register_buffer("inverse_channel_scale", torch.ones(self.in_channels))
+        self.scales_input = False
+
+    def weight_parts(self) -> tuple[Tensor, ...]:
+        """The weight of each part, `[C_out, C_part, ...]`."""
+        return self.weight.split(self.splits, dim=1)
+
+    def multiply_channel_scale(self, scale: Tensor) -> None:
+        """Divide the input by `scale [C_in]` from now on, on top of what is divided already."""
+        self.inverse_channel_scale.div_(scale)
+        self.scales_input = bool((self.inverse_channel_scale != 1).any())
+
+    def scaled_input(self, x: Tensor) -> Tensor:
+        """`x` after the per-in-channel scaling that was not folded."""
+        if not self.scales_input:
+            return x
+        shape = [1] * x.dim()
+        shape[self.channel_dim] = -1
+        return x * self.inverse_channel_scale.view(shape)
+
+    def input_parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The scaled input, split into what each activation quantizer sees."""
+        return self.scaled_input(x).split(self.splits, dim=self.channel_dim)
+
+    def quantized_weight(self) -> Tensor:
+        """The weight on its grid, differentiable, `[C_out, C_in, ...]`."""
+        pairs = zip(self.weight_quantizers, self.weight_parts(), strict=True)
+        parts = [quantizer(weight) for quantizer, weight in pairs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The float layer's result, with input and weight rounded where `quantizing`."""
+        if not self.quantizing:
+            return self._compute(self.scaled_input(x), self.weight)
+        pairs = zip(self.activation_quantizers, self.input_parts(x), strict=True)
+        parts = [quantizer(part, self.context.rows) for quantizer, part in pairs]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.channel_dim)
+        return self._compute(x, self.quantized_weight())
+
+    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class QuantLinear(QuantLayer):
+    """Simulated quantized `nn.Linear`; inputs `[B, ..., C_in]`."""
+
+    channel_dim = -1
+
+    def __init__(
+        self, layer: nn.Linear, weight_bits: int, activation_bits: int, context: StepContext,
+        splits: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self._setup(layer, weight_bits, activation_bits, context, splits)
+
+    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.linear(x, weight, self.bias)
+
+
+class QuantConv2d(QuantLayer):
+    """Simulated quantized `nn.Conv2d` with zero padding and one group; inputs `[B, C_in, H, W]`."""
+
+    channel_dim = 1
+
+    def __init__(
+        self, layer: nn.Conv2d, weight_bits: int, activation_bits: int, context: StepContext,
+        splits: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        self._setup(layer, weight_bits, activation_bits, context, splits)
+
+    def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.conv2d(
+            x, weight, self.bias, self.stride, self.padding, self.dilation
+        )

@@ -1,0 +1,82 @@
+"""From a scheduler's timestep to a row of the step tables.
+
+The timestep is always an argument of the denoiser, read by one forward pre-hook; nothing counts
+calls and nothing is global. Samples of one batch may be at different steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.errors import StepQuantError
+
+
+class StepGrid:
+    """The recorded timesteps, one for each row of the step tables."""
+
+    def __init__(self, timesteps: Tensor) -> None:
+        """`timesteps [T]`: real or whole numbers, finite and distinct, in any order."""
+        timesteps = torch.as_tensor(timesteps).detach().to(torch.float32).cpu()
+        if timesteps.dim() != 1 or timesteps.numel() == 0:
+            raise StepQuantError(
+                f"step grid has shape {tuple(timesteps.shape)}: expected one dimension with at "
+                "least one timestep"
+            )
+        if not torch.isfinite(timesteps).all() or timesteps.unique().numel() != timesteps.numel():
+            raise StepQuantError(
+                "step grid holds a timestep twice or one that is not finite: expected distinct "
+                "finite timesteps"
+            )
+        self.timesteps = timesteps  # [T]
+
+    def __len__(self) -> int:
+        return self.timesteps.numel()
+
+    def rows(self, timestep: Tensor | float) -> Tensor:
+        """Row of the nearest recorded timestep: int64 `[1]` for a scalar, `[B]` for `[B]`.
+
+        Midway between two recorded timesteps the row that comes first in the grid wins.
+        """
+        at = torch.as_tensor(timestep)
+        grid = self.timesteps.to(at.device)
+        return (at.reshape(-1, 1).to(torch.float32) - grid).abs().argmin(dim=1)
+
+
+class StepContext:
+    """The rows of the forward in flight, shared by one denoiser and its quantized layers."""
+
+    def __init__(self, grid: StepGrid) -> None:
+        self.grid = grid
+        self.rows = torch.zeros(1, dtype=torch.int64)  # [1] or [B]
+
+    def set_timestep(self, timestep: Tensor | float) -> None:
+        """Choose the rows for `timestep` (scalar, or one per sample `[B]`)."""
+        rows = self.grid.rows(timestep)
+        if rows.numel() > 1 and bool((rows == rows[0]).all()):
+            rows = rows[:1]
+        self.rows = rows
+
+    def attach(self, denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        """Read the `timestep` argument of every call of `denoiser`, by a forward pre-hook."""
+        position = timestep_position(denoiser)
+
+        def read_timestep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            timestep = kwargs["timestep"] if "timestep" in kwargs else args[position]
+            self.set_timestep(timestep)
+
+        return denoiser.register_forward_pre_hook(read_timestep, with_kwargs=True)
+
+
+def timestep_position(denoiser: nn.Module) -> int:
+    """Where `timestep` stands among the positional arguments of `denoiser.forward`."""
+    names = list(inspect.signature(denoiser.forward).parameters)
+    if "timestep" not in names:
+        raise StepQuantError(
+            f"{type(denoiser).__name__}.forward has the arguments ({', '.join(names)}): expected "
+            "one called 'timestep'; wrap the model so that it takes the timestep by that name"
+        )
+    return names.index("timestep")

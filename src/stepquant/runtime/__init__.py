@@ -1,0 +1,1 @@
+"""Packed layers, their kernels, and the way from the simulation to them."""

@@ -1,0 +1,145 @@
+"""oneDNN's u8 x s8 kernels, which torch ships for x86 CPUs.
+
+The weight is laid out for the kernel once; activation scale and zero point are arguments of each
+call, so a step table costs nothing. The calls are wrapped as operators of our own, which
+`torch.compile` treats as one opaque node.
+
+On a CPU without VNNI (or with oneDNN capped to such an instruction set) the kernels add pairs of
+products in int16 and saturate at full-range codes. There the codes are run as two exact halves,
+`2 * (codes >> 1) + (codes & 1)`: twice the work, the same numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+
+import torch
+from torch import Tensor
+
+from stepquant.runtime.spec import LayerSpec
+
+
+def why_not(spec: LayerSpec, device: torch.device) -> str | None:
+    """The reason why this kernel cannot take the layer on `device`, or None."""
+    del spec
+    if device.type != "cpu":
+        return f"made for the CPU, the layer is on {device.type}"
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"made for x86-64, the machine is {platform.machine()}"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch is built without oneDNN"
+    return None
+
+
+@functools.cache
+def pairs_saturate() -> bool:
+    """Whether this machine's kernels saturate sums of two products at int16 (no VNNI)."""
+    codes = torch.full((1, 64), 255, dtype=torch.uint8)
+    weight = torch.full((16, 64), 127, dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int32)
+    y = torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return bool((y != 64 * 255 * 127).any())
+
+
+def prepare(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
+    """`(weight in the kernel's layout, weight_scale, weight zero points: all 0)`."""
+    zeros = torch.zeros(spec.out_channels, dtype=torch.int32)
+    weight = weight.contiguous()
+    if spec.kind == "linear":
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    else:
+        packed = torch.ops.onednn.qconv_prepack(
+            weight, weight_scale, 1.0, 0, spec.stride, spec.padding, spec.dilation, 1, None
+        )
+    return packed, weight_scale, zeros
+
+
+def run(
+    state: tuple[Tensor, ...], codes: Tensor, act_scale: Tensor, act_zero_point: Tensor,
+    bias: Tensor | None, accumulate: Tensor | None, spec: LayerSpec,
+) -> Tensor:
+    """See the package docstring."""
+    if spec.pair_overflows_int16 and pairs_saturate():
+        high = _call(
+            state, codes >> 1, act_scale * 2, act_zero_point >> 1, None, accumulate, spec
+        )
+        return _call(state, codes & 1, act_scale, act_zero_point & 1, bias, high, spec)
+    return _call(state, codes, act_scale, act_zero_point, bias, accumulate, spec)
+
+
+def _call(
+    state: tuple[Tensor, ...], codes: Tensor, act_scale: Tensor, act_zero_point: Tensor,
+    bias: Tensor | None, accumulate: Tensor | None, spec: LayerSpec,
+) -> Tensor:
+    packed, weight_scale, zeros = state
+    if spec.kind == "linear":
+        y = torch.ops.stepquant.linear_u8s8(
+            codes.reshape(-1, spec.in_channels), act_scale, act_zero_point, packed, weight_scale,
+            zeros, bias,
+        )
+        y = y.view(*codes.shape[:-1], spec.out_channels)
+    else:
+        y = torch.ops.stepquant.conv2d_u8s8(
+            codes, act_scale, act_zero_point, packed, weight_scale, zeros, bias, spec.kernel_size,
+            spec.stride, spec.padding, spec.dilation,
+        )
+    return y if accumulate is None else y + accumulate
+
+
+_library = torch.library.Library("stepquant", "FRAGMENT")
+_library.define(
+    "linear_u8s8(Tensor codes, Tensor act_scale, Tensor act_zero_point, Tensor weight,"
+    " Tensor weight_scale, Tensor weight_zero_point, Tensor? bias) -> Tensor"
+)
+_library.define(
+    "conv2d_u8s8(Tensor codes, Tensor act_scale, Tensor act_zero_point, Tensor weight,"
+    " Tensor weight_scale, Tensor weight_zero_point, Tensor? bias, int[2] kernel_size,"
+    " int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
+)
+
+
+def _linear(codes, act_scale, act_zero_point, weight, weight_scale, weight_zero_point, bias):  # type: ignore[no-untyped-def]
+    return torch.ops.onednn.qlinear_pointwise.tensor(
+        codes, act_scale, act_zero_point, weight, weight_scale, weight_zero_point, bias, 1.0, 0,
+        torch.float32, "none", [], "",
+    )
+
+
+def _conv2d(  # type: ignore[no-untyped-def]
+    codes, act_scale, act_zero_point, weight, weight_scale, weight_zero_point, bias, kernel_size,
+    stride, padding, dilation,
+):
+    del kernel_size
+    return torch.ops.onednn.qconv2d_pointwise.tensor(
+        codes.contiguous(memory_format=torch.channels_last), act_scale, act_zero_point, weight,
+        weight_scale, weight_zero_point, bias, stride, padding, dilation, 1, 1.0, 0,
+        torch.float32, "none", [], "",
+    )
+
+
+def _linear_shape(codes, act_scale, act_zero_point, weight, weight_scale, weight_zero_point, bias):  # type: ignore[no-untyped-def]
+    return codes.new_empty((codes.shape[0], weight_scale.shape[0]), dtype=torch.float32)
+
+
+def _conv2d_shape(  # type: ignore[no-untyped-def]
+    codes, act_scale, act_zero_point, weight, weight_scale, weight_zero_point, bias, kernel_size,
+    stride, padding, dilation,
+):
+    size = [
+        (codes.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i]
+        + 1
+        for i in range(2)
+    ]
+    shape = (codes.shape[0], weight_scale.shape[0], *size)
+    return codes.new_empty(shape, dtype=torch.float32).to(memory_format=torch.channels_last)
+
+
+# The prepacked weight lives on oneDNN's own backend, hence "CompositeExplicitAutograd".
+_library.impl("linear_u8s8", _linear, "CompositeExplicitAutograd")
+_library.impl("conv2d_u8s8", _conv2d, "CompositeExplicitAutograd")
+torch.library.register_fake("stepquant::linear_u8s8", _linear_shape, lib=_library)
+torch.library.register_fake("stepquant::conv2d_u8s8", _conv2d_shape, lib=_library)

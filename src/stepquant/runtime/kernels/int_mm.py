@@ -1,0 +1,74 @@
+"""Matrix product of int8 with int32 sums (`torch._int_mm`), convs through im2col; for CUDA.
+
+It also runs on the CPU, which is how it is tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stepquant.runtime.spec import LayerSpec
+
+SHIFT = 128  # takes codes 0..255 to int8
+LEAST_ROWS = 32  # cuBLAS wants more than 16 rows
+
+
+def why_not(spec: LayerSpec, device: torch.device) -> str | None:
+    """The reason why this kernel cannot take the layer on `device`, or None."""
+    if device.type != "cuda":
+        return f"made for CUDA, the layer is on {device.type}"
+    if spec.columns % 8 or spec.out_channels % 8:
+        return (
+            f"wants in and out sizes in multiples of 8, got {spec.columns} and {spec.out_channels}"
+        )
+    if spec.dilation != (1, 1):
+        return f"takes no dilation, got {spec.dilation}"
+    return None
+
+
+def prepare(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
+    """`(weight [K, C_out] int8, column sums [C_out] int32, weight_scale)`."""
+    del spec
+    matrix = weight.reshape(weight.shape[0], -1)
+    return matrix.t(), matrix.sum(dim=1, dtype=torch.int32), weight_scale
+
+
+def run(
+    state: tuple[Tensor, ...], codes: Tensor, act_scale: Tensor, act_zero_point: Tensor,
+    bias: Tensor | None, accumulate: Tensor | None, spec: LayerSpec,
+) -> Tensor:
+    """See the package docstring."""
+    matrix, sums, weight_scale = state
+    signed = codes.to(torch.int16).sub_(SHIFT).to(torch.int8)
+    shape: tuple[int, ...]
+    if spec.kind == "linear":
+        shape = codes.shape[:-1]
+        rows = signed.reshape(-1, spec.in_channels)
+    else:
+        rows, shape = _im2col(signed, int(act_zero_point) - SHIFT, spec)
+    count = rows.shape[0]
+    if count < LEAST_ROWS:
+        rows = functional.pad(rows, (0, 0, 0, LEAST_ROWS - count))
+    total = torch._int_mm(rows.contiguous(), matrix)[:count]
+    total = total + (SHIFT - act_zero_point) * sums
+    y = total.to(torch.float32) * (act_scale * weight_scale)
+    if bias is not None:
+        y = y + bias
+    y = y.view(*shape, spec.out_channels)
+    if spec.kind == "conv2d":
+        y = y.permute(0, 3, 1, 2)  # channels-last memory
+    return y if accumulate is None else y + accumulate
+
+
+def _im2col(
+    signed: Tensor, fill: int, spec: LayerSpec
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """Patches `[B * H_out * W_out, C * kh * kw]` of `signed [B, C, H, W]`, padded with `fill`."""
+    (ph, pw), (kh, kw), (sh, sw) = spec.padding, spec.kernel_size, spec.stride
+    padded = functional.pad(signed, (pw, pw, ph, ph), value=fill)
+    patches = padded.unfold(2, kh, sh).unfold(3, kw, sw)  # [B, C, H_out, W_out, kh, kw]
+    batch, channels, height, width = patches.shape[:4]
+    rows = patches.permute(0, 2, 3, 1, 4, 5).reshape(batch * height * width, channels * kh * kw)
+    return rows, (batch, height, width)

@@ -1,0 +1,222 @@
+"""Linear and conv layers that hold packed weights and run on integer kernels."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.numerics import check_bits, max_code, packed_size, unpack_channels
+from stepquant.quantizers.activation import spread_rows
+from stepquant.quantizers.step_grid import StepContext
+from stepquant.runtime import kernels
+from stepquant.runtime.spec import LayerSpec
+
+
+class PackedLayer(nn.Module):
+    """What the packed linear and conv layers share.
+
+    Buffers, for `P` input parts, `T` rows (1 or the length of the step grid):
+    `weight_packed` uint8 `[bytes]` (the parts one after another, `numerics.packing`'s bit order),
+    `weight_scale` float32 `[P, C_out]`, `weight_zero_point` uint8 `[P, C_out]`,
+    `act_scale` float32 `[P, T]`, `act_zero_point` uint8 `[P, T]`, `bias` float32 `[C_out]` or
+    absent, `act_channel_scale` float32 `[C_in]` or absent (the input is divided by it).
+    """
+
+    channel_dim: int
+
+    def __init__(
+        self, spec: LayerSpec, splits: tuple[int, ...], steps: int, context: StepContext,
+        has_bias: bool, has_channel_scale: bool,
+    ) -> None:
+        """Empty buffers of the right shapes; `load_state_dict` or `runtime.pack` fills them."""
+        super().__init__()
+        check_bits(spec.weight_bits, "weight bits")
+        check_bits(spec.activation_bits, "activation bits")
+        self.spec, self.splits, self.steps, self.context = spec, splits, steps, context
+        self.backend = "auto"
+        parts, out = len(splits), spec.out_channels
+        count = sum(
+            packed_size(out * part.columns, spec.weight_bits) for part in self.part_specs()
+        )
+        self.register_buffer("weight_packed", torch.zeros(count, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.ones(parts, out))
+        self.register_buffer("weight_zero_point", torch.zeros(parts, out, dtype=torch.uint8))
+        self.register_buffer("act_scale", torch.ones(parts, steps))
+        self.register_buffer("act_zero_point", torch.zeros(parts, steps, dtype=torch.uint8))
+        self.register_buffer("bias", torch.zeros(out) if has_bias else None)
+        channel_scale = torch.ones(spec.in_channels) if has_channel_scale else None
+        self.register_buffer("act_channel_scale", channel_scale)
+        self._prepared: list[_PreparedPart] | None = None
+
+    def part_specs(self) -> list[LayerSpec]:
+        """The spec of each input part."""
+        fields = {name: getattr(self.spec, name) for name in self.spec.__dataclass_fields__}
+        return [LayerSpec(**{**fields, "in_channels": channels}) for channels in self.splits]
+
+    def weight_differences(self) -> list[Tensor]:
+        """`code - zero point` of each part, int8 `[C_out, C_part, kh, kw]` (linear: two dims)."""
+        out, start = self.spec.out_channels, 0
+        bits = torch.full((out,), self.spec.weight_bits)
+        differences = []
+        packed = self.weight_packed.cpu()
+        for index, part in enumerate(self.part_specs()):
+            stop = start + packed_size(out * part.columns, part.weight_bits)
+            codes = unpack_channels(packed[start:stop], bits, part.columns).to(torch.int16)
+            zero = self.weight_zero_point[index].cpu().to(torch.int16)[:, None]
+            shape = (out, part.in_channels)
+            if part.kind == "conv2d":
+                shape += part.kernel_size
+            differences.append((codes - zero).to(torch.int8).view(shape))
+            start = stop
+        return differences
+
+    def float_weight(self) -> Tensor:
+        """The weight that the codes stand for, float32 `[C_out, C_in, ...]`."""
+        parts = [
+            difference.to(torch.float32)
+            * scale.cpu().view(-1, *(1,) * (difference.dim() - 1))
+            for difference, scale in zip(self.weight_differences(), self.weight_scale, strict=True)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def prepare(self) -> None:
+        """Choose kernels and lay the weight out for them; the first call does it otherwise."""
+        device = self.weight_packed.device
+        self._prepared = []
+        start = 0
+        for index, part in enumerate(self.part_specs()):
+            name, kernel, reasons = kernels.choose(part, device, self.backend)
+            weight = self.weight_differences()[index].to(device)
+            state = kernel.prepare(weight, self.weight_scale[index], part)
+            inverse = None
+            if self.act_channel_scale is not None:
+                shape = [1] * (4 if part.kind == "conv2d" else 1)
+                shape[self.channel_dim] = -1
+                scale = self.act_channel_scale[start : start + part.in_channels]
+                inverse = (1.0 / scale).view(shape)
+            self._prepared.append(_PreparedPart(part, name, kernel, reasons, state, inverse))
+            start += part.in_channels
+
+    def kernel_names(self) -> list[str]:
+        """The kernel that each part runs on."""
+        if self._prepared is None:
+            self.prepare()
+        assert self._prepared is not None
+        return [part.kernel_name for part in self._prepared]
+
+    def fallback_reasons(self) -> list[str]:
+        """Why the parts that run on the reference kernel do."""
+        if self._prepared is None:
+            self.prepare()
+        assert self._prepared is not None
+        return [
+            "; ".join(part.reasons)
+            for part in self._prepared
+            if part.kernel_name == "reference" and part.reasons
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float in, float out, integers between; the result has the dtype of `x`."""
+        if self._prepared is None:
+            self.prepare()
+        rows = self.context.rows.to(x.device)
+        if self.steps == 1:
+            return self._run(x, torch.zeros_like(rows[:1])).to(x.dtype)
+        if rows.numel() == 1:
+            return self._run(x, rows).to(x.dtype)
+        # Samples at different steps: one kernel call for each distinct row.
+        rows = spread_rows(rows, x.shape[0])
+        y: Tensor | None = None
+        for row in rows.unique():
+            members = rows == row
+            part = self._run(x[members], row.view(1))
+            if y is None:
+                y = part.new_empty((x.shape[0], *part.shape[1:]))
+            y[members] = part
+        assert y is not None
+        return y.to(x.dtype)
+
+    def _run(self, x: Tensor, row: Tensor) -> Tensor:
+        """Every sample of `x` at step row `row [1]`."""
+        assert self._prepared is not None
+        y = None
+        inputs = x.split(self.splits, dim=self.channel_dim) if len(self.splits) > 1 else (x,)
+        for index, (part, prepared) in enumerate(zip(inputs, self._prepared, strict=True)):
+            scale = self.act_scale[index].index_select(0, row)
+            zero_point = self.act_zero_point[index].index_select(0, row)
+            if prepared.inverse_channel_scale is not None:
+                part = part * prepared.inverse_channel_scale
+            codes = encode(part, scale, zero_point, self.spec.activation_bits)
+            y = prepared.kernel.run(
+                prepared.state, codes, scale, zero_point.to(torch.int32),
+                self.bias if index == 0 else None, y, prepared.spec,
+            )
+        assert y is not None
+        return y
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLayer:
+        self._prepared = None  # the kernel's layout belongs to the old device
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._prepared = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy lays its weight out anew: the kernel's layout cannot be copied.
+        return {**self.__dict__, "_prepared": None}
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        spec = self.spec
+        return (
+            f"{spec.in_channels}, {spec.out_channels}, weight_bits={spec.weight_bits}, "
+            f"activation_bits={spec.activation_bits}, steps={self.steps}, parts={self.splits}"
+        )
+
+
+class _PreparedPart:
+    """A part's kernel with the weight in that kernel's layout."""
+
+    def __init__(
+        self, spec: LayerSpec, kernel_name: str, kernel: ModuleType, reasons: list[str],
+        state: tuple[Tensor, ...], inverse_channel_scale: Tensor | None,
+    ) -> None:
+        self.spec, self.kernel_name, self.kernel = spec, kernel_name, kernel
+        self.reasons, self.state = reasons, state
+        self.inverse_channel_scale = inverse_channel_scale
+
+
+def encode(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """uint8 codes of `x` for `scale [1]` and `zero_point [1]`: `numerics.quantize` in one pass."""
+    x = x.to(torch.float32)
+    if torch.compiler.is_compiling():
+        codes = torch.round(x * (1.0 / scale)) + zero_point
+        return codes.clamp(0, max_code(bits)).to(torch.uint8)
+    codes = x * (1.0 / scale)
+    return codes.round_().add_(zero_point).clamp_(0, max_code(bits)).to(torch.uint8)
+
+
+class PackedLinear(PackedLayer):
+    """Packed `nn.Linear`; inputs `[B, ..., C_in]`."""
+
+    channel_dim = -1
+
+    @property
+    def in_features(self) -> int:
+        """As in `nn.Linear`."""
+        return self.spec.in_channels
+
+    @property
+    def out_features(self) -> int:
+        """As in `nn.Linear`."""
+        return self.spec.out_channels
+
+
+class PackedConv2d(PackedLayer):
+    """Packed `nn.Conv2d` with zero padding and one group; inputs `[B, C_in, H, W]`."""
+
+    channel_dim = 1
