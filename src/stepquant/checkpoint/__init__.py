@@ -1,0 +1,1 @@
+"""The native checkpoint: a diffusers folder with packed weights, checked on every load."""

@@ -12,19 +12,24 @@ def replace_modules(
 ) -> nn.Module:
     """Put `replacement(name, module)` in the place of each module for which it is not None.
 
-    Changes `model` in place and returns it. A replaced module's children are not visited.
+    Changes `model` in place and returns it. A replaced module's children are not visited. A module
+    that stands in several places is asked about once and replaced in all of them.
     """
-    for name, module in list(model.named_modules()):
-        if not name:
-            continue
-        parent_name, _, child = name.rpartition(".")
-        try:
-            parent = model.get_submodule(parent_name)
-        except AttributeError:
-            continue  # below a module that was replaced
-        if parent._modules.get(child) is not module:
-            continue
-        new = replacement(name, module)
-        if new is not None:
-            setattr(parent, child, new)
+    _replace_children(model, "", replacement, {model: model})
     return model
+
+
+def _replace_children(
+    parent: nn.Module, prefix: str, replacement: Callable[[str, nn.Module], nn.Module | None],
+    seen: dict[nn.Module, nn.Module],
+) -> None:
+    for child, module in list(parent._modules.items()):
+        if module is None:
+            continue
+        if module not in seen:
+            new = replacement(prefix + child, module)
+            seen[module] = module if new is None else new
+            if new is None:
+                _replace_children(module, f"{prefix}{child}.", replacement, seen)
+        if seen[module] is not module:
+            setattr(parent, child, seen[module])

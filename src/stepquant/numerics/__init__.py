@@ -2,8 +2,13 @@
 
 from stepquant.numerics.affine import dequantize, fake_quantize, quantize, range_to_grid
 from stepquant.numerics.bits import WEIGHT_ZERO_POINT_8BIT, check_bits, max_code
-from stepquant.numerics.packing import pack_bits, pack_channels, packed_size, unpack_bits
-from stepquant.numerics.packing import unpack_channels
+from stepquant.numerics.packing import (
+    pack_bits,
+    pack_channels,
+    packed_size,
+    unpack_bits,
+    unpack_channels,
+)
 
 __all__ = [
     "WEIGHT_ZERO_POINT_8BIT",

@@ -28,11 +28,12 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 def range_to_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """`(scale, zero_point)` of the affine grid that covers `[min(low, 0), max(high, 0)]`.
 
-    Zero is always on the grid, so zero padding is exact. An empty range gets scale 1.
+    Zero is always on the grid, so zero padding is exact. An empty range gets scale 1, and so does
+    one so narrow that `1 / scale` would overflow.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low) / max_code(bits)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = torch.where(torch.isfinite(1.0 / scale), scale, torch.ones_like(scale))
     zero_point = torch.round(-low / scale).clamp(0, max_code(bits))
     return scale, zero_point
 

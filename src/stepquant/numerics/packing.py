@@ -23,13 +23,17 @@ def packed_size(count: int, bits: int) -> int:
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack whole numbers in `0 .. 2^bits - 1` (any shape, read row by row) into uint8 `[bytes]`."""
     check_bits(bits, "bits of the codes to pack")
-    flat = codes.detach().reshape(-1).to("cpu", torch.int16)
+    flat = codes.detach().reshape(-1).cpu()
+    if flat.is_floating_point():
+        odd = flat[~torch.isfinite(flat) | (flat != flat.round())]
+        if odd.numel():
+            raise StepQuantError(f"codes to pack hold {float(odd[0])}: expected whole numbers")
     if flat.numel() and (flat.min() < 0 or flat.max() > max_code(bits)):
         raise StepQuantError(
             f"codes to pack lie in {int(flat.min())}..{int(flat.max())}: expected 0.."
             f"{max_code(bits)} for {bits} bits"
         )
-    bytes_ = flat.numpy().astype(np.uint8)[:, None]
+    bytes_ = flat.to(torch.uint8).numpy()[:, None]
     stream = np.unpackbits(bytes_, axis=1, bitorder="little")[:, :bits]
     return torch.from_numpy(np.packbits(stream.reshape(-1), bitorder="little"))
 
@@ -58,6 +62,11 @@ def pack_channels(codes: Tensor, channel_bits: Tensor) -> Tensor:
     Channels are grouped by their bits, fewest first, each group in channel order and padded to a
     whole byte. With equal bits everywhere this is `pack_bits(codes, bits)`.
     """
+    if channel_bits.is_floating_point() or channel_bits.shape != codes.shape[:1]:
+        raise StepQuantError(
+            f"channel bits are {channel_bits.dtype} of shape {tuple(channel_bits.shape)}: expected "
+            f"one whole number for each of {codes.shape[0]} channels"
+        )
     groups = [
         pack_bits(codes[channel_bits == bits], bits)
         for bits in sorted(int(b) for b in channel_bits.unique())
@@ -71,9 +80,10 @@ def unpack_channels(packed: Tensor, channel_bits: Tensor, columns: int) -> Tenso
     start = 0
     for bits in sorted(int(b) for b in channel_bits.unique()):
         members = channel_bits == bits
-        count = int(members.sum()) * columns
+        channels = int(members.sum())
+        count = channels * columns
         stop = start + packed_size(count, bits)
-        codes[members] = unpack_bits(packed[start:stop], bits, count).view(-1, columns)
+        codes[members] = unpack_bits(packed[start:stop], bits, count).view(channels, columns)
         start = stop
     if start != packed.numel():
         raise StepQuantError(

@@ -36,14 +36,12 @@ class ActivationQuantizer(nn.Module):
         """Fake-quantize `x [B, ...]` with the rows `[1]` or `[B]` (int64).
 
         Where a layer sees each sample several times (`[B * H, ...]`), each row serves `H`
-        neighbours. The tables are read through a sparse embedding, so that their gradient names
-        only the rows of the batch and a lazy optimizer leaves the others where they are.
+        neighbours. Rows that are not in the batch get a gradient of exactly zero.
         """
         rows = self.table_rows(rows, x.shape[0])
         shape = (-1,) + (1,) * (x.dim() - 1)
-        gather = nn.functional.embedding
-        scale = gather(rows, self.scale.unsqueeze(1), sparse=True).view(shape)
-        zero_point = gather(rows, self.zero_point.unsqueeze(1), sparse=True).view(shape)
+        scale = self.scale[rows].view(shape)
+        zero_point = self.zero_point[rows].view(shape)
         return fake_quantize(x, scale, zero_point, self.bits)
 
     def table_rows(self, rows: Tensor, batch: int) -> Tensor:

@@ -6,6 +6,8 @@ where the backbone's channels end, and its weight alike (Q-Diffusion, ICCV 2023,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -60,8 +62,17 @@ class QuantLayer(nn.Module):
 
     def multiply_channel_scale(self, scale: Tensor) -> None:
         """Divide the input by `scale [C_in]` from now on, on top of what is divided already."""
-        self.inverse_channel_scale.div_(scale)
+        # The inverse of a float32 number: the packed layer, which stores that number, then gets
+        # the very same inverse from it.
+        self.inverse_channel_scale.copy_(1.0 / (scale / self.inverse_channel_scale))
+        self._notice_channel_scale()
+
+    def _notice_channel_scale(self) -> None:
         self.scales_input = bool((self.inverse_channel_scale != 1).any())
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._notice_channel_scale()
 
     def scaled_input(self, x: Tensor) -> Tensor:
         """`x` after the per-in-channel scaling that was not folded."""

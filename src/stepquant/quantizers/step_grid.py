@@ -52,6 +52,7 @@ class StepContext:
     def __init__(self, grid: StepGrid) -> None:
         self.grid = grid
         self.rows = torch.zeros(1, dtype=torch.int64)  # [1] or [B]
+        self._position = 0  # of the timestep among the denoiser's arguments
 
     def set_timestep(self, timestep: Tensor | float) -> None:
         """Choose the rows for `timestep` (scalar, or one per sample `[B]`)."""
@@ -62,13 +63,22 @@ class StepContext:
 
     def attach(self, denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:
         """Read the `timestep` argument of every call of `denoiser`, by a forward pre-hook."""
-        position = timestep_position(denoiser)
+        self._position = timestep_position(denoiser)
+        # A bound method, so that a deep copy of the denoiser reads into its own context.
+        return denoiser.register_forward_pre_hook(self._read_timestep, with_kwargs=True)
 
-        def read_timestep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            timestep = kwargs["timestep"] if "timestep" in kwargs else args[position]
-            self.set_timestep(timestep)
-
-        return denoiser.register_forward_pre_hook(read_timestep, with_kwargs=True)
+    def _read_timestep(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        timestep = kwargs.get("timestep")
+        if timestep is None and self._position < len(args):
+            timestep = args[self._position]
+        if timestep is None:
+            raise StepQuantError(
+                "the denoiser was called without a timestep: expected one for the batch or one "
+                "for each sample; the scales of a quantized model depend on it"
+            )
+        self.set_timestep(timestep)
 
 
 def timestep_position(denoiser: nn.Module) -> int:

@@ -22,8 +22,8 @@ def weight_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     if bits < 8:
         return range_to_grid(low, high, bits)
-    bound = torch.maximum(low.abs(), high.abs())
-    scale = torch.where(bound > 0, bound / 127, torch.ones_like(bound))
+    scale = torch.maximum(low.abs(), high.abs()) / 127
+    scale = torch.where(torch.isfinite(1.0 / scale), scale, torch.ones_like(scale))
     return scale, torch.full_like(scale, WEIGHT_ZERO_POINT_8BIT)
 
 

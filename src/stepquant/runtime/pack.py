@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from stepquant.errors import StepQuantError
 from stepquant.models.surgery import replace_modules
-from stepquant.numerics import pack_bits
+from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code, pack_bits
 from stepquant.quantizers import QuantConv2d, QuantLayer, QuantLinear
 from stepquant.runtime.packed import PackedConv2d, PackedLayer, PackedLinear
 from stepquant.runtime.spec import LayerSpec
@@ -43,15 +44,29 @@ def pack_layer(layer: QuantLayer) -> PackedLayer:
         weights, inputs = layer.weight_quantizers[index], layer.activation_quantizers[index]
         streams.append(pack_bits(weights.codes(weight), spec.weight_bits))
         packed.weight_scale[index] = weights.scale
-        packed.weight_zero_point[index] = torch.round(weights.zero_point).to(torch.uint8)
+        packed.weight_zero_point[index] = zero_codes(
+            weights.zero_point, weights.bits, "weight", weights.bits == 8
+        )
         packed.act_scale[index] = inputs.scale
-        packed.act_zero_point[index] = torch.round(inputs.zero_point).to(torch.uint8)
+        packed.act_zero_point[index] = zero_codes(inputs.zero_point, inputs.bits, "activation")
     packed.weight_packed.copy_(torch.cat(streams))
     if layer.bias is not None:
         packed.bias.copy_(layer.bias)
     if layer.scales_input:
         packed.act_channel_scale.copy_(1.0 / layer.inverse_channel_scale)
     return packed
+
+
+def zero_codes(zero_point: Tensor, bits: int, what: str, symmetric: bool = False) -> Tensor:
+    """`zero_point` rounded to uint8 codes; an error that names `what` where it is off the grid."""
+    codes = torch.round(zero_point)
+    low, high = (WEIGHT_ZERO_POINT_8BIT,) * 2 if symmetric else (0, max_code(bits))
+    if not bool(((codes >= low) & (codes <= high)).all()):
+        raise StepQuantError(
+            f"{what} zero points lie in {float(codes.min()):g}..{float(codes.max()):g}: expected "
+            f"{low}..{high} for {bits} bits"
+        )
+    return codes.to(torch.uint8)
 
 
 def pack_model(model: nn.Module) -> nn.Module:

@@ -82,10 +82,11 @@ class PackedLayer(nn.Module):
         ]
         return torch.cat(parts, dim=1)
 
+    @torch.compiler.disable  # its result is a constant of the graph
     def prepare(self) -> None:
         """Choose kernels and lay the weight out for them; the first call does it otherwise."""
         device = self.weight_packed.device
-        self._prepared = []
+        prepared = []
         start = 0
         for index, part in enumerate(self.part_specs()):
             name, kernel, reasons = kernels.choose(part, device, self.backend)
@@ -97,8 +98,9 @@ class PackedLayer(nn.Module):
                 shape[self.channel_dim] = -1
                 scale = self.act_channel_scale[start : start + part.in_channels]
                 inverse = (1.0 / scale).view(shape)
-            self._prepared.append(_PreparedPart(part, name, kernel, reasons, state, inverse))
+            prepared.append(_PreparedPart(part, name, kernel, reasons, state, inverse))
             start += part.in_channels
+        self._prepared = prepared
 
     def kernel_names(self) -> list[str]:
         """The kernel that each part runs on."""
@@ -159,7 +161,13 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLayer:
         self._prepared = None  # the kernel's layout belongs to the old device
-        return super()._apply(fn, recurse)
+
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            # Scales and biases stay float32 in a bf16 or fp16 model.
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_float32, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._prepared = None

@@ -32,9 +32,14 @@ def why_not(spec: LayerSpec, device: torch.device) -> str | None:
     return None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the prepacking below
 def pairs_saturate() -> bool:
     """Whether this machine's kernels saturate sums of two products at int16 (no VNNI)."""
+    return _pairs_saturate()
+
+
+@functools.cache
+def _pairs_saturate() -> bool:
     codes = torch.full((1, 64), 255, dtype=torch.uint8)
     weight = torch.full((16, 64), 127, dtype=torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(weight, None)

@@ -47,7 +47,7 @@ def run(
         shape = codes.shape[:-1]
         rows = signed.reshape(-1, spec.in_channels)
     else:
-        rows, shape = _im2col(signed, int(act_zero_point) - SHIFT, spec)
+        rows, shape = _im2col(signed, (act_zero_point - SHIFT).to(torch.int8), spec)
     count = rows.shape[0]
     if count < LEAST_ROWS:
         rows = functional.pad(rows, (0, 0, 0, LEAST_ROWS - count))
@@ -63,11 +63,16 @@ def run(
 
 
 def _im2col(
-    signed: Tensor, fill: int, spec: LayerSpec
+    signed: Tensor, fill: Tensor, spec: LayerSpec
 ) -> tuple[Tensor, tuple[int, int, int]]:
-    """Patches `[B * H_out * W_out, C * kh * kw]` of `signed [B, C, H, W]`, padded with `fill`."""
+    """Patches `[B * H_out * W_out, C * kh * kw]` of `signed [B, C, H, W]`, padded with `fill [1]`.
+
+    `fill` stays a tensor: reading it would make the host wait for the device at every layer.
+    """
     (ph, pw), (kh, kw), (sh, sw) = spec.padding, spec.kernel_size, spec.stride
-    padded = functional.pad(signed, (pw, pw, ph, ph), value=fill)
+    batch, channels, height, width = signed.shape
+    padded = fill.repeat(batch, channels, height + 2 * ph, width + 2 * pw)
+    padded[:, :, ph : ph + height, pw : pw + width] = signed
     patches = padded.unfold(2, kh, sh).unfold(3, kw, sw)  # [B, C, H_out, W_out, kh, kw]
     batch, channels, height, width = patches.shape[:4]
     rows = patches.permute(0, 2, 3, 1, 4, 5).reshape(batch * height * width, channels * kh * kw)

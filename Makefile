@@ -1,0 +1,56 @@
+# `make help` lists the targets. Each makes .venv first, from the versions in constraints.txt.
+
+PYTHON ?= python3
+TORCH_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format clean
+
+help:
+	@echo "make demo       quantize the embedded model, sample it, compare it with the float model"
+	@echo "make test       the tests, without the slow ones"
+	@echo "make test-slow  the slow tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff sort imports and format"
+	@echo "make clean      remove what the above wrote, except $(VENV)"
+	@echo
+	@echo "PYTHON       a Python from 3.10 to 3.13 (now: $(PYTHON))"
+	@echo "TORCH_FLAGS  pip options for installing torch alone. On Linux the default build of torch"
+	@echo "             brings several GB of CUDA libraries; for the CPU build name its package index:"
+	@echo "             make demo TORCH_FLAGS=\"--index-url URL\""
+
+# torch comes first and alone, so that TORCH_FLAGS can choose its build; the second command keeps
+# that build and fetches everything else from where pip is set to look.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 10) <= v < (3, 14) or sys.exit( \
+		"$(PYTHON) is Python %d.%d: expected 3.10 to 3.13; set PYTHON=" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --no-deps $(TORCH_FLAGS) -c constraints.txt torch
+	$(BIN)/pip install -c constraints.txt -e ".[evaluate,dev]"
+	@touch $@
+
+demo: $(STAMP)
+	rm -rf demo
+	$(BIN)/stepquant demo --out demo
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests benchmarks training -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,106 @@
+"""Speed and size of a denoiser beside its float one, in one process, interleaved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from stepquant.errors import StepQuantError
+from stepquant.evaluate import measure_latency, peak_memory_mb
+from stepquant.progress import Reporter
+from stepquant.runtime.packed import PackedLayer
+from stepquant.sampling import check_count, denoiser_of
+from stepquant.sources import open_pipeline
+
+
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Run every packed layer of `model` on `backend`: auto, onednn, int_mm or reference."""
+    for module in model.modules():
+        if isinstance(module, PackedLayer):
+            module.backend = backend
+            module.prepare()
+
+
+def denoiser_call(
+    model: nn.Module, batch: int, timestep: int, compiled: bool = False
+) -> Callable[[], object]:
+    """A call of the denoiser on random input of its own sample size, without arguments."""
+    config = model.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(batch, config.in_channels, height, width, generator=generator)
+    sample = sample.to(next(model.buffers(), next(model.parameters())).device)
+    at = torch.tensor(timestep)
+    # Compile the module's call as a whole: one graph, whatever the step.
+    target = torch.compile(model, dynamic=False) if compiled else model
+
+    def call() -> object:
+        with torch.no_grad():
+            return target(sample, at, return_dict=False)
+
+    return call
+
+
+def bench(
+    model: str | Path | DiffusionPipeline,
+    against: str | Path | DiffusionPipeline,
+    batch: Sequence[int] = (1, 4, 16),
+    backend: str = "auto",
+    compiled: bool = False,
+    repeats: int = 20,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Milliseconds of one denoiser call of `model` and of the float model `against`.
+
+    Medians of interleaved runs with 10th and 90th percentile for each batch size, and how many
+    times faster. `compiled` adds both under `torch.compile` (the first calls take minutes).
+    """
+    reporter = reporter or Reporter(quiet=True)
+    candidate, reference = denoiser_of(open_pipeline(model)), denoiser_of(open_pipeline(against))
+    if not any(isinstance(module, PackedLayer) for module in candidate.modules()):
+        raise StepQuantError(
+            f"'{model}' has no packed layer: expected a folder that stepquant quantize wrote"
+        )
+    set_backend(candidate, backend)
+    rows = []
+    with reporter.task("timing", total=len(batch)) as task:
+        for size in batch:
+            check_count(size, "batch size")
+            calls = {
+                "float32": denoiser_call(reference, size, 500),
+                "quantized": denoiser_call(candidate, size, 500),
+            }
+            if compiled:
+                calls["float32 compiled"] = denoiser_call(reference, size, 500, compiled=True)
+                calls["quantized compiled"] = denoiser_call(candidate, size, 500, compiled=True)
+            timings = measure_latency(calls, repeats)
+            for name, timing in timings.items():
+                rows.append(
+                    {
+                        "batch": size,
+                        "model": name,
+                        "median_ms": timing.median_ms,
+                        "p10_ms": timing.p10,
+                        "p90_ms": timing.p90,
+                        "times_faster": timings["float32"].median_ms / timing.median_ms,
+                    }
+                )
+            task.advance()
+    kernels: dict[str, int] = {}
+    for module in candidate.modules():
+        if isinstance(module, PackedLayer):
+            for name in module.kernel_names():
+                kernels[name] = kernels.get(name, 0) + 1
+    return {
+        "rows": rows,
+        "kernels": kernels,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "peak_memory_mb": peak_memory_mb(),
+    }

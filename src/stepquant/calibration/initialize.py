@@ -1,0 +1,61 @@
+"""Giving every quantizer of a model its first range."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calibration.observe import Observation, observe, quant_layers
+from stepquant.calibration.ranges import search_activation_range, search_weight_range
+from stepquant.calibration.trajectories import Trajectories
+from stepquant.numerics import range_to_grid
+from stepquant.progress import Reporter
+from stepquant.quantizers import ActivationQuantizer, QuantLayer
+
+
+@torch.no_grad()
+def initialize_weights(layer: QuantLayer, method: str) -> None:
+    """Set the weight ranges of `layer` by "minmax" or "mse"."""
+    for quantizer, weight in zip(layer.weight_quantizers, layer.weight_parts(), strict=True):
+        rows = weight.flatten(1)  # [C_out, K]
+        if method == "minmax":
+            quantizer.set_range(rows.amin(dim=1), rows.amax(dim=1))
+        else:
+            scale, zero_point = search_weight_range(rows, quantizer.bits)
+            quantizer.scale.data.copy_(scale)
+            quantizer.zero_point.data.copy_(zero_point)
+
+
+@torch.no_grad()
+def initialize_activations(
+    quantizer: ActivationQuantizer, observation: Observation, method: str
+) -> None:
+    """Set each row of `quantizer` by "minmax" or "mse"; one row takes all steps together."""
+    low = torch.stack(observation.low).amin(dim=1)  # [T]
+    high = torch.stack(observation.high).amax(dim=1)
+    values = torch.stack(observation.values)  # [T, n]
+    if quantizer.steps == 1:
+        low, high, values = low.amin().view(1), high.amax().view(1), values.view(1, -1)
+    grid: tuple[Tensor, Tensor]
+    if method == "minmax":
+        grid = range_to_grid(low, high, quantizer.bits)
+    else:
+        grid = search_activation_range(values, low, high, quantizer.bits)
+    quantizer.scale.data.copy_(grid[0])
+    quantizer.zero_point.data.copy_(grid[1])
+
+
+def initialize_ranges(
+    model: nn.Module, trajectories: Trajectories, weights: str, activations: str, seed: int,
+    per_step: int, reporter: Reporter,
+) -> None:
+    """First ranges of all quantizers from float activations; then the model quantizes."""
+    layers = quant_layers(model)
+    observations = observe(model, trajectories, per_step, seed, reporter)
+    with reporter.task("searching ranges", total=len(layers)) as task:
+        for name, layer in layers.items():
+            initialize_weights(layer, weights)
+            for index, quantizer in enumerate(layer.activation_quantizers):
+                initialize_activations(quantizer, observations[name, index], activations)
+            layer.quantizing = True
+            task.advance(note=name)

@@ -1,0 +1,181 @@
+"""`quantization_config` of a checkpoint: everything about it that is not a tensor."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from enum import Enum
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from stepquant.checkpoint.layer_config import LayerConfig
+from stepquant.errors import StepQuantError
+
+FORMAT_VERSION = 1
+
+
+class StepQuantMethod(str, Enum):
+    """diffusers reads `quant_method.value`, so the method's name is a member of an enum."""
+
+    STEPQUANT = "stepquant"
+
+
+class StepQuantConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a stepquant checkpoint.
+
+    `layers`: name of each packed layer -> its `LayerConfig` (or the same as a dict; `layer_default`
+    then fills in what a dict leaves out). `steps`: length of the step grid. `float_layers`: name of
+    each layer left in float -> why. `scheme`: what was asked for (bits, protocol). `recipe`: the
+    resolved recipe. `provenance`: seed, scheduler, versions. The last four are kept as they are:
+    loading does not depend on them. They hold JSON values and nothing that differs between two runs
+    of one command (times, paths), so that both write the same bytes.
+
+    Raises StepQuantError for unknown keys, a newer format version and values of the wrong type.
+    """
+
+    def __init__(
+        self,
+        scheme: dict[str, Any] | None = None,
+        layers: dict[str, LayerConfig | dict[str, Any]] | None = None,
+        float_layers: dict[str, str] | None = None,
+        recipe: dict[str, Any] | None = None,
+        provenance: dict[str, Any] | None = None,
+        steps: int = 1,
+        layer_default: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **unknown: Any,
+    ) -> None:
+        self.quant_method: Any = StepQuantMethod.STEPQUANT  # not one of the enum of diffusers
+        # First, because a newer format may well have keys that this one does not know.
+        self.format_version = _check_version(format_version)
+        if unknown:
+            raise StepQuantError(
+                f"the quantization config has the unknown key '{min(unknown)}': expected "
+                "format_version, scheme, steps, layer_default, layers, float_layers, recipe and "
+                "provenance"
+            )
+        self.scheme = _json_object("scheme", scheme)
+        self.float_layers = _json_object("float_layers", float_layers)
+        self.recipe = _json_object("recipe", recipe)
+        self.provenance = _json_object("provenance", provenance)
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise StepQuantError(
+                f"steps of the quantization config is {steps!r}: expected the length of the step "
+                "grid, a whole number of at least 1"
+            )
+        self.steps = steps
+        self.layers = _resolve_layers(layers, layer_default, steps)
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The config that `to_dict` wrote."""
+        values = {key: value for key, value in config_dict.items() if key != "quant_method"}
+        return super().from_dict(values, return_unused_kwargs, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values in a fixed order; `layer_default` holds what most layers share."""
+        layers = {name: layer.to_dict() for name, layer in sorted(self.layers.items())}
+        default = _commonest_values(list(layers.values()))
+        return {
+            "float_layers": _sorted(self.float_layers),
+            "format_version": self.format_version,
+            "layer_default": default,
+            "layers": {
+                name: {key: value for key, value in layer.items() if value != default[key]}
+                for name, layer in layers.items()
+            },
+            "provenance": _sorted(self.provenance),
+            "quant_method": self.quant_method.value,
+            "recipe": _sorted(self.recipe),
+            "scheme": _sorted(self.scheme),
+            "steps": self.steps,
+        }
+
+    def layers_json(self) -> str:
+        """The resolved layers as canonical JSON: what the checksum covers of this config."""
+        layers = {name: layer.to_dict() for name, layer in self.layers.items()}
+        return json.dumps(layers, sort_keys=True, separators=(",", ":"))
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """`to_dict` as indented JSON; the base class would ask for a `to_diff_dict`."""
+        del use_diff
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StepQuantConfig) and self.to_dict() == other.to_dict()
+
+    def __repr__(self) -> str:
+        return (
+            f"StepQuantConfig(format_version={self.format_version}, scheme={self.scheme}, "
+            f"layers={len(self.layers)}, float_layers={len(self.float_layers)}, "
+            f"steps={self.steps})"
+        )
+
+
+def _check_version(version: Any) -> int:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise StepQuantError(
+            f"format_version of the quantization config is {version!r}: expected a whole number "
+            f"from 1 to {FORMAT_VERSION}"
+        )
+    if version > FORMAT_VERSION:
+        raise StepQuantError(
+            f"the checkpoint has format version {version}: expected at most {FORMAT_VERSION}, the "
+            "newest that this stepquant reads; upgrade stepquant"
+        )
+    return version
+
+
+def _json_object(key: str, value: dict[str, Any] | None) -> dict[str, Any]:
+    value = {} if value is None else value
+    try:
+        if isinstance(value, dict):
+            return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise StepQuantError(
+            f"{key} of the quantization config holds something that JSON cannot: {error}"
+        ) from error
+    raise StepQuantError(
+        f"{key} of the quantization config is {value!r}: expected an object with named values"
+    )
+
+
+def _sorted(value: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(value, sort_keys=True))
+
+
+def _resolve_layers(
+    layers: dict[str, LayerConfig | dict[str, Any]] | None, default: dict[str, Any] | None,
+    steps: int,
+) -> dict[str, LayerConfig]:
+    default = _json_object("layer_default", default)
+    layers = {} if layers is None else layers
+    if not isinstance(layers, dict):
+        raise StepQuantError(
+            f"layers of the quantization config is {layers!r}: expected an object with one entry "
+            "for each packed layer"
+        )
+    resolved = {}
+    for name, layer in layers.items():
+        if not isinstance(layer, LayerConfig):
+            overrides = _json_object(f"layers['{name}']", layer)
+            layer = LayerConfig.from_dict(name, {**default, **overrides})
+        if layer.steps not in (1, steps):
+            raise StepQuantError(
+                f"steps of layer '{name}' in the quantization config is {layer.steps}: expected "
+                f"{steps}, the length of the step grid, or 1 for a static layer"
+            )
+        resolved[name] = layer
+    return resolved
+
+
+def _commonest_values(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    default = {}
+    for key in layers[0] if layers else ():
+        counts = Counter(json.dumps(layer[key]) for layer in layers)
+        commonest = min(counts, key=lambda text: (-counts[text], text))
+        default[key] = json.loads(commonest)
+    return default

@@ -1,0 +1,128 @@
+"""What a checkpoint's config says of one packed layer, and the packed layer that it describes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepquant.errors import StepQuantError
+from stepquant.numerics import check_bits
+from stepquant.quantizers import StepContext
+from stepquant.runtime.packed import PackedConv2d, PackedLayer, PackedLinear
+from stepquant.runtime.spec import LayerSpec
+
+KINDS = {"linear": nn.Linear, "conv2d": nn.Conv2d}
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One packed layer; its channels, kernel size and stride come from the float architecture.
+
+    `steps`: rows of its step tables, 1 for a static layer. `splits`: in-channels of each input
+    part, None for one part. `channel_scale`: whether its input is divided per in-channel.
+    """
+
+    kind: str
+    weight_bits: int
+    activation_bits: int
+    steps: int = 1
+    splits: tuple[int, ...] | None = None
+    channel_scale: bool = False
+
+    @classmethod
+    def from_dict(cls, name: str, values: dict[str, Any]) -> LayerConfig:
+        """The config of layer `name`; unknown, missing and ill-typed values are errors."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        missing = sorted({"kind", "weight_bits", "activation_bits"} - set(values))
+        if unknown or missing:
+            what = f"the unknown key '{unknown[0]}'" if unknown else f"no key '{missing[0]}'"
+            raise StepQuantError(
+                f"layer '{name}' of the quantization config has {what}: expected "
+                f"{', '.join(known)}"
+            )
+        if values["kind"] not in KINDS:
+            raise _bad_value(name, "kind", values["kind"], f"one of {', '.join(KINDS)}")
+        for key in ("weight_bits", "activation_bits"):
+            check_bits(values[key], f"{key} of layer '{name}' in the quantization config")
+        steps = values.get("steps", 1)
+        if not _is_count(steps):
+            raise _bad_value(name, "steps", steps, "a whole number of at least 1")
+        if not isinstance(values.get("channel_scale", False), bool):
+            raise _bad_value(name, "channel_scale", values["channel_scale"], "true or false")
+        splits = values.get("splits")
+        if splits is not None:
+            if not isinstance(splits, (list, tuple)) or not all(map(_is_count, splits)):
+                raise _bad_value(name, "splits", splits, "a list of channel counts, or null")
+            splits = tuple(splits)
+        return cls(**{**values, "splits": splits})
+
+    @classmethod
+    def of(cls, layer: PackedLayer) -> LayerConfig:
+        """What describes `layer`."""
+        return cls(
+            kind=layer.spec.kind,
+            weight_bits=layer.spec.weight_bits,
+            activation_bits=layer.spec.activation_bits,
+            steps=layer.steps,
+            splits=layer.splits if len(layer.splits) > 1 else None,
+            channel_scale=layer.act_channel_scale is not None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {**asdict(self), "splits": None if self.splits is None else list(self.splits)}
+
+    def packed_in_place_of(
+        self, name: str, module: nn.Module, context: StepContext
+    ) -> PackedLayer:
+        """A packed layer without data (on the meta device) that takes the place of `module`."""
+        if not isinstance(module, KINDS[self.kind]):
+            raise StepQuantError(
+                f"layer '{name}' is a {type(module).__name__} in the model: expected "
+                f"nn.{KINDS[self.kind].__name__}, as the quantization config says"
+            )
+        spec = self._spec(name, module)
+        splits = self.splits or (spec.in_channels,)
+        if sum(splits) != spec.in_channels:
+            raise StepQuantError(
+                f"splits {splits} of layer '{name}' add up to {sum(splits)} channels: expected "
+                f"{spec.in_channels}, the in-channels of the model's layer"
+            )
+        has_bias = module.bias is not None
+        kind = PackedLinear if self.kind == "linear" else PackedConv2d
+        with torch.device("meta"):
+            return kind(
+                spec, splits, self.steps, context, has_bias, self.channel_scale
+            )
+
+    def _spec(self, name: str, module: Any) -> LayerSpec:
+        if isinstance(module, nn.Linear):
+            return LayerSpec(
+                "linear", module.in_features, module.out_features, self.weight_bits,
+                self.activation_bits,
+            )
+        if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+            raise StepQuantError(
+                f"layer '{name}' is a convolution with groups={module.groups}, "
+                f"padding={module.padding!r} and padding_mode='{module.padding_mode}': expected "
+                "one group and zero padding given in pixels"
+            )
+        return LayerSpec(
+            "conv2d", module.in_channels, module.out_channels, self.weight_bits,
+            self.activation_bits, module.kernel_size, module.stride, module.padding,
+            module.dilation,
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _bad_value(name: str, key: str, value: Any, expected: str) -> StepQuantError:
+    return StepQuantError(
+        f"{key} of layer '{name}' in the quantization config is {value!r}: expected {expected}"
+    )

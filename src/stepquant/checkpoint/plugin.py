@@ -1,0 +1,220 @@
+"""The quantizer that diffusers calls when it saves or loads a stepquant checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import Tensor, nn
+
+from stepquant.checkpoint import validate
+from stepquant.checkpoint.checksum import (
+    CHECKSUM_NAME,
+    checksum,
+    checksum_tensor,
+    read_checksum,
+    tensor_line,
+)
+from stepquant.checkpoint.config import StepQuantConfig, StepQuantMethod
+from stepquant.errors import StepQuantError
+from stepquant.models.surgery import replace_modules
+from stepquant.quantizers import StepContext, StepGrid
+from stepquant.runtime.packed import PackedLayer
+
+
+def register() -> None:
+    """Teach diffusers the method "stepquant"; it has no other way in than its two tables."""
+    auto.AUTO_QUANTIZER_MAPPING[StepQuantMethod.STEPQUANT.value] = StepQuantQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[StepQuantMethod.STEPQUANT.value] = StepQuantConfig
+
+
+class StepQuantQuantizer(DiffusersQuantizer):
+    """Loads, checks and saves packed denoisers inside `from_pretrained` and `save_pretrained`.
+
+    diffusers calls, in this order: `maybe_update_loaded_keys`, `preprocess_model`, for each file
+    `maybe_update_state_dict` and for each of its tensors `check_if_quantized_param` and
+    `create_quantized_param`, and at last `postprocess_model`.
+    """
+
+    requires_calibration = True
+    use_keep_in_fp32_modules = True
+
+    quantization_config: StepQuantConfig  # type: ignore[assignment]
+
+    def __init__(self, quantization_config: StepQuantConfig, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise StepQuantError(
+                "StepQuantConfig was given for a float model: stepquant calibrates before it "
+                "quantizes, so run `stepquant quantize MODEL --recipe NAME --out DIR` and load DIR"
+            )
+        super().__init__(quantization_config, **kwargs)
+        self._loaded_keys: list[str] = []
+        self._owned: set[str] = set()  # tensors of the packed layers and the step grid
+        self._model: nn.Module | None = None  # while it is loaded
+        self._context: StepContext | None = None
+        self._stored_checksum: bytes | None = None
+        self._tensor_lines: list[str] = []
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what would leave packed tensors on the disk."""
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise StepQuantError(
+                "device_map puts layers on 'disk': expected devices with memory, because packed "
+                "layers lay their weights out for the integer kernels at load"
+            )
+
+    def maybe_update_loaded_keys(
+        self, loaded_keys: list[str], checkpoint_files: list[str]
+    ) -> list[str]:
+        """Refuse pickles; keep the names for the check; hide the checksum from diffusers."""
+        for file in checkpoint_files:
+            if not str(file).endswith(".safetensors"):
+                raise StepQuantError(
+                    f"the checkpoint file '{file}' is not a safetensors file: pickle files are "
+                    "refused, so save the model with safe_serialization=True"
+                )
+        self._loaded_keys = list(loaded_keys)
+        return [key for key in loaded_keys if key != CHECKSUM_NAME]
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        """Put packed layers (on the meta device) where the config names them."""
+        config = self.quantization_config
+        modules = dict(model.named_modules())
+        unknown = sorted(set(config.layers) - set(modules))
+        if unknown:
+            raise StepQuantError(
+                f"the quantization config names the layer '{unknown[0]}', which "
+                f"{type(model).__name__} does not have: expected names of its linear and conv "
+                "layers; the config belongs to another model"
+            )
+        # Row numbers stand in for the timesteps until `step_grid` is loaded.
+        context = StepContext(StepGrid(torch.arange(config.steps)))
+        replace_modules(
+            model,
+            lambda name, module: config.layers[name].packed_in_place_of(name, module, context)
+            if name in config.layers
+            else None,
+        )
+        model.register_buffer(
+            validate.STEP_GRID_NAME, torch.empty(config.steps, device="meta")
+        )
+        context.attach(model)
+        validate.check_names([*model.state_dict(), CHECKSUM_NAME], self._loaded_keys)
+        self._owned = validate.packed_names(model)
+        self._model, self._context = model, context
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Check each tensor as it is in the file, before diffusers casts it."""
+        assert self._model is not None
+        for name, tensor in state_dict.items():
+            if name == CHECKSUM_NAME:
+                self._stored_checksum = read_checksum(tensor)
+            else:
+                validate.check_tensor(name, tensor, self._model)
+                self._tensor_lines.append(tensor_line(name, tensor))
+        return state_dict
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str,
+        state_dict: dict[str, Tensor], **kwargs: Any,
+    ) -> bool:
+        """Whether stepquant owns the tensor; diffusers puts the others in place itself."""
+        return param_name in self._owned
+
+    def create_quantized_param(  # type: ignore[override]
+        self, model: nn.Module, param_value: Tensor, param_name: str,
+        target_device: str | int | torch.device, state_dict: dict[str, Tensor],
+        *args: Any, **kwargs: Any,
+    ) -> None:
+        """Put the file's own tensor in place: `param_value` is already cast to `torch_dtype`."""
+        layer_name, _, key = param_name.rpartition(".")
+        tensor = state_dict[param_name].contiguous().to(target_device)
+        model.get_submodule(layer_name).register_buffer(key, tensor)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        """Verify the checksum and give the layers the loaded step grid."""
+        for name in sorted(self._owned):
+            tensor = model.get_buffer(name)
+            if tensor.is_meta or tensor.dtype not in (torch.float32, torch.uint8):
+                raise StepQuantError(
+                    f"tensor '{name}' was loaded as {tensor.dtype} on {tensor.device}: expected "
+                    "it as it is in the file; load without offload_folder and offload_state_dict"
+                )
+        expected = checksum(self.quantization_config.layers_json(), self._tensor_lines)
+        if self._stored_checksum != expected:
+            raise StepQuantError(
+                f"the tensors and layers of the checkpoint have the SHA-256 {expected.hex()}: "
+                f"expected {(self._stored_checksum or b'').hex()}, as '{CHECKSUM_NAME}' says; "
+                f"{validate.REMEDY}"
+            )
+        assert self._context is not None
+        self._context.grid = StepGrid(model.get_buffer(validate.STEP_GRID_NAME))
+        self._loaded_keys, self._tensor_lines, self._owned = [], [], set()
+        self._model = self._context = self._stored_checksum = None
+
+    @property
+    def is_serializable(self) -> bool:
+        """Packed models save and load."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient; training happens on the simulation, before packing."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Packed layers run under `torch.compile`."""
+        return True
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: `state_dict` and its checksum, without metadata."""
+        if not safe_serialization:
+            raise StepQuantError(
+                "save_pretrained was called with safe_serialization=False: pickle files are "
+                "refused, so leave it at True"
+            )
+        lines = [tensor_line(name, tensor) for name, tensor in state_dict.items()]
+        digest = checksum(self.quantization_config.layers_json(), lines)
+        return {**state_dict, CHECKSUM_NAME: checksum_tensor(digest)}, {}
+
+    def _dequantize(self, model: Any) -> Any:
+        """Float layers with the weights that the codes stand for; activations stay float."""
+        dtype = model.dtype
+        replace_modules(
+            model,
+            lambda _, module: float_layer(module, dtype)
+            if isinstance(module, PackedLayer)
+            else None,
+        )
+        delattr(model, validate.STEP_GRID_NAME)
+        kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
+        model._internal_dict = type(model.config)(kept)  # a config entry cannot be unregistered
+        return model
+
+
+def float_layer(layer: PackedLayer, dtype: torch.dtype) -> nn.Linear | nn.Conv2d:
+    """`nn.Linear` or `nn.Conv2d` with the weight that the codes of `layer` stand for."""
+    spec, weight, has_bias = layer.spec, layer.float_weight(), layer.bias is not None
+    device: Any = layer.weight_scale.device
+    channel_scale: Any = layer.act_channel_scale
+    new: Any
+    if spec.kind == "linear":
+        new = nn.Linear(spec.in_channels, spec.out_channels, has_bias, device, dtype)
+    else:
+        new = nn.Conv2d(
+            spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, spec.padding,
+            spec.dilation, bias=has_bias, device=device, dtype=dtype,
+        )
+    if channel_scale is not None:  # w (x / d) = (w / d) x
+        weight = weight / channel_scale.cpu().view(1, -1, *(1,) * (weight.dim() - 2))
+    with torch.no_grad():
+        new.weight.copy_(weight)
+        if has_bias:
+            new.bias.copy_(layer.bias)
+    return new

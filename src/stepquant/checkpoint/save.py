@@ -1,0 +1,151 @@
+"""Writing a pipeline with a packed denoiser as a diffusers folder, all or nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from stepquant.checkpoint.config import StepQuantConfig
+from stepquant.checkpoint.layer_config import LayerConfig
+from stepquant.checkpoint.plugin import StepQuantQuantizer
+from stepquant.checkpoint.validate import STEP_GRID_NAME, check_model, packed_layers
+from stepquant.errors import StepQuantError
+from stepquant.quantizers import StepContext
+
+
+def describe_layers(model: nn.Module) -> dict[str, LayerConfig]:
+    """Name -> config, for each packed layer of `model`."""
+    return {name: LayerConfig.of(layer) for name, layer in packed_layers(model).items()}
+
+
+def attach_config(model: Any, config: StepQuantConfig) -> Any:
+    """Make `save_pretrained` of `model` (a diffusers `ModelMixin`, packed) write a checkpoint.
+
+    `config.layers` and `config.steps` are taken from the model; the rest is the caller's. The
+    model's step context must be attached already (`StepContext.attach`). From here on diffusers
+    treats the model as quantized: it moves between devices, but not to another dtype. Returns
+    `model`.
+
+    Raises StepQuantError if `model` has no packed layer, layers of two step contexts, or tensors
+    that a load would refuse.
+    """
+    grid = _shared_context(model).grid
+    config.layers, config.steps = describe_layers(model), len(grid)
+    model.register_buffer(STEP_GRID_NAME, grid.timesteps.clone().to(model.device))
+    check_model(model)
+    model.hf_quantizer = StepQuantQuantizer(config)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.register_to_config(quantization_config=config)
+    return model
+
+
+def save_pipeline(
+    pipeline: Any, component_name: str, folder: str | os.PathLike[str]
+) -> Path:
+    """Write a diffusers `pipeline`, whose component of that name is packed, as the new `folder`.
+
+    Everything goes to a hidden folder beside it first, is flushed to the disk and renamed, so that
+    `folder` is either complete or absent. Two equal pipelines get equal bytes. Returns the path.
+
+    Raises StepQuantError if `folder` exists, if the component is not ready (`attach_config`), and
+    when the disk is full or refuses the write.
+    """
+    folder = Path(folder)
+    component: Any = getattr(pipeline, component_name, None)
+    if not isinstance(getattr(component, "hf_quantizer", None), StepQuantQuantizer):
+        raise StepQuantError(
+            f"component '{component_name}' of {type(pipeline).__name__} is "
+            f"{type(component).__name__} without a stepquant config: expected a packed denoiser; "
+            "call attach_config on it first"
+        )
+    check_model(component)
+    if folder.exists():
+        raise StepQuantError(
+            f"the output folder '{folder}' exists already: expected a new one; remove it or "
+            "choose another name"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _write_and_rename(pipeline, folder)
+    except (OSError, SafetensorError) as error:
+        raise _write_error(folder, error) from error
+    return folder
+
+
+def _shared_context(model: nn.Module) -> StepContext:
+    contexts = {id(layer.context): layer.context for layer in packed_layers(model).values()}
+    if len(contexts) != 1:
+        found = "layers of several step contexts" if contexts else "no packed layer"
+        raise StepQuantError(
+            f"{type(model).__name__} has {found}: expected packed layers (runtime.pack.pack_model) "
+            "that share one step context"
+        )
+    return next(iter(contexts.values()))
+
+
+def _write_and_rename(pipeline: Any, folder: Path) -> None:
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    try:
+        pipeline.save_pretrained(partial, safe_serialization=True)
+        _forget_origin(partial)
+        # mkdtemp and safetensors make theirs private; the folder gets the user's usual modes.
+        mask = _umask()
+        for path in (partial, *partial.rglob("*")):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+            _flush(path)
+        partial.rename(folder)
+    except BaseException:  # also an interrupt: nothing half-written stays behind
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _flush(folder.parent)
+
+
+def _forget_origin(folder: Path) -> None:
+    """Drop the path that each part was once loaded from: it differs between equal checkpoints."""
+    for path in folder.rglob("*.json"):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # can only be read by setting it
+    os.umask(mask)
+    return mask
+
+
+def _write_error(folder: Path, error: Exception) -> StepQuantError:
+    # safetensors reports the operating system's errors as text only.
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error):
+        return StepQuantError(
+            f"no space left on the disk while writing '{folder}': nothing was kept; free some "
+            "space or choose a folder on another disk"
+        )
+    if number in (errno.ENOTEMPTY, errno.EEXIST):
+        return StepQuantError(
+            f"the output folder '{folder}' appeared while it was being written: expected a new "
+            "one; choose another name"
+        )
+    reason = getattr(error, "strerror", None) or str(error)
+    return StepQuantError(
+        f"'{folder}' could not be written ({reason}): nothing was kept; choose a folder that can "
+        "be written to"
+    )

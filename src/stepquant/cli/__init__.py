@@ -1,0 +1,39 @@
+"""The command line: one file for each verb, which parses, calls `stepquant.api` and prints."""
+
+from __future__ import annotations
+
+import typer
+
+from stepquant.cli.bench import bench
+from stepquant.cli.demo import demo
+from stepquant.cli.evaluate import evaluate
+from stepquant.cli.inspect import inspect
+from stepquant.cli.options import Version
+from stepquant.cli.quantize import quantize
+from stepquant.cli.recipes import recipes
+from stepquant.cli.sample import sample
+
+__all__ = ["app", "app_main"]
+
+app = typer.Typer(
+    name="stepquant",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (demo, quantize, sample, evaluate, bench, inspect):
+    app.command()(verb)
+app.add_typer(recipes, name="recipes")
+
+
+@app.callback()
+def stepquant(version: Version = False) -> None:
+    """Low-bit diffusion models that are smaller on disk and run in integer arithmetic.
+
+    MODEL is a local diffusers folder, a hub id, or builtin:NAME.
+    """
+
+
+def app_main() -> None:
+    """Entry point of the `stepquant` command."""
+    app(prog_name="stepquant")

@@ -1,0 +1,44 @@
+"""`stepquant bench`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from stepquant.cli.options import Against, Json, Model, Quiet
+from stepquant.cli.session import talk
+
+
+def bench(
+    context: typer.Context,
+    model: Model,
+    against: Against,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(help="Batch size to time; repeat for several.", show_default="1, 4 and 16"),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(metavar="NAME", help="auto, onednn, int_mm or reference.")
+    ] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Also under torch.compile (takes minutes).")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="Timed rounds, interleaved.")] = 20,
+    json_file: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time one denoiser call of a packed model beside its float model."""
+    with talk(context, quiet, json_file) as output:
+        from stepquant import api  # not at the top: see demo.py
+
+        record = api.bench(
+            model, against, batch or (1, 4, 16), backend, compiled, repeats, output.reporter
+        )
+        output.results = record
+        output.table(record["rows"])
+        kernels = ", ".join(f"{name} {count}" for name, count in record["kernels"].items())
+        output.line(
+            f"layer inputs by kernel: {kernels}; {record['threads']} threads, "
+            f"{record['cpu_capability']}, peak memory {record['peak_memory_mb']:.0f} MB"
+        )

@@ -1,0 +1,32 @@
+"""`stepquant demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepquant.cli.options import Json, Quiet
+from stepquant.cli.session import talk
+
+
+def demo(
+    context: typer.Context,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="New folder for the models and the pictures.")
+    ] = Path("stepquant-demo"),
+    json_file: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize an embedded model several ways and compare quality, speed and size."""
+    stopped = f"interrupted; delete '{out}' before the next try"
+    with talk(context, quiet, json_file, stopped) as output:
+        # `import stepquant` has to load torch and diffusers' quantizers already, to register with
+        # diffusers; the api adds all of diffusers' pipelines, which no `--help` should wait for.
+        from stepquant import api
+
+        record = api.demo(out, reporter=output.reporter)
+        output.results = record
+        output.table(record["table"])
+        output.line(f"everything is in {out}")

@@ -1,0 +1,63 @@
+"""`stepquant evaluate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from stepquant.cli.options import (
+    Against,
+    Batch,
+    Json,
+    Model,
+    Quiet,
+    Scheduler,
+    Steps,
+    scheduler_name,
+)
+from stepquant.cli.session import talk
+
+SETTING = ("num", "steps", "scheduler", "seed", "features")
+
+
+def evaluate(
+    context: typer.Context,
+    model: Model,
+    against: Against,
+    num: Annotated[int, typer.Option(help="Images sampled with each model.")] = 1024,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Feature network of the Fréchet distance, or its folder; an embedded model has "
+            "its own, others none.",
+        ),
+    ] = None,
+    steps: Steps = 50,
+    scheduler: Scheduler = "ddim",
+    seed: Annotated[int, typer.Option(help="Both models draw image i from seed + i.")] = 0,
+    batch: Batch = 64,
+    json_file: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compare a model's images with those of its float model at the same seeds."""
+    with talk(context, quiet, json_file) as output:
+        from stepquant import api  # not at the top: see demo.py
+
+        record = api.evaluate(
+            model, against, num, steps, scheduler_name(scheduler), features, seed, batch,
+            reporter=output.reporter,
+        )
+        output.results = record
+        errors = record["noise_error"]
+        worst = max(errors, key=lambda row: row["relative_mse"])
+        values = {
+            key: value for key, value in record.items() if key not in (*SETTING, "noise_error")
+        }
+        values["noise_error, mean over steps"] = sum(
+            row["relative_mse"] for row in errors
+        ) / len(errors)
+        values[f"noise_error, worst step ({worst['timestep']})"] = worst["relative_mse"]
+        output.table([{"measure": key, "value": value} for key, value in values.items()])
+        output.line(f"{num} images of each model, {scheduler} {steps} steps, seeds from {seed}")

@@ -1,0 +1,68 @@
+"""`stepquant inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stepquant.cli.options import Json, Model, Quiet, Scheduler, Steps, scheduler_name
+from stepquant.cli.session import talk
+
+
+def inspect(
+    context: typer.Context,
+    model: Model,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="New folder for pictures.")
+    ] = None,
+    num: Annotated[int, typer.Option(help="Images sampled with a float model.")] = 8,
+    steps: Steps = 50,
+    scheduler: Scheduler = "ddim",
+    seed: Annotated[int, typer.Option(help="Image i starts from the noise of seed + i.")] = 0,
+    json_file: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Show each layer: ranges, unsaturated channels and kurtosis, or bits, bytes and kernels."""
+    with talk(context, quiet, json_file) as output:
+        from stepquant import api  # not at the top: see demo.py
+
+        record = api.inspect(
+            model, plots, steps, scheduler_name(scheduler), num, seed, output.reporter
+        )
+        output.results = record
+        show = packed_row if record["packed"] else float_row
+        output.table([show(row) for row in record["layers"]])
+        output.line(f"{len(record['timesteps'])} steps")
+        for path in record.get("plots", []):
+            output.line(f"written to {path}")
+
+
+def float_row(row: dict[str, Any]) -> dict[str, Any]:
+    """What the table shows of a float layer's input."""
+    widths = [high - low for low, high in zip(row["low"], row["high"], strict=True)]
+    return {
+        "layer": row["layer"],
+        "part": row["part"],
+        "lowest": min(row["low"]),
+        "highest": max(row["high"]),
+        "widest / narrowest step": max(widths) / max(min(widths), 1e-12),
+        "unsaturated_share": row["unsaturated_share"],
+        "median_kurtosis": row["median_kurtosis"],
+    }
+
+
+def packed_row(row: dict[str, Any]) -> dict[str, Any]:
+    """What the table shows of a packed layer."""
+    scales = [scale for part in row["act_scale"] for scale in part]
+    return {
+        "layer": row["layer"],
+        "weight_bits": row["weight_bits"],
+        "activation_bits": row["activation_bits"],
+        "packed_bytes": row["packed_bytes"],
+        "kernels": row["kernels"],
+        "rows": len(row["act_scale"][0]),
+        "least scale": min(scales),
+        "largest scale": max(scales),
+    }

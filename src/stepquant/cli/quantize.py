@@ -1,0 +1,67 @@
+"""`stepquant quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepquant.cli.options import Json, Model, Quiet, parse_settings
+from stepquant.cli.session import talk
+
+INTERRUPTED = "interrupted; finished blocks are kept, go on with --resume"
+
+
+def quantize(
+    context: typer.Context,
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the packed pipeline.")],
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME", help="A shipped recipe, or the path of a .yaml file.")
+    ] = "dilatequant",
+    weights: Annotated[
+        int | None, typer.Option(metavar="BITS", help="Bits of weights, else the recipe's.")
+    ] = None,
+    activations: Annotated[
+        int | None, typer.Option(metavar="BITS", help="Bits of activations, else the recipe's.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps to calibrate for, else the recipe's.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="STEP.KEY=VALUE", help="Another value for a recipe's setting; repeat."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of calibration and training.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an unfinished run of the same command.")
+    ] = False,
+    json_file: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a float model and save the packed pipeline."""
+    with talk(context, quiet, json_file, INTERRUPTED) as output:
+        settings = parse_settings(set_ or [])
+        from stepquant import api  # not at the top: see demo.py
+
+        record = api.quantize(
+            model, recipe, weights, activations, out, steps, settings, seed, resume,
+            output.reporter,
+        ).record
+        output.results = {"out": out, **record}
+        shown = (
+            "bits", "mean_weight_bits", "float32_bytes", "checkpoint_bytes", "times_smaller",
+            "seconds", "peak_memory_mb",
+        )
+        output.table([{key: record[key] for key in shown}])
+        for key, text in (
+            ("left_float", "layers stay float"),
+            ("attention_float", "attention products stay float"),
+            ("reference_layers", "layers run on the reference kernel here"),
+        ):
+            if record[key]:
+                output.line(f"{len(record[key])} {text}: {', '.join(record[key])}")
+        output.line(f"written to {out}")

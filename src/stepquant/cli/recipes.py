@@ -1,0 +1,40 @@
+"""`stepquant recipes list` and `stepquant recipes show`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from stepquant.cli.options import Json, Quiet
+from stepquant.cli.session import talk
+
+recipes = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
+
+
+@recipes.command("list")
+def list_recipes(context: typer.Context, json_file: Json = None, quiet: Quiet = False) -> None:
+    """Name and describe the shipped recipes."""
+    with talk(context, quiet, json_file) as output:
+        from stepquant import api  # not at the top: see demo.py
+
+        found = [api.load_recipe(name) for name in api.recipe_names()]
+        rows = [{"name": recipe.name, "description": recipe.description} for recipe in found]
+        output.results = {"recipes": rows}
+        output.table(rows)
+
+
+@recipes.command("show")
+def show(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Recipe, or path of a .yaml file.")],
+    json_file: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Print a recipe with every default filled in, as YAML that --recipe takes."""
+    with talk(context, quiet, json_file) as output:
+        from stepquant import api  # not at the top: see demo.py
+
+        recipe = api.load_recipe(name)
+        output.results = {"recipe": recipe.to_dict()}
+        output.line(recipe.to_yaml().rstrip())

@@ -1,0 +1,62 @@
+"""`stepquant sample`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepquant.cli.options import (
+    Batch,
+    Json,
+    Model,
+    Quiet,
+    Scheduler,
+    Steps,
+    scheduler_name,
+)
+from stepquant.cli.session import talk
+from stepquant.errors import StepQuantError
+
+
+def sample(
+    context: typer.Context,
+    model: Model,
+    num: Annotated[int, typer.Option(help="Number of images.")] = 16,
+    grid: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PNG with all images; replaced.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="New folder for the images one by one.")
+    ] = None,
+    steps: Steps = 50,
+    scheduler: Scheduler = "ddim",
+    seed: Annotated[int, typer.Option(help="Image i starts from the noise of seed + i.")] = 0,
+    batch: Batch = 64,
+    json_file: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw images with a float or a packed model."""
+    with talk(context, quiet, json_file) as output:
+        if grid is None and out is None:
+            raise StepQuantError("the images would go nowhere: expected --grid FILE or --out DIR")
+        from stepquant import api, images  # not at the top: see demo.py
+
+        if grid is not None:
+            images.check_picture_path(grid)
+        if out is not None:
+            images.check_new_folder(out)
+        drawn = api.sample(
+            model, num, steps, seed, scheduler_name(scheduler), batch, output.reporter
+        )
+        files = [] if out is None else images.save_images(drawn, out)
+        if grid is not None:
+            images.save_grid(drawn, grid, columns=math.ceil(math.sqrt(num)))
+        shape = list(drawn.shape[1:])
+        output.results = {"num": num, "shape": shape, "grid": grid, "out": out, "files": files}
+        output.table([{"images": num, "channels": shape[0], "height": shape[1], "width": shape[2]}])
+        for place in (grid, out):
+            if place is not None:
+                output.line(f"written to {place}")

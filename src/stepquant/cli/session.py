@@ -1,0 +1,191 @@
+"""What every verb does alike: print, keep the JSON record, and tell each error in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from stepquant import __version__
+from stepquant.errors import StepQuantError
+from stepquant.progress import Reporter
+
+BAD_INPUT, INTERRUPTED = 2, 130
+PIPED_WIDTH = 160  # columns of a table that goes to a file or another program
+PACKAGES = ("torch", "diffusers", "numpy", "safetensors")
+FULL_DISK = "no space left on the disk: free some, or write to another disk"
+
+
+class Talk:
+    """The output of one run of a verb: tables and lines on stdout, progress on stderr.
+
+    `results` is what the JSON record holds beside the verb, its arguments and the versions.
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        self.reporter = Reporter(quiet=quiet)
+        self.results: dict[str, Any] = {}
+        piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+        self._console = Console(
+            quiet=quiet, highlight=False, width=PIPED_WIDTH if piped else None
+        )
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def table(self, rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
+        """Print one table; its columns are the keys of the first row."""
+        columns = list(rows[0]) if rows else []
+        table = Table(title=title, title_justify="left")
+        for column in columns:
+            numeric = any(isinstance(row.get(column), int | float) for row in rows)
+            table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
+        for row in rows:
+            table.add_row(*(cell(column, row.get(column)) for column in columns))
+        self._console.print(table, markup=False)
+
+
+@contextmanager
+def talk(
+    context: typer.Context, quiet: bool, json_file: Path | None, interrupted: str = "interrupted"
+) -> Iterator[Talk]:
+    """The run of one verb: exits with code 2 after a sentence on bad input, 130 after Ctrl-C.
+
+    `interrupted`: the sentence after Ctrl-C. What the verb puts into `results` goes to
+    `json_file`, once it has succeeded.
+    """
+    with one_sentence(interrupted), warnings.catch_warnings():
+        output = Talk(quiet)
+        warnings.showwarning = lambda message, *_, **__: output.reporter.line(f"warning: {message}")
+        if json_file is not None:
+            check_json_path(json_file)
+        keep_libraries_silent(quiet)
+        yield output
+        if json_file is not None:
+            write_json(json_file, record_of(context, output.results))
+
+
+@contextmanager
+def one_sentence(interrupted: str) -> Iterator[None]:
+    """Bad input, full disks, unreadable files and Ctrl-C as one line on stderr and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sentence, code = interrupted, INTERRUPTED
+    except StepQuantError as error:
+        sentence, code = str(error), BAD_INPUT
+    except Exception as error:
+        environment = sentence_of(error)
+        if environment is None:
+            raise  # a defect of ours: its traceback is wanted
+        sentence, code = environment, BAD_INPUT
+    else:
+        return
+    typer.echo(" ".join(sentence.splitlines()), err=True)
+    raise typer.Exit(code)
+
+
+def sentence_of(error: Exception) -> str | None:
+    """What the operating system refused, or None if `error` is not of that kind."""
+    number = getattr(error, "errno", None)
+    # safetensors reports the operating system's errors as text only.
+    if number in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error):
+        return FULL_DISK
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return (
+            f"'{error.filename}' cannot be read or written ({error.strerror.lower()}): check the "
+            "path and its permissions"
+        )
+    return None
+
+
+def keep_libraries_silent(quiet: bool) -> None:
+    """No bars of diffusers among ours; with `quiet`, no warnings and download bars either."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    if quiet:
+        from huggingface_hub.utils import disable_progress_bars
+
+        logging.set_verbosity_error()
+        disable_progress_bars()
+
+
+def check_json_path(path: Path) -> None:
+    """Raise a StepQuantError now rather than after the work: no file can be written at `path`."""
+    if path.is_dir():
+        raise StepQuantError(f"--json '{path}' is a folder: expected the name of a file")
+    if not path.parent.is_dir():
+        raise StepQuantError(
+            f"--json '{path}' cannot be written: expected its folder '{path.parent}' to exist"
+        )
+
+
+def record_of(context: typer.Context, results: dict[str, Any]) -> dict[str, Any]:
+    """The JSON record: verb, versions, every argument with its value, and the results."""
+    _, _, verb = context.command_path.partition(" ")
+    hidden = ("json_file", "quiet")
+    return {
+        "verb": verb,
+        "stepquant_version": __version__,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
+        "arguments": {
+            name.rstrip("_"): value for name, value in context.params.items() if name not in hidden
+        },
+        "results": results,
+    }
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write `record` to `path`: complete or not at all."""
+    from stepquant.workfolder import atomic_write
+
+    text = json.dumps(plain(record), indent=2, allow_nan=False) + "\n"
+    atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def plain(value: Any) -> Any:
+    """`value` with nothing that JSON lacks: paths as text, numbers that are not finite as null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def cell(column: str, value: Any) -> str:
+    """A value as a table shows it; bytes in MB of 10^6."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if column.endswith("bytes"):
+        return f"{value / 1e6:,.3f} MB"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(cell("", entry) for entry in value)
+    return str(value)

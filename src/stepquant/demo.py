@@ -1,0 +1,155 @@
+"""The main job on an embedded model: quantize four ways, compare, draw."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepquant.bench import denoiser_call
+from stepquant.errors import StepQuantError
+from stepquant.evaluate import measure_latency, peak_memory_mb
+from stepquant.images import save_grid
+from stepquant.judge import distances, evaluate
+from stepquant.progress import Reporter
+from stepquant.quantize import quantize
+from stepquant.sampling import denoiser_of, sample_images
+from stepquant.sources import (
+    BUILTIN,
+    builtin_names,
+    default_features,
+    float32_bytes,
+    open_pipeline,
+)
+from stepquant.workfolder import atomic_write
+
+PREFERRED = ("cifar10-ddpm", "fashion-ddpm")
+STEPS = 50
+TIMING_BATCH = 16
+GRID_COLUMNS = 12
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the demo."""
+
+    recipe: str
+    weights: int
+    activations: int
+
+    @property
+    def label(self) -> str:
+        """As "dilatequant w4a8"."""
+        return f"{self.recipe} w{self.weights}a{self.activations}"
+
+
+SETTINGS = (
+    Setting("minmax", 8, 8),
+    Setting("minmax", 4, 4),
+    Setting("dilatequant", 4, 8),
+    Setting("dilatequant", 4, 4),
+)
+
+
+def demo_model() -> str:
+    """The embedded model that the demo runs on."""
+    for name in PREFERRED:
+        if name in builtin_names():
+            return BUILTIN + name
+    raise StepQuantError(
+        "no embedded model is in this installation: expected one in stepquant/assets; install "
+        "the package from its wheel or its repository"
+    )
+
+
+def demo(
+    out: str | Path, images: int = 256, iterations: int = 200, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Quantize an embedded model by two recipes, and compare quality, speed and size.
+
+    Writes to the new folder `out`: the four packed pipelines, `grid.png` (float above quantized,
+    column by column from the same noise) and `demo.json`, the record that is returned; its `table`
+    has one row for each model. `images`: how many are sampled of each. `iterations` of block
+    distillation, fewer than the recipe's own so that the demo ends within minutes.
+    """
+    reporter = reporter or Reporter(quiet=True)
+    folder = Path(out)
+    if folder.exists():
+        raise StepQuantError(
+            f"output folder '{folder}' exists: expected a new one; name another or delete it"
+        )
+    name = demo_model()
+    features = default_features(name)
+    assert features is not None
+    float_pipeline = open_pipeline(name)
+    float_denoiser = denoiser_of(float_pipeline)
+    reporter.line(f"{name}: {sum(p.numel() for p in float_denoiser.parameters()):,} parameters")
+    float_images = sample_images(float_pipeline, images, STEPS, reporter=reporter)
+    fd = f"fd_{features}"
+    size = float32_bytes(float_denoiser)
+    rows: list[dict[str, Any]] = [
+        {
+            "model": "float32",
+            "psnr_db": None,
+            fd: distances(float_images, float_images, features)[fd],
+            "ms_per_step": None,
+            "times_faster": 1.0,
+            "bytes": size,
+            "times_smaller": 1.0,
+            "quantize_s": None,
+            "peak_memory_mb": peak_memory_mb(),
+        }
+    ]
+    strips: list[Tensor] = [float_images[:GRID_COLUMNS]]
+    calls = {"float32": denoiser_call(float_denoiser, TIMING_BATCH, 500)}
+    for setting in SETTINGS:
+        reporter.line(f"{setting.label}: quantizing")
+        brief = {"block_distillation.iterations": iterations, "block_distillation.samples": 768}
+        result = quantize(
+            name, setting.recipe, setting.weights, setting.activations,
+            folder / setting.label.replace(" ", "-"), STEPS,
+            brief if setting.recipe == "dilatequant" else None, reporter=reporter,
+        )
+        drawn = sample_images(result.pipeline, images, STEPS, reporter=reporter)
+        quality = evaluate(
+            result.pipeline, float_pipeline, images, STEPS, features=features, images=drawn,
+            float_images=float_images, reporter=reporter,
+        )
+        rows.append(
+            {
+                "model": setting.label,
+                "psnr_db": quality["paired_psnr_db"],
+                fd: quality[fd],
+                "ms_per_step": None,
+                "times_faster": None,
+                "bytes": result.record["checkpoint_bytes"],
+                "times_smaller": result.record["times_smaller"],
+                "quantize_s": result.record["seconds"],
+                "peak_memory_mb": result.record["peak_memory_mb"],
+            }
+        )
+        strips.append(drawn[:GRID_COLUMNS])
+        calls[setting.label] = denoiser_call(denoiser_of(result.pipeline), TIMING_BATCH, 500)
+    timings = measure_latency(calls, repeats=20)
+    for row in rows:
+        row["ms_per_step"] = timings[row["model"]].median_ms
+        row["times_faster"] = timings["float32"].median_ms / row["ms_per_step"]
+    labels = [row["model"] for row in rows]
+    save_grid(torch.cat(strips), folder / "grid.png", GRID_COLUMNS, labels)
+    record = {
+        "model": name,
+        "images": images,
+        "sampler": f"ddim, {STEPS} steps",
+        "timing": f"one denoiser call, batch {TIMING_BATCH}, eager, {torch.get_num_threads()} "
+        "threads, medians of 20 interleaved runs",
+        "iterations": iterations,
+        "table": rows,
+        "grid": str(folder / "grid.png"),
+    }
+    text = json.dumps(record, indent=2) + "\n"
+    atomic_write(folder / "demo.json", lambda partial: partial.write_text(text))
+    return record

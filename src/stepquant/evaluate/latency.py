@@ -1,0 +1,144 @@
+"""Time and memory of callables in this process."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stepquant.errors import StepQuantError
+
+MEGABYTE = 1e6  # bytes
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one callable took, in milliseconds.
+
+    Attributes:
+        median_ms: median of the timed runs.
+        p10: 10th percentile in milliseconds.
+        p90: 90th percentile in milliseconds.
+        runs: number of timed runs.
+    """
+
+    median_ms: float
+    p10: float
+    p90: float
+    runs: int
+
+
+def _wait_for_device() -> None:
+    """Wait for queued CUDA work, which returns to Python before it is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def measure_latency(
+    callables: Mapping[str, Callable[[], object]],
+    repeats: int = 20,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time callables in turns, in one process, and give their medians.
+
+    Every round runs each callable once, so that a change in the machine's speed (other processes,
+    heat, clock) touches all of them alike. Each round starts with the next callable, so that none
+    always runs after the same one. What a callable returns is dropped.
+
+    Args:
+        callables: what to time, by name.
+        repeats: timed rounds, one or more.
+        warmup: rounds before them that are not timed, zero or more.
+        clock: a monotonic clock in seconds, read before and after each timed call.
+
+    Returns:
+        A `Timing` per name, in the order of `callables`.
+
+    Raises:
+        StepQuantError: there is nothing to time, or `repeats` or `warmup` is too small. What a
+            callable raises goes through.
+    """
+    if not callables:
+        raise StepQuantError("there are no callables to time: expected one or more, by name")
+    if repeats < 1 or warmup < 0:
+        raise StepQuantError(
+            f"repeats is {repeats} and warmup {warmup}: expected repeats of one or more and "
+            "warmup of zero or more"
+        )
+    names = list(callables)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            if turn < warmup:
+                callables[name]()
+                continue
+            _wait_for_device()
+            start = clock()
+            callables[name]()
+            _wait_for_device()
+            samples[name].append((clock() - start) * 1e3)
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(milliseconds: list[float]) -> Timing:
+    values = torch.tensor(milliseconds, dtype=torch.float64)
+    marks = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+    median, p10, p90 = torch.quantile(values, marks).tolist()
+    return Timing(median, p10, p90, len(milliseconds))
+
+
+def ratios(timings: Mapping[str, Timing], baseline: str) -> dict[str, float]:
+    """How many times faster than `baseline` each one is: median over median, 1.0 for itself.
+
+    Raises:
+        StepQuantError: `baseline` is not among `timings`, or a median is zero.
+    """
+    if baseline not in timings:
+        raise StepQuantError(
+            f"the baseline '{baseline}' was not timed: expected one of {', '.join(timings)}"
+        )
+    for name, timing in timings.items():
+        if not timing.median_ms > 0:
+            raise StepQuantError(
+                f"'{name}' took {timing.median_ms} ms: expected more than the clock can resolve; "
+                "do more work per call"
+            )
+    return {name: timings[baseline].median_ms / t.median_ms for name, t in timings.items()}
+
+
+def peak_memory_mb(status: Path = Path("/proc/self/status")) -> float:
+    """The most resident memory this process has ever held, in MB of 10^6 bytes.
+
+    It is a high-water mark of the process: it does not fall when memory is freed, so it cannot
+    tell two models apart that ran in the same process. Measure each in a process of its own.
+    Memory on a GPU is not in it.
+
+    On Linux it is `VmHWM` of `/proc/self/status`, because there `getrusage` gives a freshly
+    started child the high-water mark of its parent, so a fresh process would not help. Elsewhere
+    it is `ru_maxrss` of `getrusage`, in bytes on macOS and in kB on other systems.
+
+    Args:
+        status: where Linux keeps the process status.
+
+    Raises:
+        StepQuantError: the system has neither, such as Windows.
+    """
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / MEGABYTE  # "kB" there means 1024 bytes
+    try:
+        import resource  # absent on Windows
+    except ModuleNotFoundError as error:
+        raise StepQuantError(
+            f"peak memory cannot be read on '{sys.platform}': expected Linux, macOS or another "
+            "Unix; leave the memory out"
+        ) from error
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE

@@ -1,0 +1,116 @@
+"""What is inside a model: ranges at each step, unsaturated channels, kurtosis, bits and bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from stepquant.calibration.observe import observe
+from stepquant.calibration.trajectories import capture_trajectories
+from stepquant.inspection_plots import check_plots, write_plots
+from stepquant.methods.weight_dilation import dilation_factors
+from stepquant.models.adapter import adapter_for
+from stepquant.progress import Reporter
+from stepquant.quantizers import StepContext
+from stepquant.runtime.packed import PackedLayer
+from stepquant.sampling import denoiser_of
+from stepquant.scheme import Scheme
+from stepquant.session import simulate
+from stepquant.sources import open_pipeline
+
+
+def kurtosis(weight: Tensor) -> Tensor:
+    """Kurtosis `E[(w - mean)^4] / variance^2` of each out-channel, `[C_out]` (a normal has 3)."""
+    rows = weight.detach().flatten(1).double()
+    centred = rows - rows.mean(dim=1, keepdim=True)
+    variance = centred.square().mean(dim=1)
+    return (centred.pow(4).mean(dim=1) / variance.square().clamp(min=1e-30)).float()
+
+
+def inspect(
+    model: str | Path | DiffusionPipeline,
+    plots: str | Path | None = None,
+    steps: int = 50,
+    scheduler: str | None = "ddim",
+    num: int = 8,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Layer by layer, what makes a denoiser hard to quantize, or how it was quantized.
+
+    A float model is sampled (`num` images): each layer's activation range at every step, the share
+    of in-channels that Weight Dilation can scale, and the kurtosis of its weights. A packed model
+    shows bits, bytes, kernels and its step tables. With `plots`, pictures go to that new folder
+    (needs the extra [evaluate]).
+    """
+    reporter = reporter or Reporter(quiet=True)
+    if plots is not None:
+        check_plots(plots)
+    pipeline = open_pipeline(model)
+    denoiser = denoiser_of(pipeline)
+    if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
+        record = inspect_packed(denoiser)
+    else:
+        record = inspect_float(pipeline, denoiser, steps, scheduler, num, seed, reporter)
+    if plots is not None:
+        record["plots"] = [str(path) for path in write_plots(record, plots)]
+    return record
+
+
+def inspect_packed(denoiser: nn.Module) -> dict[str, Any]:
+    """Bits, bytes, kernels and step tables of a packed denoiser."""
+    layers = []
+    for name, module in denoiser.named_modules():
+        if isinstance(module, PackedLayer):
+            layers.append(
+                {
+                    "layer": name,
+                    "weight_bits": module.spec.weight_bits,
+                    "activation_bits": module.spec.activation_bits,
+                    "packed_bytes": module.weight_packed.numel(),
+                    "parts": list(module.splits),
+                    "kernels": module.kernel_names(),
+                    "act_scale": module.act_scale.tolist(),
+                    "act_zero_point": module.act_zero_point.tolist(),
+                    "channel_scale": module.act_channel_scale is not None,
+                }
+            )
+    return {"packed": True, "timesteps": denoiser.step_grid.tolist(), "layers": layers}
+
+
+@torch.no_grad()
+def inspect_float(
+    pipeline: DiffusionPipeline, denoiser: nn.Module, steps: int, scheduler: str | None, num: int,
+    seed: int, reporter: Reporter,
+) -> dict[str, Any]:
+    """Ranges by step, unsaturated share and kurtosis of a float denoiser."""
+    trajectories = capture_trajectories(pipeline, num, steps, seed, scheduler, reporter=reporter)
+    adapter = adapter_for(denoiser)
+    context = StepContext(trajectories.grid())
+    simulation, left_float = simulate(denoiser, adapter, Scheme(), context)
+    seen = observe(simulation, trajectories, num, seed, reporter)
+    layers = []
+    for (name, part), observation in seen.items():
+        layer = simulation.get_submodule(name)
+        weight = layer.weight_parts()[part]
+        factors = dilation_factors(weight, 100.0)
+        layers.append(
+            {
+                "layer": name,
+                "part": part,
+                "unsaturated_share": float((factors > 1).float().mean()),
+                "median_kurtosis": float(kurtosis(weight).median()),
+                "low": [float(low.min()) for low in observation.low],
+                "high": [float(high.max()) for high in observation.high],
+            }
+        )
+    return {
+        "packed": False,
+        "timesteps": trajectories.timesteps.tolist(),
+        "left_float": left_float,
+        "layers": layers,
+    }

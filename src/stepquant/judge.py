@@ -1,0 +1,106 @@
+"""Quality of a pipeline beside its float one: the same seeds, the same sampler, real runtimes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from stepquant.calibration.trajectories import capture_trajectories
+from stepquant.evaluate import (
+    frechet_distance,
+    frechet_distance_interval,
+    load_features,
+    noise_prediction_error,
+    paired_psnr,
+    paired_ssim,
+)
+from stepquant.progress import Reporter
+from stepquant.sampling import denoiser_of, sample_images
+from stepquant.sources import default_features, open_pipeline
+
+
+def evaluate(
+    model: str | Path | DiffusionPipeline,
+    against: str | Path | DiffusionPipeline,
+    num: int = 1024,
+    steps: int = 50,
+    scheduler: str | None = "ddim",
+    features: str | None = None,
+    seed: int = 0,
+    batch: int = 64,
+    images: Tensor | None = None,
+    float_images: Tensor | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """How far `model`'s images are from those of the float model `against`, as JSON values.
+
+    `num` images of each at the same seeds: paired PSNR and SSIM, relative error of the noise
+    prediction at each step (on the float model's own trajectories), and, where a feature network
+    is named (or known for an embedded model), the Fréchet distance `fd_<features>` to the training
+    data and to the float model's samples, each with a bootstrap interval. Images `[num, C, H, W]`
+    that exist already can be handed over.
+    """
+    reporter = reporter or Reporter(quiet=True)
+    candidate, reference = open_pipeline(model), open_pipeline(against)
+    settings = (num, steps, seed, scheduler, batch, reporter)
+    if float_images is None:
+        float_images = sample_images(reference, *settings)
+    if images is None:
+        images = sample_images(candidate, *settings)
+    record: dict[str, Any] = {
+        "num": num,
+        "steps": steps,
+        "scheduler": scheduler,
+        "seed": seed,
+        "paired_psnr_db": paired_psnr(float_images, images),
+        "paired_ssim": paired_ssim(float_images, images),
+        "noise_error": noise_error(candidate, reference, steps, scheduler, seed),
+    }
+    name = features or default_features(against)
+    if name is not None:
+        record.update(distances(images, float_images, name))
+    return record
+
+
+def distances(images: Tensor, float_images: Tensor, features: str) -> dict[str, Any]:
+    """Fréchet distances of `images` to the training data and to the float model's images.
+
+    Also the float model's own distance to the data, and the ratio of the two.
+    """
+    extractor = load_features(features)
+    name = f"fd_{extractor.name}"
+    theirs, ours = extractor(float_images), extractor(images)
+    record: dict[str, Any] = {
+        "features": extractor.name,
+        f"{name}_to_float": frechet_distance(ours, theirs),
+        f"{name}_to_float_interval": list(frechet_distance_interval(ours, theirs)),
+    }
+    if extractor.reference is not None:
+        record[name] = frechet_distance(ours, extractor.reference)
+        record[f"{name}_interval"] = list(frechet_distance_interval(ours, extractor.reference))
+        record[f"{name}_of_float"] = frechet_distance(theirs, extractor.reference)
+        record[f"{name}_ratio"] = record[name] / record[f"{name}_of_float"]
+    return record
+
+
+@torch.no_grad()
+def noise_error(
+    candidate: DiffusionPipeline, reference: DiffusionPipeline, steps: int,
+    scheduler: str | None, seed: int, num: int = 16,
+) -> list[dict[str, float]]:
+    """Relative squared error of the noise prediction at each step, on `num` float trajectories."""
+    trajectories = capture_trajectories(
+        copy.copy(reference), num, steps, seed + 2_000_000, scheduler
+    )
+    ours, theirs = denoiser_of(candidate), denoiser_of(reference)
+    outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for row, timestep in enumerate(trajectories.timesteps):
+        sample = trajectories.at_step(row)  # [num, C, H, W]
+        outputs[0].append(theirs(sample, timestep, return_dict=False)[0])
+        outputs[1].append(ours(sample, timestep, return_dict=False)[0])
+    return [dict(error) for error in noise_prediction_error(*outputs, trajectories.timesteps)]

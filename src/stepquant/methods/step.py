@@ -1,0 +1,20 @@
+"""What a step of a recipe is."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from stepquant.session import Session
+
+
+class Step(BaseModel):
+    """Typed hyper-parameters and one method. Unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: ClassVar[str]
+
+    def apply(self, session: Session) -> None:
+        """Change `session.model`, and say in `session.summary` what was done."""
+        raise NotImplementedError

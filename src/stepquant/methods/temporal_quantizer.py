@@ -1,0 +1,31 @@
+"""Temporal Parallel Quantizer (TPQ): DilateQuant, arXiv 2409.14307, section 4.2.
+
+Each activation quantizer holds a table with one scale and zero point for each sampling step. A
+batch gathers the rows of its samples' steps, so that one backward pass trains the rows of many
+steps at once (equations 13 and 14; `quantizers.activation` does the gathering). Rows outside the
+batch get no gradient and, under a lazy optimizer, do not move.
+"""
+
+from __future__ import annotations
+
+from stepquant.methods.step import Step
+from stepquant.session import Session
+
+
+class TemporalQuantizer(Step):
+    """Give every activation quantizer a row for each step of the calibrated sampler.
+
+    The rows are initialised step by step when ranges are first needed, by the recipe's range
+    method, and trained by block distillation.
+    """
+
+    name = "temporal_quantizer"
+
+    def apply(self, session: Session) -> None:
+        """Resize all activation tables to the step grid."""
+        session.require_no_ranges(self.name)
+        steps = len(session.context.grid)
+        for layer in session.layers().values():
+            for quantizer in layer.activation_quantizers:
+                quantizer.resize(steps)
+        session.summary[self.name] = {"steps": steps}

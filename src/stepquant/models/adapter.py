@@ -1,0 +1,56 @@
+"""What the methods need to know of an architecture, and where that knowledge is looked up."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import nn
+
+from stepquant.errors import StepQuantError
+from stepquant.models.unet2d import UNet2DAdapter
+
+
+class DenoiserAdapter(Protocol):
+    """One architecture; all answers are names of submodules."""
+
+    architecture: str
+
+    def blocks(self, model: nn.Module) -> list[str]:
+        """Units that are distilled one after another; together they hold every layer."""
+        ...
+
+    def input_output_layers(self, model: nn.Module) -> set[str]:
+        """The layers that see the sample or give the result."""
+        ...
+
+    def skip_splits(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Layers with concatenated inputs: the in-channels of each part."""
+        ...
+
+    def folds(self, model: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
+        """`(producer, consumers)` pairs for which an equivalent scaling folds exactly.
+
+        The producer's output channel `k` is divided by `s[k]`, through its weight and bias, and
+        every consumer's weight is multiplied with `s[k]` along in-channel `k`.
+        """
+        ...
+
+    def attention_sites(self, model: nn.Module) -> list[str]:
+        """Attention modules, whose products stay float in the runtime."""
+        ...
+
+
+ADAPTERS: dict[str, DenoiserAdapter] = {
+    adapter.architecture: adapter for adapter in (UNet2DAdapter(),)
+}
+
+
+def adapter_for(model: nn.Module) -> DenoiserAdapter:
+    """The adapter of `model`'s class."""
+    name = type(model).__name__
+    if name not in ADAPTERS:
+        raise StepQuantError(
+            f"no adapter for the architecture {name}: expected one of {', '.join(ADAPTERS)}; add "
+            "one in stepquant.models"
+        )
+    return ADAPTERS[name]

@@ -1,0 +1,56 @@
+"""diffusers' `UNet2DModel` (DDPM, Ho et al. 2020; ADM-like unconditional UNets)."""
+
+from __future__ import annotations
+
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+BLOCKS = (ResnetBlock2D, Attention, Downsample2D, Upsample2D, TimestepEmbedding)
+
+
+class UNet2DAdapter:
+    """Blocks, skip splits, folds and attention sites of `UNet2DModel`."""
+
+    architecture = "UNet2DModel"
+
+    def blocks(self, model: nn.Module) -> list[str]:
+        """Resnets, attentions, resamplers, the time embedding and the two outer convs."""
+        inner = [name for name, module in model.named_modules() if isinstance(module, BLOCKS)]
+        return ["conv_in", *inner, "conv_out"]
+
+    def input_output_layers(self, model: nn.Module) -> set[str]:
+        """The first and the last conv."""
+        return {"conv_in", "conv_out"}
+
+    def skip_splits(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """First conv and shortcut of each decoder resnet: backbone channels, then skip channels."""
+        splits = {}
+        backbone = model.mid_block.resnets[-1].out_channels
+        for b, block in enumerate(model.up_blocks):
+            for r, resnet in enumerate(block.resnets):
+                parts = (backbone, resnet.in_channels - backbone)
+                prefix = f"up_blocks.{b}.resnets.{r}"
+                splits[f"{prefix}.conv1"] = parts
+                if resnet.conv_shortcut is not None:
+                    splits[f"{prefix}.conv_shortcut"] = parts
+                backbone = resnet.out_channels
+        return splits
+
+    def folds(self, model: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
+        """GroupNorm without SiLU into q, k, v; v into the output projection (linear in v)."""
+        folds = []
+        for name in self.attention_sites(model):
+            attention = model.get_submodule(name)
+            projections = tuple(f"{name}.{part}" for part in ("to_q", "to_k", "to_v"))
+            if attention.group_norm is not None:
+                folds.append((f"{name}.group_norm", projections))
+            folds.append((f"{name}.to_v", (f"{name}.to_out.0",)))
+        return folds
+
+    def attention_sites(self, model: nn.Module) -> list[str]:
+        """Every attention module."""
+        return [name for name, module in model.named_modules() if isinstance(module, Attention)]

@@ -1,0 +1,45 @@
+"""What a user sees while something runs: bars with time left, and lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
+
+
+class Task:
+    """One bar in flight."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=total, note="")
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """`count` more are done; `note` stands at the end of the bar."""
+        self._progress.update(self._task, advance=count, note=note)
+
+
+class Reporter:
+    """Prints bars and lines to standard error, or nothing where `quiet`."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, quiet=quiet)
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Task]:
+        """A bar of `total` units with elapsed and remaining time, gone when it ends."""
+        with Progress(
+            TextColumn(f"{description:<34}"), BarColumn(24), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"), console=self.console, transient=True,
+            disable=self.quiet,
+        ) as progress:
+            yield Task(progress, total)

@@ -1,0 +1,202 @@
+"""The main job: a float pipeline in, a packed pipeline out."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from stepquant import __version__
+from stepquant.calibration.trajectories import Trajectories, capture_trajectories
+from stepquant.checkpoint.config import StepQuantConfig
+from stepquant.checkpoint.save import attach_config, save_pipeline
+from stepquant.errors import StepQuantError
+from stepquant.evaluate.latency import peak_memory_mb
+from stepquant.models.adapter import adapter_for
+from stepquant.progress import Reporter
+from stepquant.quantizers import StepContext
+from stepquant.recipe import Recipe, load_recipe
+from stepquant.runtime.pack import pack_model
+from stepquant.runtime.packed import PackedLayer
+from stepquant.sampling import denoiser_name
+from stepquant.session import Session, simulate
+from stepquant.sources import float32_bytes, open_pipeline, weight_file_bytes
+from stepquant.workfolder import WorkFolder, fingerprint
+
+
+@dataclass
+class Quantized:
+    """What `quantize` gives: the packed pipeline, the simulation it was packed from, the record.
+
+    `record` holds plain JSON values: recipe, bits, bytes, seconds, peak memory, and what each step
+    reports.
+    """
+
+    pipeline: DiffusionPipeline
+    simulation: nn.Module
+    record: dict[str, Any]
+
+
+def resolve_recipe(
+    recipe: str | Path | Recipe, weights: int | None, activations: int | None,
+    steps: int | None, settings: dict[str, Any] | None,
+) -> Recipe:
+    """The recipe with the caller's bits, sampler steps and settings."""
+    overrides = dict(settings or {})
+    if weights is not None:
+        overrides["scheme.weight_bits"] = weights
+    if activations is not None:
+        overrides["scheme.activation_bits"] = activations
+    if steps is not None:
+        overrides["calibration.steps"] = steps
+    return load_recipe(recipe).override(overrides)
+
+
+def quantize(
+    model: str | Path | DiffusionPipeline,
+    recipe: str | Path | Recipe = "dilatequant",
+    weights: int | None = None,
+    activations: int | None = None,
+    out: str | Path | None = None,
+    steps: int | None = None,
+    settings: dict[str, Any] | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> Quantized:
+    """Quantize the denoiser of `model` by `recipe` and save the packed pipeline to `out`.
+
+    `weights`, `activations`: bits, instead of the recipe's. `steps`: sampling steps to calibrate
+    for. `settings`: recipe values by dotted name, as `{"block_distillation.iterations": 300}`.
+    Unfinished work is kept beside `out` (`OUT.work`); with `resume` it is taken up, and the
+    checkpoint comes out byte for byte as if nothing had happened. Without `out` nothing is saved.
+
+    Raises StepQuantError for anything in the input that is not as expected.
+    """
+    reporter = reporter or Reporter(quiet=True)
+    resolved = resolve_recipe(recipe, weights, activations, steps, settings)
+    target = None if out is None else Path(out)
+    if target is not None and target.exists():
+        raise StepQuantError(
+            f"output folder '{target}' exists: expected a new one; name another or delete it"
+        )
+    pipeline = open_pipeline(model)
+    component = denoiser_name(pipeline)
+    float_model = getattr(pipeline, component)
+    if any(isinstance(module, PackedLayer) for module in float_model.modules()):
+        raise StepQuantError(
+            f"the {component} of '{model}' is quantized already: expected a float model"
+        )
+    adapter = adapter_for(float_model)
+    started = time.monotonic()
+    provenance = provenance_of(seed, pipeline)
+    job = {
+        "recipe": resolved.to_dict(),
+        "provenance": provenance,
+        "model": fingerprint(dict(float_model.state_dict())),
+    }
+    work_path = None if target is None else target.with_name(target.name + ".work")
+    work = WorkFolder(work_path, job, resume)
+    trajectories = _trajectories(pipeline, resolved, seed, reporter, work)
+    context = StepContext(trajectories.grid())
+    simulation, left_float = simulate(float_model, adapter, resolved.scheme, context)
+    for name, reason in left_float.items():
+        reporter.line(f"layer '{name}' stays float: {reason}")
+    session = Session(
+        float_model=float_model, model=simulation, adapter=adapter, context=context,
+        trajectories=trajectories, left_float=left_float,
+        weight_ranges=resolved.ranges.weights, activation_ranges=resolved.ranges.activations,
+        seed=seed, reporter=reporter, work=work,
+    )
+    for step in resolved.steps:
+        step.apply(session)
+    session.ensure_ranges()
+    seconds = time.monotonic() - started
+
+    packed = pack(simulation, resolved, left_float, provenance)
+    result = copy.copy(pipeline)
+    result.register_modules(**{component: packed})
+    record = {
+        "recipe": resolved.to_dict(),
+        "bits": resolved.scheme.label,
+        "protocol": resolved.scheme.protocol,
+        "mean_weight_bits": mean_weight_bits(packed),
+        "float32_bytes": float32_bytes(float_model),
+        "seconds": round(seconds, 2),
+        "peak_memory_mb": round(peak_memory_mb(), 1),
+        "left_float": left_float,
+        "attention_float": adapter.attention_sites(float_model),
+        "reference_layers": reference_layers(packed),
+        "summary": session.summary,
+        "provenance": provenance,
+    }
+    if target is not None:
+        save_pipeline(result, component, target)
+        record["checkpoint_bytes"] = weight_file_bytes(target, component)
+        record["times_smaller"] = record["float32_bytes"] / record["checkpoint_bytes"]
+        work.remove()
+    return Quantized(result, simulation, record)
+
+
+def pack(
+    simulation: nn.Module, recipe: Recipe, left_float: dict[str, str], provenance: dict[str, Any]
+) -> nn.Module:
+    """A packed copy of `simulation` that `save_pretrained` can write."""
+    packed = pack_model(copy.deepcopy(simulation))
+    config = StepQuantConfig(
+        scheme=recipe.scheme.model_dump(mode="json"), float_layers=left_float,
+        recipe=recipe.to_dict(), provenance=provenance,
+    )
+    attach_config(packed, config)
+    return packed.eval()
+
+
+def provenance_of(seed: int, pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """What a checkpoint says of its making; nothing that differs between two equal runs."""
+    packages = ("torch", "diffusers", "numpy")
+    return {
+        "seed": seed,
+        "pipeline": type(pipeline).__name__,
+        "versions": {"stepquant": __version__, **{name: version(name) for name in packages}},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def mean_weight_bits(model: nn.Module) -> float:
+    """Bits per quantized weight, over all packed layers."""
+    layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    weights = sum(layer.spec.columns * layer.spec.out_channels for layer in layers)
+    return sum(
+        layer.spec.columns * layer.spec.out_channels * layer.spec.weight_bits for layer in layers
+    ) / max(1, weights)
+
+
+def reference_layers(model: nn.Module) -> dict[str, str]:
+    """Packed layers that no fast kernel takes on this device, with the reasons."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLayer) and module.fallback_reasons():
+            found[name] = "; ".join(module.fallback_reasons())
+    return found
+
+
+def _trajectories(
+    pipeline: DiffusionPipeline, recipe: Recipe, seed: int, reporter: Reporter, work: WorkFolder
+) -> Trajectories:
+    kept = work.load("trajectories")
+    if kept is not None:
+        return Trajectories(**kept)
+    calibration = recipe.calibration
+    captured = capture_trajectories(
+        pipeline, calibration.trajectories, calibration.steps, seed + 1_000_000,
+        calibration.scheduler, reporter=reporter,
+    )
+    work.save("trajectories", captured.to_tensors())
+    return captured

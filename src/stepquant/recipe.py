@@ -1,0 +1,170 @@
+"""A recipe: a scheme, how to calibrate, and an ordered list of typed steps. YAML and back."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
+from pydantic import field_validator
+
+from stepquant.errors import StepQuantError
+from stepquant.methods import STEPS, Step
+from stepquant.scheme import Scheme
+
+
+class Calibration(BaseModel):
+    """Where calibration data come from: the float model's own sampler.
+
+    `trajectories` images are sampled in `steps` steps of `scheduler` (None: the pipeline's own).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    trajectories: int = Field(64, ge=1)
+    steps: int = Field(50, ge=1)
+    scheduler: str | None = "ddim"
+
+
+class Ranges(BaseModel):
+    """How first ranges are found: "minmax", or "mse" (search for the least |error|^2.4)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    weights: Literal["minmax", "mse"] = "mse"
+    activations: Literal["minmax", "mse"] = "mse"
+
+
+class Recipe(BaseModel):
+    """What `stepquant quantize` does, in order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    description: str
+    scheme: Scheme = Scheme()
+    calibration: Calibration = Calibration()
+    ranges: Ranges = Ranges()
+    steps: tuple[Step, ...] = ()
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _typed(cls, value: Any) -> tuple[Step, ...]:
+        return tuple(parse_step(entry) for entry in value or ())
+
+    @field_serializer("steps")
+    def _plain(self, steps: tuple[Step, ...]) -> list[dict[str, Any]]:
+        return [{step.name: step.model_dump()} for step in steps]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values with every default resolved, as checkpoints embed them."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The text that `load_recipe` reads back to an equal recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def override(self, settings: dict[str, Any]) -> Recipe:
+        """A copy with `section.key` or `step.key` set, as `{"block_distillation.batch": 16}`."""
+        plain = self.to_dict()
+        for dotted, value in settings.items():
+            section, _, key = dotted.partition(".")
+            places = [plain[section]] if isinstance(plain.get(section), dict) else []
+            places += [entry[section] for entry in plain["steps"] if section in entry]
+            if not places or key not in places[0]:
+                known = [
+                    f"{name}.{field}"
+                    for name, fields in _settable(plain)
+                    for field in fields
+                ]
+                raise StepQuantError(
+                    f"recipe '{self.name}' has no setting '{dotted}': expected one of "
+                    f"{', '.join(known)}"
+                )
+            for place in places:
+                place[key] = value
+        return parse_recipe(plain, f"recipe '{self.name}' with settings")
+
+
+def _settable(plain: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    sections = [(name, plain[name]) for name in ("scheme", "calibration", "ranges")]
+    return sections + [item for entry in plain["steps"] for item in entry.items()]
+
+
+def parse_step(entry: Any) -> Step:
+    """A step from `name` or `{name: {hyper-parameters}}`."""
+    if isinstance(entry, Step):
+        return entry
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise StepQuantError(
+            f"step {entry!r} is not understood: expected 'name' or 'name: {{key: value}}'"
+        )
+    ((name, values),) = entry.items()
+    if name not in STEPS:
+        raise StepQuantError(f"unknown step '{name}': expected one of {', '.join(STEPS)}")
+    try:
+        return STEPS[name](**(values or {}))
+    except ValidationError as error:
+        raise StepQuantError(f"step '{name}': {_first(error, STEPS[name])}") from error
+
+
+def parse_recipe(plain: Any, where: str) -> Recipe:
+    """A recipe from plain values; errors name `where` they came from."""
+    if not isinstance(plain, dict):
+        raise StepQuantError(
+            f"{where} holds a {type(plain).__name__}: expected keys such as name and steps"
+        )
+    try:
+        return Recipe(**plain)
+    except ValidationError as error:
+        raise StepQuantError(f"{where}: {_first(error, Recipe)}") from error
+
+
+def _first(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first complaint as one sentence."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, StepQuantError):
+        return str(cause)
+    key = ".".join(str(part) for part in first["loc"]) or model.__name__
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{key}', expected one of {', '.join(model.model_fields)}"
+    if first["type"] == "missing":
+        return f"key '{key}' is missing"
+    return f"key '{key}' is {first['input']!r}: {first['msg'].lower()}"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("stepquant") / "recipes"
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def load_recipe(name: str | Path | Recipe) -> Recipe:
+    """A shipped recipe by name, a recipe file by its path (`.yaml`), or the recipe itself."""
+    if isinstance(name, Recipe):
+        return name
+    text = str(name)
+    if text.endswith((".yaml", ".yml")):
+        path = Path(text)
+        if not path.is_file():
+            raise StepQuantError(f"recipe file '{path}' does not exist: expected a YAML file")
+        content, where = path.read_text(), f"recipe file '{path}'"
+    else:
+        if text not in recipe_names():
+            raise StepQuantError(
+                f"unknown recipe '{text}': expected one of {', '.join(recipe_names())}, or a path "
+                "that ends in .yaml"
+            )
+        content = (resources.files("stepquant") / "recipes" / f"{text}.yaml").read_text()
+        where = f"recipe '{text}'"
+    try:
+        plain = yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        raise StepQuantError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+    return parse_recipe(plain, where)

@@ -1,0 +1,97 @@
+"""Drawing images with a diffusers pipeline: one seed for each image, whatever the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from stepquant.errors import StepQuantError
+from stepquant.progress import Reporter
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm-solver++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+}
+DENOISERS = ("unet", "transformer")
+
+
+def denoiser_name(pipeline: DiffusionPipeline) -> str:
+    """The pipeline's component that predicts the noise."""
+    for name in DENOISERS:
+        if isinstance(getattr(pipeline, name, None), nn.Module):
+            return name
+    raise StepQuantError(
+        f"{type(pipeline).__name__} has the components {sorted(pipeline.components)}: expected a "
+        f"denoiser called {' or '.join(DENOISERS)}"
+    )
+
+
+def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
+    """The module that predicts the noise."""
+    return getattr(pipeline, denoiser_name(pipeline))
+
+
+def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
+    """Give the pipeline the scheduler `name` with its own noise schedule; None keeps what it has."""
+    if name is None:
+        return
+    if name not in SCHEDULERS:
+        raise StepQuantError(
+            f"unknown scheduler '{name}': expected one of {', '.join(SCHEDULERS)}"
+        )
+    pipeline.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(
+        pipeline.scheduler.config
+    )
+
+
+def check_count(value: int, what: str) -> int:
+    """`value` if it is at least 1; otherwise an error that names `what`."""
+    if value < 1:
+        raise StepQuantError(f"{what} is {value}: expected at least 1")
+    return value
+
+
+@torch.no_grad()
+def sample_images(
+    pipeline: DiffusionPipeline,
+    num: int,
+    steps: int,
+    seed: int = 0,
+    scheduler: str | None = "ddim",
+    batch: int = 64,
+    reporter: Reporter | None = None,
+    first: int = 0,
+    **call: Any,
+) -> Tensor:
+    """`num` images, float32 `[num, C, H, W]` in [0, 1].
+
+    Image `i` starts from the noise of generator `seed + first + i`, so that two models sampled
+    with the same seed can be compared image by image, and the batch size changes nothing.
+    `call` goes to the pipeline (prompts, labels, guidance).
+    """
+    check_count(num, "number of images")
+    check_count(steps, "number of sampling steps")
+    check_count(batch, "batch size")
+    reporter = reporter or Reporter(quiet=True)
+    set_scheduler(pipeline, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    with reporter.task(f"sampling {num} images", total=num) as task:
+        for start in range(0, num, batch):
+            count = min(batch, num - start)
+            generators = [
+                torch.Generator().manual_seed(seed + first + start + i) for i in range(count)
+            ]
+            result = pipeline(
+                batch_size=count, generator=generators, num_inference_steps=steps,
+                output_type="np", **call,
+            )
+            images.append(torch.from_numpy(result.images).permute(0, 3, 1, 2))
+            task.advance(count)
+    return torch.cat(images).contiguous().to(torch.float32)

@@ -1,0 +1,98 @@
+"""What is quantized to how many bits: `Scheme`, its named protocols, and bits per layer."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from pydantic import BaseModel, ConfigDict, field_validator
+from torch import nn
+
+from stepquant.errors import StepQuantError
+from stepquant.models.adapter import DenoiserAdapter
+from stepquant.numerics import check_bits
+
+PROTOCOLS = {
+    "strict": (
+        "every conv and linear quantized, input and output conv at 8 bits, per-out-channel "
+        "weights, per-tensor activations, attention products float"
+    )
+}
+
+
+class Override(BaseModel):
+    """Other bits for the layers whose name matches `pattern` (shell-style, case-sensitive)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    pattern: str
+    weight_bits: int
+    activation_bits: int
+
+    @field_validator("weight_bits", "activation_bits")
+    @classmethod
+    def _bits(cls, value: int) -> int:
+        return check_bits(value, "bits of an override")
+
+
+class Scheme(BaseModel):
+    """Bits of weights and activations, the protocol, and exceptions by pattern."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    weight_bits: int = 8
+    activation_bits: int = 8
+    protocol: str = "strict"
+    overrides: tuple[Override, ...] = ()
+
+    @field_validator("weight_bits", "activation_bits", mode="before")
+    @classmethod
+    def _bits(cls, value: int) -> int:
+        return check_bits(value, "bits of the scheme")
+
+    @field_validator("protocol")
+    @classmethod
+    def _protocol(cls, value: str) -> str:
+        if value not in PROTOCOLS:
+            raise StepQuantError(
+                f"unknown protocol '{value}': expected one of {', '.join(PROTOCOLS)}"
+            )
+        return value
+
+    @property
+    def label(self) -> str:
+        """The field's short name, as "w4a8"."""
+        return f"w{self.weight_bits}a{self.activation_bits}"
+
+    def layer_bits(
+        self, model: nn.Module, adapter: DenoiserAdapter
+    ) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+        """`({layer: (weight bits, activation bits)}, {layer left float: reason})`."""
+        bits: dict[str, tuple[int, int]] = {}
+        left_float: dict[str, str] = {}
+        outer = adapter.input_output_layers(model)
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.Linear | nn.Conv2d):
+                continue
+            reason = why_unsupported(module)
+            if reason:
+                left_float[name] = reason
+                continue
+            bits[name] = (8, 8) if name in outer else (self.weight_bits, self.activation_bits)
+            for override in self.overrides:
+                if fnmatchcase(name, override.pattern):
+                    bits[name] = (override.weight_bits, override.activation_bits)
+        for override in self.overrides:
+            if not any(fnmatchcase(name, override.pattern) for name in bits):
+                raise StepQuantError(
+                    f"override pattern '{override.pattern}' matches no layer: expected a pattern "
+                    f"of layer names such as '{next(iter(bits), 'conv_in')}'"
+                )
+        return bits, left_float
+
+
+def why_unsupported(module: nn.Linear | nn.Conv2d) -> str | None:
+    """Why a layer cannot be quantized and stays float, or None."""
+    if isinstance(module, nn.Conv2d):
+        if module.groups != 1:
+            return f"grouped conv ({module.groups} groups)"
+        if module.padding_mode != "zeros" or isinstance(module.padding, str):
+            return f"padding {module.padding!r} of mode '{module.padding_mode}'"
+    return None

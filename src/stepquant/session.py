@@ -1,0 +1,106 @@
+"""The one mutable thing that the steps of a recipe share."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepquant.calibration.initialize import initialize_ranges
+from stepquant.calibration.observe import quant_layers
+from stepquant.calibration.trajectories import Trajectories
+from stepquant.errors import StepQuantError
+from stepquant.models.adapter import DenoiserAdapter
+from stepquant.models.surgery import replace_modules
+from stepquant.progress import Reporter
+from stepquant.quantizers import QuantConv2d, QuantLayer, QuantLinear, StepContext
+from stepquant.scheme import Scheme
+from stepquant.workfolder import WorkFolder
+
+
+@dataclass
+class Session:
+    """A float model, its simulated quantized twin, and what the steps need to work on it.
+
+    `model` is quantized in place by the steps; `float_model` stays as it was. `summary` collects,
+    step by step, what a user should see (plain JSON values).
+    """
+
+    float_model: nn.Module
+    model: nn.Module
+    adapter: DenoiserAdapter
+    context: StepContext
+    trajectories: Trajectories
+    left_float: dict[str, str]
+    weight_ranges: str
+    activation_ranges: str
+    seed: int
+    reporter: Reporter
+    work: WorkFolder
+    ranges_ready: bool = False
+    samples_per_step: int = 32
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def layers(self) -> dict[str, QuantLayer]:
+        """The simulated layers by name."""
+        return quant_layers(self.model)
+
+    def ensure_ranges(self) -> None:
+        """Initialise all ranges, unless a step has asked for it before."""
+        if self.ranges_ready:
+            return
+        kept = self.work.load("ranges")
+        if kept is None:
+            initialize_ranges(
+                self.model, self.trajectories, self.weight_ranges, self.activation_ranges,
+                self.seed, self.samples_per_step, self.reporter,
+            )
+            self.work.save("ranges", dict(self.model.state_dict()))
+        else:
+            self.model.load_state_dict(kept)
+            for layer in self.layers().values():
+                layer.quantizing = True
+        self.ranges_ready = True
+
+    def require_no_ranges(self, step: str) -> None:
+        """For steps that change what ranges are taken of: they must come first."""
+        if self.ranges_ready:
+            raise StepQuantError(
+                f"step '{step}' comes after one that needs ranges: expected it earlier; move it "
+                "to the front of the recipe"
+            )
+
+
+def simulate(
+    float_model: nn.Module, adapter: DenoiserAdapter, scheme: Scheme, context: StepContext
+) -> tuple[nn.Module, dict[str, str]]:
+    """A copy of `float_model` with simulated layers, not quantizing yet, and what stays float."""
+    check_finite_weights(float_model)
+    bits, left_float = scheme.layer_bits(float_model, adapter)
+    splits = adapter.skip_splits(float_model)
+    model = copy.deepcopy(float_model).float().eval()
+
+    def build(name: str, module: nn.Module) -> nn.Module | None:
+        if name not in bits:
+            return None
+        if isinstance(module, nn.Linear):
+            return QuantLinear(module, *bits[name], context, splits.get(name))
+        assert isinstance(module, nn.Conv2d)
+        return QuantConv2d(module, *bits[name], context, splits.get(name))
+
+    replace_modules(model, build)
+    context.attach(model)
+    return model, left_float
+
+
+def check_finite_weights(model: nn.Module) -> None:
+    """An error that names the first parameter with a NaN or an infinity."""
+    for name, value in model.named_parameters():
+        if not torch.isfinite(value).all():
+            raise StepQuantError(
+                f"parameter '{name}' holds NaN or infinity: expected finite weights; check the "
+                "model's files"
+            )

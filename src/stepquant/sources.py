@@ -1,0 +1,80 @@
+"""Opening what a user names: `builtin:NAME`, a local diffusers folder, or a hub id."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from stepquant.checkpoint.load import load_pipeline
+from stepquant.errors import StepQuantError
+from stepquant.sampling import denoiser_name, denoiser_of
+
+BUILTIN = "builtin:"
+BUILTIN_FEATURES = {"fashion-ddpm": "fashion", "cifar10-ddpm": "cifar10"}
+
+
+def builtin_names() -> list[str]:
+    """Names of the embedded pipelines."""
+    folder = resources.files("stepquant") / "assets"
+    return sorted(
+        entry.name for entry in folder.iterdir() if (entry / "model_index.json").is_file()
+    )
+
+
+def builtin_path(name: str) -> Path:
+    """The diffusers folder of the embedded pipeline `name`."""
+    if name not in builtin_names():
+        raise StepQuantError(
+            f"unknown embedded model '{BUILTIN}{name}': expected one of "
+            f"{', '.join(BUILTIN + known for known in builtin_names())}"
+        )
+    return Path(str(resources.files("stepquant") / "assets" / name))
+
+
+def open_pipeline(
+    model: str | Path | DiffusionPipeline, device: str | torch.device = "cpu"
+) -> DiffusionPipeline:
+    """The pipeline that `model` names, in float32, ready to sample.
+
+    `model`: "builtin:NAME", a local diffusers folder, a hub id, or a pipeline, which is returned
+    as it is.
+    """
+    if isinstance(model, DiffusionPipeline):
+        return model
+    text = str(model)
+    if text.startswith(BUILTIN):
+        text = str(builtin_path(text.removeprefix(BUILTIN)))
+    pipeline = load_pipeline(text, torch_dtype=torch.float32).to(device)
+    denoiser = denoiser_of(pipeline).eval()
+    denoiser.requires_grad_(False)
+    return pipeline
+
+
+def default_features(model: str | Path | DiffusionPipeline) -> str | None:
+    """The feature network that judges an embedded model's images, or None for other models."""
+    return BUILTIN_FEATURES.get(str(model).removeprefix(BUILTIN))
+
+
+def weight_file_bytes(folder: Path, component: str) -> int:
+    """Bytes of the safetensors files of `component` in a diffusers folder."""
+    return sum(file.stat().st_size for file in (folder / component).glob("*.safetensors"))
+
+
+def float32_bytes(model: nn.Module) -> int:
+    """Bytes of `model`'s parameters and buffers in float32, without a file header."""
+    return 4 * sum(tensor.numel() for tensor in model.state_dict().values())
+
+
+__all__ = [
+    "builtin_names",
+    "builtin_path",
+    "default_features",
+    "denoiser_name",
+    "float32_bytes",
+    "open_pipeline",
+    "weight_file_bytes",
+]

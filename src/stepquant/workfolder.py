@@ -1,0 +1,96 @@
+"""Finished pieces of a long computation, kept so that it can go on after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepquant.errors import StepQuantError
+
+
+def atomic_write(path: Path, write: Any) -> None:
+    """Call `write(partial path)`, flush it to disk and put it in the place of `path`."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class WorkFolder:
+    """Named sets of tensors on disk, each whole or absent; None as path keeps nothing.
+
+    The folder belongs to one job, told by the fingerprint of everything that decides its result.
+    """
+
+    def __init__(self, path: Path | None, job: dict[str, Any], resume: bool) -> None:
+        self.path = path
+        if path is None:
+            return
+        text = json.dumps(job, indent=1, sort_keys=True)
+        record = path / "job.json"
+        if resume and record.exists():
+            if record.read_text() != text:
+                raise StepQuantError(
+                    f"'{path}' holds the work of another job: expected the same model, recipe, "
+                    "bits and seed; repeat the first command, or delete the folder to start anew"
+                )
+            return
+        if path.exists() and record.exists():
+            raise StepQuantError(
+                f"'{path}' holds an unfinished job: go on with --resume (resume=True), or delete "
+                "the folder to start anew"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        atomic_write(record, lambda partial: partial.write_text(text))
+
+    def _file(self, key: str) -> Path:
+        assert self.path is not None
+        return self.path / f"{key}.safetensors"
+
+    def save(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Keep `tensors` under `key`."""
+        if self.path is None:
+            return
+        file = self._file(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        whole = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+        atomic_write(file, lambda partial: save_file(whole, partial))
+
+    def load(self, key: str) -> dict[str, Tensor] | None:
+        """What was kept under `key`, or None."""
+        if self.path is None or not self._file(key).exists():
+            return None
+        try:
+            return load_file(self._file(key))
+        except SafetensorError as error:
+            raise StepQuantError(
+                f"'{self._file(key)}' cannot be read ({error}): expected a safetensors file; "
+                "delete it and resume, and its piece is computed again"
+            ) from error
+
+    def remove(self) -> None:
+        """Delete the folder, once the result is safe."""
+        if self.path is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of `tensors`."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(-1).numpy().tobytes())
+    return digest.hexdigest()

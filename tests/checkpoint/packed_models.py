@@ -1,0 +1,102 @@
+"""Small packed denoisers and pipelines for the checkpoint's tests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stepquant.checkpoint.config import StepQuantConfig
+from stepquant.checkpoint.save import attach_config
+from stepquant.models.surgery import replace_modules
+from stepquant.quantizers import QuantConv2d, QuantLayer, QuantLinear, StepContext, StepGrid
+from stepquant.runtime.pack import pack_model
+
+STEPS = 5
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SPLIT = "up_blocks.0.resnets.0.conv1"  # its input is a concatenation with a skip
+SCALED = "mid_block.attentions.0.to_q"
+STATIC = "conv_in"
+
+
+def unet(**changes: Any) -> UNet2DModel:
+    """A float UNet of two levels with random weights."""
+    torch.manual_seed(0)
+    settings = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 16),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 8,
+        "attention_head_dim": 8,
+    }
+    return UNet2DModel(**{**settings, **changes}).eval()
+
+
+def packed_unet(weight_bits: int = 4, steps: int = STEPS, **changes: Any) -> UNet2DModel:
+    """`unet` with every conv and linear packed, one split, one with scaled input, one static."""
+    model = unet(**changes)
+    context = StepContext(StepGrid(torch.linspace(0, 900, steps).round()))
+    context.attach(model)
+
+    def simulate(name: str, module: nn.Module) -> QuantLayer | None:
+        kind = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}.get(type(module))
+        if kind is None:
+            return None
+        outer = name in ("conv_in", "conv_out")
+        half = (module.weight.shape[1] // 2,) * 2
+        layer = kind(
+            module, 8 if outer else weight_bits, 8, context, half if name == SPLIT else None
+        )
+        if name == SCALED:
+            layer.multiply_channel_scale(torch.linspace(0.5, 2.0, layer.in_channels))
+        for quantizer, weight in zip(layer.weight_quantizers, layer.weight_parts(), strict=True):
+            rows = weight.detach().flatten(1)
+            quantizer.set_range(rows.amin(1), rows.amax(1))
+        for quantizer in layer.activation_quantizers:
+            quantizer.scale.data.fill_(8 / 255)
+            quantizer.zero_point.data.fill_(128)
+            if name != STATIC:
+                quantizer.resize(steps)
+                quantizer.scale.data.mul_(torch.linspace(0.7, 1.0, steps))
+        return layer
+
+    return pack_model(replace_modules(model, simulate))
+
+
+def packed_pipeline(**changes: Any) -> DDPMPipeline:
+    """A pipeline that can be saved."""
+    model = packed_unet(**changes)
+    scheme = {"weight_bits": 4, "activation_bits": 8, "protocol": "strict"}
+    attach_config(model, StepQuantConfig(scheme=scheme, provenance={"seed": 0}))
+    return DDPMPipeline(model, DDIMScheduler())
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """What `model` gives at one step, and for a batch of samples at different steps."""
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return [model(x, 450).sample, model(x, torch.tensor([0, 900, 300])).sample]
+
+
+def tampered(
+    source: Path, target: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object]
+) -> Path:
+    """A copy of the model folder `source` after `change(tensors, quantization_config)`."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    tensors = load_file(target / WEIGHTS)
+    change(tensors, config["quantization_config"])
+    (target / "config.json").write_text(json.dumps(config))
+    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+    return target
