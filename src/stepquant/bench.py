@@ -26,6 +26,11 @@ def set_backend(model: nn.Module, backend: str) -> None:
             module.prepare()
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Whether `model` has packed layers."""
+    return any(isinstance(module, PackedLayer) for module in model.modules())
+
+
 def denoiser_call(
     model: nn.Module, batch: int, timestep: int, compiled: bool = False
 ) -> Callable[[], object]:
@@ -62,16 +67,21 @@ def bench(
     times faster. `compiled` adds both under `torch.compile` (the first calls take minutes).
     """
     reporter = reporter or Reporter(quiet=True)
+    for size in batch:
+        check_count(size, "batch size")
     candidate, reference = denoiser_of(open_pipeline(model)), denoiser_of(open_pipeline(against))
-    if not any(isinstance(module, PackedLayer) for module in candidate.modules()):
+    if not is_packed(candidate):
         raise StepQuantError(
             f"'{model}' has no packed layer: expected a folder that stepquant quantize wrote"
+        )
+    if is_packed(reference):
+        raise StepQuantError(
+            f"'{against}' is quantized: expected the float model to compare with"
         )
     set_backend(candidate, backend)
     rows = []
     with reporter.task("timing", total=len(batch)) as task:
         for size in batch:
-            check_count(size, "batch size")
             calls = {
                 "float32": denoiser_call(reference, size, 500),
                 "quantized": denoiser_call(candidate, size, 500),

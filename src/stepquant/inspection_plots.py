@@ -68,8 +68,7 @@ def draw_activation_ranges(figure_class: type[Figure], record: dict[str, Any]) -
 
 def draw_widest_ranges(figure_class: type[Figure], record: dict[str, Any]) -> Figure:
     """Small multiples: smallest and largest activation against step, widest layers first."""
-    rows = record["layers"]
-    named = list(zip(_float_names(rows), rows, strict=True))
+    named = _by_input(record["layers"])
     named.sort(key=lambda pair: max(pair[1]["high"]) - min(pair[1]["low"]), reverse=True)
     named = named[:WIDEST]
     across = min(3, len(named))
@@ -183,6 +182,16 @@ def _float_names(rows: list[dict[str, Any]]) -> list[str]:
     return [_name(row["layer"], row["part"], parts[row["layer"]]) for row in rows]
 
 
+def _by_input(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """`(name, row)`, once for layers of one module that share an input, such as to_q and to_k."""
+    shared: dict[Any, tuple[list[str], dict[str, Any]]] = {}
+    for name, row in zip(_float_names(rows), rows, strict=True):
+        module, _, own = name.rpartition(".")
+        names, _ = shared.setdefault((module, *row["low"], *row["high"]), ([], row))
+        names.append(own if names else name)
+    return [(", ".join(names), row) for names, row in shared.values()]
+
+
 def _tall(
     figure_class: type[Figure], rows: int, panels: int = 1, width: float = 8
 ) -> tuple[Figure, Sequence[Axes]]:
@@ -204,8 +213,7 @@ def _heat_map(
 
 def _step_axis(axes: Axes, timesteps: list[float], ticks: int, title: bool = True) -> None:
     """Steps at equal distances, a few of them marked with their timestep."""
-    last = len(timesteps) - 1
-    marks = sorted({round(i * last / max(1, ticks - 1)) for i in range(ticks)})
+    marks = range(0, len(timesteps), -(-len(timesteps) // ticks))
     axes.set_xticks(marks, [f"{timesteps[mark]:g}" for mark in marks], fontsize=7)
     if title:
         axes.set_xlabel(STEP_AXIS, fontsize=8)

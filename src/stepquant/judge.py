@@ -47,6 +47,9 @@ def evaluate(
     """
     reporter = reporter or Reporter(quiet=True)
     candidate, reference = open_pipeline(model), open_pipeline(against)
+    name = features or default_features(against)
+    if name is not None:
+        load_features(name)  # a wrong name is told before the sampling
     settings = (num, steps, seed, scheduler, batch, reporter)
     if float_images is None:
         float_images = sample_images(reference, *settings)
@@ -59,9 +62,10 @@ def evaluate(
         "seed": seed,
         "paired_psnr_db": paired_psnr(float_images, images),
         "paired_ssim": paired_ssim(float_images, images),
-        "noise_error": noise_error(candidate, reference, steps, scheduler, seed),
+        "noise_error": noise_error(
+            candidate, reference, steps, scheduler, seed, reporter=reporter
+        ),
     }
-    name = features or default_features(against)
     if name is not None:
         record.update(distances(images, float_images, name))
     return record
@@ -91,16 +95,19 @@ def distances(images: Tensor, float_images: Tensor, features: str) -> dict[str, 
 @torch.no_grad()
 def noise_error(
     candidate: DiffusionPipeline, reference: DiffusionPipeline, steps: int,
-    scheduler: str | None, seed: int, num: int = 16,
+    scheduler: str | None, seed: int, num: int = 16, reporter: Reporter | None = None,
 ) -> list[dict[str, float]]:
     """Relative squared error of the noise prediction at each step, on `num` float trajectories."""
+    reporter = reporter or Reporter(quiet=True)
     trajectories = capture_trajectories(
-        copy.copy(reference), num, steps, seed + 2_000_000, scheduler
+        copy.copy(reference), num, steps, seed + 2_000_000, scheduler, reporter=reporter
     )
     ours, theirs = denoiser_of(candidate), denoiser_of(reference)
     outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for row, timestep in enumerate(trajectories.timesteps):
-        sample = trajectories.at_step(row)  # [num, C, H, W]
-        outputs[0].append(theirs(sample, timestep, return_dict=False)[0])
-        outputs[1].append(ours(sample, timestep, return_dict=False)[0])
+    with reporter.task("comparing noise predictions", total=len(trajectories.timesteps)) as task:
+        for row, timestep in enumerate(trajectories.timesteps):
+            sample = trajectories.at_step(row)  # [num, C, H, W]
+            outputs[0].append(theirs(sample, timestep, return_dict=False)[0])
+            outputs[1].append(ours(sample, timestep, return_dict=False)[0])
+            task.advance()
     return [dict(error) for error in noise_prediction_error(*outputs, trajectories.timesteps)]

@@ -25,8 +25,8 @@ from stepquant.quantizers import StepContext
 from stepquant.recipe import Recipe, load_recipe
 from stepquant.runtime.pack import pack_model
 from stepquant.runtime.packed import PackedLayer
-from stepquant.sampling import denoiser_name
-from stepquant.session import Session, simulate
+from stepquant.sampling import denoiser_name, set_scheduler
+from stepquant.session import Session, check_finite_weights, simulate
 from stepquant.sources import float32_bytes, open_pipeline, weight_file_bytes
 from stepquant.workfolder import WorkFolder, fingerprint
 
@@ -95,6 +95,11 @@ def quantize(
             f"the {component} of '{model}' is quantized already: expected a float model"
         )
     adapter = adapter_for(float_model)
+    # What the scheme, the sampler and the weights have wrong is told before any work is kept.
+    check_finite_weights(float_model)
+    resolved.scheme.layer_bits(float_model, adapter)
+    sampler = copy.copy(pipeline)  # the pipeline keeps its own scheduler
+    set_scheduler(sampler, resolved.calibration.scheduler)
     started = time.monotonic()
     provenance = provenance_of(seed, pipeline)
     job = {
@@ -104,7 +109,7 @@ def quantize(
     }
     work_path = None if target is None else target.with_name(target.name + ".work")
     work = WorkFolder(work_path, job, resume)
-    trajectories = _trajectories(pipeline, resolved, seed, reporter, work)
+    trajectories = _trajectories(sampler, resolved, seed, reporter, work)
     context = StepContext(trajectories.grid())
     simulation, left_float = simulate(float_model, adapter, resolved.scheme, context)
     for name, reason in left_float.items():

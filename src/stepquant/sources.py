@@ -48,7 +48,7 @@ def open_pipeline(
     text = str(model)
     if text.startswith(BUILTIN):
         text = str(builtin_path(text.removeprefix(BUILTIN)))
-    pipeline = load_pipeline(text, torch_dtype=torch.float32).to(device)
+    pipeline = load_pipeline(text, dtype=torch.float32).to(device)
     denoiser = denoiser_of(pipeline).eval()
     denoiser.requires_grad_(False)
     return pipeline

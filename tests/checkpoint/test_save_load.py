@@ -25,6 +25,7 @@ from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import attach_config, describe_layers, save_pipeline
 from stepquant.checkpoint.validate import packed_layers
 from stepquant.errors import StepQuantError
+from stepquant.quantizers import StepGrid
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +167,10 @@ def test_dequantized_model_computes_the_packed_weights_in_float(folder, tmp_path
     assert not packed_layers(model)
     for name, layer in layers.items():
         new = model.get_submodule(name)
-        # One in-channel at a time, with the input divided as the packed layer divides it.
-        scale = 1.0 if layer.act_channel_scale is None else layer.act_channel_scale
-        folded = new.weight.transpose(1, -1) * scale
-        assert torch.allclose(folded.transpose(1, -1), layer.float_weight(), rtol=1e-6), name
+        weight = layer.float_weight()
+        if layer.act_channel_scale is not None:  # the float layer's input is not divided
+            weight = weight / layer.act_channel_scale
+        assert torch.equal(new.weight, weight), name
     for a, b in zip(outputs(packed), outputs(model), strict=True):
         assert (a - b).abs().max() < 0.1 * b.abs().max()  # the activations' rounding
     model.save_pretrained(tmp_path)
@@ -201,6 +202,13 @@ def test_attach_config_refuses_what_a_load_would_refuse():
     model = packed_unet()
     model.conv_in.act_scale.fill_(float("nan"))
     with pytest.raises(StepQuantError, match=r"'conv_in.act_scale' holds nan at \[0, 0\]"):
+        attach_config(model, StepQuantConfig())
+
+
+def test_attach_config_refuses_a_step_grid_of_another_length():
+    model = packed_unet()
+    model.conv_in.context.grid = StepGrid(torch.arange(3))
+    with pytest.raises(StepQuantError, match=f"steps of layer '.*' .* is {STEPS}: expected 3"):
         attach_config(model, StepQuantConfig())
 
 

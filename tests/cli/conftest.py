@@ -1,16 +1,7 @@
-import json
-
 import pytest
 import torch
+from cli_runs import TINY, run
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from typer.testing import CliRunner
-
-from stepquant.cli import app
-
-TINY = [
-    "--steps=2", "--set=calibration.trajectories=2", "--set=block_distillation.iterations=2",
-    "--set=block_distillation.samples=16", "--set=block_distillation.batch=4",
-]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -46,33 +37,3 @@ def packed_folder(float_folder):
     assert result.exit_code == 0, result.stderr
     folder.with_name("packed.txt").write_text(result.stdout)
     return folder
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def refused(*arguments):
-    """The sentence on stderr of a command that must end with exit code 2 and print nothing else."""
-    result = run(*arguments)
-    assert result.exit_code == 2, (result.stdout, result.stderr, result.exception)
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    return lines[0]
-
-
-def record(path):
-    def no_constant(text):
-        raise AssertionError(f"{text} is not JSON")
-
-    return json.loads(path.read_text(), parse_constant=no_constant)
-
-
-def tree(folder):
-    """The bytes of every file below `folder`, by name."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }

@@ -1,23 +1,24 @@
 """Layers for the kernels to be exact on, and an int64 reference that shares no code with them.
 
-Also a program: `python kernel_cases.py` runs the CPU kernels over all cases and prints what it
-found as JSON, so that a test can do so under another `ONEDNN_MAX_CPU_ISA`, which is read once per
-process.
+Also a program, `python kernel_cases.py CAP...`, which runs the oneDNN kernels over all cases under
+each cap as `ONEDNN_MAX_CPU_ISA` and prints what it found, one line of JSON for each. oneDNN reads
+the cap once per process, at its first use, so each cap gets a fork of this one.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code
-from stepquant.runtime.kernels import KERNELS
-from stepquant.runtime.kernels.cpu import pairs_saturate
+from stepquant.runtime.kernels import KERNELS, cpu
 from stepquant.runtime.spec import LayerSpec
 
 
@@ -34,7 +35,7 @@ class Case:
     bias: bool = False
     accumulate: bool = False
 
-    def inputs(self) -> dict[str, Tensor | None]:
+    def inputs(self) -> dict[str, Any]:
         """Codes, weight differences, bias and accumulator; whole numbers all of them."""
         generator = torch.Generator().manual_seed(17)
         spec, largest = self.spec, max_code(self.spec.activation_bits)
@@ -108,30 +109,46 @@ def expected(case: Case) -> Tensor:
     return y
 
 
-def actual(kernel_name: str, case: Case) -> Tensor:
+def actual(kernel_name: str, case: Case, device: str = "cpu") -> Tensor:
     """What the kernel gives for `case` with all scales 1, float32."""
-    kernel, inputs = KERNELS[kernel_name], case.inputs()
-    state = kernel.prepare(inputs["weight"], torch.ones(case.spec.out_channels), case.spec)
+    kernel = KERNELS[kernel_name]
+    inputs = {
+        name: None if value is None else value.to(device) for name, value in case.inputs().items()
+    }
+    ones = torch.ones(case.spec.out_channels, device=device)
+    zero_point = torch.tensor([case.act_zero_point], dtype=torch.int32, device=device)
+    state = kernel.prepare(inputs["weight"], ones, case.spec)
     return kernel.run(
-        state, inputs["codes"], torch.ones(1),
-        torch.tensor([case.act_zero_point], dtype=torch.int32), inputs["bias"],
-        inputs["accumulate"], case.spec,
+        state, inputs["codes"], ones[:1], zero_point, inputs["bias"], inputs["accumulate"],
+        case.spec,
     )
 
 
-def _linear(name: str, inputs: int, out: int, size: tuple[int, ...], **changes: object) -> Case:
-    spec_names = ("weight_bits", "activation_bits")
-    bits = {key: changes.pop(key, 8) for key in spec_names}
+def one_pass_is_exact(case: Case) -> bool:
+    """Whether oneDNN is exact on `case` where full-range codes are not run as two halves."""
+    inputs, spec = case.inputs(), case.spec
+    state = cpu.prepare(inputs["weight"], torch.ones(spec.out_channels), spec)
+    zero_point = torch.tensor([case.act_zero_point], dtype=torch.int32)
+    y = cpu._call(
+        state, inputs["codes"], torch.ones(1), zero_point, inputs["bias"], inputs["accumulate"],
+        spec,
+    )
+    return torch.equal(y.double(), expected(case).double())
+
+
+def _linear(name: str, inputs: int, out: int, size: tuple[int, ...], **changes: Any) -> Case:
+    bits = {key: changes.pop(key, 8) for key in ("weight_bits", "activation_bits")}
     zero_point = changes.pop("zero_point", 128)
     return Case(name, LayerSpec("linear", inputs, out, **bits), size, zero_point, **changes)
 
 
 def _conv(
     name: str, channels: tuple[int, int], kernel: tuple[int, int], size: tuple[int, int, int],
-    **changes: object,
+    **changes: Any,
 ) -> Case:
-    spec_names = ("stride", "padding", "dilation")
-    geometry = {key: changes.pop(key) for key in spec_names if key in changes}
+    geometry = {
+        key: changes.pop(key) for key in ("stride", "padding", "dilation") if key in changes
+    }
     bits = {key: changes.pop(key, 8) for key in ("weight_bits", "activation_bits")}
     zero_point = changes.pop("zero_point", 128)
     spec = LayerSpec("conv2d", *channels, **bits, kernel_size=kernel, **geometry)
@@ -193,14 +210,39 @@ def _cases() -> list[Case]:
 CASES = _cases()
 
 
+def check_all(cap: str) -> None:
+    """Print `pairs_saturate`, the number of cases, those wrong, and those wrong in one pass."""
+    os.environ["ONEDNN_MAX_CPU_ISA"] = cap
+    record = {
+        "cap": cap,
+        "pairs_saturate": cpu.pairs_saturate(),
+        "checked": len(CASES),
+        "wrong": [
+            case.name
+            for case in CASES
+            if not torch.equal(actual("onednn", case).double(), expected(case).double())
+        ],
+        "wrong_in_one_pass": [case.name for case in CASES if not one_pass_is_exact(case)],
+    }
+    print(json.dumps(record), flush=True)
+
+
 def main() -> None:
-    """Print `{"pairs_saturate": ..., "wrong": [[kernel, case], ...], "checked": n}`."""
-    wrong, checked = [], 0
-    for kernel_name, case in itertools.product(sys.argv[1:], CASES):
-        checked += 1
-        if not torch.equal(actual(kernel_name, case).to(torch.int64), expected(case)):
-            wrong.append([kernel_name, case.name])
-    print(json.dumps({"pairs_saturate": pairs_saturate(), "wrong": wrong, "checked": checked}))
+    """Check all cases under each cap, one after another."""
+    torch.set_num_threads(1)
+    for cap in sys.argv[1:]:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                check_all(cap)
+                status = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        if status:
+            sys.exit(f"the check under {cap} failed with status {status}")
 
 
 if __name__ == "__main__":

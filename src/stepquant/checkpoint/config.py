@@ -148,7 +148,8 @@ def _sorted(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resolve_layers(
-    layers: dict[str, LayerConfig | dict[str, Any]] | None, default: dict[str, Any] | None,
+    layers: dict[str, LayerConfig | dict[str, Any]] | None,
+    default: dict[str, Any] | None,
     steps: int,
 ) -> dict[str, LayerConfig]:
     default = _json_object("layer_default", default)

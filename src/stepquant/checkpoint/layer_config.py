@@ -41,8 +41,7 @@ class LayerConfig:
         if unknown or missing:
             what = f"the unknown key '{unknown[0]}'" if unknown else f"no key '{missing[0]}'"
             raise StepQuantError(
-                f"layer '{name}' of the quantization config has {what}: expected "
-                f"{', '.join(known)}"
+                f"layer '{name}' of the quantization config has {what}: expected {', '.join(known)}"
             )
         if values["kind"] not in KINDS:
             raise _bad_value(name, "kind", values["kind"], f"one of {', '.join(KINDS)}")
@@ -76,9 +75,7 @@ class LayerConfig:
         """As JSON holds it."""
         return {**asdict(self), "splits": None if self.splits is None else list(self.splits)}
 
-    def packed_in_place_of(
-        self, name: str, module: nn.Module, context: StepContext
-    ) -> PackedLayer:
+    def packed_in_place_of(self, name: str, module: nn.Module, context: StepContext) -> PackedLayer:
         """A packed layer without data (on the meta device) that takes the place of `module`."""
         if not isinstance(module, KINDS[self.kind]):
             raise StepQuantError(
@@ -95,14 +92,15 @@ class LayerConfig:
         has_bias = module.bias is not None
         kind = PackedLinear if self.kind == "linear" else PackedConv2d
         with torch.device("meta"):
-            return kind(
-                spec, splits, self.steps, context, has_bias, self.channel_scale
-            )
+            return kind(spec, splits, self.steps, context, has_bias, self.channel_scale)
 
     def _spec(self, name: str, module: Any) -> LayerSpec:
         if isinstance(module, nn.Linear):
             return LayerSpec(
-                "linear", module.in_features, module.out_features, self.weight_bits,
+                "linear",
+                module.in_features,
+                module.out_features,
+                self.weight_bits,
                 self.activation_bits,
             )
         if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
@@ -112,8 +110,14 @@ class LayerConfig:
                 "one group and zero padding given in pixels"
             )
         return LayerSpec(
-            "conv2d", module.in_channels, module.out_channels, self.weight_bits,
-            self.activation_bits, module.kernel_size, module.stride, module.padding,
+            "conv2d",
+            module.in_channels,
+            module.out_channels,
+            self.weight_bits,
+            self.activation_bits,
+            module.kernel_size,
+            module.stride,
+            module.padding,
             module.dilation,
         )
 

@@ -19,11 +19,24 @@ if TYPE_CHECKING:  # slow to import, see load_pipeline
 
 INDEX_NAME = "model_index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# What diffusers was seen to raise for a folder with something wrong in it.
+DIFFUSERS_ERRORS = (
+    AttributeError,
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    SafetensorError,
+)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def load_pipeline(
-    source: str | os.PathLike[str], *, dtype: torch.dtype | None = None,
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
     revision: str | None = None,
 ) -> DiffusionPipeline:
     """The pipeline in the diffusers folder `source`, or of the hub id `source` ("org/name").
@@ -47,7 +60,7 @@ def load_pipeline(
         )
     except StepQuantError as error:
         raise StepQuantError(f"'{source}' cannot be loaded: {error}") from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except DIFFUSERS_ERRORS as error:
         raise StepQuantError(
             f"'{source}' cannot be loaded ({_first_line(error)}): expected a complete diffusers "
             "pipeline folder"

@@ -94,13 +94,13 @@ class StepQuantQuantizer(DiffusersQuantizer):
         context = StepContext(StepGrid(torch.arange(config.steps)))
         replace_modules(
             model,
-            lambda name, module: config.layers[name].packed_in_place_of(name, module, context)
-            if name in config.layers
-            else None,
+            lambda name, module: (
+                config.layers[name].packed_in_place_of(name, module, context)
+                if name in config.layers
+                else None
+            ),
         )
-        model.register_buffer(
-            validate.STEP_GRID_NAME, torch.empty(config.steps, device="meta")
-        )
+        model.register_buffer(validate.STEP_GRID_NAME, torch.empty(config.steps, device="meta"))
         context.attach(model)
         validate.check_names([*model.state_dict(), CHECKSUM_NAME], self._loaded_keys)
         self._owned = validate.packed_names(model)
@@ -118,16 +118,25 @@ class StepQuantQuantizer(DiffusersQuantizer):
         return state_dict
 
     def check_if_quantized_param(
-        self, model: nn.Module, param_value: Tensor, param_name: str,
-        state_dict: dict[str, Tensor], **kwargs: Any,
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        state_dict: dict[str, Tensor],
+        **kwargs: Any,
     ) -> bool:
         """Whether stepquant owns the tensor; diffusers puts the others in place itself."""
         return param_name in self._owned
 
     def create_quantized_param(  # type: ignore[override]
-        self, model: nn.Module, param_value: Tensor, param_name: str,
-        target_device: str | int | torch.device, state_dict: dict[str, Tensor],
-        *args: Any, **kwargs: Any,
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: str | int | torch.device,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Put the file's own tensor in place: `param_value` is already cast to `torch_dtype`."""
         layer_name, _, key = param_name.rpartition(".")
@@ -188,9 +197,9 @@ class StepQuantQuantizer(DiffusersQuantizer):
         dtype = model.dtype
         replace_modules(
             model,
-            lambda _, module: float_layer(module, dtype)
-            if isinstance(module, PackedLayer)
-            else None,
+            lambda _, module: (
+                float_layer(module, dtype) if isinstance(module, PackedLayer) else None
+            ),
         )
         delattr(model, validate.STEP_GRID_NAME)
         kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
@@ -208,8 +217,15 @@ def float_layer(layer: PackedLayer, dtype: torch.dtype) -> nn.Linear | nn.Conv2d
         new = nn.Linear(spec.in_channels, spec.out_channels, has_bias, device, dtype)
     else:
         new = nn.Conv2d(
-            spec.in_channels, spec.out_channels, spec.kernel_size, spec.stride, spec.padding,
-            spec.dilation, bias=has_bias, device=device, dtype=dtype,
+            spec.in_channels,
+            spec.out_channels,
+            spec.kernel_size,
+            spec.stride,
+            spec.padding,
+            spec.dilation,
+            bias=has_bias,
+            device=device,
+            dtype=dtype,
         )
     if channel_scale is not None:  # w (x / d) = (w / d) x
         weight = weight / channel_scale.cpu().view(1, -1, *(1,) * (weight.dim() - 2))

@@ -39,6 +39,7 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     """
     grid = _shared_context(model).grid
     config.layers, config.steps = describe_layers(model), len(grid)
+    StepQuantConfig.from_dict(config.to_dict())  # as a load will check it
     model.register_buffer(STEP_GRID_NAME, grid.timesteps.clone().to(model.device))
     check_model(model)
     model.hf_quantizer = StepQuantQuantizer(config)
@@ -48,9 +49,7 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     return model
 
 
-def save_pipeline(
-    pipeline: Any, component_name: str, folder: str | os.PathLike[str]
-) -> Path:
+def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[str]) -> Path:
     """Write a diffusers `pipeline`, whose component of that name is packed, as the new `folder`.
 
     Everything goes to a hidden folder beside it first, is flushed to the disk and renamed, so that
@@ -139,7 +138,7 @@ def _write_error(folder: Path, error: Exception) -> StepQuantError:
             f"no space left on the disk while writing '{folder}': nothing was kept; free some "
             "space or choose a folder on another disk"
         )
-    if number in (errno.ENOTEMPTY, errno.EEXIST):
+    if number in (errno.ENOTEMPTY, errno.EEXIST) and folder.exists():
         return StepQuantError(
             f"the output folder '{folder}' appeared while it was being written: expected a new "
             "one; choose another name"

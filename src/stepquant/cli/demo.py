@@ -20,8 +20,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Quantize an embedded model several ways and compare quality, speed and size."""
-    stopped = f"interrupted; delete '{out}' before the next try"
-    with talk(context, quiet, json_file, stopped) as output:
+    with talk(context, quiet, json_file, f"; delete '{out}' before the next try") as output:
         # `import stepquant` has to load torch and diffusers' quantizers already, to register with
         # diffusers; the api adds all of diffusers' pipelines, which no `--help` should wait for.
         from stepquant import api

@@ -10,7 +10,7 @@ import typer
 from stepquant.cli.options import Json, Model, Quiet, parse_settings
 from stepquant.cli.session import talk
 
-INTERRUPTED = "interrupted; finished blocks are kept, go on with --resume"
+KEPT = "; finished blocks are kept, go on with --resume"
 
 
 def quantize(
@@ -43,7 +43,7 @@ def quantize(
     quiet: Quiet = False,
 ) -> None:
     """Quantize a float model and save the packed pipeline."""
-    with talk(context, quiet, json_file, INTERRUPTED) as output:
+    with talk(context, quiet, json_file, KEPT) as output:
         settings = parse_settings(set_ or [])
         from stepquant import api  # not at the top: see demo.py
 

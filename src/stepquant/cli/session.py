@@ -61,14 +61,14 @@ class Talk:
 
 @contextmanager
 def talk(
-    context: typer.Context, quiet: bool, json_file: Path | None, interrupted: str = "interrupted"
+    context: typer.Context, quiet: bool, json_file: Path | None, kept: str = ""
 ) -> Iterator[Talk]:
     """The run of one verb: exits with code 2 after a sentence on bad input, 130 after Ctrl-C.
 
-    `interrupted`: the sentence after Ctrl-C. What the verb puts into `results` goes to
-    `json_file`, once it has succeeded.
+    `kept`: what a user should know of unfinished work, as the end of the sentence after Ctrl-C or
+    on a full disk. What the verb puts into `results` goes to `json_file`, once it has succeeded.
     """
-    with one_sentence(interrupted), warnings.catch_warnings():
+    with one_sentence(kept), warnings.catch_warnings():
         output = Talk(quiet)
         warnings.showwarning = lambda message, *_, **__: output.reporter.line(f"warning: {message}")
         if json_file is not None:
@@ -80,31 +80,31 @@ def talk(
 
 
 @contextmanager
-def one_sentence(interrupted: str) -> Iterator[None]:
+def one_sentence(kept: str) -> Iterator[None]:
     """Bad input, full disks, unreadable files and Ctrl-C as one line on stderr and an exit code."""
     try:
         yield
     except KeyboardInterrupt:
-        sentence, code = interrupted, INTERRUPTED
+        sentence, code = f"interrupted{kept}", INTERRUPTED
     except StepQuantError as error:
         sentence, code = str(error), BAD_INPUT
     except Exception as error:
-        environment = sentence_of(error)
-        if environment is None:
+        refusal = sentence_of(error, kept)
+        if refusal is None:
             raise  # a defect of ours: its traceback is wanted
-        sentence, code = environment, BAD_INPUT
+        sentence, code = refusal, BAD_INPUT
     else:
         return
     typer.echo(" ".join(sentence.splitlines()), err=True)
     raise typer.Exit(code)
 
 
-def sentence_of(error: Exception) -> str | None:
+def sentence_of(error: Exception, kept: str) -> str | None:
     """What the operating system refused, or None if `error` is not of that kind."""
     number = getattr(error, "errno", None)
     # safetensors reports the operating system's errors as text only.
     if number in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error):
-        return FULL_DISK
+        return FULL_DISK + kept
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return (
             f"'{error.filename}' cannot be read or written ({error.strerror.lower()}): check the "
@@ -114,14 +114,14 @@ def sentence_of(error: Exception) -> str | None:
 
 
 def keep_libraries_silent(quiet: bool) -> None:
-    """No bars of diffusers among ours; with `quiet`, no warnings and download bars either."""
+    """Neither bars nor remarks of diffusers among our own; with `quiet`, no download bars either."""
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     if quiet:
         from huggingface_hub.utils import disable_progress_bars
 
-        logging.set_verbosity_error()
         disable_progress_bars()
 
 
@@ -175,13 +175,13 @@ def plain(value: Any) -> Any:
 
 
 def cell(column: str, value: Any) -> str:
-    """A value as a table shows it; bytes in MB of 10^6."""
+    """A value as a table shows it; bytes in kB of 10^3 or MB of 10^6."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if column.endswith("bytes"):
-        return f"{value / 1e6:,.3f} MB"
+        return f"{value / 1e6:,.2f} MB" if value >= 1e6 else f"{value / 1e3:,.2f} kB"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):

@@ -38,7 +38,11 @@ def test_to_dict_and_back_is_equal_through_json():
 def test_layers_hold_only_what_differs_from_the_default():
     values = config().to_dict()
     assert values["layer_default"] == {
-        "kind": "conv2d", "weight_bits": 4, "activation_bits": 8, "steps": 5, "splits": None,
+        "kind": "conv2d",
+        "weight_bits": 4,
+        "activation_bits": 8,
+        "steps": 5,
+        "splits": None,
         "channel_scale": False,
     }
     assert values["layers"]["b"] == {}

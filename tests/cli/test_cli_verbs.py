@@ -1,0 +1,203 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+from cli_runs import record, run
+from PIL import Image
+
+import stepquant
+from stepquant import api
+
+ENVELOPE = {"verb", "stepquant_version", "versions", "arguments", "results"}
+
+
+def checked(path, verb):
+    found = record(path)
+    assert set(found) == ENVELOPE
+    assert found["verb"] == verb
+    assert found["stepquant_version"] == stepquant.__version__
+    assert {"python", "torch", "diffusers", "numpy", "safetensors"} == set(found["versions"])
+    assert not {"quiet", "json_file"} & set(found["arguments"])
+    return found["arguments"], found["results"]
+
+
+def test_quantize_writes_a_pipeline_and_says_how_it_went(float_folder, packed_folder):
+    arguments, results = checked(packed_folder.with_name("packed.json"), "quantize")
+    assert arguments["model"] == str(float_folder)
+    assert arguments["weights"] == 4
+    assert arguments["set"][0] == "calibration.trajectories=2"
+    assert arguments["resume"] is False
+    assert results["bits"] == "w4a8"
+    assert results["out"] == str(packed_folder)
+    assert results["recipe"]["calibration"]["trajectories"] == 2
+    assert results["provenance"]["seed"] == 3
+    assert results["times_smaller"] > 1
+    assert {"mean_weight_bits", "float32_bytes", "checkpoint_bytes", "seconds"} <= set(results)
+    shown = packed_folder.with_name("packed.txt").read_text()
+    assert "w4a8" in shown
+    assert f"written to {packed_folder}" in shown
+    assert [path.name for path in packed_folder.parent.glob("*.work")] == []
+
+
+def test_quantize_takes_a_recipe_file_that_show_printed(float_folder, tmp_path):
+    shown = run("recipes", "show", "minmax")
+    assert shown.exit_code == 0
+    assert yaml.safe_load(shown.stdout) == api.load_recipe("minmax").to_dict()
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(shown.stdout)
+    result = run(
+        "quantize", float_folder, "--recipe", recipe, "--out", tmp_path / "out", "--steps=2",
+        "--set=calibration.trajectories=1", "--set=ranges.weights=mse", "--quiet",
+        "--json", tmp_path / "record.json",
+    )
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+    _, results = checked(tmp_path / "record.json", "quantize")
+    assert results["recipe"]["ranges"] == {"weights": "mse", "activations": "minmax"}
+
+
+def test_sample_writes_a_grid_and_single_images(packed_folder, tmp_path):
+    result = run(
+        "sample", packed_folder, "--num=5", "--steps=2", "--grid", tmp_path / "grid.png",
+        "--out", tmp_path / "images", "--batch=2", "--json", tmp_path / "record.json",
+    )
+    assert result.exit_code == 0, result.stderr
+    arguments, results = checked(tmp_path / "record.json", "sample")
+    assert (arguments["num"], arguments["batch"], arguments["seed"]) == (5, 2, 0)
+    assert results["shape"] == [1, 16, 16]
+    assert [Image.open(path).size for path in results["files"]] == [(16, 16)] * 5
+    assert Image.open(results["grid"]).size == (2 + 3 * 34, 2 + 2 * 34)
+    assert f"written to {tmp_path / 'grid.png'}" in result.stdout
+
+
+@pytest.mark.parametrize("scheduler", ["own", "ddpm"])
+def test_sample_takes_the_named_scheduler(float_folder, tmp_path, scheduler):
+    grid = tmp_path / "grid.png"
+    result = run(
+        "sample", float_folder, "--num=1", "--steps=2", "--grid", grid, "--scheduler", scheduler,
+        "--quiet",
+    )
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+    assert grid.is_file()
+
+
+def test_evaluate_tells_the_distance_to_the_float_model(float_folder, packed_folder, tmp_path):
+    result = run(
+        "evaluate", packed_folder, "--against", float_folder, "--num=2", "--steps=2",
+        "--json", tmp_path / "record.json",
+    )
+    assert result.exit_code == 0, result.stderr
+    arguments, results = checked(tmp_path / "record.json", "evaluate")
+    assert arguments["against"] == str(float_folder)
+    assert arguments["scheduler"] == results["scheduler"] == "ddim"
+    assert 10 < results["paired_psnr_db"] <= 100
+    assert -1 <= results["paired_ssim"] <= 1
+    assert len(results["noise_error"]) == 2
+    assert "paired psnr db" in result.stdout.replace("_", " ")
+
+
+def test_bench_times_both_models(float_folder, packed_folder, tmp_path):
+    result = run(
+        "bench", packed_folder, "--against", float_folder, "--batch=1", "--batch=2",
+        "--repeats=1", "--backend=reference", "--json", tmp_path / "record.json",
+    )
+    assert result.exit_code == 0, result.stderr
+    arguments, results = checked(tmp_path / "record.json", "bench")
+    assert arguments["batch"] == [1, 2]
+    assert [(row["batch"], row["model"]) for row in results["rows"]] == [
+        (1, "float32"), (1, "quantized"), (2, "float32"), (2, "quantized"),
+    ]
+    assert set(results["kernels"]) == {"reference"}
+    assert "times faster" in result.stdout
+
+
+def test_inspect_shows_a_float_model(float_folder, tmp_path):
+    result = run(
+        "inspect", float_folder, "--num=1", "--steps=2", "--json", tmp_path / "record.json"
+    )
+    assert result.exit_code == 0, result.stderr
+    _, results = checked(tmp_path / "record.json", "inspect")
+    assert results["packed"] is False
+    assert all(len(row["low"]) == len(results["timesteps"]) == 2 for row in results["layers"])
+    assert "plots" not in results
+    assert "conv_in" in result.stdout
+
+
+def test_inspect_shows_a_packed_model_and_draws_it(packed_folder, tmp_path):
+    result = run(
+        "inspect", packed_folder, "--plots", tmp_path / "plots", "--json",
+        tmp_path / "record.json",
+    )
+    assert result.exit_code == 0, result.stderr
+    _, results = checked(tmp_path / "record.json", "inspect")
+    assert results["packed"] is True
+    assert {row["weight_bits"] for row in results["layers"]} == {4, 8}
+    assert len(results["plots"]) == len(list((tmp_path / "plots").iterdir())) == 2
+    assert "weight bits" in result.stdout
+
+
+def test_recipes_are_listed(tmp_path):
+    result = run("recipes", "list", "--json", tmp_path / "record.json")
+    assert result.exit_code == 0, result.stderr
+    arguments, results = checked(tmp_path / "record.json", "recipes list")
+    assert arguments == {}
+    assert [row["name"] for row in results["recipes"]] == api.recipe_names()
+    assert "dilatequant" in result.stdout
+    shown = run("recipes", "show", "minmax", "--json", tmp_path / "record.json")
+    assert shown.exit_code == 0
+    arguments, results = checked(tmp_path / "record.json", "recipes show")
+    assert arguments == {"name": "minmax"}
+    assert results["recipe"] == api.load_recipe("minmax").to_dict()
+
+
+def test_demo_prints_the_table_of_its_record(tmp_path, monkeypatch):
+    def demo(out, reporter):
+        out.mkdir()
+        rows = [
+            {"model": "float32", "psnr_db": None, "bytes": 4_000_000},
+            {"model": "minmax w4a4", "psnr_db": float("inf"), "bytes": 520_000},
+        ]
+        return {"table": rows}
+
+    monkeypatch.setattr(api, "demo", demo)
+    result = run("demo", "--out", tmp_path / "demo", "--json", tmp_path / "record.json")
+    assert result.exit_code == 0, result.stderr
+    arguments, results = checked(tmp_path / "record.json", "demo")
+    assert arguments == {"out": str(tmp_path / "demo")}
+    assert results["table"][1]["psnr_db"] is None  # JSON has no infinity
+    assert "520.00 kB" in result.stdout
+    assert "minmax w4a4" in result.stdout
+
+
+def test_quiet_verbs_print_nothing(float_folder, packed_folder, tmp_path):
+    """In a process of its own, because libraries print to the real stderr."""
+    packed, against = str(packed_folder), f"--against={float_folder}"
+    commands = [
+        ["sample", packed, "--num=1", "--steps=1", "--grid=grid.png"],
+        ["evaluate", packed, against, "--num=2", "--steps=1"],
+        ["bench", packed, against, "--batch=1", "--repeats=1"],
+        ["inspect", packed],
+        ["recipes", "list"],
+        ["recipes", "show", "minmax"],
+    ]
+    script = f"""
+from stepquant.cli import app
+for command in {commands!r}:
+    try:
+        app([*command, "--quiet"])
+    except SystemExit as end:
+        assert end.code == 0, (command, end.code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_help_and_version():
+    for arguments in (["--help"], ["quantize", "-h"], ["recipes", "--help"]):
+        result = run(*arguments)
+        assert result.exit_code == 0
+        assert "Usage" in result.stdout
+    assert run("--version").stdout.strip() == stepquant.__version__
