@@ -106,7 +106,10 @@ def draw_kurtosis(figure_class: type[Figure], record: dict[str, Any]) -> Figure:
     rows = record["layers"]
     values = [row["median_kurtosis"] for row in rows]
     figure = _bars(
-        figure_class, _float_names(rows), values, "kurtosis (median over out-channels)",
+        figure_class,
+        _float_names(rows),
+        values,
+        "kurtosis (median over out-channels)",
         "weight kurtosis: higher means outliers that a coarse grid has to span",
     )
     axes = figure.axes[0]
@@ -135,8 +138,11 @@ def draw_activation_scales(figure_class: type[Figure], record: dict[str, Any]) -
     relative.set_yticks([])
     relative.set_title("change over the steps")
     figure.colorbar(
-        relative.images[0], ax=relative, label="log2 of scale / the layer's median",
-        fraction=0.06, pad=0.02,
+        relative.images[0],
+        ax=relative,
+        label="log2 of scale / the layer's median",
+        fraction=0.06,
+        pad=0.02,
     )
     return figure
 
@@ -202,12 +208,14 @@ def _tall(
 
 
 def _heat_map(
-    axes: Axes, values: np.ndarray, timesteps: list[float], colours: str,
-    low: float | None = None, high: float | None = None,
+    axes: Axes,
+    values: np.ndarray,
+    timesteps: list[float],
+    colours: str,
+    low: float | None = None,
+    high: float | None = None,
 ) -> None:
-    axes.imshow(
-        values, aspect="auto", cmap=colours, interpolation="nearest", vmin=low, vmax=high
-    )
+    axes.imshow(values, aspect="auto", cmap=colours, interpolation="nearest", vmin=low, vmax=high)
     _step_axis(axes, timesteps, 8)
 
 
@@ -233,7 +241,11 @@ def _bar_frame(axes: Axes, rows: int, unit: str, title: str) -> None:
 
 
 def _bars(
-    figure_class: type[Figure], names: list[str], values: list[float], unit: str, title: str,
+    figure_class: type[Figure],
+    names: list[str],
+    values: list[float],
+    unit: str,
+    title: str,
     end: float | None = None,
 ) -> Figure:
     figure, (axes,) = _tall(figure_class, len(names), width=6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,7 @@ def noise_error(
     """Relative squared error of the noise prediction at each step, on `num` float trajectories."""
     reporter = reporter or Reporter(quiet=True)
     trajectories = capture_trajectories(
-        copy.copy(reference), num, steps, seed + 2_000_000, scheduler, reporter=reporter
+        reference, num, steps, seed + 2_000_000, scheduler, reporter=reporter
     )
     ours, theirs = denoiser_of(candidate), denoiser_of(reference)
     outputs: tuple[list[Tensor], list[Tensor]] = ([], [])

@@ -40,6 +40,6 @@ class Reporter:
             TextColumn(f"{description:<34}"), BarColumn(24), MofNCompleteColumn(),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"), console=self.console, transient=True,
-            disable=self.quiet,
+            disable=self.quiet or not self.console.is_terminal,
         ) as progress:
             yield Task(progress, total)

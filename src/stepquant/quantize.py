@@ -98,8 +98,7 @@ def quantize(
     # What the scheme, the sampler and the weights have wrong is told before any work is kept.
     check_finite_weights(float_model)
     resolved.scheme.layer_bits(float_model, adapter)
-    sampler = copy.copy(pipeline)  # the pipeline keeps its own scheduler
-    set_scheduler(sampler, resolved.calibration.scheduler)
+    set_scheduler(copy.copy(pipeline), resolved.calibration.scheduler)
     started = time.monotonic()
     provenance = provenance_of(seed, pipeline)
     job = {
@@ -109,7 +108,7 @@ def quantize(
     }
     work_path = None if target is None else target.with_name(target.name + ".work")
     work = WorkFolder(work_path, job, resume)
-    trajectories = _trajectories(sampler, resolved, seed, reporter, work)
+    trajectories = _trajectories(pipeline, resolved, seed, reporter, work)
     context = StepContext(trajectories.grid())
     simulation, left_float = simulate(float_model, adapter, resolved.scheme, context)
     for name, reason in left_float.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import diffusers
@@ -79,7 +80,14 @@ def sample_images(
     check_count(steps, "number of sampling steps")
     check_count(batch, "batch size")
     reporter = reporter or Reporter(quiet=True)
+    pipeline = copy.copy(pipeline)  # its scheduler is replaced, the caller's is not
     set_scheduler(pipeline, scheduler)
+    trained = pipeline.scheduler.config.get("num_train_timesteps", steps)
+    if steps > trained:
+        raise StepQuantError(
+            f"number of sampling steps is {steps}: expected at most the {trained} that the model "
+            "was trained with"
+        )
     pipeline.set_progress_bar_config(disable=True)
     images = []
     with reporter.task(f"sampling {num} images", total=num) as task:

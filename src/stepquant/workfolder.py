@@ -44,10 +44,16 @@ class WorkFolder:
             if record.read_text() != text:
                 raise StepQuantError(
                     f"'{path}' holds the work of another job: expected the same model, recipe, "
-                    "bits and seed; repeat the first command, or delete the folder to start anew"
+                    "bits, seed, threads and versions as in its job.json; repeat the first command, "
+                    "or delete the folder to start anew"
                 )
             return
-        if path.exists() and record.exists():
+        if path.exists() and not record.exists() and any(path.iterdir()):
+            raise StepQuantError(
+                f"'{path}' exists and is not a work folder of stepquant: expected no such folder; "
+                "move it away or name another output"
+            )
+        if record.exists():
             raise StepQuantError(
                 f"'{path}' holds an unfinished job: go on with --resume (resume=True), or delete "
                 "the folder to start anew"
@@ -66,7 +72,13 @@ class WorkFolder:
         file = self._file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         whole = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-        atomic_write(file, lambda partial: save_file(whole, partial))
+        try:
+            atomic_write(file, lambda partial: save_file(whole, partial))
+        except (OSError, SafetensorError) as error:
+            raise StepQuantError(
+                f"'{file}' cannot be written ({error}): expected room on the disk; free some and "
+                "go on with --resume"
+            ) from error
 
     def load(self, key: str) -> dict[str, Tensor] | None:
         """What was kept under `key`, or None."""

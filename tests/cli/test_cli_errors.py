@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 from cli_runs import TINY, record, refused, run, tree
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from stepquant import api
 from stepquant.methods import block_distillation
 
-WIDE = {**os.environ, "COLUMNS": "200"}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def quantize(model, out, *more):
@@ -199,6 +200,16 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):
     assert isinstance(result.exception, KeyError)
 
 
+def test_warnings_are_lines_on_stderr(monkeypatch):
+    def warn():
+        warnings.warn("there are few samples", stacklevel=1)
+        return []
+
+    monkeypatch.setattr(api, "recipe_names", warn)
+    assert run("recipes", "list").stderr == "warning: there are few samples\n"
+    assert run("recipes", "list", "--quiet").stderr == ""
+
+
 def test_wrong_usage_ends_with_two():
     assert run("quantise").exit_code == 2
     assert run("quantize", "model").exit_code == 2
@@ -209,8 +220,17 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     float_folder, packed_folder, tmp_path, monkeypatch
 ):
     command = [
-        "quantize", float_folder, "--recipe=dilatequant", "--weights=4", "--activations=8", *TINY,
-        "--seed=3", "--out", tmp_path / "packed", "--json", tmp_path / "packed.json",
+        "quantize",
+        float_folder,
+        "--recipe=dilatequant",
+        "--weights=4",
+        "--activations=8",
+        *TINY,
+        "--seed=3",
+        "--out",
+        tmp_path / "packed",
+        "--json",
+        tmp_path / "packed.json",
     ]
     train = block_distillation.BlockDistillation._train
     blocks = []
@@ -246,7 +266,10 @@ def test_ctrl_c_in_a_real_process(float_folder, tmp_path):
     command = map(str, quantize(float_folder, tmp_path / "out", endless))
     process = subprocess.Popen(
         [sys.executable, "-c", "from stepquant.cli import app_main; app_main()", *command],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=WIDE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ONE_THREAD,
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "out.work" / "ranges.safetensors").exists():

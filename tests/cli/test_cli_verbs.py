@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -47,9 +48,18 @@ def test_quantize_takes_a_recipe_file_that_show_printed(float_folder, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(shown.stdout)
     result = run(
-        "quantize", float_folder, "--recipe", recipe, "--out", tmp_path / "out", "--steps=2",
-        "--set=calibration.trajectories=1", "--set=ranges.weights=mse", "--quiet",
-        "--json", tmp_path / "record.json",
+        "quantize",
+        float_folder,
+        "--recipe",
+        recipe,
+        "--out",
+        tmp_path / "out",
+        "--steps=2",
+        "--set=calibration.trajectories=1",
+        "--set=ranges.weights=mse",
+        "--quiet",
+        "--json",
+        tmp_path / "record.json",
     )
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     _, results = checked(tmp_path / "record.json", "quantize")
@@ -58,8 +68,17 @@ def test_quantize_takes_a_recipe_file_that_show_printed(float_folder, tmp_path):
 
 def test_sample_writes_a_grid_and_single_images(packed_folder, tmp_path):
     result = run(
-        "sample", packed_folder, "--num=5", "--steps=2", "--grid", tmp_path / "grid.png",
-        "--out", tmp_path / "images", "--batch=2", "--json", tmp_path / "record.json",
+        "sample",
+        packed_folder,
+        "--num=5",
+        "--steps=2",
+        "--grid",
+        tmp_path / "grid.png",
+        "--out",
+        tmp_path / "images",
+        "--batch=2",
+        "--json",
+        tmp_path / "record.json",
     )
     assert result.exit_code == 0, result.stderr
     arguments, results = checked(tmp_path / "record.json", "sample")
@@ -74,7 +93,14 @@ def test_sample_writes_a_grid_and_single_images(packed_folder, tmp_path):
 def test_sample_takes_the_named_scheduler(float_folder, tmp_path, scheduler):
     grid = tmp_path / "grid.png"
     result = run(
-        "sample", float_folder, "--num=1", "--steps=2", "--grid", grid, "--scheduler", scheduler,
+        "sample",
+        float_folder,
+        "--num=1",
+        "--steps=2",
+        "--grid",
+        grid,
+        "--scheduler",
+        scheduler,
         "--quiet",
     )
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
@@ -83,8 +109,14 @@ def test_sample_takes_the_named_scheduler(float_folder, tmp_path, scheduler):
 
 def test_evaluate_tells_the_distance_to_the_float_model(float_folder, packed_folder, tmp_path):
     result = run(
-        "evaluate", packed_folder, "--against", float_folder, "--num=2", "--steps=2",
-        "--json", tmp_path / "record.json",
+        "evaluate",
+        packed_folder,
+        "--against",
+        float_folder,
+        "--num=2",
+        "--steps=2",
+        "--json",
+        tmp_path / "record.json",
     )
     assert result.exit_code == 0, result.stderr
     arguments, results = checked(tmp_path / "record.json", "evaluate")
@@ -98,14 +130,25 @@ def test_evaluate_tells_the_distance_to_the_float_model(float_folder, packed_fol
 
 def test_bench_times_both_models(float_folder, packed_folder, tmp_path):
     result = run(
-        "bench", packed_folder, "--against", float_folder, "--batch=1", "--batch=2",
-        "--repeats=1", "--backend=reference", "--json", tmp_path / "record.json",
+        "bench",
+        packed_folder,
+        "--against",
+        float_folder,
+        "--batch=1",
+        "--batch=2",
+        "--repeats=1",
+        "--backend=reference",
+        "--json",
+        tmp_path / "record.json",
     )
     assert result.exit_code == 0, result.stderr
     arguments, results = checked(tmp_path / "record.json", "bench")
     assert arguments["batch"] == [1, 2]
     assert [(row["batch"], row["model"]) for row in results["rows"]] == [
-        (1, "float32"), (1, "quantized"), (2, "float32"), (2, "quantized"),
+        (1, "float32"),
+        (1, "quantized"),
+        (2, "float32"),
+        (2, "quantized"),
     ]
     assert set(results["kernels"]) == {"reference"}
     assert "times faster" in result.stdout
@@ -125,7 +168,11 @@ def test_inspect_shows_a_float_model(float_folder, tmp_path):
 
 def test_inspect_shows_a_packed_model_and_draws_it(packed_folder, tmp_path):
     result = run(
-        "inspect", packed_folder, "--plots", tmp_path / "plots", "--json",
+        "inspect",
+        packed_folder,
+        "--plots",
+        tmp_path / "plots",
+        "--json",
         tmp_path / "record.json",
     )
     assert result.exit_code == 0, result.stderr
@@ -189,7 +236,11 @@ for command in {commands!r}:
         assert end.code == 0, (command, end.code)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "grid.png").is_file()

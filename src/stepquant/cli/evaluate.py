@@ -46,7 +46,14 @@ def evaluate(
         from stepquant import api  # not at the top: see demo.py
 
         record = api.evaluate(
-            model, against, num, steps, scheduler_name(scheduler), features, seed, batch,
+            model,
+            against,
+            num,
+            steps,
+            scheduler_name(scheduler),
+            features,
+            seed,
+            batch,
             reporter=output.reporter,
         )
         output.results = record
@@ -55,9 +62,8 @@ def evaluate(
         values = {
             key: value for key, value in record.items() if key not in (*SETTING, "noise_error")
         }
-        values["noise_error, mean over steps"] = sum(
-            row["relative_mse"] for row in errors
-        ) / len(errors)
+        mean = sum(row["relative_mse"] for row in errors) / len(errors)
+        values["noise_error, mean over steps"] = mean
         values[f"noise_error, worst step ({worst['timestep']})"] = worst["relative_mse"]
         output.table([{"measure": key, "value": value} for key, value in values.items()])
         output.line(f"{num} images of each model, {scheduler} {steps} steps, seeds from {seed}")

@@ -48,13 +48,26 @@ def quantize(
         from stepquant import api  # not at the top: see demo.py
 
         record = api.quantize(
-            model, recipe, weights, activations, out, steps, settings, seed, resume,
+            model,
+            recipe,
+            weights,
+            activations,
+            out,
+            steps,
+            settings,
+            seed,
+            resume,
             output.reporter,
         ).record
         output.results = {"out": out, **record}
         shown = (
-            "bits", "mean_weight_bits", "float32_bytes", "checkpoint_bytes", "times_smaller",
-            "seconds", "peak_memory_mb",
+            "bits",
+            "mean_weight_bits",
+            "float32_bytes",
+            "checkpoint_bytes",
+            "times_smaller",
+            "seconds",
+            "peak_memory_mb",
         )
         output.table([{key: record[key] for key in shown}])
         for key, text in (

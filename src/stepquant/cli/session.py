@@ -40,17 +40,17 @@ class Talk:
         self.results: dict[str, Any] = {}
         piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
         self._console = Console(
-            quiet=quiet, highlight=False, width=PIPED_WIDTH if piped else None
+            quiet=quiet, highlight=False, emoji=False, width=PIPED_WIDTH if piped else None
         )
 
     def line(self, text: str) -> None:
         """Print one line."""
         self._console.print(text, markup=False, soft_wrap=True)
 
-    def table(self, rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
+    def table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Print one table; its columns are the keys of the first row."""
         columns = list(rows[0]) if rows else []
-        table = Table(title=title, title_justify="left")
+        table = Table()
         for column in columns:
             numeric = any(isinstance(row.get(column), int | float) for row in rows)
             table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
@@ -114,7 +114,7 @@ def sentence_of(error: Exception, kept: str) -> str | None:
 
 
 def keep_libraries_silent(quiet: bool) -> None:
-    """Neither bars nor remarks of diffusers among our own; with `quiet`, no download bars either."""
+    """No bars and remarks of diffusers among our own; with `quiet`, no download bars either."""
     from diffusers.utils import logging
 
     logging.disable_progress_bar()

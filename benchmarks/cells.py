@@ -1,0 +1,160 @@
+"""One cell of a quality grid: quantize, sample on the packed runtime, judge, write one JSON file.
+
+Shared by `quality.py` and `ablation.py`. Cells are files, so a grid that was stopped goes on where
+it was, and several processes can work on one grid.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from stepquant.evaluate import peak_memory_mb
+from stepquant.judge import distances, evaluate
+from stepquant.progress import Reporter
+from stepquant.quantize import quantize
+from stepquant.recipe import parse_recipe
+from stepquant.sampling import sample_images
+from stepquant.sources import default_features, open_pipeline
+from stepquant.workfolder import atomic_write
+
+BUDGETS = {"cpu": {"num": 2048, "steps": 50}, "gpu": {"num": 10_000, "steps": 100}}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured. `recipe` is a resolved recipe's plain values, or None for the float model."""
+
+    name: str
+    model: str
+    recipe: dict[str, Any] | None
+    num: int
+    steps: int
+    seed: int = 0
+    threads: int = 1
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
+    packages = ("stepquant", "torch", "diffusers", "torchmetrics", "numpy")
+    return {
+        "cpu": cpu,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def float_images(cell: Cell, folder: Path) -> torch.Tensor:
+    """The float model's images for the cell's settings, sampled once for all cells."""
+    name = cell.model.replace(":", "-").replace("/", "-")
+    file = folder / f"{name}-{cell.num}-{cell.steps}-{cell.seed}.safetensors"
+    if not file.exists():
+        images = sample_images(open_pipeline(cell.model), cell.num, cell.steps, cell.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, lambda partial: save_file({"images": images}, partial))
+    return load_file(file)["images"]
+
+
+def run_cell(cell: Cell, out: Path, cache: Path) -> Path:
+    """Measure `cell` and write `out/NAME.json`; a file that exists is kept."""
+    file = out / f"{cell.name}.json"
+    if file.exists():
+        return file
+    torch.set_num_threads(cell.threads)
+    features = default_features(cell.model)
+    if features is None:
+        raise SystemExit(f"no feature network is known for '{cell.model}'")
+    reference = float_images(cell, cache)
+    record: dict[str, Any] = {**asdict(cell), "machine": machine()}
+    if cell.recipe is None:
+        record["quality"] = distances(reference, reference, features)
+    else:
+        recipe = parse_recipe(cell.recipe, f"cell '{cell.name}'")
+        # One float pipeline for both, so that no cell pays for loading twice.
+        pipeline = open_pipeline(cell.model)
+        with TemporaryDirectory() as scratch:
+            result = quantize(pipeline, recipe, out=Path(scratch) / "packed", seed=cell.seed)
+        record["quantize"] = result.record
+        record["quality"] = evaluate(
+            result.pipeline, pipeline, cell.num, cell.steps, features=features, seed=cell.seed,
+            float_images=reference,
+        )
+    record["peak_memory_mb"] = peak_memory_mb()
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record) + "\n"
+    atomic_write(file, lambda partial: partial.write_text(text))
+    return file
+
+
+def run_grid(cells: list[Cell], out: Path, cache: Path, jobs: int) -> None:
+    """Run all cells, `jobs` at a time, each in a process of its own (peak memory is its own)."""
+    todo = [cell for cell in cells if not (out / f"{cell.name}.json").exists()]
+    reporter = Reporter()
+    if todo:
+        float_images(todo[0], cache)  # before the workers want it all at once
+    context = multiprocessing.get_context("spawn")
+    with (
+        reporter.task("cells", total=len(todo)) as task,
+        ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool,
+    ):
+        futures = [pool.submit(run_cell, cell, out, cache) for cell in todo]
+        for future in futures:
+            task.advance(note=future.result().name)
+
+
+def read_cells(out: Path, cells: list[Cell]) -> list[dict[str, Any]]:
+    """The records of `cells` that are finished, in order."""
+    files = [out / f"{cell.name}.json" for cell in cells]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def write_lines(records: list[dict[str, Any]], file: Path) -> None:
+    """All records as JSON lines."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    atomic_write(file, lambda partial: partial.write_text(text))
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """A markdown table of the quality records."""
+    features = records[0]["quality"]["features"]
+    fd = f"fd_{features}"
+    lines = [
+        f"| model | bits | {fd} (95 %) | ratio to float | excess | {fd} to float's images "
+        "| PSNR dB | SSIM | × smaller | quantize s | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = next((r["quality"][fd] for r in records if r["recipe"] is None), None)
+    for record in records:
+        quality = record["quality"]
+        low, high = quality[f"{fd}_interval"]
+        own = f"{quality[fd]:.4f} ({low:.4f} to {high:.4f})"
+        if record["recipe"] is None:
+            lines.append(f"| float32 | 32 | {own} | 1 | 0 | | | | 1 | | |")
+            continue
+        made = record["quantize"]
+        excess = "" if base is None else f"{quality[fd] - base:.4f}"
+        label = record["extra"].get("label", record["recipe"]["name"])
+        lines.append(
+            f"| {label} | {made['bits']} | {own} | {quality[f'{fd}_ratio']:.2f} | {excess} | "
+            f"{quality[f'{fd}_to_float']:.4f} | {quality['paired_psnr_db']:.1f} | "
+            f"{quality['paired_ssim']:.3f} | {made['times_smaller']:.2f} | {made['seconds']:.0f} | "
+            f"{record['peak_memory_mb']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"

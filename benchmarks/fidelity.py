@@ -1,0 +1,105 @@
+"""Packed runtime against simulation: per layer on the same input, and image by image.
+
+    python benchmarks/fidelity.py
+
+Quantizes the embedded model at W8A8 and W4A4, compares each packed layer with its simulated twin on
+the input it has in a real forward, samples with both, and reloads the checkpoint. Writes
+`fidelity.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from cells import machine
+
+from stepquant.calibration.observe import quant_layers
+from stepquant.evaluate import paired_psnr
+from stepquant.progress import Reporter
+from stepquant.quantize import quantize
+from stepquant.sampling import denoiser_name, denoiser_of, sample_images
+from stepquant.sources import open_pipeline
+from stepquant.workfolder import atomic_write
+
+
+@torch.no_grad()
+def layer_differences(simulation: torch.nn.Module, packed: torch.nn.Module) -> dict[str, float]:
+    """Largest difference of each layer's output over the largest output, on a real input."""
+    differences: dict[str, float] = {}
+
+    def compare(name: str, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        theirs = packed.get_submodule(name)(args[0])
+        worst = (theirs - output).abs().max() / output.abs().max()
+        differences[name] = max(differences.get(name, 0.0), float(worst))
+
+    handles = [
+        layer.register_forward_hook(lambda _m, args, y, name=name: compare(name, args, y))
+        for name, layer in quant_layers(simulation).items()
+    ]
+    context = next(m.context for m in packed.modules() if hasattr(m, "context"))
+    config = simulation.config
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, config.in_channels, config.sample_size, config.sample_size)
+    for timestep in (980, 500, 20):
+        context.set_timestep(timestep)
+        simulation(torch.randn(shape, generator=generator), torch.tensor(timestep))
+    for handle in handles:
+        handle.remove()
+    return differences
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="builtin:fashion-ddpm")
+    parser.add_argument("--num", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fidelity.json"))
+    args = parser.parse_args()
+    reporter = Reporter()
+    pipeline = open_pipeline(args.model)
+    component = denoiser_name(pipeline)
+    float_images = sample_images(pipeline, args.num, 50, reporter=reporter)
+    rows = []
+    for bits in (8, 4):
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "packed"
+            settings = {"block_distillation.iterations": 50}
+            result = quantize(
+                pipeline, "dilatequant", bits, bits, folder, settings=settings, reporter=reporter
+            )
+            reloaded = open_pipeline(folder)
+        simulated = copy.copy(pipeline)
+        simulated.register_modules(**{component: result.simulation})
+        differences = layer_differences(result.simulation, denoiser_of(result.pipeline))
+        images = {
+            "packed": sample_images(result.pipeline, args.num, 50, reporter=reporter),
+            "simulated": sample_images(simulated, args.num, 50, reporter=reporter),
+            "reloaded": sample_images(reloaded, 64, 50, reporter=reporter),
+        }
+        psnr = {name: paired_psnr(float_images[: len(x)], x) for name, x in images.items()}
+        rows.append(
+            {
+                "bits": result.record["bits"],
+                "worst_layer": max(differences, key=differences.__getitem__),
+                "worst_relative_difference": max(differences.values()),
+                "psnr_packed_db": psnr["packed"],
+                "psnr_simulated_db": psnr["simulated"],
+                "psnr_difference_db": abs(psnr["packed"] - psnr["simulated"]),
+                "psnr_packed_to_simulated_db": paired_psnr(images["packed"], images["simulated"]),
+                "reload_bit_equal": bool(torch.equal(images["packed"][:64], images["reloaded"])),
+            }
+        )
+        print(rows[-1])
+    record = {"model": args.model, "num": args.num, "machine": machine(), "rows": rows}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=1) + "\n"
+    atomic_write(args.out, lambda partial: partial.write_text(text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Quality of recipe x bits x model x protocol, on the packed runtime.
+
+    python benchmarks/quality.py --model builtin:fashion-ddpm --recipe minmax --recipe dilatequant \\
+        --bits w8a8 --bits w4a8 --bits w4a4
+
+Writes one JSON file for each cell below `--cells` (a stopped grid goes on where it was), then
+`RESULTS.jsonl`, one line for each cell, and `RESULTS.md`, the table. The budget on two cores is
+DDIM with 50 steps and 2,048 images; `--budget gpu` takes 100 steps and 10,000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from cells import BUDGETS, Cell, read_cells, run_grid, table, write_lines
+
+from stepquant.errors import StepQuantError
+from stepquant.recipe import load_recipe
+from stepquant.scheme import PROTOCOLS
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """ "w4a8" as (4, 8)."""
+    match = re.fullmatch(r"w(\d)a(\d)", text)
+    if match is None:
+        raise StepQuantError(f"bits '{text}' are not understood: expected the form w4a8")
+    return int(match[1]), int(match[2])
+
+
+def main() -> None:
+    """Parse the command line and run the grid."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", action="append", default=None)
+    parser.add_argument("--recipe", action="append", default=None)
+    parser.add_argument("--bits", action="append", default=None)
+    parser.add_argument("--protocol", action="append", choices=PROTOCOLS, default=None)
+    parser.add_argument("--budget", choices=BUDGETS, default="cpu")
+    parser.add_argument("--num", type=int, help="images, instead of the budget's")
+    parser.add_argument("--set", action="append", default=[], metavar="recipe:key=value")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
+    parser.add_argument("--threads", type=int, default=1, help="threads for each cell")
+    parser.add_argument("--cells", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
+    args = parser.parse_args()
+
+    budget = {**BUDGETS[args.budget], "seed": args.seed, "threads": args.threads}
+    if args.num:
+        budget["num"] = args.num
+    cells = []
+    for model in args.model or ["builtin:fashion-ddpm"]:
+        short = model.rpartition(":")[2].replace("/", "-")
+        suffix = f"{budget['num']}x{budget['steps']}-seed{args.seed}"
+        cells.append(Cell(f"{short}-float32-{suffix}", model, None, **budget))
+        for name in args.recipe or ["minmax", "dilatequant"]:
+            settings = {}
+            for entry in args.set:
+                recipe_name, _, assignment = entry.partition(":")
+                key, _, value = assignment.partition("=")
+                if recipe_name == name:
+                    settings[key] = float(value) if "." in value else int(value)
+            for bits in args.bits or ["w8a8", "w4a8", "w4a4"]:
+                weights, activations = parse_bits(bits)
+                for protocol in args.protocol or ["strict"]:
+                    recipe = load_recipe(name).override(
+                        {
+                            "scheme.weight_bits": weights,
+                            "scheme.activation_bits": activations,
+                            "scheme.protocol": protocol,
+                            "calibration.steps": budget["steps"],
+                            **settings,
+                        }
+                    )
+                    label = f"{short}-{name}-{bits}-{protocol}-{suffix}"
+                    cells.append(Cell(label, model, recipe.to_dict(), **budget))
+    run_grid(cells, args.cells, args.cells / "cache", args.jobs)
+    records = read_cells(args.cells, cells)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(records, args.out.with_suffix(".jsonl"))
+    args.out.with_suffix(".md").write_text(table(records))
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()
