@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cell, read_cells, run_grid, table, write_lines
-
 from stepquant.recipe import parse_recipe
 
 STEPS = {"WD": "weight_dilation", "TPQ": "temporal_quantizer", "BKD": "block_distillation"}
@@ -68,9 +67,7 @@ def main() -> None:
 
     budget = {"num": args.num, "steps": 50, "seed": args.seed}
     cells = [Cell(f"float32-{args.num}", args.model, None, **budget)]
-    chosen = [
-        parts for count in range(4) for parts in itertools.combinations(STEPS, count)
-    ]
+    chosen = [parts for count in range(4) for parts in itertools.combinations(STEPS, count)]
     for parts in chosen:
         recipe = combination(parts, None, args.iterations)
         extra = {"label": " + ".join(parts) or "none (MSE ranges)"}

@@ -48,7 +48,9 @@ class Cell:
 def machine() -> dict[str, Any]:
     """What a figure depends on besides the code."""
     cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+    for line in (
+        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    ):
         if line.startswith("model name"):
             cpu = line.split(":", 1)[1].strip()
             break
@@ -93,7 +95,12 @@ def run_cell(cell: Cell, out: Path, cache: Path) -> Path:
             result = quantize(pipeline, recipe, out=Path(scratch) / "packed", seed=cell.seed)
         record["quantize"] = result.record
         record["quality"] = evaluate(
-            result.pipeline, pipeline, cell.num, cell.steps, features=features, seed=cell.seed,
+            result.pipeline,
+            pipeline,
+            cell.num,
+            cell.steps,
+            features=features,
+            seed=cell.seed,
             float_images=reference,
         )
     record["peak_memory_mb"] = peak_memory_mb()

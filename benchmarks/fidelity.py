@@ -16,8 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from cells import machine
 
+from cells import machine
 from stepquant.calibration.observe import quant_layers
 from stepquant.evaluate import paired_psnr
 from stepquant.progress import Reporter

@@ -1,7 +1,6 @@
 """Quality of recipe x bits x model x protocol, on the packed runtime.
 
-    python benchmarks/quality.py --model builtin:fashion-ddpm --recipe minmax --recipe dilatequant \\
-        --bits w8a8 --bits w4a8 --bits w4a4
+    python benchmarks/quality.py --recipe minmax --recipe dilatequant --bits w4a8 --bits w4a4
 
 Writes one JSON file for each cell below `--cells` (a stopped grid goes on where it was), then
 `RESULTS.jsonl`, one line for each cell, and `RESULTS.md`, the table. The budget on two cores is
@@ -15,14 +14,13 @@ import re
 from pathlib import Path
 
 from cells import BUDGETS, Cell, read_cells, run_grid, table, write_lines
-
 from stepquant.errors import StepQuantError
 from stepquant.recipe import load_recipe
 from stepquant.scheme import PROTOCOLS
 
 
 def parse_bits(text: str) -> tuple[int, int]:
-    """ "w4a8" as (4, 8)."""
+    """Bits of weights and activations in a label such as w4a8."""
     match = re.fullmatch(r"w(\d)a(\d)", text)
     if match is None:
         raise StepQuantError(f"bits '{text}' are not understood: expected the form w4a8")

@@ -15,9 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+
 from cells import machine
 from paper_model import paper_pipeline
-
 from stepquant.bench import denoiser_call
 from stepquant.evaluate import measure_latency, peak_memory_mb
 from stepquant.progress import Reporter
@@ -85,8 +85,7 @@ def main() -> None:
                 "median_ms": timing.median_ms,
                 "p10_ms": timing.p10,
                 "p90_ms": timing.p90,
-                "times_faster_than_eager_float32": timings["float32"].median_ms
-                / timing.median_ms,
+                "times_faster_than_eager_float32": timings["float32"].median_ms / timing.median_ms,
             }
             record["timings"].append(row)
             reporter.line(

@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 
 from cells import machine
-
 from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.sources import open_pipeline

@@ -29,8 +29,12 @@ def simulate(context: StepContext) -> Simulate:
     """Builds a quantizing layer: weight ranges from the weight, random step tables."""
 
     def build(
-        layer: nn.Linear | nn.Conv2d, weight_bits: int = 8, activation_bits: int = 8,
-        splits: tuple[int, ...] | None = None, steps: int = 5, quantizing: bool = True,
+        layer: nn.Linear | nn.Conv2d,
+        weight_bits: int = 8,
+        activation_bits: int = 8,
+        splits: tuple[int, ...] | None = None,
+        steps: int = 5,
+        quantizing: bool = True,
     ) -> QuantLayer:
         kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
         quantized = kind(layer, weight_bits, activation_bits, context, splits)

@@ -8,11 +8,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+# In label order, 0 to 9.
 CIFAR10_CLASSES = (
-    "airplane automobile bird cat deer dog frog horse ship truck".split()  # label order 0..9
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
 )
 FASHION_CLASSES = (
-    "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot".split()
+    *("t-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle-boot"),
 )
 
 

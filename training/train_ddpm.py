@@ -18,9 +18,10 @@ import time
 from pathlib import Path
 
 import torch
-from data import load
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from rich.progress import track
+
+from data import load
 
 MODELS = {
     "fashion-ddpm": {

@@ -75,9 +75,7 @@ def bench(
             f"'{model}' has no packed layer: expected a folder that stepquant quantize wrote"
         )
     if is_packed(reference):
-        raise StepQuantError(
-            f"'{against}' is quantized: expected the float model to compare with"
-        )
+        raise StepQuantError(f"'{against}' is quantized: expected the float model to compare with")
     set_backend(candidate, backend)
     rows = []
     with reporter.task("timing", total=len(batch)) as task:

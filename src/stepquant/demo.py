@@ -110,14 +110,25 @@ def demo(
         reporter.line(f"{setting.label}: quantizing")
         brief = {"block_distillation.iterations": iterations, "block_distillation.samples": 768}
         result = quantize(
-            name, setting.recipe, setting.weights, setting.activations,
-            folder / setting.label.replace(" ", "-"), STEPS,
-            brief if setting.recipe == "dilatequant" else None, reporter=reporter,
+            name,
+            setting.recipe,
+            setting.weights,
+            setting.activations,
+            folder / setting.label.replace(" ", "-"),
+            STEPS,
+            brief if setting.recipe == "dilatequant" else None,
+            reporter=reporter,
         )
         drawn = sample_images(result.pipeline, images, STEPS, reporter=reporter)
         quality = evaluate(
-            result.pipeline, float_pipeline, images, STEPS, features=features, images=drawn,
-            float_images=float_images, reporter=reporter,
+            result.pipeline,
+            float_pipeline,
+            images,
+            STEPS,
+            features=features,
+            images=drawn,
+            float_images=float_images,
+            reporter=reporter,
         )
         rows.append(
             {

@@ -84,8 +84,13 @@ def inspect_packed(denoiser: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def inspect_float(
-    pipeline: DiffusionPipeline, denoiser: nn.Module, steps: int, scheduler: str | None, num: int,
-    seed: int, reporter: Reporter,
+    pipeline: DiffusionPipeline,
+    denoiser: nn.Module,
+    steps: int,
+    scheduler: str | None,
+    num: int,
+    seed: int,
+    reporter: Reporter,
 ) -> dict[str, Any]:
     """Ranges by step, unsaturated share and kurtosis of a float denoiser."""
     trajectories = capture_trajectories(pipeline, num, steps, seed, scheduler, reporter=reporter)

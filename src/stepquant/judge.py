@@ -61,9 +61,7 @@ def evaluate(
         "seed": seed,
         "paired_psnr_db": paired_psnr(float_images, images),
         "paired_ssim": paired_ssim(float_images, images),
-        "noise_error": noise_error(
-            candidate, reference, steps, scheduler, seed, reporter=reporter
-        ),
+        "noise_error": noise_error(candidate, reference, steps, scheduler, seed, reporter=reporter),
     }
     if name is not None:
         record.update(distances(images, float_images, name))
@@ -93,8 +91,13 @@ def distances(images: Tensor, float_images: Tensor, features: str) -> dict[str, 
 
 @torch.no_grad()
 def noise_error(
-    candidate: DiffusionPipeline, reference: DiffusionPipeline, steps: int,
-    scheduler: str | None, seed: int, num: int = 16, reporter: Reporter | None = None,
+    candidate: DiffusionPipeline,
+    reference: DiffusionPipeline,
+    steps: int,
+    scheduler: str | None,
+    seed: int,
+    num: int = 16,
+    reporter: Reporter | None = None,
 ) -> list[dict[str, float]]:
     """Relative squared error of the noise prediction at each step, on `num` float trajectories."""
     reporter = reporter or Reporter(quiet=True)

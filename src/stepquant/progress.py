@@ -6,8 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class Task:
@@ -37,9 +43,15 @@ class Reporter:
     def task(self, description: str, total: int) -> Iterator[Task]:
         """A bar of `total` units with elapsed and remaining time, gone when it ends."""
         with Progress(
-            TextColumn(f"{description:<34}"), BarColumn(24), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"), console=self.console, transient=True,
+            TextColumn(f"{description:<34}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
             disable=self.quiet or not self.console.is_terminal,
         ) as progress:
             yield Task(progress, total)

@@ -45,8 +45,11 @@ class Quantized:
 
 
 def resolve_recipe(
-    recipe: str | Path | Recipe, weights: int | None, activations: int | None,
-    steps: int | None, settings: dict[str, Any] | None,
+    recipe: str | Path | Recipe,
+    weights: int | None,
+    activations: int | None,
+    steps: int | None,
+    settings: dict[str, Any] | None,
 ) -> Recipe:
     """The recipe with the caller's bits, sampler steps and settings."""
     overrides = dict(settings or {})
@@ -114,10 +117,17 @@ def quantize(
     for name, reason in left_float.items():
         reporter.line(f"layer '{name}' stays float: {reason}")
     session = Session(
-        float_model=float_model, model=simulation, adapter=adapter, context=context,
-        trajectories=trajectories, left_float=left_float,
-        weight_ranges=resolved.ranges.weights, activation_ranges=resolved.ranges.activations,
-        seed=seed, reporter=reporter, work=work,
+        float_model=float_model,
+        model=simulation,
+        adapter=adapter,
+        context=context,
+        trajectories=trajectories,
+        left_float=left_float,
+        weight_ranges=resolved.ranges.weights,
+        activation_ranges=resolved.ranges.activations,
+        seed=seed,
+        reporter=reporter,
+        work=work,
     )
     for step in resolved.steps:
         step.apply(session)
@@ -155,8 +165,10 @@ def pack(
     """A packed copy of `simulation` that `save_pretrained` can write."""
     packed = pack_model(copy.deepcopy(simulation))
     config = StepQuantConfig(
-        scheme=recipe.scheme.model_dump(mode="json"), float_layers=left_float,
-        recipe=recipe.to_dict(), provenance=provenance,
+        scheme=recipe.scheme.model_dump(mode="json"),
+        float_layers=left_float,
+        recipe=recipe.to_dict(),
+        provenance=provenance,
     )
     attach_config(packed, config)
     return packed.eval()
@@ -199,8 +211,12 @@ def _trajectories(
         return Trajectories(**kept)
     calibration = recipe.calibration
     captured = capture_trajectories(
-        pipeline, calibration.trajectories, calibration.steps, seed + 1_000_000,
-        calibration.scheduler, reporter=reporter,
+        pipeline,
+        calibration.trajectories,
+        calibration.steps,
+        seed + 1_000_000,
+        calibration.scheduler,
+        reporter=reporter,
     )
     work.save("trajectories", captured.to_tensors())
     return captured

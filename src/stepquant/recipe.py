@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
-from pydantic import field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+)
 
 from stepquant.errors import StepQuantError
 from stepquant.methods import STEPS, Step
@@ -71,11 +77,7 @@ class Recipe(BaseModel):
             places = [plain[section]] if isinstance(plain.get(section), dict) else []
             places += [entry[section] for entry in plain["steps"] if section in entry]
             if not places or key not in places[0]:
-                known = [
-                    f"{name}.{field}"
-                    for name, fields in _settable(plain)
-                    for field in fields
-                ]
+                known = [f"{name}.{field}" for name, fields in _settable(plain) for field in fields]
                 raise StepQuantError(
                     f"recipe '{self.name}' has no setting '{dotted}': expected one of "
                     f"{', '.join(known)}"

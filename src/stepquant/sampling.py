@@ -39,16 +39,12 @@ def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
 
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
-    """Give the pipeline the scheduler `name` with its own noise schedule; None keeps what it has."""
+    """Give the pipeline the scheduler `name`, with its own noise schedule; None changes nothing."""
     if name is None:
         return
     if name not in SCHEDULERS:
-        raise StepQuantError(
-            f"unknown scheduler '{name}': expected one of {', '.join(SCHEDULERS)}"
-        )
-    pipeline.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(
-        pipeline.scheduler.config
-    )
+        raise StepQuantError(f"unknown scheduler '{name}': expected one of {', '.join(SCHEDULERS)}")
+    pipeline.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipeline.scheduler.config)
 
 
 def check_count(value: int, what: str) -> int:
@@ -97,8 +93,11 @@ def sample_images(
                 torch.Generator().manual_seed(seed + first + start + i) for i in range(count)
             ]
             result = pipeline(
-                batch_size=count, generator=generators, num_inference_steps=steps,
-                output_type="np", **call,
+                batch_size=count,
+                generator=generators,
+                num_inference_steps=steps,
+                output_type="np",
+                **call,
             )
             images.append(torch.from_numpy(result.images).permute(0, 3, 1, 2))
             task.advance(count)

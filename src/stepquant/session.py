@@ -55,8 +55,13 @@ class Session:
         kept = self.work.load("ranges")
         if kept is None:
             initialize_ranges(
-                self.model, self.trajectories, self.weight_ranges, self.activation_ranges,
-                self.seed, self.samples_per_step, self.reporter,
+                self.model,
+                self.trajectories,
+                self.weight_ranges,
+                self.activation_ranges,
+                self.seed,
+                self.samples_per_step,
+                self.reporter,
             )
             self.work.save("ranges", dict(self.model.state_dict()))
         else:

@@ -44,8 +44,8 @@ class WorkFolder:
             if record.read_text() != text:
                 raise StepQuantError(
                     f"'{path}' holds the work of another job: expected the same model, recipe, "
-                    "bits, seed, threads and versions as in its job.json; repeat the first command, "
-                    "or delete the folder to start anew"
+                    "bits, seed, threads and versions as in its job.json; repeat the first "
+                    "command, or delete the folder to start anew"
                 )
             return
         if path.exists() and not record.exists() and any(path.iterdir()):

@@ -30,7 +30,8 @@ def test_replacements_stand_where_the_modules_stood() -> None:
         model, lambda _, module: nn.Identity() if isinstance(module, nn.Linear) else None
     )
     assert [name for name, module in model.named_modules() if isinstance(module, nn.Identity)] == [
-        "0", "1.1"
+        "0",
+        "1.1",
     ]
     assert model[1][0] is kept
     x = torch.tensor([-1.0, 2.0])

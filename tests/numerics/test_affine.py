@@ -107,8 +107,11 @@ def test_gradient_at_the_ends_of_the_grid_counts_as_inside() -> None:
     assert x.grad.tolist() == [1, 1, 0, 0]
 
 
-@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False),
-                                    (False, False, True)], ids=["x", "scale", "zero_point"])
+@pytest.mark.parametrize(
+    "wanted",
+    [(True, False, False), (False, True, False), (False, False, True)],
+    ids=["x", "scale", "zero_point"],
+)
 def test_each_gradient_can_be_had_alone(wanted: tuple[bool, bool, bool]) -> None:
     scale, zero_point = grid((3, 1), 4)
     values = (on_grid_noise((3, 50), scale, 4), scale, zero_point)

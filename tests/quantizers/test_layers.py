@@ -62,7 +62,11 @@ def float64_formula(layer: QuantLayer, x: Tensor, rows: list[int]) -> Tensor:
             codes_w = codes_w.clamp(0, 2**layer.weight_bits - 1)
             if isinstance(layer, QuantConv2d):
                 product = functional.conv2d(
-                    (codes_x - zero)[None], codes_w - zero_w, None, layer.stride, layer.padding,
+                    (codes_x - zero)[None],
+                    codes_w - zero_w,
+                    None,
+                    layer.stride,
+                    layer.padding,
                     layer.dilation,
                 )[0]
                 total = total + scale * scale_w.view(-1, 1, 1) * product
@@ -89,7 +93,10 @@ def test_float_mode_is_the_float_layer(build: Any, context: StepContext) -> None
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 8), (2, 4), (1, 7)])
 @pytest.mark.parametrize("splits", [None, (7, 5)], ids=["one-part", "two-parts"])
 def test_quantizing_is_the_formula_of_the_design(
-    build: Any, weight_bits: int, activation_bits: int, splits: tuple[int, ...] | None,
+    build: Any,
+    weight_bits: int,
+    activation_bits: int,
+    splits: tuple[int, ...] | None,
     simulate: Any,
 ) -> None:
     layer = simulate(seeded(build), weight_bits, activation_bits, splits)

@@ -30,13 +30,20 @@ DESCENDING = torch.tensor([900.0, 600.0, 300.0, 0.0])
         (5000, [0]),
     ],
     ids=[
-        "int", "float", "scalar-int64", "scalar-float32", "scalar-int32", "scalar-float64",
-        "batch-int64", "batch-float32", "batch-of-one-float16", "below-the-grid", "above-the-grid",
+        "int",
+        "float",
+        "scalar-int64",
+        "scalar-float32",
+        "scalar-int32",
+        "scalar-float64",
+        "batch-int64",
+        "batch-float32",
+        "batch-of-one-float16",
+        "below-the-grid",
+        "above-the-grid",
     ],
 )
-def test_rows_are_those_of_the_nearest_timestep(
-    timestep: Tensor | float, rows: list[int]
-) -> None:
+def test_rows_are_those_of_the_nearest_timestep(timestep: Tensor | float, rows: list[int]) -> None:
     found = StepGrid(DESCENDING).rows(timestep)
     assert found.dtype == torch.int64
     assert found.tolist() == rows
@@ -159,9 +166,7 @@ def test_a_removed_hook_reads_nothing() -> None:
 
 
 @pytest.mark.parametrize("arguments", [{}, {"timestep": None}], ids=["left-out", "none"])
-def test_a_call_without_timestep_is_refused(
-    denoiser: Denoiser, arguments: dict[str, None]
-) -> None:
+def test_a_call_without_timestep_is_refused(denoiser: Denoiser, arguments: dict[str, None]) -> None:
     with pytest.raises(StepQuantError, match="called without a timestep: expected one"):
         denoiser(torch.zeros(1), **arguments)
     assert denoiser.calls == 0

@@ -71,7 +71,10 @@ class Case:
         bias = integers(-1000, 1000, (spec.out_channels,)).float() if self.bias else None
         accumulate = integers(-1000, 1000, tuple(out)).float() if self.accumulate else None
         return {
-            "codes": codes, "weight": weight.to(torch.int8), "bias": bias, "accumulate": accumulate
+            "codes": codes,
+            "weight": weight.to(torch.int8),
+            "bias": bias,
+            "accumulate": accumulate,
         }
 
 
@@ -119,7 +122,12 @@ def actual(kernel_name: str, case: Case, device: str = "cpu") -> Tensor:
     zero_point = torch.tensor([case.act_zero_point], dtype=torch.int32, device=device)
     state = kernel.prepare(inputs["weight"], ones, case.spec)
     return kernel.run(
-        state, inputs["codes"], ones[:1], zero_point, inputs["bias"], inputs["accumulate"],
+        state,
+        inputs["codes"],
+        ones[:1],
+        zero_point,
+        inputs["bias"],
+        inputs["accumulate"],
         case.spec,
     )
 
@@ -130,7 +138,12 @@ def one_pass_is_exact(case: Case) -> bool:
     state = cpu.prepare(inputs["weight"], torch.ones(spec.out_channels), spec)
     zero_point = torch.tensor([case.act_zero_point], dtype=torch.int32)
     y = cpu._call(
-        state, inputs["codes"], torch.ones(1), zero_point, inputs["bias"], inputs["accumulate"],
+        state,
+        inputs["codes"],
+        torch.ones(1),
+        zero_point,
+        inputs["bias"],
+        inputs["accumulate"],
         spec,
     )
     return torch.equal(y.double(), expected(case).double())
@@ -143,7 +156,10 @@ def _linear(name: str, inputs: int, out: int, size: tuple[int, ...], **changes: 
 
 
 def _conv(
-    name: str, channels: tuple[int, int], kernel: tuple[int, int], size: tuple[int, int, int],
+    name: str,
+    channels: tuple[int, int],
+    kernel: tuple[int, int],
+    size: tuple[int, int, int],
     **changes: Any,
 ) -> Case:
     geometry = {
@@ -162,48 +178,118 @@ def _cases() -> list[Case]:
         _linear("linear-3-17-tokens", 3, 17, (2, 7), bias=True),
         _linear("linear-24-3-strided", 24, 3, (2, 3, 5), layout="strided", accumulate=True),
         _linear("linear-80-40-extreme", 80, 40, (33,), extreme=True, zero_point=0),
-        _linear("linear-80-40-extreme-a7", 80, 40, (3,), extreme=True, activation_bits=7,
-                zero_point=0),
+        _linear(
+            "linear-80-40-extreme-a7", 80, 40, (3,), extreme=True, activation_bits=7, zero_point=0
+        ),
         _linear("linear-64-64-a4", 64, 64, (40,), activation_bits=4, zero_point=5),
         _conv("conv1x1-1-1", (1, 1), (1, 1), (1, 7, 5)),
         _conv("conv1x1-17-24", (17, 24), (1, 1), (2, 7, 5), bias=True),
         _conv("conv1x1-24-8-one-pixel", (24, 8), (1, 1), (3, 1, 1)),
         _conv("conv3x3-3-17", (3, 17), (3, 3), (2, 7, 5), padding=(1, 1), bias=True),
-        _conv("conv3x3-17-3-accumulate", (17, 3), (3, 3), (2, 7, 5), padding=(1, 1), bias=True,
-              accumulate=True),
-        _conv("conv3x3-24-24-stride-2-2", (24, 24), (3, 3), (2, 7, 5), stride=(2, 2),
-              padding=(1, 1)),
+        _conv(
+            "conv3x3-17-3-accumulate",
+            (17, 3),
+            (3, 3),
+            (2, 7, 5),
+            padding=(1, 1),
+            bias=True,
+            accumulate=True,
+        ),
+        _conv(
+            "conv3x3-24-24-stride-2-2", (24, 24), (3, 3), (2, 7, 5), stride=(2, 2), padding=(1, 1)
+        ),
         _conv("conv3x3-24-1-stride-1-2", (24, 1), (3, 3), (1, 7, 5), stride=(1, 2)),
         _conv("conv5x3-3-24-padding-2-1", (3, 24), (5, 3), (2, 7, 5), padding=(2, 1)),
-        _conv("conv5x3-17-17-stride-1-2", (17, 17), (5, 3), (2, 7, 5), stride=(1, 2),
-              padding=(2, 1), layout="channels_last"),
-        _conv("conv3x3-24-17-channels-last", (24, 17), (3, 3), (2, 7, 5), padding=(1, 1),
-              layout="channels_last", accumulate=True),
-        _conv("conv3x3-24-17-strided", (24, 17), (3, 3), (2, 7, 5), padding=(1, 1),
-              layout="strided"),
-        _conv("conv3x3-17-24-dilation-2", (17, 24), (3, 3), (2, 7, 5), padding=(2, 2),
-              dilation=(2, 2)),
-        _conv("conv3x3-1-3-dilation-2-1", (1, 3), (3, 3), (1, 7, 5), padding=(1, 1),
-              dilation=(2, 1)),
-        _conv("conv3x3-24-24-extreme", (24, 24), (3, 3), (2, 7, 5), padding=(1, 1), extreme=True,
-              zero_point=0),
-        _conv("conv3x3-24-24-extreme-zero-max", (24, 24), (3, 3), (2, 7, 5), padding=(1, 1),
-              extreme=True, zero_point=255),
-        _conv("conv3x3-3-17-extreme", (3, 17), (3, 3), (1, 7, 5), padding=(1, 1), extreme=True,
-              zero_point=1, bias=True, accumulate=True),
+        _conv(
+            "conv5x3-17-17-stride-1-2",
+            (17, 17),
+            (5, 3),
+            (2, 7, 5),
+            stride=(1, 2),
+            padding=(2, 1),
+            layout="channels_last",
+        ),
+        _conv(
+            "conv3x3-24-17-channels-last",
+            (24, 17),
+            (3, 3),
+            (2, 7, 5),
+            padding=(1, 1),
+            layout="channels_last",
+            accumulate=True,
+        ),
+        _conv(
+            "conv3x3-24-17-strided", (24, 17), (3, 3), (2, 7, 5), padding=(1, 1), layout="strided"
+        ),
+        _conv(
+            "conv3x3-17-24-dilation-2", (17, 24), (3, 3), (2, 7, 5), padding=(2, 2), dilation=(2, 2)
+        ),
+        _conv(
+            "conv3x3-1-3-dilation-2-1", (1, 3), (3, 3), (1, 7, 5), padding=(1, 1), dilation=(2, 1)
+        ),
+        _conv(
+            "conv3x3-24-24-extreme",
+            (24, 24),
+            (3, 3),
+            (2, 7, 5),
+            padding=(1, 1),
+            extreme=True,
+            zero_point=0,
+        ),
+        _conv(
+            "conv3x3-24-24-extreme-zero-max",
+            (24, 24),
+            (3, 3),
+            (2, 7, 5),
+            padding=(1, 1),
+            extreme=True,
+            zero_point=255,
+        ),
+        _conv(
+            "conv3x3-3-17-extreme",
+            (3, 17),
+            (3, 3),
+            (1, 7, 5),
+            padding=(1, 1),
+            extreme=True,
+            zero_point=1,
+            bias=True,
+            accumulate=True,
+        ),
         _conv("conv1x1-80-40-extreme", (80, 40), (1, 1), (1, 4, 4), extreme=True, zero_point=77),
     ]
     for zero_point in (0, 1, 127, 255):
         cases.append(_linear(f"linear-zero-{zero_point}", 40, 16, (4,), zero_point=zero_point))
-        cases.append(_conv(f"conv-zero-{zero_point}", (16, 16), (3, 3), (1, 7, 5),
-                           padding=(1, 1), zero_point=zero_point))
+        cases.append(
+            _conv(
+                f"conv-zero-{zero_point}",
+                (16, 16),
+                (3, 3),
+                (1, 7, 5),
+                padding=(1, 1),
+                zero_point=zero_point,
+            )
+        )
     for bits in range(1, 9):
         for extreme in (False, True):
             tail = f"w{bits}{'-extreme' if extreme else ''}"
-            cases.append(_linear(f"linear-{tail}", 48, 24, (5,), weight_bits=bits,
-                                 extreme=extreme, zero_point=3))
-            cases.append(_conv(f"conv-{tail}", (17, 24), (3, 3), (2, 7, 5), padding=(1, 1),
-                               weight_bits=bits, extreme=extreme, zero_point=200))
+            cases.append(
+                _linear(
+                    f"linear-{tail}", 48, 24, (5,), weight_bits=bits, extreme=extreme, zero_point=3
+                )
+            )
+            cases.append(
+                _conv(
+                    f"conv-{tail}",
+                    (17, 24),
+                    (3, 3),
+                    (2, 7, 5),
+                    padding=(1, 1),
+                    weight_bits=bits,
+                    extreme=extreme,
+                    zero_point=200,
+                )
+            )
     return cases
 
 

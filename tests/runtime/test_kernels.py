@@ -91,7 +91,10 @@ def under_caps() -> dict[str, dict[str, Any]]:
     package = str(Path(stepquant.__file__).parents[1])
     result = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("kernel_cases.py")), *CAPS],
-        env={**os.environ, "PYTHONPATH": package}, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": package},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in result.stdout.splitlines()]
@@ -122,8 +125,15 @@ def test_onednn_is_exact_under_a_capped_instruction_set(
 
 
 @needs_onednn
-@pytest.mark.parametrize("name", ["linear-w8-extreme", "conv3x3-24-24-extreme-zero-max",
-                                  "conv3x3-17-3-accumulate", "linear-17-24"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear-w8-extreme",
+        "conv3x3-24-24-extreme-zero-max",
+        "conv3x3-17-3-accumulate",
+        "linear-17-24",
+    ],
+)
 def test_two_halves_are_exact_on_every_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "pairs_saturate", lambda: True)
     check_exact("onednn", NAMES[name])
@@ -140,8 +150,13 @@ def test_scales_are_applied_per_tensor_and_out_channel(name: str, kernel: str) -
     act_scale, weight_scale = torch.tensor([0.0371]), 0.01 * torch.arange(1, spec.out_channels + 1)
     state = KERNELS[kernel].prepare(inputs["weight"], weight_scale, spec)
     y = KERNELS[kernel].run(
-        state, inputs["codes"], act_scale, torch.tensor([128], dtype=torch.int32), inputs["bias"],
-        inputs["accumulate"], spec,
+        state,
+        inputs["codes"],
+        act_scale,
+        torch.tensor([128], dtype=torch.int32),
+        inputs["bias"],
+        inputs["accumulate"],
+        spec,
     )
     shape = (1, -1, 1, 1) if spec.kind == "conv2d" else (-1,)
     bias, accumulate = inputs["bias"].double().view(shape), inputs["accumulate"].double()
@@ -152,15 +167,28 @@ def test_scales_are_applied_per_tensor_and_out_channel(name: str, kernel: str) -
 
 
 @needs_onednn
-@pytest.mark.parametrize("name", ["conv3x3-24-24-stride-2-2", "conv5x3-17-17-stride-1-2",
-                                  "conv3x3-1-3-dilation-2-1", "conv1x1-1-1", "linear-w4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv3x3-24-24-stride-2-2",
+        "conv5x3-17-17-stride-1-2",
+        "conv3x3-1-3-dilation-2-1",
+        "conv1x1-1-1",
+        "linear-w4",
+    ],
+)
 def test_operators_tell_torch_compile_the_truth_about_their_results(name: str) -> None:
     """The shape, dtype and strides that `torch.compile` plans with are those that come."""
     case = NAMES[name]
     inputs, spec = case.inputs(), case.spec
     packed, scale, zeros = cpu.prepare(inputs["weight"], torch.ones(spec.out_channels), spec)
     arguments = (
-        inputs["codes"], torch.ones(1), torch.tensor([3], dtype=torch.int32), packed, scale, zeros,
+        inputs["codes"],
+        torch.ones(1),
+        torch.tensor([3], dtype=torch.int32),
+        packed,
+        scale,
+        zeros,
         None,
     )
     if spec.kind == "linear":
@@ -188,7 +216,12 @@ def actual_from(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     state = kernel.prepare(inputs["weight"], torch.ones(case.spec.out_channels), case.spec)
     zero_point = torch.full((1,), case.act_zero_point, dtype=torch.int32)
     return kernel.run(
-        state, inputs["codes"], torch.ones(1), zero_point, inputs["bias"], inputs["accumulate"],
+        state,
+        inputs["codes"],
+        torch.ones(1),
+        zero_point,
+        inputs["bias"],
+        inputs["accumulate"],
         case.spec,
     )
 

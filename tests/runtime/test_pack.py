@@ -47,9 +47,7 @@ def test_weights_take_their_true_number_of_bits(
 
 
 @pytest.mark.parametrize("splits", [(12,), (7, 5)], ids=str)
-def test_scales_tables_and_bias_are_the_simulations(
-    splits: tuple[int, ...], simulate: Any
-) -> None:
+def test_scales_tables_and_bias_are_the_simulations(splits: tuple[int, ...], simulate: Any) -> None:
     layer = simulate(conv(), 4, splits=splits)
     layer.activation_quantizers[0].zero_point.data.add_(0.3)  # trained: no whole number
     packed = pack_layer(layer)

@@ -307,7 +307,10 @@ def network(simulate: Any) -> nn.Sequential:
     second.multiply_channel_scale(torch.linspace(0.5, 2, 16))
     return pack_model(
         nn.Sequential(
-            simulate(nn.Conv2d(8, 16, 3, padding=1), 8, 8), nn.SiLU(), second, nn.Flatten(2),
+            simulate(nn.Conv2d(8, 16, 3, padding=1), 8, 8),
+            nn.SiLU(),
+            second,
+            nn.Flatten(2),
             simulate(nn.Linear(64, 24), 4, 8, steps=1),
         )
     )
@@ -402,6 +405,8 @@ def test_packed_agrees_with_the_simulation_on_cuda(kind: str, simulate: Any) -> 
     packed, x = pack_layer(layer).to("cuda"), input_for(kind).to("cuda")
     expected = layer(input_for(kind))
     assert_agrees(packed(x).cpu(), expected)
-    assert isinstance(layer, QuantLinear) or "int_mm" in packed.kernel_names() or (
-        packed.fallback_reasons()
+    assert (
+        isinstance(layer, QuantLinear)
+        or "int_mm" in packed.kernel_names()
+        or (packed.fallback_reasons())
     )

@@ -1,0 +1,1 @@
+"""Calibration data from the float model's sampler, and first ranges."""

@@ -46,8 +46,13 @@ def initialize_activations(
 
 
 def initialize_ranges(
-    model: nn.Module, trajectories: Trajectories, weights: str, activations: str, seed: int,
-    per_step: int, reporter: Reporter,
+    model: nn.Module,
+    trajectories: Trajectories,
+    weights: str,
+    activations: str,
+    seed: int,
+    per_step: int,
+    reporter: Reporter,
 ) -> None:
     """First ranges of all quantizers from float activations; then the model quantizes."""
     layers = quant_layers(model)

@@ -29,7 +29,9 @@ class Observation:
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """The simulated layers of `model` by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)
+    }
 
 
 @torch.no_grad()

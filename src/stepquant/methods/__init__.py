@@ -7,8 +7,7 @@ from stepquant.methods.temporal_quantizer import TemporalQuantizer
 from stepquant.methods.weight_dilation import WeightDilation
 
 STEPS: dict[str, type[Step]] = {
-    step.name: step
-    for step in (WeightDilation, Smoothing, TemporalQuantizer, BlockDistillation)
+    step.name: step for step in (WeightDilation, Smoothing, TemporalQuantizer, BlockDistillation)
 }
 
 __all__ = [

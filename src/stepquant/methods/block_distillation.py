@@ -78,9 +78,7 @@ class BlockDistillation(Step):
                     examples = BlockData(args, kwargs, targets.pop(name), data.timestep)
                     generator = torch.Generator().manual_seed(session.seed * 1009 + index)
                     losses = self._train(session, name, block, examples, generator)
-                    session.work.save(
-                        key, {**block.state_dict(), "losses": torch.tensor(losses)}
-                    )
+                    session.work.save(key, {**block.state_dict(), "losses": torch.tensor(losses)})
                 else:
                     losses = tuple(kept.pop("losses").tolist())
                     block.load_state_dict(kept)
@@ -104,10 +102,14 @@ class BlockDistillation(Step):
         return capture_outputs(model, chosen, data, batch)  # type: ignore[arg-type]
 
     def _train(
-        self, session: Session, name: str, block: nn.Module, data: BlockData,
+        self,
+        session: Session,
+        name: str,
+        block: nn.Module,
+        data: BlockData,
         generator: torch.Generator,
     ) -> tuple[float, float]:
-        """Train `block` in place; `(held-out loss before, after)`, relative to the target's power."""
+        """Train `block`; `(held-out loss before, after)`, over the mean square of the target."""
         held_out = torch.arange(len(data) - max(1, len(data) // 8), len(data))
         train = torch.arange(len(data) - len(held_out))
         power = data.target.square().mean().clamp(min=1e-12)
@@ -153,9 +155,7 @@ class BlockDistillation(Step):
             parameter.grad = None
         return first, best
 
-    def _batches(
-        self, timestep: Tensor, train: Tensor, generator: torch.Generator
-    ) -> list[Tensor]:
+    def _batches(self, timestep: Tensor, train: Tensor, generator: torch.Generator) -> list[Tensor]:
         """The training indices of each iteration."""
         if self.step_order == "mixed":
             return [

@@ -25,7 +25,11 @@ class BlockOptimizer:
     """
 
     def __init__(
-        self, block: nn.Module, weight_rate: float, scale_rate: float, activation_rate: float,
+        self,
+        block: nn.Module,
+        weight_rate: float,
+        scale_rate: float,
+        activation_rate: float,
         iterations: int,
     ) -> None:
         dense, sparse = [], []

@@ -1,0 +1,1 @@
+"""Adapters: what the methods need to know of each architecture."""

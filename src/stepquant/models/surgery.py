@@ -20,7 +20,9 @@ def replace_modules(
 
 
 def _replace_children(
-    parent: nn.Module, prefix: str, replacement: Callable[[str, nn.Module], nn.Module | None],
+    parent: nn.Module,
+    prefix: str,
+    replacement: Callable[[str, nn.Module], nn.Module | None],
     seen: dict[nn.Module, nn.Module],
 ) -> None:
     for child, module in list(parent._modules.items()):

@@ -6,6 +6,7 @@ where the backbone's channels end, and its weight alike (Q-Diffusion, ICCV 2023,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,10 +31,17 @@ class QuantLayer(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     channel_dim: int  # of the input
+    inverse_channel_scale: Tensor
+    activation_quantizers: nn.ModuleList
+    weight_quantizers: nn.ModuleList
 
     def _setup(
-        self, layer: nn.Linear | nn.Conv2d, weight_bits: int, activation_bits: int,
-        context: StepContext, splits: tuple[int, ...] | None,
+        self,
+        layer: nn.Linear | nn.Conv2d,
+        weight_bits: int,
+        activation_bits: int,
+        context: StepContext,
+        splits: tuple[int, ...] | None,
     ) -> None:
         self.weight = nn.Parameter(layer.weight.detach().clone())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
@@ -59,6 +67,15 @@ class QuantLayer(nn.Module):
     def weight_parts(self) -> tuple[Tensor, ...]:
         """The weight of each part, `[C_out, C_part, ...]`."""
         return self.weight.split(self.splits, dim=1)
+
+    def parts(self) -> Iterator[tuple[ActivationQuantizer, WeightQuantizer, Tensor]]:
+        """`(activation quantizer, weight quantizer, weight [C_out, C_part, ...])` of each part."""
+        for activations, weights, weight in zip(
+            self.activation_quantizers, self.weight_quantizers, self.weight_parts(), strict=True
+        ):
+            assert isinstance(activations, ActivationQuantizer)
+            assert isinstance(weights, WeightQuantizer)
+            yield activations, weights, weight
 
     def multiply_channel_scale(self, scale: Tensor) -> None:
         """Divide the input by `scale [C_in]` from now on, on top of what is divided already."""
@@ -88,8 +105,7 @@ class QuantLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight on its grid, differentiable, `[C_out, C_in, ...]`."""
-        pairs = zip(self.weight_quantizers, self.weight_parts(), strict=True)
-        parts = [quantizer(weight) for quantizer, weight in pairs]
+        parts = [quantizer(weight) for _, quantizer, weight in self.parts()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +127,11 @@ class QuantLinear(QuantLayer):
     channel_dim = -1
 
     def __init__(
-        self, layer: nn.Linear, weight_bits: int, activation_bits: int, context: StepContext,
+        self,
+        layer: nn.Linear,
+        weight_bits: int,
+        activation_bits: int,
+        context: StepContext,
         splits: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
@@ -127,14 +147,19 @@ class QuantConv2d(QuantLayer):
     channel_dim = 1
 
     def __init__(
-        self, layer: nn.Conv2d, weight_bits: int, activation_bits: int, context: StepContext,
+        self,
+        layer: nn.Conv2d,
+        weight_bits: int,
+        activation_bits: int,
+        context: StepContext,
         splits: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
-        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        assert not isinstance(layer.padding, str)
+        self.stride, self.padding, self.dilation = (
+            (pair[0], pair[1]) for pair in (layer.stride, layer.padding, layer.dilation)
+        )
         self._setup(layer, weight_bits, activation_bits, context, splits)
 
     def _compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional.conv2d(
-            x, weight, self.bias, self.stride, self.padding, self.dilation
-        )
+        return functional.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)

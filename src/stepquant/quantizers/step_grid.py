@@ -67,9 +67,7 @@ class StepContext:
         # A bound method, so that a deep copy of the denoiser reads into its own context.
         return denoiser.register_forward_pre_hook(self._read_timestep, with_kwargs=True)
 
-    def _read_timestep(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _read_timestep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs.get("timestep")
         if timestep is None and self._position < len(args):
             timestep = args[self._position]

@@ -45,9 +45,7 @@ class WeightQuantizer(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Fake-quantize `weight [C_out, ...]`."""
         shape = (-1,) + (1,) * (weight.dim() - 1)
-        return fake_quantize(
-            weight, self.scale.view(shape), self.zero_point.view(shape), self.bits
-        )
+        return fake_quantize(weight, self.scale.view(shape), self.zero_point.view(shape), self.bits)
 
     def codes(self, weight: Tensor) -> Tensor:
         """Codes of `weight [C_out, ...]` as uint8 of the same shape."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -15,18 +17,20 @@ from stepquant.runtime.spec import LayerSpec
 
 def layer_spec(layer: QuantLayer) -> LayerSpec:
     """The kernel-side description of a simulated layer."""
-    common = {
-        "in_channels": layer.in_channels,
-        "out_channels": layer.out_channels,
-        "weight_bits": layer.weight_bits,
-        "activation_bits": layer.activation_bits,
-    }
+    spec = LayerSpec(
+        "linear", layer.in_channels, layer.out_channels, layer.weight_bits, layer.activation_bits
+    )
     if isinstance(layer, QuantLinear):
-        return LayerSpec("linear", **common)
+        return spec
     assert isinstance(layer, QuantConv2d)
-    return LayerSpec(
-        "conv2d", **common, kernel_size=tuple(layer.weight.shape[2:]), stride=layer.stride,
-        padding=layer.padding, dilation=layer.dilation,
+    height, width = layer.weight.shape[2:]
+    return replace(
+        spec,
+        kind="conv2d",
+        kernel_size=(height, width),
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
     )
 
 
@@ -35,13 +39,12 @@ def pack_layer(layer: QuantLayer) -> PackedLayer:
     """The packed layer with the codes, scales and tables of `layer`."""
     spec = layer_spec(layer)
     kind = PackedLinear if spec.kind == "linear" else PackedConv2d
-    steps = max(quantizer.steps for quantizer in layer.activation_quantizers)
+    steps = max(inputs.steps for inputs, _, _ in layer.parts())
     packed = kind(
         spec, layer.splits, steps, layer.context, layer.bias is not None, layer.scales_input
     )
     streams = []
-    for index, weight in enumerate(layer.weight_parts()):
-        weights, inputs = layer.weight_quantizers[index], layer.activation_quantizers[index]
+    for index, (inputs, weights, weight) in enumerate(layer.parts()):
         streams.append(pack_bits(weights.codes(weight), spec.weight_bits))
         packed.weight_scale[index] = weights.scale
         packed.weight_zero_point[index] = zero_codes(
@@ -51,8 +54,10 @@ def pack_layer(layer: QuantLayer) -> PackedLayer:
         packed.act_zero_point[index] = zero_codes(inputs.zero_point, inputs.bits, "activation")
     packed.weight_packed.copy_(torch.cat(streams))
     if layer.bias is not None:
+        assert packed.bias is not None
         packed.bias.copy_(layer.bias)
     if layer.scales_input:
+        assert packed.act_channel_scale is not None
         packed.act_channel_scale.copy_(1.0 / layer.inverse_channel_scale)
     return packed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -26,10 +27,22 @@ class PackedLayer(nn.Module):
     """
 
     channel_dim: int
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    act_scale: Tensor
+    act_zero_point: Tensor
+    bias: Tensor | None
+    act_channel_scale: Tensor | None
 
     def __init__(
-        self, spec: LayerSpec, splits: tuple[int, ...], steps: int, context: StepContext,
-        has_bias: bool, has_channel_scale: bool,
+        self,
+        spec: LayerSpec,
+        splits: tuple[int, ...],
+        steps: int,
+        context: StepContext,
+        has_bias: bool,
+        has_channel_scale: bool,
     ) -> None:
         """Empty buffers of the right shapes; `load_state_dict` or `runtime.pack` fills them."""
         super().__init__()
@@ -38,9 +51,7 @@ class PackedLayer(nn.Module):
         self.spec, self.splits, self.steps, self.context = spec, splits, steps, context
         self.backend = "auto"
         parts, out = len(splits), spec.out_channels
-        count = sum(
-            packed_size(out * part.columns, spec.weight_bits) for part in self.part_specs()
-        )
+        count = sum(packed_size(out * part.columns, spec.weight_bits) for part in self.part_specs())
         self.register_buffer("weight_packed", torch.zeros(count, dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.ones(parts, out))
         self.register_buffer("weight_zero_point", torch.zeros(parts, out, dtype=torch.uint8))
@@ -53,8 +64,7 @@ class PackedLayer(nn.Module):
 
     def part_specs(self) -> list[LayerSpec]:
         """The spec of each input part."""
-        fields = {name: getattr(self.spec, name) for name in self.spec.__dataclass_fields__}
-        return [LayerSpec(**{**fields, "in_channels": channels}) for channels in self.splits]
+        return [replace(self.spec, in_channels=channels) for channels in self.splits]
 
     def weight_differences(self) -> list[Tensor]:
         """`code - zero point` of each part, int8 `[C_out, C_part, kh, kw]` (linear: two dims)."""
@@ -66,7 +76,7 @@ class PackedLayer(nn.Module):
             stop = start + packed_size(out * part.columns, part.weight_bits)
             codes = unpack_channels(packed[start:stop], bits, part.columns).to(torch.int16)
             zero = self.weight_zero_point[index].cpu().to(torch.int16)[:, None]
-            shape = (out, part.in_channels)
+            shape: tuple[int, ...] = (out, part.in_channels)
             if part.kind == "conv2d":
                 shape += part.kernel_size
             differences.append((codes - zero).to(torch.int8).view(shape))
@@ -76,8 +86,7 @@ class PackedLayer(nn.Module):
     def float_weight(self) -> Tensor:
         """The weight that the codes stand for, float32 `[C_out, C_in, ...]`."""
         parts = [
-            difference.to(torch.float32)
-            * scale.cpu().view(-1, *(1,) * (difference.dim() - 1))
+            difference.to(torch.float32) * scale.cpu().view(-1, *(1,) * (difference.dim() - 1))
             for difference, scale in zip(self.weight_differences(), self.weight_scale, strict=True)
         ]
         return torch.cat(parts, dim=1)
@@ -153,8 +162,13 @@ class PackedLayer(nn.Module):
                 part = part * prepared.inverse_channel_scale
             codes = encode(part, scale, zero_point, self.spec.activation_bits)
             y = prepared.kernel.run(
-                prepared.state, codes, scale, zero_point.to(torch.int32),
-                self.bias if index == 0 else None, y, prepared.spec,
+                prepared.state,
+                codes,
+                scale,
+                zero_point.to(torch.int32),
+                self.bias if index == 0 else None,
+                y,
+                prepared.spec,
             )
         assert y is not None
         return y
@@ -190,8 +204,13 @@ class _PreparedPart:
     """A part's kernel with the weight in that kernel's layout."""
 
     def __init__(
-        self, spec: LayerSpec, kernel_name: str, kernel: ModuleType, reasons: list[str],
-        state: tuple[Tensor, ...], inverse_channel_scale: Tensor | None,
+        self,
+        spec: LayerSpec,
+        kernel_name: str,
+        kernel: ModuleType,
+        reasons: list[str],
+        state: tuple[Tensor, ...],
+        inverse_channel_scale: Tensor | None,
     ) -> None:
         self.spec, self.kernel_name, self.kernel = spec, kernel_name, kernel
         self.reasons, self.state = reasons, state

@@ -41,7 +41,7 @@ def choose(
             kernel = KERNELS["reference"]
             return "reference", kernel, [f"{backend}: {reason}"]
         return backend, KERNELS[backend], []
-    reasons = []
+    reasons: list[str] = []
     for name, kernel in KERNELS.items():
         reason = kernel.why_not(spec, device)
         if reason is None:

@@ -64,33 +64,55 @@ def prepare(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> tuple[Tens
 
 
 def run(
-    state: tuple[Tensor, ...], codes: Tensor, act_scale: Tensor, act_zero_point: Tensor,
-    bias: Tensor | None, accumulate: Tensor | None, spec: LayerSpec,
+    state: tuple[Tensor, ...],
+    codes: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    bias: Tensor | None,
+    accumulate: Tensor | None,
+    spec: LayerSpec,
 ) -> Tensor:
     """See the package docstring."""
     if spec.pair_overflows_int16 and pairs_saturate():
-        high = _call(
-            state, codes >> 1, act_scale * 2, act_zero_point >> 1, None, accumulate, spec
-        )
+        high = _call(state, codes >> 1, act_scale * 2, act_zero_point >> 1, None, accumulate, spec)
         return _call(state, codes & 1, act_scale, act_zero_point & 1, bias, high, spec)
     return _call(state, codes, act_scale, act_zero_point, bias, accumulate, spec)
 
 
 def _call(
-    state: tuple[Tensor, ...], codes: Tensor, act_scale: Tensor, act_zero_point: Tensor,
-    bias: Tensor | None, accumulate: Tensor | None, spec: LayerSpec,
+    state: tuple[Tensor, ...],
+    codes: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    bias: Tensor | None,
+    accumulate: Tensor | None,
+    spec: LayerSpec,
 ) -> Tensor:
     packed, weight_scale, zeros = state
     if spec.kind == "linear":
         y = torch.ops.stepquant.linear_u8s8(
-            codes.reshape(-1, spec.in_channels), act_scale, act_zero_point, packed, weight_scale,
-            zeros, bias,
+            codes.reshape(-1, spec.in_channels),
+            act_scale,
+            act_zero_point,
+            packed,
+            weight_scale,
+            zeros,
+            bias,
         )
         y = y.view(*codes.shape[:-1], spec.out_channels)
     else:
         y = torch.ops.stepquant.conv2d_u8s8(
-            codes, act_scale, act_zero_point, packed, weight_scale, zeros, bias, spec.kernel_size,
-            spec.stride, spec.padding, spec.dilation,
+            codes,
+            act_scale,
+            act_zero_point,
+            packed,
+            weight_scale,
+            zeros,
+            bias,
+            spec.kernel_size,
+            spec.stride,
+            spec.padding,
+            spec.dilation,
         )
     return y if accumulate is None else y + accumulate
 
@@ -109,20 +131,54 @@ _library.define(
 
 def _linear(codes, act_scale, act_zero_point, weight, weight_scale, weight_zero_point, bias):  # type: ignore[no-untyped-def]
     return torch.ops.onednn.qlinear_pointwise.tensor(
-        codes, act_scale, act_zero_point, weight, weight_scale, weight_zero_point, bias, 1.0, 0,
-        torch.float32, "none", [], "",
+        codes,
+        act_scale,
+        act_zero_point,
+        weight,
+        weight_scale,
+        weight_zero_point,
+        bias,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
     )
 
 
 def _conv2d(  # type: ignore[no-untyped-def]
-    codes, act_scale, act_zero_point, weight, weight_scale, weight_zero_point, bias, kernel_size,
-    stride, padding, dilation,
+    codes,
+    act_scale,
+    act_zero_point,
+    weight,
+    weight_scale,
+    weight_zero_point,
+    bias,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
 ):
     del kernel_size
     return torch.ops.onednn.qconv2d_pointwise.tensor(
-        codes.contiguous(memory_format=torch.channels_last), act_scale, act_zero_point, weight,
-        weight_scale, weight_zero_point, bias, stride, padding, dilation, 1, 1.0, 0,
-        torch.float32, "none", [], "",
+        codes.contiguous(memory_format=torch.channels_last),
+        act_scale,
+        act_zero_point,
+        weight,
+        weight_scale,
+        weight_zero_point,
+        bias,
+        stride,
+        padding,
+        dilation,
+        1,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
     )
 
 
@@ -131,8 +187,17 @@ def _linear_shape(codes, act_scale, act_zero_point, weight, weight_scale, weight
 
 
 def _conv2d_shape(  # type: ignore[no-untyped-def]
-    codes, act_scale, act_zero_point, weight, weight_scale, weight_zero_point, bias, kernel_size,
-    stride, padding, dilation,
+    codes,
+    act_scale,
+    act_zero_point,
+    weight,
+    weight_scale,
+    weight_zero_point,
+    bias,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
 ):
     size = [
         (codes.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i]

@@ -36,8 +36,13 @@ def prepare(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> tuple[Tens
 
 
 def run(
-    state: tuple[Tensor, ...], codes: Tensor, act_scale: Tensor, act_zero_point: Tensor,
-    bias: Tensor | None, accumulate: Tensor | None, spec: LayerSpec,
+    state: tuple[Tensor, ...],
+    codes: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    bias: Tensor | None,
+    accumulate: Tensor | None,
+    spec: LayerSpec,
 ) -> Tensor:
     """See the package docstring."""
     matrix, sums, weight_scale = state
@@ -62,9 +67,7 @@ def run(
     return y if accumulate is None else y + accumulate
 
 
-def _im2col(
-    signed: Tensor, fill: Tensor, spec: LayerSpec
-) -> tuple[Tensor, tuple[int, int, int]]:
+def _im2col(signed: Tensor, fill: Tensor, spec: LayerSpec) -> tuple[Tensor, tuple[int, int, int]]:
     """Patches `[B * H_out * W_out, C * kh * kw]` of `signed [B, C, H, W]`, padded with `fill [1]`.
 
     `fill` stays a tensor: reading it would make the host wait for the device at every layer.

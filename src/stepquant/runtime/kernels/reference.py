@@ -22,8 +22,13 @@ def prepare(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> tuple[Tens
 
 
 def run(
-    state: tuple[Tensor, ...], codes: Tensor, act_scale: Tensor, act_zero_point: Tensor,
-    bias: Tensor | None, accumulate: Tensor | None, spec: LayerSpec,
+    state: tuple[Tensor, ...],
+    codes: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    bias: Tensor | None,
+    accumulate: Tensor | None,
+    spec: LayerSpec,
 ) -> Tensor:
     """See the package docstring."""
     weight, weight_scale = state
