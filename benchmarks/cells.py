@@ -33,7 +33,7 @@ BUDGETS = {"cpu": {"num": 2048, "steps": 50}, "gpu": {"num": 10_000, "steps": 10
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured. `recipe` is a resolved recipe's plain values, or None for the float model."""
+    """What is measured; `recipe` is a resolved recipe's plain values, None for the float model."""
 
     name: str
     model: str
@@ -144,7 +144,7 @@ def table(records: list[dict[str, Any]]) -> str:
     fd = f"fd_{features}"
     lines = [
         f"| model | bits | {fd} (95 %) | ratio to float | excess | {fd} to float's images "
-        "| PSNR dB | SSIM | × smaller | quantize s | peak MB |",
+        "| PSNR dB | SSIM | times smaller | quantize s | peak MB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     base = next((r["quality"][fd] for r in records if r["recipe"] is None), None)

@@ -86,7 +86,9 @@ def simulate(
     check_finite_weights(float_model)
     bits, left_float = scheme.layer_bits(float_model, adapter)
     splits = adapter.skip_splits(float_model)
-    model = copy.deepcopy(float_model).float().eval()
+    # Only the simulated layers are trained. (A norm whose weight needs a gradient where its input
+    # does not is a crash of the process in torch 2.13, on inputs that are channels last.)
+    model = copy.deepcopy(float_model).float().eval().requires_grad_(False)
 
     def build(name: str, module: nn.Module) -> nn.Module | None:
         if name not in bits:

@@ -44,12 +44,12 @@ class BlockDistillation(Step):
     """
 
     name = "block_distillation"
-    iterations: int = Field(500, ge=0)
+    iterations: int = Field(400, ge=0)
     batch: int = Field(32, ge=1)
     samples: int = Field(1024, ge=16)
-    weight_rate: float = Field(0.02, ge=0)
-    scale_rate: float = Field(0.02, ge=0)
-    activation_rate: float = Field(0.02, ge=0)
+    weight_rate: float = Field(0.1, ge=0)
+    scale_rate: float = Field(0.1, ge=0)
+    activation_rate: float = Field(0.1, ge=0)
     float_inputs: bool = False
     step_order: Literal["mixed", "sequential"] = "mixed"
 
