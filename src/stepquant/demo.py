@@ -67,7 +67,7 @@ def demo_model() -> str:
 
 
 def demo(
-    out: str | Path, images: int = 256, iterations: int = 200, reporter: Reporter | None = None
+    out: str | Path, images: int = 192, iterations: int = 120, reporter: Reporter | None = None
 ) -> dict[str, Any]:
     """Quantize an embedded model by two recipes, and compare quality, speed and size.
 
@@ -108,7 +108,7 @@ def demo(
     calls = {"float32": denoiser_call(float_denoiser, TIMING_BATCH, 500)}
     for setting in SETTINGS:
         reporter.line(f"{setting.label}: quantizing")
-        brief = {"block_distillation.iterations": iterations, "block_distillation.samples": 768}
+        brief = {"block_distillation.iterations": iterations, "block_distillation.samples": 512}
         result = quantize(
             name,
             setting.recipe,

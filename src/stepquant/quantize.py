@@ -18,7 +18,7 @@ from stepquant.calibration.trajectories import Trajectories, capture_trajectorie
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, save_pipeline
 from stepquant.errors import StepQuantError
-from stepquant.evaluate.latency import peak_memory_mb
+from stepquant.evaluate import peak_memory_mb, reset_peak_memory
 from stepquant.models.adapter import adapter_for
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
@@ -102,6 +102,7 @@ def quantize(
     check_finite_weights(float_model)
     resolved.scheme.layer_bits(float_model, adapter)
     set_scheduler(copy.copy(pipeline), resolved.calibration.scheduler)
+    reset_peak_memory()
     started = time.monotonic()
     provenance = provenance_of(seed, pipeline)
     job = {

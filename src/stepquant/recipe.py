@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -55,6 +55,10 @@ class Recipe(BaseModel):
     @field_validator("steps", mode="before")
     @classmethod
     def _typed(cls, value: Any) -> tuple[Step, ...]:
+        if not isinstance(value, list | tuple | None):
+            raise StepQuantError(
+                f"key 'steps' is {value!r}: expected a list, with a dash before each step"
+            )
         return tuple(parse_step(entry) for entry in value or ())
 
     @field_serializer("steps")
@@ -105,8 +109,12 @@ def parse_step(entry: Any) -> Step:
     ((name, values),) = entry.items()
     if name not in STEPS:
         raise StepQuantError(f"unknown step '{name}': expected one of {', '.join(STEPS)}")
+    if not isinstance(values, dict | None):
+        raise StepQuantError(
+            f"step '{name}' has the settings {values!r}: expected 'key: value' for each"
+        )
     try:
-        return STEPS[name](**(values or {}))
+        return STEPS[name].model_validate(values or {})
     except ValidationError as error:
         raise StepQuantError(f"step '{name}': {_first(error, STEPS[name])}") from error
 
@@ -118,7 +126,7 @@ def parse_recipe(plain: Any, where: str) -> Recipe:
             f"{where} holds a {type(plain).__name__}: expected keys such as name and steps"
         )
     try:
-        return Recipe(**plain)
+        return Recipe.model_validate(plain)
     except ValidationError as error:
         raise StepQuantError(f"{where}: {_first(error, Recipe)}") from error
 
@@ -131,10 +139,21 @@ def _first(error: ValidationError, model: type[BaseModel]) -> str:
         return str(cause)
     key = ".".join(str(part) for part in first["loc"]) or model.__name__
     if first["type"] == "extra_forbidden":
-        return f"unknown key '{key}', expected one of {', '.join(model.model_fields)}"
+        known = _model_at(model, first["loc"][:-1]).model_fields
+        return f"unknown key '{key}', expected one of {', '.join(known)}"
     if first["type"] == "missing":
         return f"key '{key}' is missing"
     return f"key '{key}' is {first['input']!r}: {first['msg'].lower()}"
+
+
+def _model_at(model: type[BaseModel], place: tuple[int | str, ...]) -> type[BaseModel]:
+    """The model that stands at `place` inside `model`."""
+    for part in place:
+        if isinstance(part, str):
+            kind = model.model_fields[part].annotation
+            kinds = [k for k in (kind, *get_args(kind)) if isinstance(k, type)]
+            model = next(k for k in kinds if issubclass(k, BaseModel))
+    return model
 
 
 def recipe_names() -> list[str]:
@@ -156,7 +175,13 @@ def load_recipe(name: str | Path | Recipe) -> Recipe:
         path = Path(text)
         if not path.is_file():
             raise StepQuantError(f"recipe file '{path}' does not exist: expected a YAML file")
-        content, where = path.read_text(), f"recipe file '{path}'"
+        where = f"recipe file '{path}'"
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise StepQuantError(
+                f"{where} cannot be read ({error}): expected a YAML file in UTF-8"
+            ) from error
     else:
         if text not in recipe_names():
             raise StepQuantError(

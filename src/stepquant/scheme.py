@@ -27,7 +27,7 @@ class Override(BaseModel):
     weight_bits: int
     activation_bits: int
 
-    @field_validator("weight_bits", "activation_bits")
+    @field_validator("weight_bits", "activation_bits", mode="before")
     @classmethod
     def _bits(cls, value: int) -> int:
         return check_bits(value, "bits of an override")

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +27,13 @@ def atomic_write(path: Path, write: Any) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether `path` is a file, or a folder of things that no `WorkFolder` began with."""
+    if not path.is_dir():
+        return path.exists()
+    return any(entry.name != "job.json.partial" for entry in path.iterdir())
 
 
 class WorkFolder:
@@ -48,7 +56,7 @@ class WorkFolder:
                     "command, or delete the folder to start anew"
                 )
             return
-        if path.exists() and not record.exists() and any(path.iterdir()):
+        if not record.exists() and is_foreign(path):
             raise StepQuantError(
                 f"'{path}' exists and is not a work folder of stepquant: expected no such folder; "
                 "move it away or name another output"
@@ -58,8 +66,14 @@ class WorkFolder:
                 f"'{path}' holds an unfinished job: go on with --resume (resume=True), or delete "
                 "the folder to start anew"
             )
-        path.mkdir(parents=True, exist_ok=True)
-        atomic_write(record, lambda partial: partial.write_text(text))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            atomic_write(record, lambda partial: partial.write_text(text))
+        except OSError as error:
+            raise StepQuantError(
+                f"the work folder '{path}' cannot be made ({error.strerror}): expected a place "
+                "that can be written to, with room; name another output"
+            ) from error
 
     def _file(self, key: str) -> Path:
         assert self.path is not None
@@ -104,5 +118,5 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous().cpu()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(-1).numpy().tobytes())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

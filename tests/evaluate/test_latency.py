@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepquant.errors import StepQuantError
-from stepquant.evaluate import Timing, measure_latency, peak_memory_mb, ratios
+from stepquant.evaluate import (
+    Timing,
+    measure_latency,
+    peak_memory_mb,
+    ratios,
+    reset_peak_memory,
+)
 
 
 class Clock:
@@ -152,3 +158,17 @@ def test_peak_memory_lies_between_what_is_held_now_and_what_getrusage_saw():
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     # The kernel's counters are only exact to some pages per core.
     assert 0.98 * held <= peak_memory_mb() <= 1.02 * highest
+
+
+def test_the_peak_is_that_since_the_reset() -> None:
+    ballast = bytearray(64_000_000)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    before = peak_memory_mb()
+    del ballast
+    if not reset_peak_memory():
+        pytest.skip("this system cannot reset the high-water mark")
+    assert peak_memory_mb() < before - 32
+
+
+def test_a_system_without_clear_refs_says_so(tmp_path: Path) -> None:
+    assert reset_peak_memory(tmp_path / "absent" / "clear_refs") is False

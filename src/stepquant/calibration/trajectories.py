@@ -82,7 +82,8 @@ def capture_trajectories(
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample = kwargs["sample"] if "sample" in kwargs else args[0]
-        timestep = torch.as_tensor(kwargs.get("timestep", args[position : position + 1]))
+        given = kwargs["timestep"] if "timestep" in kwargs else args[position]
+        timestep = torch.as_tensor(given)  # a number, [] or [B]
         samples.append(sample.detach().clone())
         timesteps.append(timestep.reshape(-1).expand(sample.shape[0]).clone())
 

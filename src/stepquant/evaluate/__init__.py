@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stepquant.evaluate.feature_network import FeatureNetwork, frechet_metric
     from stepquant.evaluate.features import FeatureExtractor, load_features
-    from stepquant.evaluate.latency import Timing, measure_latency, peak_memory_mb, ratios
+    from stepquant.evaluate.latency import (
+        Timing,
+        measure_latency,
+        peak_memory_mb,
+        ratios,
+        reset_peak_memory,
+    )
     from stepquant.evaluate.metrics import (
         StepError,
         frechet_distance,
@@ -37,6 +43,7 @@ __all__ = [
     "paired_ssim",
     "peak_memory_mb",
     "ratios",
+    "reset_peak_memory",
 ]
 
 _FILES = {
@@ -47,6 +54,7 @@ _FILES = {
     "Timing": "latency",
     "measure_latency": "latency",
     "peak_memory_mb": "latency",
+    "reset_peak_memory": "latency",
     "ratios": "latency",
 }
 

@@ -112,12 +112,25 @@ def ratios(timings: Mapping[str, Timing], baseline: str) -> dict[str, float]:
     return {name: timings[baseline].median_ms / t.median_ms for name, t in timings.items()}
 
 
-def peak_memory_mb(status: Path = Path("/proc/self/status")) -> float:
-    """The most resident memory this process has ever held, in MB of 10^6 bytes.
+def reset_peak_memory(clear_refs: Path = Path("/proc/self/clear_refs")) -> bool:
+    """Start the high-water mark that `peak_memory_mb` reads again from what is held now.
 
-    It is a high-water mark of the process: it does not fall when memory is freed, so it cannot
-    tell two models apart that ran in the same process. Measure each in a process of its own.
-    Memory on a GPU is not in it.
+    Linux can do that for a process (writing 5 to `clear_refs`); elsewhere nothing happens and the
+    answer is False, and the mark stays that of the whole process.
+    """
+    try:
+        clear_refs.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory_mb(status: Path = Path("/proc/self/status")) -> float:
+    """The most resident memory this process has held, in MB of 10^6 bytes.
+
+    It is a high-water mark of the process, since its start or the last `reset_peak_memory`: it
+    does not fall when memory is freed. Where it cannot be reset, measure each model in a process
+    of its own. Memory on a GPU is not in it.
 
     On Linux it is `VmHWM` of `/proc/self/status`, because there `getrusage` gives a freshly
     started child the high-water mark of its parent, so a fresh process would not help. Elsewhere

@@ -19,6 +19,7 @@ from stepquant.calibration.capture import (
     capture_outputs,
     execution_order,
 )
+from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.methods.block_optimizer import BlockOptimizer
 from stepquant.methods.step import Step
@@ -57,10 +58,15 @@ class BlockDistillation(Step):
         """Distil all blocks; the summary has the held-out loss of each, before and after."""
         session.ensure_ranges()
         data = session.trajectories.subset(self.samples, session.seed)
+        if len(data) < 2:
+            raise StepQuantError(
+                f"step '{self.name}' has {len(data)} calibration input: expected at least 2, one "
+                "to train on and one held out; raise calibration.trajectories or calibration.steps"
+            )
         model, float_model = session.model, session.float_model
         names = [
             name
-            for name in execution_order(model, session.adapter.blocks(model), data)
+            for name in execution_order(model, session.adapter.blocks(float_model), data)
             if any(layer == name or layer.startswith(name + ".") for layer in session.layers())
         ]
         records = []
@@ -87,19 +93,17 @@ class BlockDistillation(Step):
                 task.advance(note=f"{name} loss {losses[0]:.2e} -> {losses[1]:.2e}")
         session.summary[self.name] = records
 
-    def _targets(self, model: nn.Module, names: list[str], data: object) -> dict[str, Tensor]:
+    def _targets(self, model: nn.Module, names: list[str], data: Trajectories) -> dict[str, Tensor]:
         """Float outputs of as many of `names` as memory allows, the next one in any case."""
-        batch = 2 * self.batch
-        few = data.subset(1, 0)  # type: ignore[attr-defined]
-        sizes = capture_outputs(model, names, few, 1)
+        one = capture_outputs(model, names, data.subset(1, 0), 1)
         chosen: list[str] = []
         total = 0
         for name in names:
-            total += sizes[name].nbytes * len(data)  # type: ignore[arg-type]
+            total += one[name].nbytes * len(data)
             if chosen and total > BYTES_OF_TARGETS:
                 break
             chosen.append(name)
-        return capture_outputs(model, chosen, data, batch)  # type: ignore[arg-type]
+        return capture_outputs(model, chosen, data, 2 * self.batch)
 
     def _train(
         self,

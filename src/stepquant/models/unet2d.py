@@ -18,9 +18,13 @@ class UNet2DAdapter:
     architecture = "UNet2DModel"
 
     def blocks(self, model: nn.Module) -> list[str]:
-        """Resnets, attentions, resamplers, the time embedding and the two outer convs."""
-        inner = [name for name, module in model.named_modules() if isinstance(module, BLOCKS)]
-        return ["conv_in", *inner, "conv_out"]
+        """Resnets, attentions, resamplers, the time embedding; any other layer is its own unit."""
+        units: list[str] = []
+        for name, module in model.named_modules():  # parents come before their children
+            inside = any(name.startswith(f"{unit}.") for unit in units)
+            if not inside and isinstance(module, (*BLOCKS, nn.Conv2d, nn.Linear)):
+                units.append(name)
+        return units
 
     def input_output_layers(self, model: nn.Module) -> set[str]:
         """The first and the last conv."""
@@ -29,7 +33,7 @@ class UNet2DAdapter:
     def skip_splits(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
         """First conv and shortcut of each decoder resnet: backbone channels, then skip channels."""
         splits = {}
-        backbone = model.mid_block.resnets[-1].out_channels
+        backbone = model.config.block_out_channels[-1]
         for b, block in enumerate(model.up_blocks):
             for r, resnet in enumerate(block.resnets):
                 parts = (backbone, resnet.in_channels - backbone)
