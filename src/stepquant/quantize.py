@@ -98,6 +98,11 @@ def quantize(
             f"the {component} of '{model}' is quantized already: expected a float model"
         )
     adapter = adapter_for(float_model)
+    if float_model.dtype != torch.float32:
+        raise StepQuantError(
+            f"the {component} of '{type(pipeline).__name__}' holds {float_model.dtype}: expected "
+            "torch.float32; convert the pipeline with .to(torch.float32) or name its folder"
+        )
     # What the scheme, the sampler and the weights have wrong is told before any work is kept.
     check_finite_weights(float_model)
     resolved.scheme.layer_bits(float_model, adapter)
@@ -211,13 +216,17 @@ def _trajectories(
     if kept is not None:
         return Trajectories(**kept)
     calibration = recipe.calibration
-    captured = capture_trajectories(
-        pipeline,
-        calibration.trajectories,
-        calibration.steps,
-        seed + 1_000_000,
-        calibration.scheduler,
-        reporter=reporter,
-    )
+    try:
+        captured = capture_trajectories(
+            pipeline,
+            calibration.trajectories,
+            calibration.steps,
+            seed + 1_000_000,
+            calibration.scheduler,
+            reporter=reporter,
+        )
+    except StepQuantError:
+        work.remove()  # nothing is kept yet, and the next try may be another job
+        raise
     work.save("trajectories", captured.to_tensors())
     return captured

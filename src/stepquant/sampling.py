@@ -39,8 +39,9 @@ def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
 
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
-    """Give the pipeline the scheduler `name`, with its own noise schedule; None changes nothing."""
+    """Give the pipeline the scheduler `name` with its own noise schedule; None copies its own."""
     if name is None:
+        pipeline.scheduler = copy.copy(pipeline.scheduler)  # sampling sets its steps
         return
     if name not in SCHEDULERS:
         raise StepQuantError(f"unknown scheduler '{name}': expected one of {', '.join(SCHEDULERS)}")
@@ -99,6 +100,12 @@ def sample_images(
                 output_type="np",
                 **call,
             )
+            if not getattr(pipeline.scheduler, "is_scale_input_called", True):
+                raise StepQuantError(
+                    f"{type(pipeline.scheduler).__name__} scales the denoiser's input, which "
+                    f"{type(pipeline).__name__} does not do for it: expected another scheduler "
+                    "for this pipeline, such as ddim"
+                )
             images.append(torch.from_numpy(result.images).permute(0, 3, 1, 2))
             task.advance(count)
     return torch.cat(images).contiguous().to(torch.float32)

@@ -41,7 +41,7 @@ class Session:
     reporter: Reporter
     work: WorkFolder
     ranges_ready: bool = False
-    samples_per_step: int = 32
+    samples_per_step: int = 64
     summary: dict[str, Any] = field(default_factory=dict)
 
     def layers(self) -> dict[str, QuantLayer]:

@@ -33,14 +33,15 @@ def initialize_activations(
     """Set each row of `quantizer` by "minmax" or "mse"; one row takes all steps together."""
     low = torch.stack(observation.low).amin(dim=1)  # [T]
     high = torch.stack(observation.high).amax(dim=1)
-    values = torch.stack(observation.values)  # [T, n]
+    values, weights = torch.stack(observation.values), torch.stack(observation.weights)  # [T, n]
     if quantizer.steps == 1:
         low, high, values = low.amin().view(1), high.amax().view(1), values.view(1, -1)
+        weights = weights.view(1, -1)
     grid: tuple[Tensor, Tensor]
     if method == "minmax":
         grid = range_to_grid(low, high, quantizer.bits)
     else:
-        grid = search_activation_range(values, low, high, quantizer.bits)
+        grid = search_activation_range(values, low, high, quantizer.bits, weights=weights)
     quantizer.scale.data.copy_(grid[0])
     quantizer.zero_point.data.copy_(grid[1])
 

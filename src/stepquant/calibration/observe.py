@@ -12,19 +12,22 @@ from stepquant.errors import StepQuantError
 from stepquant.progress import Reporter
 from stepquant.quantizers import QuantLayer
 
-VALUES_PER_STEP = 2048
+VALUES_PER_STEP = 2048  # drawn at random
+TAIL_PER_STEP = 64  # kept exactly at each end: a random draw has too few of them to weigh clipping
 
 
 @dataclass
 class Observation:
     """The input of one activation quantizer, row by row of the step grid.
 
-    `low`, `high` `[T, C]`: exact extremes of each in-channel; `values [T, n]`: a random sample.
+    `low`, `high` `[T, C]`: exact extremes of each in-channel; `values [T, n]`: the outermost values
+    and a random draw of the others; `weights [T, n]`: how many values each stands for.
     """
 
     low: list[Tensor] = field(default_factory=list)
     high: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
@@ -32,6 +35,25 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)
     }
+
+
+def tails_and_draw(flat: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`(values, weights)`, `[n]`, that stand for all of `flat`: both tails exactly, a random rest.
+
+    Weights add up to `flat.numel()`. Small inputs are all tail and draw the rest from everything.
+    """
+    tail = min(TAIL_PER_STEP, flat.numel() // 4)
+    low = flat.topk(tail, largest=False, sorted=True).values
+    high = flat.topk(tail, sorted=True).values
+    pick = torch.randint(flat.numel(), (VALUES_PER_STEP,), generator=generator)
+    drawn = flat[pick]
+    if tail:
+        # What a draw has beyond the tails' inner edges is counted there already.
+        drawn = drawn.clamp(low[-1], high[-1])
+    values = torch.cat([low, drawn, high])
+    weights = torch.ones_like(values)
+    weights[tail : len(values) - tail] = (flat.numel() - 2 * tail) / VALUES_PER_STEP
+    return values, weights
 
 
 @torch.no_grad()
@@ -62,12 +84,12 @@ def observe(
                     f"{trajectories.timesteps[step].item():g}: expected finite activations; check "
                     "the float model and its dtype"
                 )
-            flat = part.reshape(-1)
-            pick = torch.randint(flat.numel(), (VALUES_PER_STEP,), generator=generator)
+            values, weights = tails_and_draw(part.reshape(-1), generator)
             record = seen[name, index]
             record.low.append(low)
             record.high.append(high)
-            record.values.append(flat[pick])
+            record.values.append(values)
+            record.weights.append(weights)
 
     handles = [
         layer.register_forward_pre_hook(lambda q, args, name=name: look(name, q, args))

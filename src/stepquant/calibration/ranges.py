@@ -13,31 +13,45 @@ ERROR_POWER = 2.4  # |error|^2.4, as in LAPQ, BRECQ and the works that build on 
 SHRINK = torch.linspace(1.0, 0.2, 41)
 
 
-def grid_error(values: Tensor, low: Tensor, high: Tensor, bits: int, power: float) -> Tensor:
-    """Mean `|x - fake_quantize(x)|^power` of each row of `values [R, n]`, for `[R]` ranges."""
+def grid_error(
+    values: Tensor, low: Tensor, high: Tensor, bits: int, power: float, weights: Tensor | None
+) -> Tensor:
+    """Mean `|x - fake_quantize(x)|^power` of each row of `values [R, n]`, for `[R]` ranges.
+
+    `weights [R, n]` says how many values each stands for; None counts all alike.
+    """
     scale, zero_point = range_to_grid(low, high, bits)
     scale, zero_point = scale[:, None], zero_point[:, None]
     approximation = dequantize(quantize(values, scale, zero_point, bits), scale, zero_point)
-    return (values - approximation).abs_().pow_(power).mean(dim=1)
+    error = (values - approximation).abs_().pow_(power)
+    if weights is None:
+        return error.mean(dim=1)
+    return error.mul_(weights).sum(dim=1) / weights.sum(dim=1)
 
 
 def search_activation_range(
-    values: Tensor, low: Tensor, high: Tensor, bits: int, power: float = ERROR_POWER
+    values: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    power: float = ERROR_POWER,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(scale, zero_point)`, each `[R]`, of the least error on `values [R, n]`.
 
-    `low` and `high` `[R]` are the exact extremes (`values` may be a sample). Both ends first
+    `low` and `high` `[R]` are the exact extremes; `values` may be a sample, of which each stands
+    for `weights [R, n]` values. Both ends first
     shrink together by 1.0 to 0.2, then each alone, twice: the two tails of what follows a SiLU
     differ by far. Rows are independent. (The works in this line search the ends together only, or
     range and zero point over a grid.)
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
-    best = grid_error(values, low, high, bits, power)
+    best = grid_error(values, low, high, bits, power, weights)
     best_low, best_high = low.clone(), high.clone()
 
     def consider(try_low: Tensor, try_high: Tensor) -> None:
         nonlocal best
-        error = grid_error(values, try_low, try_high, bits, power)
+        error = grid_error(values, try_low, try_high, bits, power, weights)
         better = error < best
         best = torch.where(better, error, best)
         best_low[better], best_high[better] = try_low[better], try_high[better]

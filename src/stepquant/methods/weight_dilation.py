@@ -34,7 +34,7 @@ def dilation_factors(W: Tensor, max_factor: float) -> Tensor:
     s_1 = torch.where(W > 0, W_max / W, infinite).amin(dim=(0, 2))
     s_2 = torch.where(W < 0, W_min / W, infinite).amin(dim=(0, 2))
     s = torch.minimum(s_1, s_2)
-    s = torch.where(torch.isfinite(s), s, torch.ones_like(s)).clamp(1.0, max_factor)
+    s = torch.where((W != 0).any(dim=2).any(dim=0), s, torch.ones_like(s)).clamp(1.0, max_factor)
     return shrink_until_kept(W, s, W_max, W_min)
 
 

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from stepquant.calibration.observe import VALUES_PER_STEP, observe, quant_layers
+from stepquant.calibration.trajectories import Trajectories
+from stepquant.errors import StepQuantError
+from stepquant.progress import Reporter
+
+QUIET = Reporter(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def session(tiny_session):
+    return tiny_session(num=3)
+
+
+def seen(session, **changes):
+    options = {"per_step": 3, "seed": 0, "reporter": QUIET, **changes}
+    return observe(session.model, session.trajectories, **options)
+
+
+def test_the_simulated_layers_are_all_the_convs_and_linears(session):
+    expected = {
+        name
+        for name, module in session.float_model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    assert set(quant_layers(session.model)) == expected
+    assert len(expected) == 50
+
+
+def test_extremes_are_exact_for_each_channel_and_step(session):
+    name, step = "down_blocks.0.resnets.0.conv1", 1
+    inputs = []
+    handle = session.float_model.get_submodule(name).register_forward_pre_hook(
+        lambda _m, args: inputs.append(args[0])
+    )
+    trajectories = session.trajectories
+    with torch.no_grad():
+        session.float_model(trajectories.at_step(step), trajectories.timesteps[step])
+    handle.remove()
+    found = seen(session)[name, 0]
+    assert len(found.low) == len(found.high) == len(found.values) == 3
+    channels = inputs[0].movedim(1, 0).flatten(1)  # [C, *]
+    torch.testing.assert_close(found.low[step], channels.amin(dim=1))
+    torch.testing.assert_close(found.high[step], channels.amax(dim=1))
+    assert found.values[step].shape == (VALUES_PER_STEP,)
+    torch.testing.assert_close(found.values[step].amin(), channels.amin(), rtol=0.2, atol=0.2)
+
+
+def test_values_are_drawn_from_the_input(session):
+    for (name, part), found in seen(session).items():
+        for low, high, values in zip(found.low, found.high, found.values, strict=True):
+            assert values.min() >= low.min(), (name, part)
+            assert values.max() <= high.max(), (name, part)
+    inputs = seen(session)["conv_in", 0].values[0]
+    assert torch.isin(inputs, session.trajectories.at_step(0)).all()
+
+
+def test_both_parts_of_a_skip_input_are_seen(session):
+    name = "up_blocks.0.resnets.0.conv1"
+    layer = session.layers()[name]
+    observations = seen(session)
+    assert layer.splits == (16, 16)
+    assert [observations[name, part].low[0].shape for part in (0, 1)] == [(16,), (16,)]
+    assert not torch.equal(observations[name, 0].low[0], observations[name, 1].low[0])
+
+
+def test_no_more_than_the_wanted_samples_of_a_step_are_seen(session):
+    one = session.trajectories.at_step(0, 1)
+    found = seen(session, per_step=1)["conv_in", 0]
+    assert found.low[0].item() == one.min()
+    assert found.high[0].item() == one.max()
+
+
+def test_the_sample_of_values_depends_on_the_seed_alone(session):
+    first, again, other = (seen(session, seed=seed)["conv_out", 0] for seed in (0, 0, 1))
+    assert torch.equal(torch.stack(first.values), torch.stack(again.values))
+    assert not torch.equal(torch.stack(first.values), torch.stack(other.values))
+
+
+def test_observing_leaves_no_hook_behind(session):
+    seen(session)
+    assert not any(layer._forward_pre_hooks for layer in session.layers().values())
+
+
+def test_the_scaling_of_the_input_is_part_of_what_is_seen(tiny_session):
+    session = tiny_session()
+    before = seen(session)["conv_out", 0]
+    session.layers()["conv_out"].multiply_channel_scale(torch.full((16,), 4.0))
+    after = seen(session)["conv_out", 0]
+    torch.testing.assert_close(torch.stack(after.high), torch.stack(before.high) / 4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_sample_names_the_first_layer_and_the_timestep(session, bad):
+    whole = session.trajectories
+    poisoned = whole.sample.clone()
+    second = whole.timesteps[1]
+    poisoned[(whole.timestep == second).nonzero()[0], 0, 3, 4] = bad
+    trajectories = Trajectories(poisoned, whole.timestep, whole.trajectory, whole.timesteps)
+    with pytest.raises(StepQuantError, match=f"layer 'conv_in' .* at timestep {second}:"):
+        observe(session.model, trajectories, 3, 0, QUIET)
+    assert not any(layer._forward_pre_hooks for layer in session.layers().values())
+
+
+def test_weights_that_overflow_name_the_layer_after_them(tiny_session):
+    session = tiny_session()
+    session.layers()["down_blocks.0.resnets.0.conv1"].weight.data.mul_(1e38)
+    with pytest.raises(
+        StepQuantError, match=r"layer 'down_blocks\.0\.resnets\.0\.conv2' .* at timestep 666:"
+    ):
+        seen(session)
+
+
+def test_a_module_that_gives_nan_at_one_step_is_told_by_layer_and_step(session):
+    last = session.trajectories.timesteps[-1]
+    norm = session.model.mid_block.attentions[0].group_norm
+
+    def poison(_module, _args, output):
+        at = session.context.grid.timesteps[session.context.rows[0]]
+        return output * float("nan") if at == last else output
+
+    handle = norm.register_forward_hook(poison)
+    try:
+        with pytest.raises(
+            StepQuantError, match=rf"layer 'mid_block\.attentions\.0\.to_q' .* timestep {last}:"
+        ):
+            seen(session)
+    finally:
+        handle.remove()
