@@ -74,10 +74,24 @@ def float_images(cell: Cell, folder: Path) -> torch.Tensor:
     return load_file(file)["images"]
 
 
+def is_finished(cell: Cell, file: Path) -> bool:
+    """Whether `file` holds the record of `cell`; a record of other settings is an error."""
+    if not file.exists():
+        return False
+    record = json.loads(file.read_text())
+    for key, value in json.loads(json.dumps(asdict(cell))).items():
+        if key in ("model", "recipe", "num", "steps", "seed") and record[key] != value:
+            raise SystemExit(
+                f"'{file}' was measured with another {key}: expected that of cell '{cell.name}'; "
+                "delete it or choose another --cells folder"
+            )
+    return True
+
+
 def run_cell(cell: Cell, out: Path, cache: Path) -> Path:
     """Measure `cell` and write `out/NAME.json`; a file that exists is kept."""
     file = out / f"{cell.name}.json"
-    if file.exists():
+    if is_finished(cell, file):
         return file
     torch.set_num_threads(cell.threads)
     features = default_features(cell.model)
@@ -112,7 +126,7 @@ def run_cell(cell: Cell, out: Path, cache: Path) -> Path:
 
 def run_grid(cells: list[Cell], out: Path, cache: Path, jobs: int) -> None:
     """Run all cells, `jobs` at a time, each in a process of its own (peak memory is its own)."""
-    todo = [cell for cell in cells if not (out / f"{cell.name}.json").exists()]
+    todo = [cell for cell in cells if not is_finished(cell, out / f"{cell.name}.json")]
     reporter = Reporter()
     if todo:
         float_images(todo[0], cache)  # before the workers want it all at once

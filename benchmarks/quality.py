@@ -3,7 +3,7 @@
     python benchmarks/quality.py --recipe minmax --recipe dilatequant --bits w4a8 --bits w4a4
 
 Writes one JSON file for each cell below `--cells` (a stopped grid goes on where it was), then
-`RESULTS.jsonl`, one line for each cell, and `RESULTS.md`, the table. The budget on two cores is
+`OUT.jsonl`, one line for each cell, and `OUT.md`, the table. The budget on two cores is
 DDIM with 50 steps and 2,048 images; `--budget gpu` takes 100 steps and 10,000.
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+
+import yaml
 
 from cells import BUDGETS, Cell, read_cells, run_grid, table, write_lines
 from stepquant.errors import StepQuantError
@@ -58,7 +60,7 @@ def main() -> None:
                 recipe_name, _, assignment = entry.partition(":")
                 key, _, value = assignment.partition("=")
                 if recipe_name == name:
-                    settings[key] = float(value) if "." in value else int(value)
+                    settings[key] = yaml.safe_load(value)
             for bits in args.bits or ["w8a8", "w4a8", "w4a4"]:
                 weights, activations = parse_bits(bits)
                 for protocol in args.protocol or ["strict"]:

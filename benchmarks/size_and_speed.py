@@ -74,7 +74,6 @@ def main() -> None:
         if not args.no_compile:
             for name, model in denoisers.items():
                 reporter.line(f"compiling {name} for batch {batch}")
-                torch.compiler.reset()
                 calls[f"{name} compiled"] = denoiser_call(model, batch, 500, compiled=True)
                 calls[f"{name} compiled"]()
         timings = measure_latency(calls, args.repeats)

@@ -2,10 +2,11 @@
 
     python benchmarks/temporal_training.py
 
-DilateQuant trains the scales of all steps in mixed batches; EfficientDM and its followers go
-through the steps one by one. Both arms here get the same calibration samples, batch size and number
-of optimizer iterations per block; the sequential arm then gets more iterations, to see how many it
-takes to come to the parallel arm's loss. Writes `temporal_training.json`.
+DilateQuant trains the scales of all steps in mixed batches; EfficientDM and its followers give each
+batch a single step and walk through the steps in sampling order, over and over. Both arms here get
+the same calibration samples, batch size and number of optimizer iterations per block; the
+sequential arm then gets more iterations, to see how many it takes to come to the parallel arm's
+loss. Writes `temporal_training.json`.
 """
 
 from __future__ import annotations

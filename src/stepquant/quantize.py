@@ -128,7 +128,6 @@ def quantize(
         adapter=adapter,
         context=context,
         trajectories=trajectories,
-        left_float=left_float,
         weight_ranges=resolved.ranges.weights,
         activation_ranges=resolved.ranges.activations,
         seed=seed,

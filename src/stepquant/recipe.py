@@ -59,7 +59,12 @@ class Recipe(BaseModel):
             raise StepQuantError(
                 f"key 'steps' is {value!r}: expected a list, with a dash before each step"
             )
-        return tuple(parse_step(entry) for entry in value or ())
+        steps = tuple(parse_step(entry) for entry in value or ())
+        names = [step.name for step in steps]
+        for name in names:
+            if names.count(name) > 1:
+                raise StepQuantError(f"step '{name}' appears twice: expected each step once")
+        return steps
 
     @field_serializer("steps")
     def _plain(self, steps: tuple[Step, ...]) -> list[dict[str, Any]]:

@@ -34,7 +34,6 @@ class Session:
     adapter: DenoiserAdapter
     context: StepContext
     trajectories: Trajectories
-    left_float: dict[str, str]
     weight_ranges: str
     activation_ranges: str
     seed: int

@@ -37,7 +37,8 @@ class BlockDistillation(Step):
     end of a weight range, and the end of an activation range (and the zero point) per iteration
     before the cosine decay. `float_inputs`: distil from float inputs, which makes blocks
     independent of one another. `step_order`: "mixed" draws batches over all steps; "sequential"
-    gives each step its share of the iterations one after another, for comparison.
+    gives each batch a single step and walks through the steps in sampling order, over and over, as
+    EfficientDM (ICLR 2024) trains, for comparison.
 
     Deviations: learning rates are relative to each quantizer's grid (the published 1e-2 for raw
     weights is not believable); biases are trained with the weights; each block keeps the
@@ -167,9 +168,9 @@ class BlockDistillation(Step):
                 for _ in range(self.iterations)
             ]
         batches = []
-        steps = timestep.unique()
+        steps = timestep.unique().flip(0)  # in sampling order, as the sampler walks
         for iteration in range(self.iterations):
-            members = train[timestep == steps[iteration * len(steps) // self.iterations]]
+            members = train[timestep == steps[iteration % len(steps)]]
             pick = torch.randint(len(members), (self.batch,), generator=generator)
             batches.append(members[pick])
         return batches

@@ -34,7 +34,9 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.bits = check_bits(bits, "weight bits")
         self.scale = nn.Parameter(torch.ones(out_channels))
-        self.zero_point = nn.Parameter(torch.zeros(out_channels))
+        self.zero_point: Tensor
+        # Not trained: DilateQuant lists weights and weight scales only.
+        self.register_buffer("zero_point", torch.zeros(out_channels))
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Cover `[low, high]`, each `[C_out]`."""

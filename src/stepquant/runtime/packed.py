@@ -96,10 +96,11 @@ class PackedLayer(nn.Module):
         """Choose kernels and lay the weight out for them; the first call does it otherwise."""
         device = self.weight_packed.device
         prepared = []
+        differences = self.weight_differences()
         start = 0
         for index, part in enumerate(self.part_specs()):
             name, kernel, reasons = kernels.choose(part, device, self.backend)
-            weight = self.weight_differences()[index].to(device)
+            weight = differences[index].to(device)
             state = kernel.prepare(weight, self.weight_scale[index], part)
             inverse = None
             if self.act_channel_scale is not None:

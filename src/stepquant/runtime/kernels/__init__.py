@@ -29,7 +29,8 @@ def choose(
 ) -> tuple[str, ModuleType, list[str]]:
     """`(name, kernel, reasons)`: the first kernel that takes the layer, and why others did not.
 
-    `backend` names one kernel, which must take the layer, or is "auto".
+    `backend` names one kernel, or is "auto". A layer that the named kernel cannot take runs on the
+    reference kernel, with the reason.
     """
     if backend != "auto":
         if backend not in KERNELS:
