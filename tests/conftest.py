@@ -137,14 +137,13 @@ def tiny_session(tiny_pipeline: Callable[..., DDPMPipeline]) -> Callable[..., Se
         trajectories = capture_trajectories(pipeline, num, steps, 7, "ddim")
         context = StepContext(trajectories.grid())
         scheme = Scheme(weight_bits=weights, activation_bits=activations)
-        model, left_float = simulate_model(pipeline.unet, adapter, scheme, context)
+        model, _ = simulate_model(pipeline.unet, adapter, scheme, context)
         return Session(
             float_model=pipeline.unet,
             model=model,
             adapter=adapter,
             context=context,
             trajectories=trajectories,
-            left_float=left_float,
             weight_ranges=ranges,
             activation_ranges=ranges,
             seed=0,

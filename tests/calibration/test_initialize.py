@@ -27,6 +27,7 @@ def observation(steps: int = 3, channels: int = 2) -> Observation:
         [torch.stack([v, v / 2]) for v in low],
         [torch.stack([v / 2, v]) for v in high],
         list(values),
+        list(torch.ones_like(values)),
     )
 
 

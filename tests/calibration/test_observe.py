@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from stepquant.calibration.observe import VALUES_PER_STEP, observe, quant_layers
+from stepquant.calibration.observe import (
+    TAIL_PER_STEP,
+    VALUES_PER_STEP,
+    observe,
+    quant_layers,
+    tails_and_draw,
+)
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.progress import Reporter
@@ -47,8 +53,9 @@ def test_extremes_are_exact_for_each_channel_and_step(session):
     channels = inputs[0].movedim(1, 0).flatten(1)  # [C, *]
     torch.testing.assert_close(found.low[step], channels.amin(dim=1))
     torch.testing.assert_close(found.high[step], channels.amax(dim=1))
-    assert found.values[step].shape == (VALUES_PER_STEP,)
-    torch.testing.assert_close(found.values[step].amin(), channels.amin(), rtol=0.2, atol=0.2)
+    assert found.values[step].min() == found.low[step].min()
+    assert found.values[step].max() == found.high[step].max()
+    assert found.weights[step].sum().item() == pytest.approx(channels.numel(), rel=1e-5)
 
 
 def test_values_are_drawn_from_the_input(session):
@@ -58,6 +65,33 @@ def test_values_are_drawn_from_the_input(session):
             assert values.max() <= high.max(), (name, part)
     inputs = seen(session)["conv_in", 0].values[0]
     assert torch.isin(inputs, session.trajectories.at_step(0)).all()
+
+
+def test_tails_are_kept_exactly_and_the_rest_is_drawn():
+    flat = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).exp()
+    values, weights = tails_and_draw(flat, torch.Generator().manual_seed(1))
+    assert values.shape == weights.shape == (VALUES_PER_STEP + 2 * TAIL_PER_STEP,)
+    ordered = flat.sort().values
+    low, drawn, high = values.split([TAIL_PER_STEP, VALUES_PER_STEP, TAIL_PER_STEP])
+    assert torch.equal(low, ordered[:TAIL_PER_STEP])
+    assert torch.equal(high, ordered.flip(0)[:TAIL_PER_STEP])
+    assert torch.isin(drawn, ordered[TAIL_PER_STEP - 1 : 1 - TAIL_PER_STEP]).all()
+    assert len(drawn.unique()) > VALUES_PER_STEP / 2
+    # Each value of a tail stands for itself, and together they stand for all of the input.
+    assert (weights.split([TAIL_PER_STEP, VALUES_PER_STEP, TAIL_PER_STEP])[0] == 1).all()
+    assert weights.sum().item() == pytest.approx(10_000, rel=1e-5)
+    assert (values * weights).sum() / weights.sum() == pytest.approx(float(flat.mean()), rel=0.05)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 100])
+def test_a_small_input_is_drawn_from_all_of_it(size):
+    flat = torch.arange(float(size))
+    values, weights = tails_and_draw(flat, torch.Generator().manual_seed(1))
+    assert set(values.tolist()) <= set(flat.tolist())
+    assert values.min() == 0
+    assert values.max() == size - 1
+    assert (weights > 0).all()
+    assert weights.sum().item() == pytest.approx(size, rel=1e-5)
 
 
 def test_both_parts_of_a_skip_input_are_seen(session):

@@ -65,7 +65,7 @@ def test_grid_error_is_the_mean_power_of_the_error(problem):
     values = rows(kind, seed)
     low, high = values.amin(dim=1), values.amax(dim=1)
     expected = error_of(values, *range_to_grid(low, high, bits), bits)
-    found = grid_error(values, low, high, bits, ERROR_POWER)
+    found = grid_error(values, low, high, bits, ERROR_POWER, None)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-12)
 
 
@@ -94,11 +94,11 @@ def searched_by_hand(values: torch.Tensor, bits: int) -> tuple[float, float]:
     """The ends of least error for one row `[n]`: the same candidates, one after another."""
     row = values.view(1, -1)
     low, high = row.amin(dim=1).clamp(max=0), row.amax(dim=1).clamp(min=0)
-    best = (float(grid_error(row, low, high, bits, ERROR_POWER)), low, high)
+    best = (float(grid_error(row, low, high, bits, ERROR_POWER, None)), low, high)
 
     def consider(a, b):
         nonlocal best
-        error = float(grid_error(row, a, b, bits, ERROR_POWER))
+        error = float(grid_error(row, a, b, bits, ERROR_POWER, None))
         if error < best[0]:
             best = (error, a, b)
 
@@ -122,6 +122,23 @@ def test_rows_are_searched_one_by_one(kind, bits):
     for row in range(len(values)):
         expected = range_to_grid(*searched_by_hand(values[row], bits), bits)
         assert (scale[row], zero_point[row]) == expected
+
+
+def test_a_weight_counts_as_that_many_values():
+    values = rows("heavy", seed=1)
+    weights = torch.randint(1, 4, values.shape, generator=torch.Generator().manual_seed(0))
+    low, high = values.amin(dim=1), values.amax(dim=1)
+    for row in range(len(values)):
+        repeated = values[row].repeat_interleave(weights[row]).view(1, -1)
+        ends = low[row : row + 1], high[row : row + 1]
+        scale, zero_point = search_activation_range(
+            values[row : row + 1], *ends, 4, weights=weights[row : row + 1].float()
+        )
+        assert (scale, zero_point) == search_activation_range(repeated, *ends, 4)
+        found = grid_error(
+            values[row : row + 1], *ends, 4, ERROR_POWER, weights[row : row + 1].float()
+        )
+        torch.testing.assert_close(found, grid_error(repeated, *ends, 4, ERROR_POWER, None))
 
 
 def test_the_two_ends_shrink_apart():
