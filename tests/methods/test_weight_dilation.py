@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepquant.calibration.observe import observe
@@ -118,6 +118,7 @@ def weights(draw):
     return torch.tensor(values, dtype=torch.float32).view(shape)
 
 
+@settings(max_examples=60)
 @given(weights(), st.sampled_from([1.0, 2.5, 100.0]))
 def test_the_range_of_every_out_channel_stays_bitwise(W, max_factor):
     s = dilation_factors(W, max_factor)
@@ -127,11 +128,13 @@ def test_the_range_of_every_out_channel_stays_bitwise(W, max_factor):
         assert torch.equal(before, after)
 
 
+@settings(max_examples=40)
 @given(weights())
 def test_random_weights_agree_with_the_brute_force_search(W):
     assert dilation_factors(W, 50.0).tolist() == pytest.approx(by_brute_force(W, 50.0), rel=1e-6)
 
 
+@settings(max_examples=40)
 @given(weights())
 def test_a_second_dilation_changes_nothing(W):
     once = dilated(W, dilation_factors(W, 1e6))
@@ -227,13 +230,15 @@ def test_factors_are_folded_exactly_where_the_adapter_says(applied):
 
 def test_a_norm_and_a_value_projection_take_up_the_inverse_factors(applied):
     session, _ = applied
+    dilated_producers = 0
     for producer, consumers in session.adapter.folds(session.model):
         s = expected_factors(session, consumers[0])
-        assert (s > 1).any(), producer  # or this shows nothing
+        dilated_producers += bool((s > 1).any())
         old, new = (m.get_submodule(producer) for m in (session.float_model, session.model))
         torch.testing.assert_close(new.bias.detach(), old.bias.detach() / s)
         if producer.endswith("group_norm"):
             torch.testing.assert_close(new.weight.detach(), old.weight.detach() / s)
+    assert dilated_producers >= 4  # or this shows little
 
 
 def test_the_float_model_is_left_alone(applied, tiny_unet):
@@ -283,7 +288,7 @@ def test_the_summary_tells_the_ranges_that_are_seen_before_and_after(applied):
     assert shrunk > 10
 
 
-def test_a_cap_of_one_is_no_dilation(tiny_session, tiny_unet):
+def test_a_cap_of_one_is_no_dilation(tiny_session):
     session = tiny_session()
     WeightDilation(max_factor=1.0).apply(session)
     for name, layer in session.layers().items():

@@ -28,6 +28,19 @@ class Observation:
     high: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
+    _room: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def add(self, steps: int, **rows: Tensor) -> None:
+        """Append the next of `steps` rows to each list.
+
+        All rows of a list lie in one tensor: many small ones between the forwards' large ones
+        would keep the heap from shrinking, to several times the memory.
+        """
+        for name, row in rows.items():
+            room = self._room.setdefault(name, row.new_empty(steps, *row.shape))
+            kept = getattr(self, name)
+            room[len(kept)] = row
+            kept.append(room[len(kept)])
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
@@ -85,11 +98,9 @@ def observe(
                     "the float model and its dtype"
                 )
             values, weights = tails_and_draw(part.reshape(-1), generator)
-            record = seen[name, index]
-            record.low.append(low)
-            record.high.append(high)
-            record.values.append(values)
-            record.weights.append(weights)
+            seen[name, index].add(
+                len(trajectories.timesteps), low=low, high=high, values=values, weights=weights
+            )
 
     handles = [
         layer.register_forward_pre_hook(lambda q, args, name=name: look(name, q, args))

@@ -25,7 +25,7 @@ from stepquant.methods.block_optimizer import BlockOptimizer
 from stepquant.methods.step import Step
 from stepquant.session import Session
 
-BYTES_OF_TARGETS = 2 << 30  # float-chain outputs that are kept at once
+BYTES_OF_TARGETS = 512 << 20  # float-chain outputs that are kept at once
 
 
 class BlockDistillation(Step):
