@@ -128,8 +128,8 @@ def run_grid(cells: list[Cell], out: Path, cache: Path, jobs: int) -> None:
     """Run all cells, `jobs` at a time, each in a process of its own (peak memory is its own)."""
     todo = [cell for cell in cells if not is_finished(cell, out / f"{cell.name}.json")]
     reporter = Reporter()
-    if todo:
-        float_images(todo[0], cache)  # before the workers want it all at once
+    for cell in {cell.model: cell for cell in todo}.values():
+        float_images(cell, cache)  # before the workers want it all at once
     context = multiprocessing.get_context("spawn")
     with (
         reporter.task("cells", total=len(todo)) as task,
@@ -161,7 +161,6 @@ def table(records: list[dict[str, Any]]) -> str:
         "| PSNR dB | SSIM | times smaller | quantize s | peak MB |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    base = next((r["quality"][fd] for r in records if r["recipe"] is None), None)
     for record in records:
         quality = record["quality"]
         low, high = quality[f"{fd}_interval"]
@@ -170,7 +169,7 @@ def table(records: list[dict[str, Any]]) -> str:
             lines.append(f"| float32 | 32 | {own} | 1 | 0 | | | | 1 | | |")
             continue
         made = record["quantize"]
-        excess = "" if base is None else f"{quality[fd] - base:.4f}"
+        excess = f"{quality[fd] - quality[f'{fd}_of_float']:.4f}"
         label = record["extra"].get("label", record["recipe"]["name"])
         lines.append(
             f"| {label} | {made['bits']} | {own} | {quality[f'{fd}_ratio']:.2f} | {excess} | "

@@ -45,6 +45,10 @@ def main() -> None:
     parser.add_argument("--cells", type=Path, default=Path("runs/quality"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
     args = parser.parse_args()
+    recipes = args.recipe or ["minmax", "dilatequant"]
+    for entry in args.set:
+        if entry.partition(":")[0] not in recipes or "=" not in entry:
+            parser.error(f"--set '{entry}': expected recipe:key=value, with a recipe of this grid")
 
     budget = {**BUDGETS[args.budget], "seed": args.seed, "threads": args.threads}
     if args.num:
@@ -54,7 +58,7 @@ def main() -> None:
         short = model.rpartition(":")[2].replace("/", "-")
         suffix = f"{budget['num']}x{budget['steps']}-seed{args.seed}"
         cells.append(Cell(f"{short}-float32-{suffix}", model, None, **budget))
-        for name in args.recipe or ["minmax", "dilatequant"]:
+        for name in recipes:
             settings = {}
             for entry in args.set:
                 recipe_name, _, assignment = entry.partition(":")

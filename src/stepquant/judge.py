@@ -55,7 +55,7 @@ def evaluate(
     if images is None:
         images = sample_images(candidate, *settings)
     record: dict[str, Any] = {
-        "num": num,
+        "num": len(images),
         "steps": steps,
         "scheduler": scheduler,
         "seed": seed,

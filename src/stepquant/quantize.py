@@ -103,6 +103,16 @@ def quantize(
             f"the {component} of '{type(pipeline).__name__}' holds {float_model.dtype}: expected "
             "torch.float32; convert the pipeline with .to(torch.float32) or name its folder"
         )
+    if float_model.device.type != "cpu":
+        raise StepQuantError(
+            f"the {component} of '{type(pipeline).__name__}' is on {float_model.device}: expected "
+            "the CPU, where quantization runs; call .to('cpu') first, and move the result"
+        )
+    if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in float_model.modules()):
+        raise StepQuantError(
+            f"the {component} of '{type(pipeline).__name__}' is in training mode and has dropout: "
+            "expected a model that gives the same output twice; call .eval() on it first"
+        )
     # What the scheme, the sampler and the weights have wrong is told before any work is kept.
     check_finite_weights(float_model)
     resolved.scheme.layer_bits(float_model, adapter)
@@ -227,5 +237,6 @@ def _trajectories(
     except StepQuantError:
         work.remove()  # nothing is kept yet, and the next try may be another job
         raise
-    work.save("trajectories", captured.to_tensors())
-    return captured
+    tensors = captured.to_tensors()
+    work.save("trajectories", tensors)
+    return Trajectories(**tensors)  # in the memory layout that a resumed run reads back

@@ -56,7 +56,9 @@ def open_pipeline(
 
 def default_features(model: str | Path | DiffusionPipeline) -> str | None:
     """The feature network that judges an embedded model's images, or None for other models."""
-    return BUILTIN_FEATURES.get(str(model).removeprefix(BUILTIN))
+    text = str(model)
+    # A folder of one's own that is called as an embedded model is not that model.
+    return BUILTIN_FEATURES.get(text.removeprefix(BUILTIN)) if text.startswith(BUILTIN) else None
 
 
 def weight_file_bytes(folder: Path, component: str) -> int:

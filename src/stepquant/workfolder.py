@@ -84,9 +84,9 @@ class WorkFolder:
         if self.path is None:
             return
         file = self._file(key)
-        file.parent.mkdir(parents=True, exist_ok=True)
         whole = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(file, lambda partial: save_file(whole, partial))
         except (OSError, SafetensorError) as error:
             raise StepQuantError(
