@@ -175,6 +175,6 @@ def table(records: list[dict[str, Any]]) -> str:
             f"| {label} | {made['bits']} | {own} | {quality[f'{fd}_ratio']:.2f} | {excess} | "
             f"{quality[f'{fd}_to_float']:.4f} | {quality['paired_psnr_db']:.1f} | "
             f"{quality['paired_ssim']:.3f} | {made['times_smaller']:.2f} | {made['seconds']:.0f} | "
-            f"{record['peak_memory_mb']:.0f} |"
+            f"{made['peak_memory_mb']:.0f} |"
         )
     return "\n".join(lines) + "\n"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepquant.bench import denoiser_call
 from stepquant.errors import StepQuantError
-from stepquant.evaluate import measure_latency, peak_memory_mb
+from stepquant.evaluate import measure_latency
 from stepquant.images import save_grid
 from stepquant.judge import distances, evaluate
 from stepquant.progress import Reporter
@@ -101,7 +101,7 @@ def demo(
             "bytes": size,
             "times_smaller": 1.0,
             "quantize_s": None,
-            "peak_memory_mb": peak_memory_mb(),
+            "peak_memory_mb": None,
         }
     ]
     strips: list[Tensor] = [float_images[:GRID_COLUMNS]]

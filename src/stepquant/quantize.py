@@ -16,13 +16,14 @@ from torch import nn
 from stepquant import __version__
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories
 from stepquant.checkpoint.config import StepQuantConfig
-from stepquant.checkpoint.save import attach_config, save_pipeline
+from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
 from stepquant.errors import StepQuantError
 from stepquant.evaluate import peak_memory_mb, reset_peak_memory
-from stepquant.models.adapter import adapter_for
+from stepquant.models.adapter import DenoiserAdapter, adapter_for
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
-from stepquant.recipe import Recipe, load_recipe
+from stepquant.quantizers.step_grid import timestep_position
+from stepquant.recipe import Calibration, Recipe, load_recipe
 from stepquant.runtime.pack import pack_model
 from stepquant.runtime.packed import PackedLayer
 from stepquant.sampling import denoiser_name, set_scheduler
@@ -86,46 +87,29 @@ def quantize(
     reporter = reporter or Reporter(quiet=True)
     resolved = resolve_recipe(recipe, weights, activations, steps, settings)
     target = None if out is None else Path(out)
-    if target is not None and target.exists():
+    work_path = None if target is None else target.with_name(target.name + ".work")
+    # A kill between the rename of a finished checkpoint and the end leaves both folders.
+    finished = resume and work_path is not None and work_path.exists()
+    if target is not None and target.exists() and not finished:
         raise StepQuantError(
             f"output folder '{target}' exists: expected a new one; name another or delete it"
         )
     pipeline = open_pipeline(model)
     component = denoiser_name(pipeline)
     float_model = getattr(pipeline, component)
-    if any(isinstance(module, PackedLayer) for module in float_model.modules()):
-        raise StepQuantError(
-            f"the {component} of '{model}' is quantized already: expected a float model"
-        )
-    adapter = adapter_for(float_model)
-    if float_model.dtype != torch.float32:
-        raise StepQuantError(
-            f"the {component} of '{type(pipeline).__name__}' holds {float_model.dtype}: expected "
-            "torch.float32; convert the pipeline with .to(torch.float32) or name its folder"
-        )
-    if float_model.device.type != "cpu":
-        raise StepQuantError(
-            f"the {component} of '{type(pipeline).__name__}' is on {float_model.device}: expected "
-            "the CPU, where quantization runs; call .to('cpu') first, and move the result"
-        )
-    if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in float_model.modules()):
-        raise StepQuantError(
-            f"the {component} of '{type(pipeline).__name__}' is in training mode and has dropout: "
-            "expected a model that gives the same output twice; call .eval() on it first"
-        )
+    adapter = check_denoiser(float_model, f"{component} of '{type(pipeline).__name__}'")
     # What the scheme, the sampler and the weights have wrong is told before any work is kept.
     check_finite_weights(float_model)
     resolved.scheme.layer_bits(float_model, adapter)
     set_scheduler(copy.copy(pipeline), resolved.calibration.scheduler)
     reset_peak_memory()
     started = time.monotonic()
-    provenance = provenance_of(seed, pipeline)
+    provenance = provenance_of(seed, pipeline, resolved.calibration)
     job = {
         "recipe": resolved.to_dict(),
         "provenance": provenance,
         "model": fingerprint(dict(float_model.state_dict())),
     }
-    work_path = None if target is None else target.with_name(target.name + ".work")
     work = WorkFolder(work_path, job, resume)
     trajectories = _trajectories(pipeline, resolved, seed, reporter, work)
     context = StepContext(trajectories.grid())
@@ -159,6 +143,7 @@ def quantize(
         "mean_weight_bits": mean_weight_bits(packed),
         "float32_bytes": float32_bytes(float_model),
         "seconds": round(seconds, 2),
+        "resumed": resume,  # then seconds and peak memory are those of the last part
         "peak_memory_mb": round(peak_memory_mb(), 1),
         "left_float": left_float,
         "attention_float": adapter.attention_sites(float_model),
@@ -167,11 +152,36 @@ def quantize(
         "provenance": provenance,
     }
     if target is not None:
-        save_pipeline(result, component, target)
+        remove_partial(target)
+        if not target.exists():
+            save_pipeline(result, component, target)
         record["checkpoint_bytes"] = weight_file_bytes(target, component)
         record["times_smaller"] = record["float32_bytes"] / record["checkpoint_bytes"]
         work.remove()
     return Quantized(result, simulation, record)
+
+
+def check_denoiser(denoiser: nn.Module, what: str) -> DenoiserAdapter:
+    """The adapter of a denoiser that can be quantized; otherwise an error that names `what`."""
+    timestep_position(denoiser)
+    if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
+        raise StepQuantError(f"the {what} is quantized already: expected a float model")
+    if denoiser.dtype != torch.float32:
+        raise StepQuantError(
+            f"the {what} holds {denoiser.dtype}: expected "
+            "torch.float32; convert the pipeline with .to(torch.float32) or name its folder"
+        )
+    if denoiser.device.type != "cpu":
+        raise StepQuantError(
+            f"the {what} is on {denoiser.device}: expected "
+            "the CPU, where quantization runs; call .to('cpu') first, and move the result"
+        )
+    if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in denoiser.modules()):
+        raise StepQuantError(
+            f"the {what} is in training mode and has dropout: "
+            "expected a model that gives the same output twice; call .eval() on it first"
+        )
+    return adapter_for(denoiser)
 
 
 def pack(
@@ -189,11 +199,16 @@ def pack(
     return packed.eval()
 
 
-def provenance_of(seed: int, pipeline: DiffusionPipeline) -> dict[str, Any]:
+def provenance_of(
+    seed: int, pipeline: DiffusionPipeline, calibration: Calibration
+) -> dict[str, Any]:
     """What a checkpoint says of its making; nothing that differs between two equal runs."""
     packages = ("torch", "diffusers", "numpy")
+    sampler = copy.copy(pipeline)
+    set_scheduler(sampler, calibration.scheduler)
     return {
         "seed": seed,
+        "sampler": f"{type(sampler.scheduler).__name__}, {calibration.steps} steps",
         "pipeline": type(pipeline).__name__,
         "versions": {"stepquant": __version__, **{name: version(name) for name in packages}},
         "threads": torch.get_num_threads(),

@@ -108,8 +108,10 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Delete the folder, once the result is safe."""
-        if self.path is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
+        if self.path is not None and self.path.exists():
+            # Renamed first: a kill half-way must not leave a folder that looks like a job.
+            done = self.path.rename(self.path.with_name(f".{self.path.name}.done"))
+            shutil.rmtree(done, ignore_errors=True)
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

@@ -80,6 +80,12 @@ def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[
     return folder
 
 
+def remove_partial(folder: Path) -> None:
+    """Delete what a process that was killed while it wrote `folder` left beside it."""
+    for partial in folder.parent.glob(f".{folder.name}.partial-*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _shared_context(model: nn.Module) -> StepContext:
     contexts = {id(layer.context): layer.context for layer in packed_layers(model).values()}
     if len(contexts) != 1:

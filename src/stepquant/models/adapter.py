@@ -46,11 +46,11 @@ ADAPTERS: dict[str, DenoiserAdapter] = {
 
 
 def adapter_for(model: nn.Module) -> DenoiserAdapter:
-    """The adapter of `model`'s class."""
-    name = type(model).__name__
-    if name not in ADAPTERS:
-        raise StepQuantError(
-            f"no adapter for the architecture {name}: expected one of {', '.join(ADAPTERS)}; add "
-            "one in stepquant.models"
-        )
-    return ADAPTERS[name]
+    """The adapter of `model`'s class, or of one that it derives from."""
+    for kind in type(model).__mro__:  # a subclass is taken for what it derives from
+        if kind.__name__ in ADAPTERS:
+            return ADAPTERS[kind.__name__]
+    raise StepQuantError(
+        f"no adapter for the architecture {type(model).__name__}: expected one of "
+        f"{', '.join(ADAPTERS)}; add one in stepquant.models"
+    )
