@@ -264,8 +264,13 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
 def test_ctrl_c_in_a_real_process(float_folder, tmp_path):
     endless = "--set=block_distillation.iterations=100000"
     command = map(str, quantize(float_folder, tmp_path / "out", endless))
+    # A shell starts background jobs with the interrupt ignored, and children inherit that.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from stepquant.cli import app_main; app_main()"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-c", "from stepquant.cli import app_main; app_main()", *command],
+        [sys.executable, "-c", program, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

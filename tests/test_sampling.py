@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, EulerDiscreteScheduler, ScoreSdeVePipeline
+from torch import nn
+
+from stepquant.errors import StepQuantError
+from stepquant.sampling import SCHEDULERS, denoiser_name, denoiser_of, sample_images, set_scheduler
+
+SAMPLERS = ["ddim", "ddpm", "dpm-solver++"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_pipeline):
+    return tiny_pipeline()
+
+
+@pytest.mark.parametrize("scheduler", SAMPLERS)
+def test_an_image_does_not_depend_on_the_batch(pipeline, scheduler):
+    whole, split, single = (
+        sample_images(pipeline, 5, 3, seed=4, scheduler=scheduler, batch=batch)
+        for batch in (64, 2, 1)
+    )
+    torch.testing.assert_close(split, whole, rtol=0, atol=1e-4)
+    torch.testing.assert_close(single, whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", SAMPLERS)
+def test_image_i_is_that_of_its_own_seed(pipeline, scheduler):
+    whole = sample_images(pipeline, 4, 3, seed=10, scheduler=scheduler)
+    for shift in ({"seed": 12}, {"seed": 10, "first": 2}):
+        part = sample_images(pipeline, 2, 3, scheduler=scheduler, **shift)
+        torch.testing.assert_close(part, whole[2:], rtol=0, atol=1e-4)
+    assert not torch.allclose(whole[0], whole[1], atol=0.1)
+
+
+def test_images_are_float32_between_zero_and_one(pipeline):
+    images = sample_images(pipeline, 3, 2)
+    assert images.shape == (3, 1, 16, 16)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous()
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert images.std() > 0.05
+
+
+def test_the_same_seed_gives_the_same_images_whatever_the_global_generator(pipeline):
+    torch.manual_seed(0)
+    first = sample_images(pipeline, 3, 3, seed=5, scheduler="ddpm")
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    again = sample_images(pipeline, 3, 3, seed=5, scheduler="ddpm")
+    other = sample_images(pipeline, 3, 3, seed=6, scheduler="ddpm")
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("scheduler", [*SAMPLERS, None])
+def test_the_scheduler_of_the_caller_is_unchanged(tiny_pipeline, scheduler):
+    pipeline = tiny_pipeline()
+    mine = pipeline.scheduler
+    mine.set_timesteps(7)
+    config, index = dict(mine.config), dict(pipeline.config)
+    sample_images(pipeline, 1, 3, scheduler=scheduler)
+    assert pipeline.scheduler is mine
+    assert mine.timesteps.tolist() == [852, 710, 568, 426, 284, 142, 0]
+    assert mine.num_inference_steps == 7
+    assert dict(mine.config) == config
+    assert dict(pipeline.config) == index
+
+
+def test_the_callers_progress_bar_is_unchanged(tiny_pipeline):
+    pipeline = tiny_pipeline()
+    pipeline.set_progress_bar_config(desc="mine")
+    sample_images(pipeline, 1, 1)
+    assert pipeline._progress_bar_config == {"desc": "mine"}
+
+
+def test_none_is_the_schedule_of_the_pipeline(tiny_pipeline):
+    pipeline = tiny_pipeline()
+    set_scheduler(pipeline, "dpm-solver++")
+    own = sample_images(pipeline, 2, 3, scheduler=None)
+    assert torch.equal(own, sample_images(pipeline, 2, 3, scheduler="dpm-solver++"))
+    assert not torch.allclose(own, sample_images(pipeline, 2, 3, scheduler="ddim"), atol=0.01)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_named_scheduler_keeps_the_noise_schedule(tiny_pipeline, name):
+    pipeline = tiny_pipeline()
+    pipeline.scheduler.register_to_config(beta_end=0.013, num_train_timesteps=321)
+    set_scheduler(pipeline, name)
+    assert type(pipeline.scheduler).__name__ == SCHEDULERS[name]
+    assert pipeline.scheduler.config.beta_end == 0.013
+    assert pipeline.scheduler.config.num_train_timesteps == 321
+
+
+def test_an_unknown_scheduler_is_named(pipeline):
+    with pytest.raises(StepQuantError, match="unknown scheduler 'heun': expected one of ddim, "):
+        sample_images(pipeline, 1, 1, scheduler="heun")
+
+
+@pytest.mark.parametrize("steps", [1001, 5000])
+def test_more_steps_than_trained_are_refused(pipeline, steps):
+    with pytest.raises(StepQuantError, match=f"is {steps}: expected at most the 1000 that"):
+        sample_images(pipeline, 1, steps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num": 0}, "number of images is 0: expected at least 1"),
+        ({"num": -3}, "number of images is -3: expected at least 1"),
+        ({"steps": 0}, "number of sampling steps is 0: expected at least 1"),
+        ({"batch": 0}, "batch size is 0: expected at least 1"),
+    ],
+    ids=str,
+)
+def test_nothing_to_do_is_refused(pipeline, changes, told):
+    with pytest.raises(StepQuantError, match=told):
+        sample_images(pipeline, **{"num": 1, "steps": 1, **changes})
+
+
+def test_a_scheduler_that_the_pipeline_does_not_serve_is_refused(pipeline):
+    """Euler scales the denoiser's input; a DDPM pipeline does not ask it to, and draws noise."""
+    with pytest.raises(
+        StepQuantError, match="EulerDiscreteScheduler scales the denoiser's input, which DDPMPipe"
+    ):
+        sample_images(pipeline, 1, 2, scheduler="euler")
+    own = DDPMPipeline(pipeline.unet, EulerDiscreteScheduler())
+    with pytest.raises(StepQuantError, match="scales the denoiser's input"):
+        sample_images(own, 1, 2, scheduler=None)
+
+
+def test_the_denoiser_is_found_by_its_name(pipeline):
+    assert denoiser_name(pipeline) == "unet"
+    assert denoiser_of(pipeline) is pipeline.unet
+
+
+class WithoutDenoiser(ScoreSdeVePipeline):
+    def __init__(self, network: nn.Module) -> None:
+        super(ScoreSdeVePipeline, self).__init__()
+        self.register_modules(network=network)
+
+
+def test_a_pipeline_without_a_denoiser_is_told(tiny_unet):
+    with pytest.raises(
+        StepQuantError, match=r"WithoutDenoiser has the components \['network'\]: expected a denoi"
+    ):
+        denoiser_name(WithoutDenoiser(tiny_unet()))
+
+
+def test_progress_counts_the_images(pipeline):
+    from contextlib import contextmanager
+
+    from stepquant.progress import Reporter
+
+    counted = []
+
+    class Counter(Reporter):
+        @contextmanager
+        def task(self, description, total):
+            counted.append((description, total))
+
+            class Bar:
+                def advance(self, count=1, note=""):
+                    counted.append(count)
+
+            yield Bar()
+
+    sample_images(pipeline, 5, 1, batch=2, reporter=Counter(quiet=True))
+    assert counted == [("sampling 5 images", 5), 2, 2, 1]
