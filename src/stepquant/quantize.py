@@ -164,6 +164,7 @@ def quantize(
 def check_denoiser(denoiser: nn.Module, what: str) -> DenoiserAdapter:
     """The adapter of a denoiser that can be quantized; otherwise an error that names `what`."""
     timestep_position(denoiser)
+    adapter = adapter_for(denoiser)
     if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
         raise StepQuantError(f"the {what} is quantized already: expected a float model")
     if denoiser.dtype != torch.float32:
@@ -181,7 +182,7 @@ def check_denoiser(denoiser: nn.Module, what: str) -> DenoiserAdapter:
             f"the {what} is in training mode and has dropout: "
             "expected a model that gives the same output twice; call .eval() on it first"
         )
-    return adapter_for(denoiser)
+    return adapter
 
 
 def pack(

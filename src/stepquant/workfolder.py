@@ -110,7 +110,9 @@ class WorkFolder:
         """Delete the folder, once the result is safe."""
         if self.path is not None and self.path.exists():
             # Renamed first: a kill half-way must not leave a folder that looks like a job.
-            done = self.path.rename(self.path.with_name(f".{self.path.name}.done"))
+            done = self.path.with_name(f".{self.path.name}.done")
+            shutil.rmtree(done, ignore_errors=True)  # of an earlier kill
+            self.path.rename(done)
             shutil.rmtree(done, ignore_errors=True)
 
 
