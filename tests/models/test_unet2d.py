@@ -153,10 +153,12 @@ def test_attention_sites_are_all_attentions(unet):
     }
 
 
-def test_folds_are_two_for_each_attention_and_use_every_consumer_once(unet):
+def test_each_attention_folds_its_norm_and_its_values_and_no_consumer_twice(unet):
     folds = ADAPTER.folds(unet)
     consumers = [consumer for _, group in folds for consumer in group]
-    assert len(folds) == 2 * len(ADAPTER.attention_sites(unet))
+    attentions = [unet.get_submodule(site) for site in ADAPTER.attention_sites(unet)]
+    with_norm = [attention for attention in attentions if attention.group_norm is not None]
+    assert len(folds) == len(attentions) + len(with_norm)
     assert len(set(consumers)) == len(consumers)
     assert set(consumers) <= layers(unet)
     assert all(unet.get_submodule(producer).weight is not None for producer, _ in folds)
