@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
-from diffusers import DDPMPipeline, EulerDiscreteScheduler, ScoreSdeVePipeline
+from diffusers import DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, ScoreSdeVePipeline
 from torch import nn
 
 from stepquant.errors import StepQuantError
+from stepquant.progress import Reporter
 from stepquant.sampling import SCHEDULERS, denoiser_name, denoiser_of, sample_images, set_scheduler
 
 SAMPLERS = ["ddim", "ddpm", "dpm-solver++"]
@@ -89,7 +92,7 @@ def test_none_is_the_schedule_of_the_pipeline(tiny_pipeline):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_named_scheduler_keeps_the_noise_schedule(tiny_pipeline, name):
     pipeline = tiny_pipeline()
-    pipeline.scheduler.register_to_config(beta_end=0.013, num_train_timesteps=321)
+    pipeline.scheduler = DDPMScheduler(beta_end=0.013, num_train_timesteps=321)
     set_scheduler(pipeline, name)
     assert type(pipeline.scheduler).__name__ == SCHEDULERS[name]
     assert pipeline.scheduler.config.beta_end == 0.013
@@ -152,10 +155,6 @@ def test_a_pipeline_without_a_denoiser_is_told(tiny_unet):
 
 
 def test_progress_counts_the_images(pipeline):
-    from contextlib import contextmanager
-
-    from stepquant.progress import Reporter
-
     counted = []
 
     class Counter(Reporter):
