@@ -181,25 +181,30 @@ def test_operators_tell_torch_compile_the_truth_about_their_results(name: str) -
     """The shape, dtype and strides that `torch.compile` plans with are those that come."""
     case = NAMES[name]
     inputs, spec = case.inputs(), case.spec
-    packed, scale, zeros = cpu.prepare(inputs["weight"], torch.ones(spec.out_channels), spec)
-    arguments = (
-        inputs["codes"],
-        torch.ones(1),
-        torch.tensor([3], dtype=torch.int32),
-        packed,
-        scale,
-        zeros,
-        None,
-    )
+    packed, scale, zeros, _ = cpu.prepare(inputs["weight"], torch.ones(spec.out_channels), spec)
+    zero_point = torch.tensor([3], dtype=torch.int32)
+    weight = (packed, scale, zeros)
     if spec.kind == "linear":
+        arguments = (inputs["codes"], torch.ones(1), zero_point, *weight, None)
         real = torch.ops.stepquant.linear_u8s8(*arguments)
         planned = cpu._linear_shape(*arguments)
     else:
-        geometry = (spec.kernel_size, spec.stride, spec.padding, spec.dilation)
-        real = torch.ops.stepquant.conv2d_u8s8(*arguments, *geometry)
-        planned = cpu._conv2d_shape(*arguments, *geometry)
+        codes = cpu.pad(inputs["codes"], zero_point, spec.padding)
+        bias = torch.zeros(spec.out_channels)
+        geometry = (spec.kernel_size, spec.stride, spec.dilation)
+        real = torch.ops.stepquant.conv2d_u8s8(codes, torch.ones(1), *weight, bias, *geometry)
+        planned = cpu._conv2d_shape(codes, torch.ones(1), *weight, bias, *geometry)
     assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
     assert planned.stride() == real.stride()
+
+
+def test_pad_surrounds_the_codes_with_the_zero_point() -> None:
+    codes = torch.arange(12, dtype=torch.uint8).reshape(1, 2, 2, 3)
+    padded = cpu.pad(codes, torch.tensor([200], dtype=torch.int32), (1, 2))
+    assert padded.dtype == torch.uint8
+    assert padded.is_contiguous(memory_format=torch.channels_last)
+    expected = torch.nn.functional.pad(codes, (2, 2, 1, 1), value=200)
+    assert torch.equal(padded, expected)
 
 
 def test_int_mm_keeps_the_zero_point_on_its_device() -> None:

@@ -4,6 +4,10 @@ The weight is laid out for the kernel once; activation scale and zero point are 
 call, so a step table costs nothing. The calls are wrapped as operators of our own, which
 `torch.compile` treats as one opaque node.
 
+A conv kernel that is told of a zero point sums up its whole weight anew in each call, which costs
+up to twice the conv itself where images are small. So convs never tell it: the zero point's share,
+`zero_point * sum(weight)`, is taken off the bias, and the codes are padded with the zero point.
+
 On a CPU without VNNI (or with oneDNN capped to such an instruction set) the kernels add pairs of
 products in int16 and saturate at full-range codes. There the codes are run as two exact halves,
 `2 * (codes >> 1) + (codes & 1)`: twice the work, the same numbers.
@@ -51,16 +55,20 @@ def _pairs_saturate() -> bool:
 
 
 def prepare(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
-    """`(weight in the kernel's layout, weight_scale, weight zero points: all 0)`."""
+    """`(weight in the kernel's layout, weight_scale, weight zero points: all 0, weight sums)`.
+
+    The sums `[C_out]` float32 are those of the weight that the codes stand for.
+    """
     zeros = torch.zeros(spec.out_channels, dtype=torch.int32)
     weight = weight.contiguous()
+    sums = weight.flatten(1).sum(dim=1).to(torch.float32) * weight_scale
     if spec.kind == "linear":
         packed = torch.ops.onednn.qlinear_prepack(weight, None)
     else:
         packed = torch.ops.onednn.qconv_prepack(
-            weight, weight_scale, 1.0, 0, spec.stride, spec.padding, spec.dilation, 1, None
+            weight, weight_scale, 1.0, 0, spec.stride, [0, 0], spec.dilation, 1, None
         )
-    return packed, weight_scale, zeros
+    return packed, weight_scale, zeros, sums
 
 
 def run(
@@ -88,7 +96,7 @@ def _call(
     accumulate: Tensor | None,
     spec: LayerSpec,
 ) -> Tensor:
-    packed, weight_scale, zeros = state
+    packed, weight_scale, zeros, sums = state
     if spec.kind == "linear":
         y = torch.ops.stepquant.linear_u8s8(
             codes.reshape(-1, spec.in_channels),
@@ -101,20 +109,33 @@ def _call(
         )
         y = y.view(*codes.shape[:-1], spec.out_channels)
     else:
+        share = act_scale * act_zero_point * sums  # [C_out]
         y = torch.ops.stepquant.conv2d_u8s8(
-            codes,
+            pad(codes, act_zero_point, spec.padding),
             act_scale,
-            act_zero_point,
             packed,
             weight_scale,
             zeros,
-            bias,
+            -share if bias is None else bias - share,
             spec.kernel_size,
             spec.stride,
-            spec.padding,
             spec.dilation,
         )
-    return y if accumulate is None else y + accumulate
+    return y if accumulate is None else y.add_(accumulate)
+
+
+def pad(codes: Tensor, zero_point: Tensor, padding: tuple[int, int]) -> Tensor:
+    """`codes [B, C, H, W]` between rows and columns of `zero_point [1]`, channels last."""
+    if padding == (0, 0):
+        return codes.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = codes.shape
+    top, left = padding
+    shape = (batch, channels, height + 2 * top, width + 2 * left)
+    # The zero point stays a tensor: reading it would break the graph of torch.compile.
+    fill = zero_point.to(torch.uint8).view(1, 1, 1, 1).expand(shape)
+    padded = fill.contiguous(memory_format=torch.channels_last)
+    padded[:, :, top : top + height, left : left + width] = codes
+    return padded
 
 
 _library = torch.library.Library("stepquant", "FRAGMENT")
@@ -123,9 +144,9 @@ _library.define(
     " Tensor weight_scale, Tensor weight_zero_point, Tensor? bias) -> Tensor"
 )
 _library.define(
-    "conv2d_u8s8(Tensor codes, Tensor act_scale, Tensor act_zero_point, Tensor weight,"
-    " Tensor weight_scale, Tensor weight_zero_point, Tensor? bias, int[2] kernel_size,"
-    " int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
+    "conv2d_u8s8(Tensor codes, Tensor act_scale, Tensor weight, Tensor weight_scale,"
+    " Tensor weight_zero_point, Tensor bias, int[2] kernel_size, int[2] stride, int[2] dilation)"
+    " -> Tensor"
 )
 
 
@@ -148,29 +169,19 @@ def _linear(codes, act_scale, act_zero_point, weight, weight_scale, weight_zero_
 
 
 def _conv2d(  # type: ignore[no-untyped-def]
-    codes,
-    act_scale,
-    act_zero_point,
-    weight,
-    weight_scale,
-    weight_zero_point,
-    bias,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
+    codes, act_scale, weight, weight_scale, weight_zero_point, bias, kernel_size, stride, dilation
 ):
     del kernel_size
     return torch.ops.onednn.qconv2d_pointwise.tensor(
-        codes.contiguous(memory_format=torch.channels_last),
+        codes,
         act_scale,
-        act_zero_point,
+        weight_zero_point[:1],  # zero
         weight,
         weight_scale,
         weight_zero_point,
         bias,
         stride,
-        padding,
+        [0, 0],
         dilation,
         1,
         1.0,
@@ -187,21 +198,10 @@ def _linear_shape(codes, act_scale, act_zero_point, weight, weight_scale, weight
 
 
 def _conv2d_shape(  # type: ignore[no-untyped-def]
-    codes,
-    act_scale,
-    act_zero_point,
-    weight,
-    weight_scale,
-    weight_zero_point,
-    bias,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
+    codes, act_scale, weight, weight_scale, weight_zero_point, bias, kernel_size, stride, dilation
 ):
     size = [
-        (codes.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i]
-        + 1
+        (codes.shape[2 + i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
         for i in range(2)
     ]
     shape = (codes.shape[0], weight_scale.shape[0], *size)
