@@ -149,6 +149,9 @@ def main() -> None:
                 log.write(json.dumps(record) + "\n")
     net.load_state_dict(ema)
     out = args.out or args.work / "pipeline"
+    # Clipping the predicted image, which DDIM's paper does not do, makes DDIM amplify any small
+    # error of the denoiser, quantization's among them: docs/methods.md, "The sampler".
+    scheduler.register_to_config(clip_sample=False)
     pipeline = DDPMPipeline(unet=net.to("cpu", torch.float16), scheduler=scheduler)
     pipeline.save_pretrained(out, safe_serialization=True)
     print(f"wrote {out}")
