@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import platform
+import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -56,11 +57,23 @@ def machine() -> dict[str, Any]:
             break
     packages = ("stepquant", "torch", "diffusers", "torchmetrics", "numpy")
     return {
+        "commit": commit(),
         "cpu": cpu,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
     }
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, marked where files differ from it; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def float_images(cell: Cell, folder: Path) -> torch.Tensor:
