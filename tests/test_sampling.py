@@ -4,12 +4,25 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, ScoreSdeVePipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    ScoreSdeVePipeline,
+)
 from torch import nn
 
 from stepquant.errors import StepQuantError
 from stepquant.progress import Reporter
-from stepquant.sampling import SCHEDULERS, denoiser_name, denoiser_of, sample_images, set_scheduler
+from stepquant.sampling import (
+    SCHEDULERS,
+    clipping_remark,
+    denoiser_name,
+    denoiser_of,
+    sample_images,
+    set_scheduler,
+)
 
 SAMPLERS = ["ddim", "ddpm", "dpm-solver++"]
 
@@ -134,6 +147,12 @@ def test_a_scheduler_that_the_pipeline_does_not_serve_is_refused(pipeline):
     own = DDPMPipeline(pipeline.unet, EulerDiscreteScheduler())
     with pytest.raises(StepQuantError, match="scales the denoiser's input"):
         sample_images(own, 1, 2, scheduler=None)
+
+
+def test_a_ddim_scheduler_that_clips_is_remarked_on(pipeline):
+    assert "clip_sample" in clipping_remark(DDIMScheduler(clip_sample=True))
+    assert clipping_remark(DDIMScheduler(clip_sample=False)) is None
+    assert clipping_remark(DDPMScheduler(clip_sample=True)) is None
 
 
 def test_the_denoiser_is_found_by_its_name(pipeline):

@@ -26,7 +26,7 @@ from stepquant.quantizers.step_grid import timestep_position
 from stepquant.recipe import Calibration, Recipe, load_recipe
 from stepquant.runtime.pack import pack_model
 from stepquant.runtime.packed import PackedLayer
-from stepquant.sampling import denoiser_name, set_scheduler
+from stepquant.sampling import clipping_remark, denoiser_name, set_scheduler
 from stepquant.session import Session, check_finite_weights, simulate
 from stepquant.sources import float32_bytes, open_pipeline, weight_file_bytes
 from stepquant.workfolder import WorkFolder, fingerprint
@@ -101,7 +101,11 @@ def quantize(
     # What the scheme, the sampler and the weights have wrong is told before any work is kept.
     check_finite_weights(float_model)
     resolved.scheme.layer_bits(float_model, adapter)
-    set_scheduler(copy.copy(pipeline), resolved.calibration.scheduler)
+    sampler = copy.copy(pipeline)
+    set_scheduler(sampler, resolved.calibration.scheduler)
+    remark = clipping_remark(sampler.scheduler)
+    if remark is not None:
+        reporter.line(remark)
     reset_peak_memory()
     started = time.monotonic()
     provenance = provenance_of(seed, pipeline, resolved.calibration)

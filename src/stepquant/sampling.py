@@ -48,6 +48,21 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
     pipeline.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipeline.scheduler.config)
 
 
+def clipping_remark(scheduler: Any) -> str | None:
+    """What to know of a DDIM scheduler that clips the predicted image, or None.
+
+    Song et al. (ICLR 2021, arXiv 2010.02502, equation 12) do not clip; diffusers takes the setting
+    over from DDPM's. Measured by `benchmarks/sampler_sensitivity.py`.
+    """
+    if not isinstance(scheduler, diffusers.DDIMScheduler) or not scheduler.config.clip_sample:
+        return None
+    return (
+        "the scheduler has clip_sample on, with which DDIM amplifies small errors such as those of "
+        "quantization; the DDIM paper does not clip: try clip_sample false in the pipeline's "
+        "scheduler_config.json"
+    )
+
+
 def check_count(value: int, what: str) -> int:
     """`value` if it is at least 1; otherwise an error that names `what`."""
     if value < 1:

@@ -243,7 +243,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
 
     monkeypatch.setattr(block_distillation.BlockDistillation, "_train", interrupt)
     result = run(*command)
-    assert result.exit_code == 130
+    assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.splitlines()[-1] == (
         "interrupted; finished blocks are kept, go on with --resume"
@@ -283,7 +283,7 @@ def test_ctrl_c_in_a_real_process(float_folder, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 2
     assert stdout == ""
     assert stderr.splitlines()[-1] == "interrupted; finished blocks are kept, go on with --resume"
     assert "Traceback" not in stderr

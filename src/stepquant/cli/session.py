@@ -23,7 +23,7 @@ from stepquant import __version__
 from stepquant.errors import StepQuantError
 from stepquant.progress import Reporter
 
-BAD_INPUT, INTERRUPTED = 2, 130
+NOT_DONE = 2  # the exit code of bad input, full disks and Ctrl-C
 PIPED_WIDTH = 160  # columns of a table that goes to a file or another program
 PACKAGES = ("torch", "diffusers", "numpy", "safetensors")
 FULL_DISK = "no space left on the disk: free some, or write to another disk"
@@ -63,7 +63,7 @@ class Talk:
 def talk(
     context: typer.Context, quiet: bool, json_file: Path | None, kept: str = ""
 ) -> Iterator[Talk]:
-    """The run of one verb: exits with code 2 after a sentence on bad input, 130 after Ctrl-C.
+    """The run of one verb: exits with code 2 after a sentence on bad input or after Ctrl-C.
 
     `kept`: what a user should know of unfinished work, as the end of the sentence after Ctrl-C or
     on a full disk. What the verb puts into `results` goes to `json_file`, once it has succeeded.
@@ -85,18 +85,18 @@ def one_sentence(kept: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sentence, code = f"interrupted{kept}", INTERRUPTED
+        sentence = f"interrupted{kept}"
     except StepQuantError as error:
-        sentence, code = str(error), BAD_INPUT
+        sentence = str(error)
     except Exception as error:
         refusal = sentence_of(error, kept)
         if refusal is None:
             raise  # a defect of ours: its traceback is wanted
-        sentence, code = refusal, BAD_INPUT
+        sentence = refusal
     else:
         return
     typer.echo(" ".join(sentence.splitlines()), err=True)
-    raise typer.Exit(code)
+    raise typer.Exit(NOT_DONE)
 
 
 def sentence_of(error: Exception, kept: str) -> str | None:
