@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+import stepquant
 from stepquant.evaluate import peak_memory_mb
 from stepquant.judge import distances, evaluate
 from stepquant.progress import Reporter
@@ -66,14 +67,25 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the code that runs, marked where files differ from it; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    folder = Path(__file__).resolve().parent
+    """The commit of the package that is imported, marked where code differs from it.
+
+    None outside git, as where the package is installed for good.
+    """
+    package = Path(stepquant.__file__).resolve().parent
+    code = ("src", "training", "benchmarks/*.py")
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=package, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        root = git("rev-parse", "--show-toplevel")
+        changed = git("-C", root, "status", "--porcelain", "--", *code)
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
 
 
 def float_images(cell: Cell, folder: Path) -> torch.Tensor:

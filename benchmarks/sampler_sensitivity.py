@@ -32,8 +32,8 @@ NOISE = (1e-4, 1e-3)
 
 def with_clipping(pipeline: DiffusionPipeline, clip: bool) -> DiffusionPipeline:
     """`pipeline` with `clip_sample` on or off in its scheduler."""
-    settings = {**pipeline.scheduler.config, "clip_sample": clip}
-    pipeline.scheduler = type(pipeline.scheduler).from_config(settings)
+    scheduler = pipeline.scheduler
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, clip_sample=clip)
     return pipeline
 
 
@@ -65,6 +65,8 @@ def main() -> None:
     args = parser.parse_args()
     reporter = Reporter()
     features = default_features(args.model)
+    if features is None:
+        parser.error(f"no feature network is known for '{args.model}'")
     rows: list[dict[str, Any]] = []
     for clip in (True, False):
         pipeline = with_clipping(open_pipeline(args.model), clip)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -329,7 +330,7 @@ def test_layers_that_stay_float_are_announced_and_kept(tiny_pipeline, tmp_path):
     result = quantize(pipeline, "dilatequant", 4, 8, steps=2, settings=FAST, reporter=reporter)
     name = "mid_block.resnets.0.conv1"
     assert result.record["left_float"] == {name: "padding (1, 1) of mode 'circular'"}
-    assert reporter.lines[0] == f"layer '{name}' stays float: padding (1, 1) of mode 'circular'"
+    assert reporter.lines[-1] == f"layer '{name}' stays float: padding (1, 1) of mode 'circular'"
     kept = result.pipeline.unet.get_submodule(name)
     assert torch.equal(kept.weight, conv.weight)
 
@@ -421,6 +422,18 @@ def test_after_ctrl_c_the_work_is_there_to_go_on_with(
     assert result.record["resumed"] is True
     assert tree(out) == uninterrupted
     assert left(tmp_path) == ["out"]
+
+
+def test_resuming_after_a_change_of_the_scheduler_is_refused(float_folder, tmp_path):
+    """Its trajectories would be those of another sampler."""
+    out, model = tmp_path / "out", tmp_path / "float"
+    shutil.copytree(float_folder, model)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, out, reporter=Interrupting("sampling", 1))
+    file = model / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "clip_sample": False}))
+    act = lambda: run(model, out, resume=True)  # noqa: E731
+    assert "another job: expected the same model, sampler, recipe" in refused(act)
 
 
 def test_resuming_another_job_is_refused(float_folder, tmp_path):

@@ -64,7 +64,7 @@ def vary_light(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """A random offset, gain and faint noise per image `[N, C, H, W]`, cut to [0, 1].
 
     Without it a distance over the features answers to what nobody sees: a network that only ever
-    saw backgrounds of exactly 0 moves far at 1 / 255.
+    saw backgrounds of exactly 0 moves far at 3 of 255 grey levels.
     """
     offset, gain, deviation = torch.rand(3, len(x), 1, 1, 1, generator=rng, device=x.device)
     noise = torch.randn(x.shape, generator=rng, device=x.device) * (deviation * NOISE)
@@ -120,6 +120,10 @@ def main() -> None:
         "steps": steps,
         "batch": args.batch,
         "lr": args.lr,
+        "shift": SHIFT[args.name],
+        "brightness": BRIGHTNESS,
+        "contrast": CONTRAST,
+        "noise": NOISE,
         "seed": args.seed,
         "torch": torch.__version__,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -103,9 +104,6 @@ def quantize(
     resolved.scheme.layer_bits(float_model, adapter)
     sampler = copy.copy(pipeline)
     set_scheduler(sampler, resolved.calibration.scheduler)
-    remark = clipping_remark(sampler.scheduler)
-    if remark is not None:
-        reporter.line(remark)
     reset_peak_memory()
     started = time.monotonic()
     provenance = provenance_of(seed, pipeline, resolved.calibration)
@@ -113,8 +111,12 @@ def quantize(
         "recipe": resolved.to_dict(),
         "provenance": provenance,
         "model": fingerprint(dict(float_model.state_dict())),
+        "scheduler": json.loads(sampler.scheduler.to_json_string()),
     }
     work = WorkFolder(work_path, job, resume)
+    remark = clipping_remark(sampler.scheduler)
+    if remark is not None:
+        reporter.line(remark)
     trajectories = _trajectories(pipeline, resolved, seed, reporter, work)
     context = StepContext(trajectories.grid())
     simulation, left_float = simulate(float_model, adapter, resolved.scheme, context)

@@ -59,7 +59,7 @@ def clipping_remark(scheduler: Any) -> str | None:
     return (
         "the scheduler has clip_sample on, with which DDIM amplifies small errors such as those of "
         "quantization; the DDIM paper does not clip: try clip_sample false in the pipeline's "
-        "scheduler_config.json"
+        "scheduler_config.json, or pipeline.scheduler.register_to_config(clip_sample=False)"
     )
 
 

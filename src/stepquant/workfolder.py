@@ -51,8 +51,8 @@ class WorkFolder:
         if resume and record.exists():
             if record.read_text() != text:
                 raise StepQuantError(
-                    f"'{path}' holds the work of another job: expected the same model, recipe, "
-                    "bits, seed, threads and versions as in its job.json; repeat the first "
+                    f"'{path}' holds the work of another job: expected the same model, sampler, "
+                    "recipe, bits, seed, threads and versions as in its job.json; repeat the first "
                     "command, or delete the folder to start anew"
                 )
             return

@@ -11,7 +11,7 @@ import pytest
 from cli_runs import TINY, record, refused, run, tree
 from safetensors import SafetensorError
 
-from stepquant import api
+from stepquant import api, cli
 from stepquant.methods import block_distillation
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -181,6 +181,16 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, error):
         "go on with --resume"
     )
     assert tree(tmp_path) == {"record.json": b"old"}
+
+
+def test_ctrl_c_outside_a_verb_exits_with_2_as_well(monkeypatch):
+    def interrupted(prog_name):
+        raise SystemExit(130)
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    with pytest.raises(SystemExit) as end:
+        cli.app_main()
+    assert end.value.code == 2
 
 
 def test_an_unwritable_place_is_one_sentence(float_folder, tmp_path):

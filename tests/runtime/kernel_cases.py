@@ -198,6 +198,9 @@ def _cases() -> list[Case]:
         _conv(
             "conv3x3-24-24-stride-2-2", (24, 24), (3, 3), (2, 7, 5), stride=(2, 2), padding=(1, 1)
         ),
+        # An even size leaves a row over; wide padding gives outputs of padding only.
+        _conv("conv3x3-8-16-even", (8, 16), (3, 3), (2, 8, 6), stride=(2, 2), padding=(1, 1)),
+        _conv("conv2x2-8-8-wide-padding", (8, 8), (2, 2), (1, 4, 3), padding=(3, 4)),
         _conv("conv3x3-24-1-stride-1-2", (24, 1), (3, 3), (1, 7, 5), stride=(1, 2)),
         _conv("conv5x3-3-24-padding-2-1", (3, 24), (5, 3), (2, 7, 5), padding=(2, 1)),
         _conv(

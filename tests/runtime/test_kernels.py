@@ -207,6 +207,22 @@ def test_pad_surrounds_the_codes_with_the_zero_point() -> None:
     assert torch.equal(padded, expected)
 
 
+@needs_onednn
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_sided_weights_and_a_high_zero_point_cost_little_precision(bits: int) -> None:
+    """The zero point's share, far larger than the result, is taken off in float32."""
+    generator = torch.Generator().manual_seed(3)
+    spec = LayerSpec("conv2d", 256, 8, bits, 8, (3, 3), padding=(1, 1))
+    codes = torch.randint(0, 256, (2, 256, 6, 6), generator=generator, dtype=torch.uint8)
+    weight = torch.randint(0, 2 ** (bits - 1), (8, 256, 3, 3), generator=generator)
+    scale, weight_scale = torch.tensor([0.013]), torch.rand(8, generator=generator) + 0.1
+    state = cpu.prepare(weight.to(torch.int8), weight_scale, spec)
+    y = cpu.run(state, codes, scale, torch.tensor([255], dtype=torch.int32), None, None, spec)
+    oracle = torch.nn.functional.conv2d((codes.double() - 255), weight.double(), padding=1)
+    oracle = oracle * scale.double() * weight_scale.double().view(1, -1, 1, 1)
+    assert (y - oracle).abs().max() < 1e-6 * oracle.abs().max()
+
+
 def test_int_mm_keeps_the_zero_point_on_its_device() -> None:
     """Nothing is read back: the whole kernel is one graph."""
     case = NAMES["conv3x3-17-3-accumulate"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from stepquant.cli.bench import bench
@@ -12,8 +14,11 @@ from stepquant.cli.options import Version
 from stepquant.cli.quantize import quantize
 from stepquant.cli.recipes import recipes
 from stepquant.cli.sample import sample
+from stepquant.cli.session import NOT_DONE
 
 __all__ = ["app", "app_main"]
+
+TYPER_INTERRUPTED = 130
 
 app = typer.Typer(
     name="stepquant",
@@ -36,4 +41,8 @@ def stepquant(version: Version = False) -> None:
 
 def app_main() -> None:
     """Entry point of the `stepquant` command."""
-    app(prog_name="stepquant")
+    try:
+        app(prog_name="stepquant")
+    except SystemExit as end:
+        # Typer's own answer to Ctrl-C outside a verb, while it parses or says good-bye.
+        sys.exit(NOT_DONE if end.code == TYPER_INTERRUPTED else end.code)
