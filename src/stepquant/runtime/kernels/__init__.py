@@ -7,8 +7,8 @@ A kernel computes, for one input part,
 with integer sums, from `codes` uint8 (`[B, C, H, W]`, or `[..., C]` for linear), `weight` int8
 differences `code - zero point` (`[C_out, C_in, kh, kw]` or `[C_out, C_in]`), `act_scale [1]`
 float32 and `act_zero_point [1]` int32, `weight_scale [C_out]` float32; `y` is float32. Zero padding
-is float zero, that is, code `act_zero_point`. Sums are exact; `sum(codes * weight)` and the zero point's
-share may be joined in float32, which is exact as long as each is below 2^24.
+is float zero, that is, code `act_zero_point`. Sums are exact; `sum(codes * weight)` and the zero
+point's share may be joined in float32, which is exact as long as each is below 2^24.
 """
 
 from __future__ import annotations
