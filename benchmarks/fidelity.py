@@ -29,7 +29,6 @@ from stepquant.sampling import denoiser_name, denoiser_of, sample_images
 from stepquant.sources import open_pipeline
 from stepquant.workfolder import atomic_write
 
-
 RELOADED = 64  # images for which the reloaded checkpoint is compared: one batch
 
 
