@@ -6,6 +6,8 @@ it was, and several processes can work on one grid.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import multiprocessing
 import platform
@@ -21,14 +23,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import stepquant
-from stepquant.evaluate import peak_memory_mb
+from stepquant.evaluate import load_features, peak_memory_mb
 from stepquant.judge import distances, evaluate
 from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.recipe import parse_recipe
-from stepquant.sampling import sample_images
+from stepquant.sampling import denoiser_of, sample_images
 from stepquant.sources import default_features, open_pipeline
-from stepquant.workfolder import atomic_write
+from stepquant.workfolder import atomic_write, fingerprint
 
 BUDGETS = {"cpu": {"num": 2048, "steps": 50}, "gpu": {"num": 10_000, "steps": 100}}
 
@@ -88,10 +90,25 @@ def commit() -> str | None:
         return None
 
 
+@functools.cache
+def subject(model: str) -> str:
+    """A digest of what is measured and with what: float weights, scheduler, feature network."""
+    pipeline = open_pipeline(model)
+    digest = hashlib.sha256(fingerprint(dict(denoiser_of(pipeline).state_dict())).encode())
+    digest.update(pipeline.scheduler.to_json_string().encode())
+    features = default_features(model)
+    if features is not None:
+        network = load_features(features)
+        digest.update(fingerprint(dict(network.network.state_dict())).encode())
+        digest.update(fingerprint(network.reference or {}).encode())
+    return digest.hexdigest()[:16]
+
+
 def float_images(cell: Cell, folder: Path) -> torch.Tensor:
     """The float model's images for the cell's settings, sampled once for all cells."""
     name = cell.model.replace(":", "-").replace("/", "-")
-    file = folder / f"{name}-{cell.num}-{cell.steps}-{cell.seed}.safetensors"
+    name += f"-{subject(cell.model)}-{cell.num}-{cell.steps}-{cell.seed}"
+    file = folder / f"{name}.safetensors"
     if not file.exists():
         images = sample_images(open_pipeline(cell.model), cell.num, cell.steps, cell.seed)
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,8 +121,9 @@ def is_finished(cell: Cell, file: Path) -> bool:
     if not file.exists():
         return False
     record = json.loads(file.read_text())
-    for key, value in json.loads(json.dumps(asdict(cell))).items():
-        if key in ("model", "recipe", "num", "steps", "seed") and record[key] != value:
+    settings = {**json.loads(json.dumps(asdict(cell))), "subject": subject(cell.model)}
+    for key in ("model", "recipe", "num", "steps", "seed", "subject"):
+        if record.get(key) != settings[key]:
             raise SystemExit(
                 f"'{file}' was measured with another {key}: expected that of cell '{cell.name}'; "
                 "delete it or choose another --cells folder"
@@ -123,7 +141,11 @@ def run_cell(cell: Cell, out: Path, cache: Path) -> Path:
     if features is None:
         raise SystemExit(f"no feature network is known for '{cell.model}'")
     reference = float_images(cell, cache)
-    record: dict[str, Any] = {**asdict(cell), "machine": machine()}
+    record: dict[str, Any] = {
+        **asdict(cell),
+        "subject": subject(cell.model),
+        "machine": machine(),
+    }
     if cell.recipe is None:
         record["quality"] = distances(reference, reference, features)
     else:
