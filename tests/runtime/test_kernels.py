@@ -189,11 +189,11 @@ def test_operators_tell_torch_compile_the_truth_about_their_results(name: str) -
         real = torch.ops.stepquant.linear_u8s8(*arguments)
         planned = cpu._linear_shape(*arguments)
     else:
-        codes = cpu.pad(inputs["codes"], zero_point, spec.padding)
         bias = torch.zeros(spec.out_channels)
-        geometry = (spec.kernel_size, spec.stride, spec.dilation)
-        real = torch.ops.stepquant.conv2d_u8s8(codes, torch.ones(1), *weight, bias, *geometry)
-        planned = cpu._conv2d_shape(codes, torch.ones(1), *weight, bias, *geometry)
+        geometry = (spec.kernel_size, spec.stride, spec.padding, spec.dilation)
+        arguments = (inputs["codes"], torch.ones(1), zero_point, *weight, bias, *geometry)
+        real = torch.ops.stepquant.conv2d_u8s8(*arguments)
+        planned = cpu._conv2d_shape(*arguments)
     assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
     assert planned.stride() == real.stride()
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -111,27 +112,32 @@ def _call(
     else:
         share = act_scale * act_zero_point * sums  # [C_out]
         y = torch.ops.stepquant.conv2d_u8s8(
-            pad(codes, act_zero_point, spec.padding),
+            codes,
             act_scale,
+            act_zero_point,
             packed,
             weight_scale,
             zeros,
             -share if bias is None else bias - share,
             spec.kernel_size,
             spec.stride,
+            spec.padding,
             spec.dilation,
         )
     return y if accumulate is None else y.add_(accumulate)
 
 
-def pad(codes: Tensor, zero_point: Tensor, padding: tuple[int, int]) -> Tensor:
-    """`codes [B, C, H, W]` between rows and columns of `zero_point [1]`, channels last."""
-    if padding == (0, 0):
+def pad(codes: Tensor, zero_point: Tensor, padding: Sequence[int]) -> Tensor:
+    """`codes [B, C, H, W]` between rows and columns of `zero_point [1]`, channels last.
+
+    Part of the operator, not of what `torch.compile` sees: the code that it makes for copying uint8
+    into a frame is slower than the conv.
+    """
+    if not any(padding):
         return codes.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = codes.shape
     top, left = padding
     shape = (batch, channels, height + 2 * top, width + 2 * left)
-    # The zero point stays a tensor: reading it would break the graph of torch.compile.
     fill = zero_point.to(torch.uint8).view(1, 1, 1, 1).expand(shape)
     padded = fill.contiguous(memory_format=torch.channels_last)
     padded[:, :, top : top + height, left : left + width] = codes
@@ -144,9 +150,9 @@ _library.define(
     " Tensor weight_scale, Tensor weight_zero_point, Tensor? bias) -> Tensor"
 )
 _library.define(
-    "conv2d_u8s8(Tensor codes, Tensor act_scale, Tensor weight, Tensor weight_scale,"
-    " Tensor weight_zero_point, Tensor bias, int[2] kernel_size, int[2] stride, int[2] dilation)"
-    " -> Tensor"
+    "conv2d_u8s8(Tensor codes, Tensor act_scale, Tensor act_zero_point, Tensor weight,"
+    " Tensor weight_scale, Tensor weight_zero_point, Tensor bias, int[2] kernel_size,"
+    " int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
 )
 
 
@@ -169,11 +175,21 @@ def _linear(codes, act_scale, act_zero_point, weight, weight_scale, weight_zero_
 
 
 def _conv2d(  # type: ignore[no-untyped-def]
-    codes, act_scale, weight, weight_scale, weight_zero_point, bias, kernel_size, stride, dilation
+    codes,
+    act_scale,
+    act_zero_point,
+    weight,
+    weight_scale,
+    weight_zero_point,
+    bias,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
 ):
     del kernel_size
     return torch.ops.onednn.qconv2d_pointwise.tensor(
-        codes,
+        pad(codes, act_zero_point, padding),
         act_scale,
         weight_zero_point[:1],  # zero
         weight,
@@ -198,10 +214,21 @@ def _linear_shape(codes, act_scale, act_zero_point, weight, weight_scale, weight
 
 
 def _conv2d_shape(  # type: ignore[no-untyped-def]
-    codes, act_scale, weight, weight_scale, weight_zero_point, bias, kernel_size, stride, dilation
+    codes,
+    act_scale,
+    act_zero_point,
+    weight,
+    weight_scale,
+    weight_zero_point,
+    bias,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
 ):
     size = [
-        (codes.shape[2 + i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
+        (codes.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i]
+        + 1
         for i in range(2)
     ]
     shape = (codes.shape[0], weight_scale.shape[0], *size)
