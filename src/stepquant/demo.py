@@ -67,7 +67,7 @@ def demo_model() -> str:
 
 
 def demo(
-    out: str | Path, images: int = 192, iterations: int = 120, reporter: Reporter | None = None
+    out: str | Path, images: int = 160, iterations: int = 100, reporter: Reporter | None = None
 ) -> dict[str, Any]:
     """Quantize an embedded model by two recipes, and compare quality, speed and size.
 

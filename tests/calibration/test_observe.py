@@ -8,6 +8,7 @@ from stepquant.calibration.observe import (
     TAIL_PER_STEP,
     VALUES_PER_STEP,
     observe,
+    outermost,
     quant_layers,
     tails_and_draw,
 )
@@ -81,6 +82,19 @@ def test_tails_are_kept_exactly_and_the_rest_is_drawn():
     assert (weights.split([TAIL_PER_STEP, VALUES_PER_STEP, TAIL_PER_STEP])[0] == 1).all()
     assert weights.sum().item() == pytest.approx(10_000, rel=1e-5)
     assert (values * weights).sum() / weights.sum() == pytest.approx(float(flat.mean()), rel=0.05)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("size", [64, 8192, 8256, 9001, 20_011])
+@pytest.mark.parametrize("kind", ["spread", "crowded", "ties"])
+def test_the_outermost_values_are_those_of_a_full_sort(kind, size, largest):
+    flat = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    if kind == "crowded":  # all of one end in neighbouring places, also in the last, short row
+        flat[-60:] = torch.arange(60.0) * (10 if largest else -10)
+    elif kind == "ties":
+        flat = flat.round()
+    expected = flat.sort(descending=largest).values[:64]
+    assert torch.equal(outermost(flat, 64, largest), expected)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 7, 100])

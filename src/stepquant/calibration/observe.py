@@ -14,6 +14,7 @@ from stepquant.quantizers import QuantLayer
 
 VALUES_PER_STEP = 2048  # drawn at random
 TAIL_PER_STEP = 64  # kept exactly at each end: a random draw has too few of them to weigh clipping
+ROW = 64  # of the values that `outermost` compares by their extreme first
 
 
 @dataclass
@@ -50,14 +51,28 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     }
 
 
+def outermost(flat: Tensor, count: int, largest: bool) -> Tensor:
+    """The `count` largest (or smallest) of `flat`, outermost first.
+
+    They all lie in the `count` rows with the outermost extremes: finding these rows first is many
+    times faster than `topk` over everything.
+    """
+    whole = flat.numel() // ROW * ROW
+    if whole // ROW > 2 * count:
+        rows = flat[:whole].view(-1, ROW)
+        extremes = rows.amax(dim=1) if largest else rows.amin(dim=1)
+        chosen = rows[extremes.topk(count, largest=largest).indices]
+        flat = torch.cat([chosen.flatten(), flat[whole:]])
+    return flat.topk(count, largest=largest, sorted=True).values
+
+
 def tails_and_draw(flat: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`(values, weights)`, `[n]`, that stand for all of `flat`: both tails exactly, a random rest.
 
     Weights add up to `flat.numel()`. Small inputs are all tail and draw the rest from everything.
     """
     tail = min(TAIL_PER_STEP, flat.numel() // 4)
-    low = flat.topk(tail, largest=False, sorted=True).values
-    high = flat.topk(tail, sorted=True).values
+    low, high = outermost(flat, tail, largest=False), outermost(flat, tail, largest=True)
     pick = torch.randint(flat.numel(), (VALUES_PER_STEP,), generator=generator)
     drawn = flat[pick]
     if tail:
