@@ -3,7 +3,8 @@
     python benchmarks/fidelity.py
 
 Quantizes the embedded model at W8A8 and W4A4, compares each packed layer with its simulated twin on
-the input it has in a real forward, samples with both, and reloads the checkpoint. Writes
+the input it has in a real forward, samples with both (with the fast kernels, and some images with
+the reference kernels, which sum up as the simulation does), and reloads the checkpoint. Writes
 `fidelity.json`.
 """
 
@@ -19,6 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from cells import machine
+from stepquant.bench import set_backend
 from stepquant.calibration.observe import quant_layers
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories
 from stepquant.evaluate import paired_psnr
@@ -30,6 +32,7 @@ from stepquant.sources import open_pipeline
 from stepquant.workfolder import atomic_write
 
 RELOADED = 64  # images for which the reloaded checkpoint is compared: one batch
+REFERENCE = 16  # images on the reference kernels, which are slow
 
 
 @torch.no_grad()
@@ -87,6 +90,10 @@ def main() -> None:
             "packed": sample_images(result.pipeline, args.num, 50, reporter=reporter),
             "simulated": sample_images(simulated, args.num, 50, reporter=reporter),
         }
+        set_backend(denoiser_of(reloaded), "reference")
+        by_reference = sample_images(reloaded, REFERENCE, 50, reporter=reporter)
+        theirs = sample_images(simulated, REFERENCE, 50, reporter=reporter)
+        set_backend(denoiser_of(reloaded), "auto")
         again = sample_images(reloaded, RELOADED, 50, reporter=reporter)
         psnr = {name: paired_psnr(float_images, images[name]) for name in ("packed", "simulated")}
         each = [
@@ -103,6 +110,7 @@ def main() -> None:
                 "psnr_difference_db": abs(psnr["packed"] - psnr["simulated"]),
                 "psnr_difference_standard_error_db": statistics.stdev(each) / len(each) ** 0.5,
                 "psnr_packed_to_simulated_db": paired_psnr(images["packed"], images["simulated"]),
+                "reference_kernels_bit_equal_to_simulation": torch.equal(by_reference, theirs),
                 "reload_bit_equal": torch.equal(images["packed"][:RELOADED], again),
             }
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.errors import StepQuantError
-from stepquant.numerics import check_bits, fake_quantize
+from stepquant.numerics import check_bits, fake_quantize, quantize
 
 
 class ActivationQuantizer(nn.Module):
@@ -43,6 +43,12 @@ class ActivationQuantizer(nn.Module):
         scale = self.scale[rows].view(shape)
         zero_point = self.zero_point[rows].view(shape)
         return fake_quantize(x, scale, zero_point, self.bits)
+
+    def differences(self, x: Tensor, rows: Tensor) -> Tensor:
+        """`code - zero point` of `x [B, ...]` as float32; `rows` come from `table_rows`."""
+        shape = (-1,) + (1,) * (x.dim() - 1)
+        zero_point = torch.round(self.zero_point[rows]).view(shape)
+        return quantize(x, self.scale[rows].view(shape), zero_point, self.bits) - zero_point
 
     def table_rows(self, rows: Tensor, batch: int) -> Tensor:
         """Rows of these tables for a tensor of leading size `batch`: `[1]` or `[batch]`."""

@@ -49,6 +49,12 @@ class WeightQuantizer(nn.Module):
         shape = (-1,) + (1,) * (weight.dim() - 1)
         return fake_quantize(weight, self.scale.view(shape), self.zero_point.view(shape), self.bits)
 
+    def differences(self, weight: Tensor) -> Tensor:
+        """`code - zero point` of `weight [C_out, ...]`, whole numbers in float32."""
+        shape = (-1,) + (1,) * (weight.dim() - 1)
+        zero_point = torch.round(self.zero_point).view(shape)
+        return quantize(weight, self.scale.view(shape), zero_point, self.bits) - zero_point
+
     def codes(self, weight: Tensor) -> Tensor:
         """Codes of `weight [C_out, ...]` as uint8 of the same shape."""
         shape = (-1,) + (1,) * (weight.dim() - 1)
