@@ -10,6 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hypothesis import settings
 from torch import nn
 
+from stepquant.calibration.ranges import minmax_weight_range
 from stepquant.calibration.trajectories import capture_trajectories
 from stepquant.models.adapter import adapter_for
 from stepquant.progress import Reporter
@@ -49,8 +50,7 @@ def simulate(context: StepContext) -> Simulate:
         quantized = kind(layer, weight_bits, activation_bits, context, splits)
         pairs = zip(quantized.weight_quantizers, quantized.weight_parts(), strict=True)
         for quantizer, weight in pairs:
-            rows = weight.detach().flatten(1)
-            quantizer.set_range(rows.amin(dim=1), rows.amax(dim=1))
+            quantizer.fit(weight, minmax_weight_range)
         generator = torch.Generator().manual_seed(steps)
         codes = 2**activation_bits
         for quantizer in quantized.activation_quantizers:
@@ -144,6 +144,7 @@ def tiny_session(tiny_pipeline: Callable[..., DDPMPipeline]) -> Callable[..., Se
             adapter=adapter,
             context=context,
             trajectories=trajectories,
+            draw=lambda num, seed: capture_trajectories(pipeline, num, steps, seed, "ddim"),
             weight_ranges=ranges,
             activation_ranges=ranges,
             seed=0,

@@ -205,3 +205,34 @@ def test_the_largest_float_numbers_give_a_finite_grid():
     ):
         assert all(torch.isfinite(part).all() for part in grid)
         assert (grid[0] > 0).all()
+
+
+def remaining_error(weight, scale, zero_point, bits):
+    codes = quantize(weight, scale[:, None], zero_point[:, None], bits, halves=True)
+    real = dequantize(codes, scale[:, None], zero_point[:, None])
+    return (weight - real).abs().pow(2.4).mean(dim=1)
+
+
+@pytest.mark.parametrize(("bits", "gain"), [(1, 0.65), (2, 0.9)])
+def test_few_bits_on_a_bell_take_symmetric_levels(bits, gain):
+    weight = torch.randn(16, 600, generator=torch.Generator().manual_seed(0))
+    scale, zero_point = search_weight_range(weight, bits)
+    assert (zero_point == (2**bits - 1) / 2).float().mean() > 0.5
+    low, high = weight.amin(dim=1), weight.amax(dim=1)
+    whole = search_activation_range(weight, low, high, bits)
+    ratio = remaining_error(weight, scale, zero_point, bits) / remaining_error(weight, *whole, bits)
+    assert ratio.mean() < gain and ratio.max() <= 1
+
+
+def test_two_levels_on_a_bell_are_its_mean_magnitude():
+    """The least squares solution of a binary weight (XNOR-Net, equation 6), here for |error|^2."""
+    weight = torch.randn(4, 20_000, generator=torch.Generator().manual_seed(0))
+    scale, _ = search_weight_range(weight, 1, power=2.0)
+    torch.testing.assert_close(scale / 2, weight.abs().mean(dim=1), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_a_channel_of_zeros_stays_zero(bits):
+    weight = torch.zeros(1, 20)
+    scale, zero_point = search_weight_range(weight, bits)
+    assert remaining_error(weight, scale, zero_point, bits).item() == 0

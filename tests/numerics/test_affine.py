@@ -6,7 +6,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stepquant.numerics import dequantize, fake_quantize, max_code, quantize, range_to_grid
+from stepquant.numerics import (
+    dequantize,
+    fake_quantize,
+    max_code,
+    max_codes,
+    quantize,
+    range_to_grid,
+)
 
 
 def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -178,3 +185,58 @@ def test_range_to_grid_works_row_by_row() -> None:
         one_scale, one_zero = range_to_grid(low[row], high[row], 4)
         assert scale[row] == one_scale and zero_point[row] == one_zero
     assert zero_point.tolist() == [5, 0, 15]
+
+
+@pytest.mark.parametrize("bits", range(1, 7))
+def test_half_zero_points_give_levels_half_a_step_off(bits: int) -> None:
+    scale, zero_point = torch.tensor([[0.5]]), torch.tensor([[max_code(bits) / 2]])
+    x = torch.linspace(-40, 40, 3201)[None]
+    real = fake_quantize(x, scale, zero_point, bits, halves=True)
+    levels = (torch.arange(2**bits) - max_code(bits) / 2) * 0.5
+    assert torch.equal(real.unique(), levels)
+    nearest = (x[..., None] - levels).abs().amin(dim=-1)
+    torch.testing.assert_close((real - x).abs(), nearest)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_whole_zero_points_are_the_same_with_and_without_halves(bits: int) -> None:
+    scale, zero_point = grid((6, 1), bits)
+    scale, zero_point = scale.float(), zero_point.round().float()
+    x = on_grid_noise((6, 200), scale, bits).float()
+    plain = quantize(x, scale, zero_point, bits)
+    assert torch.equal(plain, quantize(x, scale, zero_point, bits, halves=True))
+
+
+def test_bits_of_each_channel_are_those_of_a_quantizer_of_its_own() -> None:
+    bits = torch.tensor([1, 2, 3, 5, 7, 8], dtype=torch.uint8)
+    scale, zero_point = torch.linspace(0.1, 1, 6)[:, None], (max_codes(bits) / 2)[:, None]
+    x = 8 * torch.randn(6, 500, generator=torch.Generator().manual_seed(0))
+    mixed = [t.clone().requires_grad_() for t in (x, scale, zero_point)]
+    fake_quantize(*mixed, bits[:, None], halves=True).square().sum().backward()
+    for row, count in enumerate(bits.tolist()):
+        alone = [t[row : row + 1].clone().requires_grad_() for t in (x, scale, zero_point)]
+        result = fake_quantize(*alone, count, halves=True)
+        both = fake_quantize(x, scale, zero_point, bits[:, None], halves=True)
+        assert torch.equal(both[row : row + 1], result.detach())
+        result.square().sum().backward()
+        for together, own in zip(mixed, alone, strict=True):
+            torch.testing.assert_close(together.grad[row : row + 1], own.grad)
+
+
+def test_halves_have_the_gradients_of_a_straight_through_round() -> None:
+    scale = torch.tensor([[0.3], [1.0]], dtype=torch.float64, requires_grad=True)
+    zero_point = torch.tensor([[1.5], [0.5]], dtype=torch.float64)
+    x = (torch.linspace(-3, 3, 41, dtype=torch.float64) + 0.01).repeat(2, 1).requires_grad_()
+
+    def plain(x: Tensor, scale: Tensor) -> Tensor:
+        scaled = x / scale + zero_point
+        code = ((scaled.round() - scaled).detach() + scaled).clamp(0, 3)
+        return (code - zero_point) * scale
+
+    weights = torch.linspace(1, 2, 41, dtype=torch.float64)
+    ours = torch.autograd.grad(
+        (fake_quantize(x, scale, zero_point, 2, halves=True) * weights).sum(), (x, scale)
+    )
+    theirs = torch.autograd.grad((plain(x, scale) * weights).sum(), (x, scale))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,7 +1,8 @@
 import pytest
+import torch
 
 from stepquant.errors import StepQuantError
-from stepquant.numerics import check_bits, max_code
+from stepquant.numerics import check_bits, max_code, max_codes
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -17,3 +18,9 @@ def test_check_bits_names_what_is_wrong(bits: object) -> None:
 
 def test_max_code() -> None:
     assert [max_code(bits) for bits in range(1, 9)] == [1, 3, 7, 15, 31, 63, 127, 255]
+
+
+def test_largest_codes_of_a_tensor_of_bits() -> None:
+    bits = torch.arange(1, 9, dtype=torch.uint8)
+    assert max_codes(bits).tolist() == [max_code(b) for b in range(1, 9)]
+    assert max_codes(bits).dtype == torch.float32

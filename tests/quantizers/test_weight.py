@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepquant.calibration.ranges import minmax_weight_range, search_weight_range
 from stepquant.errors import StepQuantError
 from stepquant.numerics import range_to_grid
 from stepquant.quantizers import WeightQuantizer
@@ -22,8 +23,7 @@ def weight_of(shape: tuple[int, ...]) -> Tensor:
 
 def fitted(weight: Tensor, bits: int) -> WeightQuantizer:
     quantizer = WeightQuantizer(bits, weight.shape[0])
-    rows = weight.flatten(1)
-    quantizer.set_range(rows.amin(dim=1), rows.amax(dim=1))
+    quantizer.fit(weight, minmax_weight_range)
     return quantizer
 
 
@@ -122,3 +122,29 @@ def test_bits_are_checked(bits: int) -> None:
 
 def test_print_shows_bits_and_channels() -> None:
     assert repr(WeightQuantizer(3, 5)) == "WeightQuantizer(bits=3, out_channels=5)"
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_mixed_channels_are_those_of_quantizers_of_their_own(shape: tuple[int, ...]) -> None:
+    weight, bits = weight_of(shape), torch.tensor([2, 3, 4, 8, 7, 1])
+    mixed = WeightQuantizer(4, 6)
+    mixed.channel_bits.copy_(bits)
+    mixed.fit(weight, search_weight_range)
+    assert mixed.channel_bits.tolist() == bits.tolist()
+    for channel, count in enumerate(bits.tolist()):
+        row = slice(channel, channel + 1)
+        alone = WeightQuantizer(count, 1)
+        alone.fit(weight[row], search_weight_range)
+        assert torch.equal(mixed(weight)[row], alone(weight[row]))
+        assert torch.equal(mixed.codes(weight)[row], alone.codes(weight[row]))
+        assert torch.equal(mixed.differences(weight)[row], alone.differences(weight[row]))
+
+
+def test_a_copy_through_the_state_dict_keeps_the_bits() -> None:
+    weight = weight_of((6, 40))
+    mixed = WeightQuantizer(4, 6)
+    mixed.channel_bits.copy_(torch.tensor([3, 4, 5, 3, 4, 5]))
+    mixed.fit(weight, search_weight_range)
+    again = WeightQuantizer(4, 6)
+    again.load_state_dict(mixed.state_dict())
+    assert torch.equal(again(weight), mixed(weight))

@@ -6,24 +6,27 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.observe import Observation, observe, quant_layers
-from stepquant.calibration.ranges import search_activation_range, search_weight_range
+from stepquant.calibration.ranges import (
+    minmax_weight_range,
+    search_activation_range,
+    search_weight_range,
+)
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.numerics import range_to_grid
 from stepquant.progress import Reporter
 from stepquant.quantizers import ActivationQuantizer, QuantLayer
+from stepquant.quantizers.weight import GridSearch
+
+
+def weight_search(method: str) -> GridSearch:
+    """The search for weight ranges that a recipe calls "minmax" or "mse"."""
+    return minmax_weight_range if method == "minmax" else search_weight_range
 
 
 @torch.no_grad()
 def initialize_weights(layer: QuantLayer, method: str) -> None:
     """Set the weight ranges of `layer` by "minmax" or "mse"."""
-    for quantizer, weight in zip(layer.weight_quantizers, layer.weight_parts(), strict=True):
-        rows = weight.flatten(1)  # [C_out, K]
-        if method == "minmax":
-            quantizer.set_range(rows.amin(dim=1), rows.amax(dim=1))
-        else:
-            scale, zero_point = search_weight_range(rows, quantizer.bits)
-            quantizer.scale.data.copy_(scale)
-            quantizer.zero_point.data.copy_(zero_point)
+    layer.fit_weights(weight_search(method))
 
 
 @torch.no_grad()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepquant.numerics import dequantize, quantize, range_to_grid
-from stepquant.numerics.bits import WEIGHT_ZERO_POINT_8BIT
+from stepquant.numerics import dequantize, fake_quantize, max_code, quantize, range_to_grid
 from stepquant.quantizers.weight import weight_grid
 
 ERROR_POWER = 2.4  # |error|^2.4, as in LAPQ, BRECQ and the works that build on them
 SHRINK = torch.linspace(1.0, 0.2, 41)
+# Four levels on a bell-shaped channel lie best far inside its extremes, two levels farther still.
+SHRINK_FEW_BITS = torch.linspace(1.0, 0.05, 39)
+FEW_BITS = 3
 
 
 def grid_error(
@@ -36,12 +38,13 @@ def search_activation_range(
     bits: int,
     power: float = ERROR_POWER,
     weights: Tensor | None = None,
+    factors: Tensor = SHRINK,
 ) -> tuple[Tensor, Tensor]:
     """`(scale, zero_point)`, each `[R]`, of the least error on `values [R, n]`.
 
     `low` and `high` `[R]` are the exact extremes; `values` may be a sample, of which each stands
     for `weights [R, n]` values. Both ends first
-    shrink together by 1.0 to 0.2, then each alone, twice: the two tails of what follows a SiLU
+    shrink together by `factors`, then each alone, twice: the two tails of what follows a SiLU
     differ by far. Rows are independent. (The works in this line search the ends together only, or
     range and zero point over a grid.)
     """
@@ -56,35 +59,86 @@ def search_activation_range(
         best = torch.where(better, error, best)
         best_low[better], best_high[better] = try_low[better], try_high[better]
 
-    for factor in SHRINK:
+    for factor in factors:
         consider(low * factor, high * factor)
     for _ in range(2):
-        for factor in SHRINK[::2]:
+        for factor in factors[::2]:
             consider(best_low, high * factor)
-        for factor in SHRINK[::2]:
+        for factor in factors[::2]:
             consider(low * factor, best_high)
     return range_to_grid(best_low, best_high, bits)
+
+
+def minmax_weight_range(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`(scale, zero_point)`, each `[C_out]`, that covers all of `weight [C_out, K]`."""
+    return weight_grid(weight.amin(dim=1), weight.amax(dim=1), bits)
+
+
+def search_symmetric_levels(
+    weight: Tensor, bits: int, power: float = ERROR_POWER
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(scale, zero_point, error)`, each `[C_out]`, of levels that lie symmetrically around zero.
+
+    The zero point is half-way between two codes: one bit has the levels -1/2 and 1/2, two bits
+    -3/2 to 3/2, in units of the scale.
+    """
+    zero_point = torch.full_like(weight[:, 0], max_code(bits) / 2)
+    bound = weight.abs().amax(dim=1)
+    best, best_scale = torch.full_like(bound, torch.inf), torch.ones_like(bound)
+    for factor in SHRINK_FEW_BITS:
+        scale = bound * factor / (max_code(bits) / 2)
+        scale = torch.where(torch.isfinite(1.0 / scale), scale, torch.ones_like(scale))
+        codes = quantize(weight, scale[:, None], zero_point[:, None], bits, halves=True)
+        error = weight - dequantize(codes, scale[:, None], zero_point[:, None])
+        error = error.abs_().pow_(power).mean(dim=1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale = torch.where(better, scale, best_scale)
+    return best_scale, zero_point, best
+
+
+def search_few_levels(
+    weight: Tensor, bits: int, power: float = ERROR_POWER
+) -> tuple[Tensor, Tensor]:
+    """`(scale, zero_point)`, each `[C_out]`: levels with a zero among them, or around zero.
+
+    Each out-channel of `weight [C_out, K]` takes the kind that has the smaller error.
+    """
+    low, high = weight.amin(dim=1), weight.amax(dim=1)
+    scale, zero = search_activation_range(weight, low, high, bits, power, None, SHRINK_FEW_BITS)
+    approximation = fake_quantize(weight, scale[:, None], zero[:, None], bits)
+    error = (weight - approximation).abs().pow(power).mean(dim=1)
+    other_scale, other_zero, other_error = search_symmetric_levels(weight, bits, power)
+    better = other_error < error
+    return torch.where(better, other_scale, scale), torch.where(better, other_zero, zero)
+
+
+def search_8bit_range(weight: Tensor, power: float = ERROR_POWER) -> tuple[Tensor, Tensor]:
+    """`(scale, zero_point)`, each `[C_out]`, of symmetric 8-bit grids for `weight [C_out, K]`."""
+    bound = weight.abs().amax(dim=1)
+    best, best_bound = torch.full_like(bound, torch.inf), bound
+    for factor in SHRINK:
+        scale, zero = weight_grid(-bound * factor, bound * factor, 8)
+        scale, zero = scale[:, None], zero[:, None]
+        approximation = dequantize(quantize(weight, scale, zero, 8), scale, zero)
+        error = (weight - approximation).abs().pow(power).mean(dim=1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_bound = torch.where(better, bound * factor, best_bound)
+    return weight_grid(-best_bound, best_bound, 8)
 
 
 def search_weight_range(
     weight: Tensor, bits: int, power: float = ERROR_POWER
 ) -> tuple[Tensor, Tensor]:
-    """`(scale, zero_point)`, each `[C_out]`, of the least error on `weight [C_out, K]`."""
-    low, high = weight.amin(dim=1), weight.amax(dim=1)
+    """`(scale, zero_point)`, each `[C_out]`, of the least error on `weight [C_out, K]`.
+
+    Up to three bits the levels may lie symmetrically around zero, with zero points half-way between
+    two codes (a choice of ours: no paper's).
+    """
+    if bits <= FEW_BITS:
+        return search_few_levels(weight, bits, power)
     if bits < 8:
+        low, high = weight.amin(dim=1), weight.amax(dim=1)
         return search_activation_range(weight, low, high, bits, power)
-    bound = torch.maximum(low.abs(), high.abs())
-    best, best_bound = torch.full_like(bound, torch.inf), bound
-    for factor in SHRINK:
-        scale, _ = weight_grid(-bound * factor, bound * factor, bits)
-        zero = torch.full_like(scale, WEIGHT_ZERO_POINT_8BIT)[:, None]
-        approximation = dequantize(
-            quantize(weight, scale[:, None], zero, bits), scale[:, None], zero
-        )
-        error = (weight - approximation).abs().pow(power).mean(dim=1)
-        better = error < best
-        best, best_bound = (
-            torch.where(better, error, best),
-            torch.where(better, bound * factor, best_bound),
-        )
-    return weight_grid(-best_bound, best_bound, bits)
+    return search_8bit_range(weight, power)

@@ -1,7 +1,11 @@
 """The affine grid `x ~ scale * (code - zero_point)` and its straight-through gradient.
 
-Shapes: `scale` and `zero_point` broadcast against `x`. All arithmetic is float32; codes are whole
-numbers held in float32 until they are packed.
+Shapes: `scale`, `zero_point`, and `bits` where it is a tensor broadcast against `x`. All arithmetic
+is float32; codes are whole numbers held in float32 until they are packed.
+
+Zero points are whole numbers for activations, so that zero is on the grid and zero padding exact.
+Weights need no zero, so theirs may be half a step off (`halves`): with two or three bits, levels
+such as -3/2, -1/2, 1/2, 3/2 lie better than -1, 0, 1, 2.
 """
 
 from __future__ import annotations
@@ -9,15 +13,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepquant.numerics.bits import max_code
+from stepquant.numerics.bits import max_code, max_codes
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def clamp_codes(codes: Tensor, bits: int | Tensor) -> Tensor:
+    """`codes` on the grid of `bits` bits; a tensor says how many, value by value."""
+    if isinstance(bits, Tensor):
+        return codes.clamp(min=0).minimum(max_codes(bits))
+    return codes.clamp(0, max_code(bits))
+
+
+def round_shifted(scaled: Tensor, zero_point: Tensor, halves: bool) -> Tensor:
+    """`scaled + zero_point` rounded to whole numbers, before it is clamped."""
+    if not halves:
+        return torch.round(scaled) + zero_point
+    whole = torch.floor(zero_point)
+    return torch.round(scaled + (zero_point - whole)) + whole
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int | Tensor, halves: bool = False
+) -> Tensor:
     """Codes `clamp(round(x / scale) + zero_point, 0, 2^bits - 1)` as whole numbers in float32.
 
-    Multiplies by `1 / scale`, as the integer runtime does, so that both round alike.
+    Multiplies by `1 / scale`, as the integer runtime does, so that both round alike. `halves`:
+    zero points may be half a step off a whole number; then it is `round(x / scale + zero_point)`.
     """
-    return torch.clamp(torch.round(x * (1.0 / scale)) + zero_point, 0, max_code(bits))
+    return clamp_codes(round_shifted(x * (1.0 / scale), zero_point, halves), bits)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -47,18 +69,18 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, bits):  # type: ignore[no-untyped-def]
-        zero = torch.round(zero_point)
+    def forward(ctx, x, scale, zero_point, bits, halves):  # type: ignore[no-untyped-def]
+        zero = torch.round(2 * zero_point) / 2 if halves else torch.round(zero_point)
         ctx.save_for_backward(x, scale, zero)
-        ctx.bits = bits
-        return dequantize(quantize(x, scale, zero, bits), scale, zero)
+        ctx.bits, ctx.halves = bits, halves
+        return dequantize(quantize(x, scale, zero, bits, halves), scale, zero)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, scale, zero = ctx.saved_tensors
         scaled = x * (1.0 / scale)
-        free = torch.round(scaled) + zero
-        code = free.clamp(0, max_code(ctx.bits))
+        free = round_shifted(scaled, zero, ctx.halves)
+        code = clamp_codes(free, ctx.bits)
         inside = free == code
         grad_x = grad * inside if ctx.needs_input_grad[0] else None
         grad_scale = grad_zero = None
@@ -67,13 +89,16 @@ class _FakeQuantize(torch.autograd.Function):
             grad_scale = slope.mul_(grad).sum_to_size(scale.shape)
         if ctx.needs_input_grad[2]:
             grad_zero = (grad * ~inside).mul_(-scale).sum_to_size(zero.shape)
-        return grad_x, grad_scale, grad_zero, None
+        return grad_x, grad_scale, grad_zero, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int | Tensor, halves: bool = False
+) -> Tensor:
     """`x` rounded to its grid and back, differentiable in `x`, `scale` and `zero_point`.
 
-    `zero_point` may be real (while it is trained); it is rounded here, with the gradient passed
-    straight through. `scale` and `zero_point` must broadcast to the shape of `x`.
+    `zero_point` may be real (while it is trained); it is rounded here, to whole numbers or with
+    `halves` to halves, with the gradient passed straight through. `scale`, `zero_point` and `bits`
+    must broadcast to the shape of `x`.
     """
-    return _FakeQuantize.apply(x, scale, zero_point, bits)
+    return _FakeQuantize.apply(x, scale, zero_point, bits, halves)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from stepquant.errors import StepQuantError
 
 MIN_BITS, MAX_BITS = 1, 8
@@ -22,3 +25,9 @@ def check_bits(bits: int, what: str) -> int:
 def max_code(bits: int) -> int:
     """The largest code of an unsigned `bits`-bit grid; the smallest is 0."""
     return (1 << bits) - 1
+
+
+def max_codes(bits: Tensor) -> Tensor:
+    """`max_code` of each of `bits` (whole numbers, any shape), as float32."""
+    one = torch.ones_like(bits, dtype=torch.int64)
+    return (torch.bitwise_left_shift(one, bits.long()) - 1).to(torch.float32)

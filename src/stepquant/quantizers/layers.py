@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from stepquant.errors import StepQuantError
 from stepquant.quantizers.activation import ActivationQuantizer
+from stepquant.quantizers.low_rank import LowRankAdapter
 from stepquant.quantizers.step_grid import StepContext
-from stepquant.quantizers.weight import WeightQuantizer
+from stepquant.quantizers.weight import GridSearch, WeightQuantizer
 
 
 class QuantLayer(nn.Module):
@@ -25,6 +26,7 @@ class QuantLayer(nn.Module):
     `weight`, `bias`: the float parameters, trainable. `splits`: in-channels of each part.
     `inverse_channel_scale [C_in]`: what the input is multiplied with per in-channel before it is
     quantized (all ones unless an equivalent scaling could not be folded into the producer).
+    `adapter`: what is added to the weight while it is trained at low rank, or None.
     `quantizing`: False runs the layer in float, with the scaling but without any rounding.
     """
 
@@ -63,10 +65,11 @@ class QuantLayer(nn.Module):
         )
         self.register_buffer("inverse_channel_scale", torch.ones(self.in_channels))
         self.scales_input = False
+        self.adapter: LowRankAdapter | None = None
 
     def weight_parts(self) -> tuple[Tensor, ...]:
         """The weight of each part, `[C_out, C_part, ...]`."""
-        return self.weight.split(self.splits, dim=1)
+        return self.merged_weight().split(self.splits, dim=1)
 
     def parts(self) -> Iterator[tuple[ActivationQuantizer, WeightQuantizer, Tensor]]:
         """`(activation quantizer, weight quantizer, weight [C_out, C_part, ...])` of each part."""
@@ -76,6 +79,40 @@ class QuantLayer(nn.Module):
             assert isinstance(activations, ActivationQuantizer)
             assert isinstance(weights, WeightQuantizer)
             yield activations, weights, weight
+
+    @property
+    def channel_bits(self) -> Tensor:
+        """Bits of each out-channel's weights, uint8 `[C_out]`; the same in every part."""
+        quantizer = self.weight_quantizers[0]
+        assert isinstance(quantizer, WeightQuantizer)
+        return quantizer.channel_bits
+
+    def set_channel_bits(self, bits: Tensor) -> None:
+        """Give out-channel `o` `bits[o]` bits; its grids must be fitted anew."""
+        for quantizer in self.weight_quantizers:
+            assert isinstance(quantizer, WeightQuantizer)
+            quantizer.channel_bits.copy_(bits)
+
+    def fit_weights(self, find: GridSearch) -> None:
+        """Give the weights the grids that `find` has for them."""
+        for _, quantizer, weight in self.parts():
+            quantizer.fit(weight, find)
+
+    def attach_adapter(self, adapter: LowRankAdapter) -> None:
+        """Add `adapter` to the weight from now on, before it is quantized."""
+        self.adapter = adapter
+
+    def merge_adapter(self) -> None:
+        """Make what the adapter adds part of the weight."""
+        if self.adapter is not None:
+            self.weight.data.copy_(self.merged_weight().detach())
+            self.adapter = None
+
+    def merged_weight(self) -> Tensor:
+        """The weight with what the adapter adds, `[C_out, C_in, ...]`."""
+        if self.adapter is None:
+            return self.weight
+        return self.weight + self.adapter().view_as(self.weight)
 
     def multiply_channel_scale(self, scale: Tensor) -> None:
         """Divide the input by `scale [C_in]` from now on, on top of what is divided already."""
@@ -111,7 +148,7 @@ class QuantLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The float layer's result, with input and weight rounded where `quantizing`."""
         if not self.quantizing:
-            return self._compute(self.scaled_input(x), self.weight, self.bias)
+            return self._compute(self.scaled_input(x), self.merged_weight(), self.bias)
         if not torch.is_grad_enabled():
             return self._compute_integers(x)
         pairs = zip(self.activation_quantizers, self.input_parts(x), strict=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,9 @@ from stepquant.numerics import (
     quantize,
     range_to_grid,
 )
+
+# (weight [C, K], bits) -> (scale [C], zero point [C])
+GridSearch = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def weight_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -28,38 +33,49 @@ def weight_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 class WeightQuantizer(nn.Module):
-    """`scale [C_out]` and `zero_point [C_out]` of a weight `[C_out, C_in, ...]`."""
+    """The grids of a weight `[C_out, C_in, ...]`, one for each out-channel.
+
+    `scale [C_out]`, `zero_point [C_out]` (whole numbers or halves), `channel_bits [C_out]` uint8:
+    how many bits each out-channel has, `bits` everywhere unless they were mixed.
+    """
 
     def __init__(self, bits: int, out_channels: int) -> None:
         super().__init__()
         self.bits = check_bits(bits, "weight bits")
         self.scale = nn.Parameter(torch.ones(out_channels))
         self.zero_point: Tensor
+        self.channel_bits: Tensor
         # Not trained: DilateQuant lists weights and weight scales only.
         self.register_buffer("zero_point", torch.zeros(out_channels))
+        self.register_buffer(
+            "channel_bits", torch.full((out_channels,), self.bits, dtype=torch.uint8)
+        )
 
-    def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Cover `[low, high]`, each `[C_out]`."""
-        scale, zero_point = weight_grid(low, high, self.bits)
-        self.scale.data.copy_(scale)
-        self.zero_point.data.copy_(zero_point)
+    def fit(self, weight: Tensor, find: GridSearch) -> None:
+        """Give each out-channel of `weight [C_out, ...]` the grid that `find` has for its bits."""
+        rows = weight.detach().flatten(1)  # [C_out, K]
+        for bits in self.channel_bits.unique().tolist():
+            members = self.channel_bits == bits
+            self.scale.data[members], self.zero_point[members] = find(rows[members], bits)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Fake-quantize `weight [C_out, ...]`."""
-        shape = (-1,) + (1,) * (weight.dim() - 1)
-        return fake_quantize(weight, self.scale.view(shape), self.zero_point.view(shape), self.bits)
+        scale, zero_point, bits = self._rows(weight.dim())
+        return fake_quantize(weight, scale, zero_point, bits, halves=True)
 
     def differences(self, weight: Tensor) -> Tensor:
-        """`code - zero point` of `weight [C_out, ...]`, whole numbers in float32."""
-        shape = (-1,) + (1,) * (weight.dim() - 1)
-        zero_point = torch.round(self.zero_point).view(shape)
-        return quantize(weight, self.scale.view(shape), zero_point, self.bits) - zero_point
+        """`code - zero point` of `weight [C_out, ...]`, whole numbers or halves, as float32."""
+        scale, zero_point, bits = self._rows(weight.dim())
+        return quantize(weight, scale, zero_point, bits, halves=True) - zero_point
 
     def codes(self, weight: Tensor) -> Tensor:
         """Codes of `weight [C_out, ...]` as uint8 of the same shape."""
-        shape = (-1,) + (1,) * (weight.dim() - 1)
-        zero_point = torch.round(self.zero_point).view(shape)
-        return quantize(weight, self.scale.view(shape), zero_point, self.bits).to(torch.uint8)
+        return quantize(weight, *self._rows(weight.dim()), halves=True).to(torch.uint8)
+
+    def _rows(self, dimensions: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`(scale, zero_point, bits)`, shaped to go with a weight of so many dimensions."""
+        shape = (-1,) + (1,) * (dimensions - 1)
+        return self.scale.view(shape), self.zero_point.view(shape), self.channel_bits.view(shape)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
