@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -102,6 +103,8 @@ def quantize(
     # What the scheme, the sampler and the weights have wrong is told before any work is kept.
     check_finite_weights(float_model)
     resolved.scheme.layer_bits(float_model, adapter)
+    for step in resolved.steps:
+        step.check(resolved.scheme)
     sampler = copy.copy(pipeline)
     set_scheduler(sampler, resolved.calibration.scheduler)
     reset_peak_memory()
@@ -128,6 +131,7 @@ def quantize(
         adapter=adapter,
         context=context,
         trajectories=trajectories,
+        draw=_drawer(pipeline, resolved),
         weight_ranges=resolved.ranges.weights,
         activation_ranges=resolved.ranges.activations,
         seed=seed,
@@ -227,7 +231,8 @@ def mean_weight_bits(model: nn.Module) -> float:
     layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
     weights = sum(layer.spec.columns * layer.spec.out_channels for layer in layers)
     return sum(
-        layer.spec.columns * layer.spec.out_channels * layer.spec.weight_bits for layer in layers
+        layer.spec.columns * layer.spec.out_channels * layer.spec.mean_weight_bits
+        for layer in layers
     ) / max(1, weights)
 
 
@@ -238,6 +243,16 @@ def reference_layers(model: nn.Module) -> dict[str, str]:
         if isinstance(module, PackedLayer) and module.fallback_reasons():
             found[name] = "; ".join(module.fallback_reasons())
     return found
+
+
+def _drawer(pipeline: DiffusionPipeline, recipe: Recipe) -> Callable[[int, int], Trajectories]:
+    """Draws trajectories of `num` more images from the float model, by the recipe's sampler."""
+
+    def draw(num: int, seed: int) -> Trajectories:
+        calibration = recipe.calibration
+        return capture_trajectories(pipeline, num, calibration.steps, seed, calibration.scheduler)
+
+    return draw
 
 
 def _trajectories(

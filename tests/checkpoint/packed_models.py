@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stepquant.calibration.ranges import minmax_weight_range, search_weight_range
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config
 from stepquant.models.surgery import replace_modules
@@ -24,6 +25,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 SPLIT = "up_blocks.0.resnets.0.conv1"  # its input is a concatenation with a skip
 SCALED = "mid_block.attentions.0.to_q"
 STATIC = "conv_in"
+MIXED = "down_blocks.0.resnets.0.conv2"  # out-channels of three bit widths
 
 
 def unet(**changes: Any) -> UNet2DModel:
@@ -60,9 +62,11 @@ def packed_unet(weight_bits: int = 4, steps: int = STEPS, **changes: Any) -> UNe
         )
         if name == SCALED:
             layer.multiply_channel_scale(torch.linspace(0.5, 2.0, layer.in_channels))
+        if name == MIXED:
+            shift = torch.arange(layer.out_channels) % 3 - 1
+            layer.set_channel_bits((weight_bits + shift).clamp(1, 8))
         for quantizer, weight in zip(layer.weight_quantizers, layer.weight_parts(), strict=True):
-            rows = weight.detach().flatten(1)
-            quantizer.set_range(rows.amin(1), rows.amax(1))
+            quantizer.fit(weight, search_weight_range if name == MIXED else minmax_weight_range)
         for quantizer in layer.activation_quantizers:
             quantizer.scale.data.fill_(8 / 255)
             quantizer.zero_point.data.fill_(128)

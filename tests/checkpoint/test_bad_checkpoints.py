@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
-from packed_models import SCALED, SPLIT, STEPS, WEIGHTS, packed_pipeline, tampered
+from packed_models import MIXED, SCALED, SPLIT, STEPS, WEIGHTS, packed_pipeline, tampered
 
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import save_pipeline
@@ -135,6 +135,32 @@ CASES = {
         in_config(lambda config: config["layers"][LAYER].update(weight_bits=3)),
         rf"'{LAYER}.weight_packed' has shape \(1152,\): expected \(864,\) bytes, which 2304 codes "
         "of 3 bits take",
+    ),
+    "channel bits that the config does not count": (
+        put(f"{MIXED}.channel_bits", 0, 5),
+        rf"'{MIXED}.channel_bits' holds the \(bits, out-channels\) "
+        r"\[\(3, 5\), \(4, 5\), \(5, 6\)\]: "
+        r"expected \[\(3, 6\), \(4, 5\), \(5, 5\)\]",
+    ),
+    "channel bits that do not fit": (
+        put(f"{MIXED}.channel_bits", 0, 9),
+        rf"'{MIXED}.channel_bits' holds the \(bits, out-channels\)",
+    ),
+    "counts that do not add up": (
+        in_config(
+            lambda config: config["layers"][MIXED].update(channel_counts=[[3, 6], [4, 5], [5, 6]])
+        ),
+        f"channel_counts of layer '{MIXED}' add up to 17 channels: expected 16",
+    ),
+    "counts that do not match the packed size": (
+        in_config(
+            lambda config: config["layers"][MIXED].update(channel_counts=[[3, 5], [4, 5], [5, 6]])
+        ),
+        rf"'{MIXED}.weight_packed' has shape .* codes of 4.0625 bits take",
+    ),
+    "zero point above a channel's largest code": (
+        put(f"{MIXED}.weight_zero_point", (0, 0), 15),
+        rf"'{MIXED}.weight_zero_point' holds 15 at \[0, 0\]",
     ),
     "changed weight code": (
         put(f"{LAYER}.weight_packed", 7, 99),

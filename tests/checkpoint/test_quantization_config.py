@@ -44,6 +44,8 @@ def test_layers_hold_only_what_differs_from_the_default():
         "steps": 5,
         "splits": None,
         "channel_scale": False,
+        "channel_counts": None,
+        "half_zero_points": False,
     }
     assert values["layers"]["b"] == {}
     assert values["layers"]["c"] == {"weight_bits": 8, "steps": 1}
@@ -96,9 +98,21 @@ def test_bad_values_are_told_in_a_sentence(changes, sentence):
         ("steps", 0, "steps of layer 'a' .* is 0"),
         ("splits", [3, 0], r"splits of layer 'a' .* is \[3, 0\]"),
         ("channel_scale", "yes", "channel_scale of layer 'a' .* is 'yes'"),
+        ("half_zero_points", 1, "half_zero_points of layer 'a' .* is 1: expected true or false"),
+        ("channel_counts", {"3": 2}, "channel_counts of layer 'a' .* is {'3': 2}: expected a list"),
+        ("channel_counts", [[4, 8]], r"channel_counts of layer 'a' .* is \[\[4, 8\]\]"),
+        ("channel_counts", [[4, 8], [3, 2]], "bits ascending to weight_bits"),
+        ("channel_counts", [[3, 8], [5, 2]], r"bits ascending to weight_bits \(4\)"),
+        ("channel_counts", [[3, 8], [4, 0]], "channel_counts of layer 'a'"),
     ],
 )
 def test_bad_layer_values_are_told_in_a_sentence(key, value, sentence):
     values = {**LAYERS["a"].to_dict(), key: value}
     with pytest.raises(StepQuantError, match=sentence):
+        config(layers={"a": values})
+
+
+def test_half_zero_points_of_many_bits_are_refused():
+    values = {**LAYERS["a"].to_dict(), "weight_bits": 7, "half_zero_points": True}
+    with pytest.raises(StepQuantError, match=r"half_zero_points .* expected false for more than 6"):
         config(layers={"a": values})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from stepquant.errors import StepQuantError
 from stepquant.numerics import check_bits
 from stepquant.quantizers import StepContext
 from stepquant.runtime.packed import PackedConv2d, PackedLayer, PackedLinear
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.spec import MOST_BITS_WITH_HALVES, LayerSpec
 
 KINDS = {"linear": nn.Linear, "conv2d": nn.Conv2d}
 
@@ -23,6 +23,9 @@ class LayerConfig:
 
     `steps`: rows of its step tables, 1 for a static layer. `splits`: in-channels of each input
     part, None for one part. `channel_scale`: whether its input is divided per in-channel.
+    `channel_counts`: `(bits, out-channels)` pairs, fewest bits first, where out-channels differ in
+    bits; `weight_bits` is then the most of them. `half_zero_points`: weight zero points are counted
+    in half steps.
     """
 
     kind: str
@@ -31,6 +34,8 @@ class LayerConfig:
     steps: int = 1
     splits: tuple[int, ...] | None = None
     channel_scale: bool = False
+    channel_counts: tuple[tuple[int, int], ...] | None = None
+    half_zero_points: bool = False
 
     @classmethod
     def from_dict(cls, name: str, values: dict[str, Any]) -> LayerConfig:
@@ -50,14 +55,19 @@ class LayerConfig:
         steps = values.get("steps", 1)
         if not _is_count(steps):
             raise _bad_value(name, "steps", steps, "a whole number of at least 1")
-        if not isinstance(values.get("channel_scale", False), bool):
-            raise _bad_value(name, "channel_scale", values["channel_scale"], "true or false")
+        for key in ("channel_scale", "half_zero_points"):
+            if not isinstance(values.get(key, False), bool):
+                raise _bad_value(name, key, values[key], "true or false")
+        if values.get("half_zero_points") and values["weight_bits"] > MOST_BITS_WITH_HALVES:
+            expected = f"false for more than {MOST_BITS_WITH_HALVES} weight bits"
+            raise _bad_value(name, "half_zero_points", True, expected)
+        counts = _channel_counts(name, values.get("channel_counts"), values["weight_bits"])
         splits = values.get("splits")
         if splits is not None:
             if not isinstance(splits, (list, tuple)) or not all(map(_is_count, splits)):
                 raise _bad_value(name, "splits", splits, "a list of channel counts, or null")
             splits = tuple(splits)
-        return cls(**{**values, "splits": splits})
+        return cls(**{**values, "splits": splits, "channel_counts": counts})
 
     @classmethod
     def of(cls, layer: PackedLayer) -> LayerConfig:
@@ -69,11 +79,15 @@ class LayerConfig:
             steps=layer.steps,
             splits=layer.splits if len(layer.splits) > 1 else None,
             channel_scale=layer.act_channel_scale is not None,
+            channel_counts=layer.spec.channel_counts,
+            half_zero_points=layer.spec.half_zero_points,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {**asdict(self), "splits": None if self.splits is None else list(self.splits)}
+        counts = None if self.channel_counts is None else [list(c) for c in self.channel_counts]
+        splits = None if self.splits is None else list(self.splits)
+        return {**asdict(self), "splits": splits, "channel_counts": counts}
 
     def packed_in_place_of(self, name: str, module: nn.Module, context: StepContext) -> PackedLayer:
         """A packed layer without data (on the meta device) that takes the place of `module`."""
@@ -89,12 +103,24 @@ class LayerConfig:
                 f"splits {splits} of layer '{name}' add up to {sum(splits)} channels: expected "
                 f"{spec.in_channels}, the in-channels of the model's layer"
             )
+        counted = sum(channels for _, channels in self.channel_counts or ())
+        if self.channel_counts is not None and counted != spec.out_channels:
+            raise StepQuantError(
+                f"channel_counts of layer '{name}' add up to {counted} channels: expected "
+                f"{spec.out_channels}, the out-channels of the model's layer"
+            )
         has_bias = module.bias is not None
         kind = PackedLinear if self.kind == "linear" else PackedConv2d
         with torch.device("meta"):
             return kind(spec, splits, self.steps, context, has_bias, self.channel_scale)
 
     def _spec(self, name: str, module: Any) -> LayerSpec:
+        spec = self._shape(name, module)
+        return replace(
+            spec, channel_counts=self.channel_counts, half_zero_points=self.half_zero_points
+        )
+
+    def _shape(self, name: str, module: Any) -> LayerSpec:
         if isinstance(module, nn.Linear):
             return LayerSpec(
                 "linear",
@@ -124,6 +150,24 @@ class LayerConfig:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _channel_counts(name: str, counts: Any, weight_bits: int) -> tuple[tuple[int, int], ...] | None:
+    """`counts` as tuples; the bits must ascend, and end with `weight_bits`."""
+    if counts is None:
+        return None
+    pairs = isinstance(counts, (list, tuple)) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(_is_count, pair))
+        for pair in counts
+    )
+    bits = [pair[0] for pair in counts] if pairs else []
+    if len(bits) < 2 or bits != sorted(set(bits)) or bits[-1] != weight_bits:
+        expected = (
+            "a list of at least two [bits, out-channels], bits ascending to weight_bits "
+            f"({weight_bits}), or null"
+        )
+        raise _bad_value(name, "channel_counts", counts, expected)
+    return tuple((pair[0], pair[1]) for pair in counts)
 
 
 def _bad_value(name: str, key: str, value: Any, expected: str) -> StepQuantError:

@@ -152,6 +152,7 @@ class StepQuantQuantizer(DiffusersQuantizer):
                     f"tensor '{name}' was loaded as {tensor.dtype} on {tensor.device}: expected "
                     "it as it is in the file; load without offload_folder and offload_state_dict"
                 )
+        validate.check_channel_bits(model)
         expected = checksum(self.quantization_config.layers_json(), self._tensor_lines)
         if self._stored_checksum != expected:
             raise StepQuantError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.errors import StepQuantError
-from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code
+from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code, max_codes
 from stepquant.runtime.packed import PackedLayer
 
 STEP_GRID_NAME = "step_grid"
@@ -74,13 +74,35 @@ def check_model(model: nn.Module) -> None:
     for layer_name, layer in packed_layers(model).items():
         for key, tensor in layer.state_dict().items():
             check_tensor(f"{layer_name}.{key}", tensor, model)
+    check_channel_bits(model)
+
+
+def check_channel_bits(model: nn.Module) -> None:
+    """Bits of the out-channels are as many as the config counts, and zero points on their grids.
+
+    For layers that hold their data: it takes two tensors of one layer together.
+    """
+    for name, layer in packed_layers(model).items():
+        if layer.channel_bits is None:
+            continue
+        levels, channels = layer.channel_bits.cpu().unique(return_counts=True)
+        found = tuple(zip(levels.tolist(), channels.tolist(), strict=True))
+        if found != layer.spec.channel_counts:
+            raise StepQuantError(
+                f"tensor '{name}.channel_bits' holds the (bits, out-channels) {list(found)}: "
+                f"expected {list(layer.spec.channel_counts or ())}, as the quantization config "
+                f"says; {REMEDY}"
+            )
+        _check_values(
+            f"{name}.weight_zero_point", "weight_zero_point", layer.weight_zero_point, layer
+        )
 
 
 def _why_shape(layer: PackedLayer, key: str) -> str:
     spec = layer.spec
     if key == "weight_packed":
         codes = spec.out_channels * spec.columns
-        return f" bytes, which {codes} codes of {spec.weight_bits} bits take"
+        return f" bytes, which {codes} codes of {spec.mean_weight_bits:g} bits take"
     if key.startswith("act_") and key != "act_channel_scale":
         return f", that is, input parts x rows of the step table ({layer.steps})"
     return ""
@@ -97,12 +119,8 @@ def _check_values(name: str, key: str, tensor: Tensor, layer: PackedLayer) -> No
         largest = max_code(layer.spec.activation_bits)
         good = tensor <= largest
         expected = f"at most {largest}, the largest code of {layer.spec.activation_bits} bits"
-    elif key == "weight_zero_point" and layer.spec.weight_bits == 8:
-        good, expected = tensor == WEIGHT_ZERO_POINT_8BIT, "128 everywhere for 8-bit weights"
     elif key == "weight_zero_point":
-        largest = max_code(layer.spec.weight_bits)
-        good = tensor <= largest
-        expected = f"at most {largest}, the largest code of {layer.spec.weight_bits} bits"
+        good, expected = _good_weight_zero_points(tensor, layer)
     else:
         return
     if not bool(good.all()):
@@ -111,3 +129,22 @@ def _check_values(name: str, key: str, tensor: Tensor, layer: PackedLayer) -> No
             f"tensor '{name}' holds {tensor[index].item()} at {list(index)}: expected {expected}; "
             f"{REMEDY}"
         )
+
+
+def _good_weight_zero_points(tensor: Tensor, layer: PackedLayer) -> tuple[Tensor, str]:
+    """Which zero points `[P, C_out]` are on their out-channel's grid, and what is expected."""
+    spec, bits = layer.spec, layer.channel_bits
+    uniform = spec.channel_counts is None
+    known = bits is not None and not bits.is_meta
+    if not known:  # one bound for all, until the bits are read
+        bits = torch.full((spec.out_channels,), spec.weight_bits)
+    assert bits is not None
+    bits = bits.to(tensor.device)
+    unit = 2 if spec.half_zero_points else 1
+    good = tensor <= unit * max_codes(bits)
+    if uniform or known:
+        good &= (bits != 8) | (tensor == WEIGHT_ZERO_POINT_8BIT)
+    if uniform and spec.weight_bits == 8:
+        return good, "128 everywhere for 8-bit weights"
+    what = "twice the largest code" if spec.half_zero_points else "the largest code"
+    return good, f"at most {unit * max_code(spec.weight_bits)}, {what} of {spec.weight_bits} bits"

@@ -9,16 +9,34 @@ from torch import Tensor, nn
 
 from stepquant.errors import StepQuantError
 from stepquant.models.surgery import replace_modules
-from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code, pack_bits
-from stepquant.quantizers import QuantConv2d, QuantLayer, QuantLinear
+from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code, max_codes, pack_channels
+from stepquant.quantizers import (
+    ActivationQuantizer,
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    WeightQuantizer,
+)
 from stepquant.runtime.packed import PackedConv2d, PackedLayer, PackedLinear
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.spec import MOST_BITS_WITH_HALVES, LayerSpec
 
 
 def layer_spec(layer: QuantLayer) -> LayerSpec:
     """The kernel-side description of a simulated layer."""
+    bits = layer.channel_bits
+    levels, channels = bits.unique(return_counts=True)
     spec = LayerSpec(
-        "linear", layer.in_channels, layer.out_channels, layer.weight_bits, layer.activation_bits
+        "linear",
+        layer.in_channels,
+        layer.out_channels,
+        int(levels.max()),
+        layer.activation_bits,
+        channel_counts=tuple(zip(levels.tolist(), channels.tolist(), strict=True))
+        if len(levels) > 1
+        else None,
+        half_zero_points=any(
+            bool((weights.zero_point % 1 != 0).any()) for _, weights, _ in layer.parts()
+        ),
     )
     if isinstance(layer, QuantLinear):
         return spec
@@ -45,14 +63,15 @@ def pack_layer(layer: QuantLayer) -> PackedLayer:
     )
     streams = []
     for index, (inputs, weights, weight) in enumerate(layer.parts()):
-        streams.append(pack_bits(weights.codes(weight), spec.weight_bits))
+        codes = weights.codes(weight).flatten(1)
+        streams.append(pack_channels(codes, layer.channel_bits))
         packed.weight_scale[index] = weights.scale
-        packed.weight_zero_point[index] = zero_codes(
-            weights.zero_point, weights.bits, "weight", weights.bits == 8
-        )
+        packed.weight_zero_point[index] = weight_zero_codes(weights, spec.half_zero_points)
         packed.act_scale[index] = inputs.scale
-        packed.act_zero_point[index] = zero_codes(inputs.zero_point, inputs.bits, "activation")
+        packed.act_zero_point[index] = activation_zero_codes(inputs)
     packed.weight_packed.copy_(torch.cat(streams))
+    if packed.channel_bits is not None:
+        packed.channel_bits.copy_(layer.channel_bits)
     if layer.bias is not None:
         assert packed.bias is not None
         packed.bias.copy_(layer.bias)
@@ -62,16 +81,40 @@ def pack_layer(layer: QuantLayer) -> PackedLayer:
     return packed
 
 
-def zero_codes(zero_point: Tensor, bits: int, what: str, symmetric: bool = False) -> Tensor:
-    """`zero_point` rounded to uint8 codes; an error that names `what` where it is off the grid."""
-    codes = torch.round(zero_point)
-    low, high = (WEIGHT_ZERO_POINT_8BIT,) * 2 if symmetric else (0, max_code(bits))
-    if not bool(((codes >= low) & (codes <= high)).all()):
-        raise StepQuantError(
-            f"{what} zero points lie in {float(codes.min()):g}..{float(codes.max()):g}: expected "
-            f"{low}..{high} for {bits} bits"
-        )
+def activation_zero_codes(quantizer: ActivationQuantizer) -> Tensor:
+    """Zero points `[T]` as uint8 codes; an error where one is off the grid."""
+    codes, largest = torch.round(quantizer.zero_point), max_code(quantizer.bits)
+    if not bool(((codes >= 0) & (codes <= largest)).all()):
+        raise _off_grid("activation", codes, f"0..{largest} for {quantizer.bits} bits")
     return codes.to(torch.uint8)
+
+
+def weight_zero_codes(quantizer: WeightQuantizer, halves: bool) -> Tensor:
+    """Zero points `[C_out]` as uint8, in half steps if `halves`; an error for one off the grid."""
+    zero_point, bits = quantizer.zero_point, quantizer.channel_bits
+    symmetric = bits == 8
+    low = torch.where(symmetric, WEIGHT_ZERO_POINT_8BIT, 0)
+    high = torch.where(symmetric, WEIGHT_ZERO_POINT_8BIT, max_codes(bits))
+    if halves and bool((bits > MOST_BITS_WITH_HALVES).any()):
+        raise StepQuantError(
+            f"a layer with half zero points has out-channels of {int(bits.max())} bits: expected "
+            f"at most {MOST_BITS_WITH_HALVES}, so that differences in half steps fit in int8"
+        )
+    if not bool(((zero_point >= low) & (zero_point <= high)).all()):
+        if len(bits.unique()) > 1:
+            expected = f"0..2^bits - 1 for {int(bits.min())} to {int(bits.max())} bits"
+        else:
+            expected = f"{int(low[0])}..{int(high[0])} for {int(bits[0])} bits"
+        raise _off_grid("weight", zero_point, expected)
+    codes = 2 * zero_point if halves else zero_point
+    return torch.round(codes).to(torch.uint8)
+
+
+def _off_grid(what: str, found: Tensor, expected: str) -> StepQuantError:
+    return StepQuantError(
+        f"{what} zero points lie in {float(found.min()):g}..{float(found.max()):g}: expected "
+        f"{expected}"
+    )
 
 
 def pack_model(model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.numerics import check_bits, max_code, packed_size, unpack_channels
+from stepquant.numerics import check_bits, max_code, unpack_channels
 from stepquant.quantizers.activation import spread_rows
 from stepquant.quantizers.step_grid import StepContext
 from stepquant.runtime import kernels
@@ -21,7 +21,8 @@ class PackedLayer(nn.Module):
 
     Buffers, for `P` input parts, `T` rows (1 or the length of the step grid):
     `weight_packed` uint8 `[bytes]` (the parts one after another, `numerics.packing`'s bit order),
-    `weight_scale` float32 `[P, C_out]`, `weight_zero_point` uint8 `[P, C_out]`,
+    `weight_scale` float32 `[P, C_out]`, `weight_zero_point` uint8 `[P, C_out]` (twice the zero
+    point where the spec says `half_zero_points`), `channel_bits` uint8 `[C_out]` or absent,
     `act_scale` float32 `[P, T]`, `act_zero_point` uint8 `[P, T]`, `bias` float32 `[C_out]` or
     absent, `act_channel_scale` float32 `[C_in]` or absent (the input is divided by it).
     """
@@ -30,6 +31,7 @@ class PackedLayer(nn.Module):
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
+    channel_bits: Tensor | None
     act_scale: Tensor
     act_zero_point: Tensor
     bias: Tensor | None
@@ -51,10 +53,13 @@ class PackedLayer(nn.Module):
         self.spec, self.splits, self.steps, self.context = spec, splits, steps, context
         self.backend = "auto"
         parts, out = len(splits), spec.out_channels
-        count = sum(packed_size(out * part.columns, spec.weight_bits) for part in self.part_specs())
+        count = sum(part.packed_bytes for part in self.part_specs())
         self.register_buffer("weight_packed", torch.zeros(count, dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.ones(parts, out))
         self.register_buffer("weight_zero_point", torch.zeros(parts, out, dtype=torch.uint8))
+        mixed = spec.channel_counts is not None
+        bits = torch.full((out,), spec.weight_bits, dtype=torch.uint8) if mixed else None
+        self.register_buffer("channel_bits", bits)
         self.register_buffer("act_scale", torch.ones(parts, steps))
         self.register_buffer("act_zero_point", torch.zeros(parts, steps, dtype=torch.uint8))
         self.register_buffer("bias", torch.zeros(out) if has_bias else None)
@@ -67,27 +72,39 @@ class PackedLayer(nn.Module):
         return [replace(self.spec, in_channels=channels) for channels in self.splits]
 
     def weight_differences(self) -> list[Tensor]:
-        """`code - zero point` of each part, int8 `[C_out, C_part, kh, kw]` (linear: two dims)."""
+        """`code - zero point` of each part, int8 `[C_out, C_part, kh, kw]` (linear: two dims).
+
+        In half steps, `2 * code - 2 * zero point`, where the spec says `half_zero_points`.
+        """
         out, start = self.spec.out_channels, 0
         bits = torch.full((out,), self.spec.weight_bits)
+        if self.channel_bits is not None:
+            bits = self.channel_bits.cpu().to(torch.int64)
+        step = 2 if self.spec.half_zero_points else 1
         differences = []
         packed = self.weight_packed.cpu()
         for index, part in enumerate(self.part_specs()):
-            stop = start + packed_size(out * part.columns, part.weight_bits)
+            stop = start + part.packed_bytes
             codes = unpack_channels(packed[start:stop], bits, part.columns).to(torch.int16)
             zero = self.weight_zero_point[index].cpu().to(torch.int16)[:, None]
             shape: tuple[int, ...] = (out, part.in_channels)
             if part.kind == "conv2d":
                 shape += part.kernel_size
-            differences.append((codes - zero).to(torch.int8).view(shape))
+            differences.append((step * codes - zero).to(torch.int8).view(shape))
             start = stop
         return differences
+
+    def difference_scales(self) -> Tensor:
+        """What `weight_differences` count in, float32 `[P, C_out]`."""
+        return self.weight_scale / 2 if self.spec.half_zero_points else self.weight_scale
 
     def float_weight(self) -> Tensor:
         """The weight that the codes stand for, float32 `[C_out, C_in, ...]`."""
         parts = [
             difference.to(torch.float32) * scale.cpu().view(-1, *(1,) * (difference.dim() - 1))
-            for difference, scale in zip(self.weight_differences(), self.weight_scale, strict=True)
+            for difference, scale in zip(
+                self.weight_differences(), self.difference_scales(), strict=True
+            )
         ]
         return torch.cat(parts, dim=1)
 
@@ -96,12 +113,12 @@ class PackedLayer(nn.Module):
         """Choose kernels and lay the weight out for them; the first call does it otherwise."""
         device = self.weight_packed.device
         prepared = []
-        differences = self.weight_differences()
+        differences, scales = self.weight_differences(), self.difference_scales()
         start = 0
         for index, part in enumerate(self.part_specs()):
             name, kernel, reasons = kernels.choose(part, device, self.backend)
             weight = differences[index].to(device)
-            state = kernel.prepare(weight, self.weight_scale[index], part)
+            state = kernel.prepare(weight, scales[index], part)
             inverse = None
             if self.act_channel_scale is not None:
                 shape = [1] * (4 if part.kind == "conv2d" else 1)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stepquant.numerics import max_code
+from stepquant.numerics import max_code, packed_size
+
+# Differences in half steps, `2 * code - 2 * zero point`, must fit in int8.
+MOST_BITS_WITH_HALVES = 6
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Shape and bits of one input part of a packed layer; a linear layer is a 1x1 conv here."""
+    """Shape and bits of one input part of a packed layer; a linear layer is a 1x1 conv here.
+
+    `weight_bits`: the most bits of an out-channel. `channel_counts`: `(bits, out-channels)` pairs,
+    fewest bits first, where out-channels differ. `half_zero_points`: the weights' zero points are
+    counted in half steps.
+    """
 
     kind: str  # "linear" or "conv2d"
     in_channels: int
@@ -20,6 +28,8 @@ class LayerSpec:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    channel_counts: tuple[tuple[int, int], ...] | None = None
+    half_zero_points: bool = False
 
     @property
     def columns(self) -> int:
@@ -27,9 +37,22 @@ class LayerSpec:
         return self.in_channels * self.kernel_size[0] * self.kernel_size[1]
 
     @property
+    def packed_bytes(self) -> int:
+        """Bytes that the packed weight takes."""
+        counts = self.channel_counts or ((self.weight_bits, self.out_channels),)
+        return sum(packed_size(channels * self.columns, bits) for bits, channels in counts)
+
+    @property
+    def mean_weight_bits(self) -> float:
+        """Bits per weight, over all out-channels."""
+        counts = self.channel_counts or ((self.weight_bits, self.out_channels),)
+        return sum(bits * channels for bits, channels in counts) / self.out_channels
+
+    @property
     def largest_weight(self) -> int:
-        """Bound of `|code - zero point|` of the weights."""
-        return 128 if self.weight_bits == 8 else max_code(self.weight_bits)
+        """Bound of `|code - zero point|` of the weights, in half steps where these count."""
+        largest = 128 if self.weight_bits == 8 else max_code(self.weight_bits)
+        return 2 * largest if self.half_zero_points else largest
 
     @property
     def pair_overflows_int16(self) -> bool:
