@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from stepquant.calibration.observe import observe
 from stepquant.calibration.trajectories import capture_trajectories
 from stepquant.inspection_plots import check_plots, write_plots
+from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.methods.weight_dilation import dilation_factors
 from stepquant.models.adapter import adapter_for
 from stepquant.progress import Reporter
@@ -21,14 +22,6 @@ from stepquant.sampling import denoiser_of
 from stepquant.scheme import Scheme
 from stepquant.session import simulate
 from stepquant.sources import open_pipeline
-
-
-def kurtosis(weight: Tensor) -> Tensor:
-    """Kurtosis `E[(w - mean)^4] / variance^2` of each out-channel, `[C_out]` (a normal has 3)."""
-    rows = weight.detach().flatten(1).double()
-    centred = rows - rows.mean(dim=1, keepdim=True)
-    variance = centred.square().mean(dim=1)
-    return (centred.pow(4).mean(dim=1) / variance.square().clamp(min=1e-30)).float()
 
 
 def inspect(
@@ -69,7 +62,7 @@ def inspect_packed(denoiser: nn.Module) -> dict[str, Any]:
             layers.append(
                 {
                     "layer": name,
-                    "weight_bits": module.spec.weight_bits,
+                    "weight_bits": module.spec.mean_weight_bits,
                     "activation_bits": module.spec.activation_bits,
                     "packed_bytes": module.weight_packed.numel(),
                     "parts": list(module.splits),

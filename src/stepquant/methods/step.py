@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from stepquant.scheme import Scheme
 from stepquant.session import Session
 
 
@@ -14,6 +15,9 @@ class Step(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str]
+
+    def check(self, scheme: Scheme) -> None:
+        """An error where the step cannot work with `scheme`; asked before anything is computed."""
 
     def apply(self, session: Session) -> None:
         """Change `session.model`, and say in `session.summary` what was done."""
