@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,8 @@ class Session:
     """A float model, its simulated quantized twin, and what the steps need to work on it.
 
     `model` is quantized in place by the steps; `float_model` stays as it was. `summary` collects,
-    step by step, what a user should see (plain JSON values).
+    step by step, what a user should see (plain JSON values). `draw(num, seed)` samples trajectories
+    of `num` more images with the float model.
     """
 
     float_model: nn.Module
@@ -34,6 +36,7 @@ class Session:
     adapter: DenoiserAdapter
     context: StepContext
     trajectories: Trajectories
+    draw: Callable[[int, int], Trajectories]
     weight_ranges: str
     activation_ranges: str
     seed: int

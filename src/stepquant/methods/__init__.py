@@ -1,20 +1,38 @@
 """One file per idea of a paper; each is a step of a recipe."""
 
 from stepquant.methods.block_distillation import BlockDistillation
+from stepquant.methods.low_rank_adapters import LowRankAdapters
+from stepquant.methods.outlier_mixed_bits import OutlierMixedBits
+from stepquant.methods.relation_distillation import RelationDistillation
 from stepquant.methods.smoothing import Smoothing
 from stepquant.methods.step import Step
 from stepquant.methods.temporal_quantizer import TemporalQuantizer
+from stepquant.methods.trajectory_distillation import TrajectoryDistillation
 from stepquant.methods.weight_dilation import WeightDilation
 
 STEPS: dict[str, type[Step]] = {
-    step.name: step for step in (WeightDilation, Smoothing, TemporalQuantizer, BlockDistillation)
+    step.name: step
+    for step in (
+        WeightDilation,
+        Smoothing,
+        TemporalQuantizer,
+        OutlierMixedBits,
+        BlockDistillation,
+        LowRankAdapters,
+        TrajectoryDistillation,
+        RelationDistillation,
+    )
 }
 
 __all__ = [
     "STEPS",
     "BlockDistillation",
+    "LowRankAdapters",
+    "OutlierMixedBits",
+    "RelationDistillation",
     "Smoothing",
     "Step",
     "TemporalQuantizer",
+    "TrajectoryDistillation",
     "WeightDilation",
 ]

@@ -19,10 +19,12 @@ from stepquant.calibration.capture import (
     capture_outputs,
     execution_order,
 )
+from stepquant.calibration.observe import quant_layers
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
-from stepquant.methods.block_optimizer import BlockOptimizer
+from stepquant.methods.layer_optimizer import LayerOptimizer
 from stepquant.methods.step import Step
+from stepquant.quantizers import QuantLayer
 from stepquant.session import Session
 
 BYTES_OF_TARGETS = 512 << 20  # float-chain outputs that are kept at once
@@ -140,8 +142,9 @@ class BlockDistillation(Step):
         if self.iterations == 0:
             return first, best
         best_state = {key: value.clone() for key, value in block.state_dict().items()}
-        optimizer = BlockOptimizer(
-            block, self.weight_rate, self.scale_rate, self.activation_rate, self.iterations
+        layers = [block] if isinstance(block, QuantLayer) else list(quant_layers(block).values())
+        optimizer = LayerOptimizer(
+            layers, self.weight_rate, self.scale_rate, self.activation_rate, self.iterations
         )
         order = self._batches(data.timestep[train], train, generator)
         every = max(1, self.iterations // 8)

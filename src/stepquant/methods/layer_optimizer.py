@@ -1,13 +1,12 @@
-"""The optimizer of one quantized block: rates in grid steps, lazy rows for the step tables."""
+"""The optimizer of quantized layers: rates in grid steps, lazy rows for the step tables."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from stepquant.calibration.observe import quant_layers
 from stepquant.numerics import max_code
 from stepquant.quantizers import QuantLayer
 
@@ -17,8 +16,10 @@ def mean_scale(*quantizers: nn.Module) -> float:
     return float(torch.cat([quantizer.scale.detach() for quantizer in quantizers]).mean())
 
 
-class BlockOptimizer:
+class LayerOptimizer:
     """Adam for weights and weight scales, SparseAdam for step tables, one cosine decay for both.
+
+    Where a layer has a low-rank adapter, that is trained in the place of its weight and bias.
 
     SparseAdam keeps its state row by row and touches only the rows that a batch named: plain Adam
     would go on moving the rows of other steps by their momentum.
@@ -26,19 +27,18 @@ class BlockOptimizer:
 
     def __init__(
         self,
-        block: nn.Module,
+        layers: list[QuantLayer],
         weight_rate: float,
         scale_rate: float,
         activation_rate: float,
         iterations: int,
     ) -> None:
         dense, sparse = [], []
-        layers = list(quant_layers(block).values())
-        if isinstance(block, QuantLayer):
-            layers = [block]
         for layer in layers:
             step = mean_scale(*layer.weight_quantizers)
             weights = [layer.weight] + ([] if layer.bias is None else [layer.bias])
+            if layer.adapter is not None:
+                weights = list(layer.adapter.parameters())
             dense.append({"params": weights, "lr": weight_rate * step})
             for quantizer in layer.weight_quantizers:
                 rate = scale_rate * mean_scale(quantizer) / max_code(quantizer.bits)
@@ -52,12 +52,14 @@ class BlockOptimizer:
         self._tables = [parameter for group in sparse for parameter in group["params"]]
         self._optimizers = [torch.optim.Adam(dense), torch.optim.SparseAdam(sparse)]
 
-        def decay(iteration: int) -> float:
-            return 0.5 * (1 + math.cos(math.pi * iteration / iterations))
-
+        self._iterations = iterations
         self._schedules = [
-            torch.optim.lr_scheduler.LambdaLR(optimizer, decay) for optimizer in self._optimizers
+            torch.optim.lr_scheduler.LambdaLR(optimizer, self._decay)
+            for optimizer in self._optimizers
         ]
+
+    def _decay(self, iteration: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * iteration / self._iterations))
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -76,4 +78,39 @@ class BlockOptimizer:
         for layer in self._layers:
             for quantizer in (*layer.weight_quantizers, *layer.activation_quantizers):
                 quantizer.scale.clamp_(min=1e-8)
+            for quantizer in layer.activation_quantizers:
                 quantizer.zero_point.clamp_(0, max_code(quantizer.bits))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained."""
+        return [
+            parameter
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ]
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `load_state` needs to go on from here, by name."""
+        tensors = {}
+        for number, optimizer in enumerate(self._optimizers):
+            for index, values in optimizer.state_dict()["state"].items():
+                for key, value in values.items():
+                    tensors[f"{number}.{index}.{key}"] = torch.as_tensor(value)
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor], iteration: int) -> None:
+        """Take up what `state` gave after `iteration` steps."""
+        for number, optimizer in enumerate(self._optimizers):
+            plain = optimizer.state_dict()
+            for name, value in tensors.items():
+                owner, index, key = name.split(".")
+                if int(owner) == number:
+                    # SparseAdam counts its steps in a plain number.
+                    entry = value if key != "step" or number == 0 else int(value)
+                    plain["state"].setdefault(int(index), {})[key] = entry
+            optimizer.load_state_dict(plain)
+            schedule = self._schedules[number]
+            schedule.last_epoch = iteration
+            for group, base in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
+                group["lr"] = base * self._decay(iteration)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from stepquant.methods.block_optimizer import BlockOptimizer, mean_scale
+from stepquant.calibration.observe import quant_layers
+from stepquant.methods.layer_optimizer import LayerOptimizer, mean_scale
 
 RATE = 0.25
 
@@ -23,8 +24,8 @@ def block(simulate) -> nn.Sequential:
 
 
 @pytest.fixture
-def optimizer(block) -> BlockOptimizer:
-    return BlockOptimizer(block, RATE, RATE, RATE, iterations=8)
+def optimizer(block) -> LayerOptimizer:
+    return LayerOptimizer(list(quant_layers(block).values()), RATE, RATE, RATE, iterations=8)
 
 
 def tables(block):
@@ -132,7 +133,7 @@ def test_modules_that_stay_float_are_not_trained(block, optimizer, unit_gradient
 
 
 def test_the_rate_falls_to_zero_along_a_cosine(block, unit_gradients):
-    optimizer = BlockOptimizer(block, RATE, RATE, 1e-3, iterations=8)
+    optimizer = LayerOptimizer(list(quant_layers(block).values()), RATE, RATE, 1e-3, iterations=8)
     quantizer = block[0].activation_quantizers[0]
     quantizer.zero_point.data.fill_(5.0)
     full = RATE * mean_scale(*block[0].weight_quantizers)
@@ -155,7 +156,7 @@ def test_the_rate_falls_to_zero_along_a_cosine(block, unit_gradients):
 
 
 def test_scales_stay_positive_and_zero_points_on_the_grid(block, unit_gradients):
-    optimizer = BlockOptimizer(block, 0.0, 1e4, 1e4, iterations=100)
+    optimizer = LayerOptimizer(list(quant_layers(block).values()), 0.0, 1e4, 1e4, iterations=100)
     for sign in (1.0, -1.0):
         for _ in range(3):
             unit_gradients()
@@ -171,7 +172,7 @@ def test_scales_stay_positive_and_zero_points_on_the_grid(block, unit_gradients)
 
 
 def test_rates_of_zero_move_nothing(block, unit_gradients):
-    optimizer = BlockOptimizer(block, 0.0, 0.0, 0.0, iterations=8)
+    optimizer = LayerOptimizer(list(quant_layers(block).values()), 0.0, 0.0, 0.0, iterations=8)
     before = [parameter.detach().clone() for parameter in block.parameters()]
     unit_gradients()
     optimizer.step()
@@ -181,7 +182,7 @@ def test_rates_of_zero_move_nothing(block, unit_gradients):
 
 def test_a_layer_can_be_a_block_of_its_own(simulate, context):
     layer = simulate(nn.Conv2d(2, 3, 3, bias=False), weight_bits=4, activation_bits=4)
-    optimizer = BlockOptimizer(layer, RATE, RATE, RATE, iterations=4)
+    optimizer = LayerOptimizer([layer], RATE, RATE, RATE, iterations=4)
     before = layer.weight.detach().clone()
     context.set_timestep(10)
     layer(torch.randn(2, 2, 5, 5)).square().sum().backward()

@@ -1,0 +1,98 @@
+"""Time-smoothed Relation Distillation (TRD): MPQ-DM (AAAI 2025, arXiv 2412.11549).
+
+Beside the noise, the quantized denoiser learns how the pixels of the float model's last features
+relate to one another: which pixels are alike says more than single values, and survives
+quantization better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stepquant.errors import StepQuantError
+from stepquant.methods.trajectory_distillation import TrajectoryDistillation
+from stepquant.session import Session
+
+
+def relations(features: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities `[B, P, P]` of each pixel's likeness to all, from `features [B, C, H, W]`.
+
+    Row by row a softmax over cosines; `P = H * W`.
+    """
+    pixels = functional.normalize(features.flatten(2), dim=1)  # [B, C, P]
+    return functional.log_softmax(pixels.transpose(1, 2) @ pixels / temperature, dim=-1)
+
+
+def relation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Mean over pixels of `KL(teacher || student)` of their relations; features `[B, C, H, W]`."""
+    ours, theirs = relations(student, temperature), relations(teacher, temperature)
+    return functional.kl_div(
+        ours.flatten(0, 1), theirs.flatten(0, 1), reduction="batchmean", log_target=True
+    )
+
+
+class RelationDistillation(TrajectoryDistillation):
+    """Trajectory distillation with a term for the relations of pixels.
+
+    The features are the output of the last decoder stage, averaged over the `window` consecutive
+    steps of each image, for student and teacher alike. `relation_weight` times the term is added to
+    the task loss; `temperature` is that of the softmax over cosines. `relation`: "cosine" is the
+    paper's; "l2" matches the same averaged features themselves (over their power), to compare with.
+    The summary reports the gradient norms of both losses.
+
+    Deviations: the released code detaches the student's features, so that its term has no gradient;
+    here it has. Its loss is a sum (weight 100) and its temperature 1, at which the softmax over
+    1,024 pixels is almost uniform; here the term is a mean over pixels, and the default temperature
+    is 0.1.
+    """
+
+    name = "relation_distillation"
+    window: int = Field(2, ge=1)
+    relation_weight: float = Field(1.0, ge=0)
+    temperature: float = Field(0.1, gt=0)
+    relation: Literal["cosine", "l2"] = "cosine"
+
+    def losses(
+        self, session: Session, sample: Tensor, timestep: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The task loss and the weighted relation term."""
+        site = session.adapter.relation_site(session.float_model)
+        with (
+            output_of(session.model.get_submodule(site)) as student,
+            output_of(session.float_model.get_submodule(site)) as teacher,
+        ):
+            task, _ = super().losses(session, sample, timestep)
+        steps = int((timestep[1:] != timestep[:-1]).sum()) + 1  # the last window may be shorter
+        ours, theirs = (self._smoothed(found[0], steps, site) for found in (student, teacher))
+        if self.relation == "l2":
+            term = (ours - theirs).square().mean() / theirs.square().mean()
+        else:
+            term = relation_loss(ours, theirs, self.temperature)
+        return task, self.relation_weight * term
+
+    def _smoothed(self, features: Tensor, steps: int, site: str) -> Tensor:
+        """The mean over the window's steps, `[B, C, H, W]`, of `features [steps * B, C, H, W]`."""
+        if not isinstance(features, Tensor) or features.dim() != 4:
+            found = tuple(features.shape) if isinstance(features, Tensor) else type(features)
+            raise StepQuantError(
+                f"step '{self.name}' found {found} at '{site}': expected features [B, C, H, W] "
+                "with a pixel grid, which relations are taken of; use trajectory_distillation"
+            )
+        return features.view(steps, -1, *features.shape[1:]).mean(dim=0)
+
+
+@contextmanager
+def output_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that holds the outputs of `module`, with their graph, while the context lasts."""
+    found: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _m, _a, output: found.append(output))
+    try:
+        yield found
+    finally:
+        handle.remove()

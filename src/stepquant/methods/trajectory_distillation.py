@@ -1,0 +1,217 @@
+"""Distillation along the float model's sampling trajectories: EfficientDM (He et al., ICLR 2024).
+
+The quantized denoiser learns to predict the noise that the float one predicts, all layers together,
+on fresh trajectories that the float model draws from noise: no data are needed (arXiv 2310.03270,
+section 3.2 and algorithm 1).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from stepquant.calibration.trajectories import Trajectories
+from stepquant.errors import StepQuantError
+from stepquant.methods.layer_optimizer import LayerOptimizer
+from stepquant.methods.step import Step
+from stepquant.session import Session
+
+HELD_OUT = 128  # calibration inputs, spread over the steps
+SECONDS_BETWEEN_SAVES = 20.0
+CHECKS = 8  # of the held-out loss, evenly over the training
+
+
+class TrajectoryDistillation(Step):
+    """Train all layers together to predict the float model's noise on its own trajectories.
+
+    `rounds`: how often `batch` new images are drawn and their steps trained on. `window`: how many
+    consecutive steps of each image go into one optimizer step. `step_order`: "sampler" walks the
+    steps as the sampler does, as EfficientDM trains; "mixed" shuffles the windows.
+    `weight_rate`, `scale_rate`, `activation_rate`: learning rates in grid steps per iteration,
+    before the cosine decay, as in block distillation; where layers have low-rank adapters,
+    `weight_rate` is the adapters' (the paper's scale-aware rate is 1/2500).
+
+    Deviations: the paper's rates of scales are absolute (1e-6 for weights, 5e-4 for activations)
+    and decay linearly; the loss is relative to the prediction's power; the state of the lowest loss
+    on held-out calibration inputs is kept, so that the step never makes it worse.
+    """
+
+    name = "trajectory_distillation"
+    rounds: int = Field(40, ge=0)
+    batch: int = Field(8, ge=1)
+    window: int = Field(1, ge=1)
+    step_order: Literal["sampler", "mixed"] = "sampler"
+    weight_rate: float = Field(0.02, ge=0)
+    scale_rate: float = Field(0.02, ge=0)
+    activation_rate: float = Field(0.02, ge=0)
+
+    def apply(self, session: Session) -> None:
+        """Train; the summary has the held-out losses over time."""
+        session.ensure_ranges()
+        layers = list(session.layers().values())
+        per_round = math.ceil(len(session.trajectories.timesteps) / self.window)
+        optimizer = LayerOptimizer(
+            layers,
+            self.weight_rate,
+            self.scale_rate,
+            self.activation_rate,
+            max(1, self.rounds * per_round),
+        )
+        training = Training(session.model, optimizer)
+        kept = session.work.load(self.name)
+        if kept is None:
+            training.check(self._held_out_loss(session))
+        else:
+            training.load(kept, per_round)
+        every = max(1, self.rounds // CHECKS)
+        saved = time.monotonic()
+        with session.reporter.task("distilling trajectories", total=self.rounds) as task:
+            task.advance(training.rounds, f"loss {training.losses[-1]:.2e}")
+            while training.rounds < self.rounds:
+                self._train_round(session, training, measure=training.rounds % every == 0)
+                training.rounds += 1
+                if training.rounds % every == 0 or training.rounds == self.rounds:
+                    training.check(self._held_out_loss(session))
+                if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                    session.work.save(self.name, training.state())
+                    saved = time.monotonic()
+                task.advance(note=f"loss {training.losses[-1]:.2e}")
+        session.work.save(self.name, training.state())
+        session.model.load_state_dict(training.best)
+        for layer in layers:
+            for parameter in layer.parameters():
+                parameter.grad = None
+            layer.merge_adapter()
+        session.summary[self.name] = {
+            "loss_before": training.losses[0],
+            "loss_after": min(training.losses),
+            "losses": training.losses,
+            "updates": self.rounds * per_round,
+            "gradient_norms": [
+                dict(zip(("task", "term"), row, strict=True)) for row in training.norms
+            ],
+        }
+
+    def losses(
+        self, session: Session, sample: Tensor, timestep: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(task loss, further term or None)` of a window's inputs, `[window * B, ...]`.
+
+        The task loss is the squared error of the predicted noise over its mean square.
+        """
+        with torch.no_grad():
+            target = predict(session.float_model, sample, timestep)
+        error = predict(session.model, sample, timestep) - target
+        return error.square().mean() / target.square().mean(), None
+
+    def _train_round(self, session: Session, training: Training, measure: bool) -> None:
+        """One optimizer step for each window of fresh trajectories."""
+        data = session.draw(self.batch, session.seed + 3_000_000 + training.rounds * self.batch)
+        for window in self._windows(data, session.seed * 7919 + training.rounds):
+            timestep = data.timestep[window]
+            task, term = self.losses(session, data.sample[window], timestep)
+            loss = task if term is None else task + term
+            if not torch.isfinite(loss):
+                raise StepQuantError(
+                    f"the loss is {loss.item()} at timestep {timestep[0].item():g} in step "
+                    f"'{self.name}': expected a finite number; lower the learning rates or check "
+                    "the float model"
+                )
+            if measure and term is not None:
+                training.measure(task, term)
+                measure = False
+            training.optimizer.zero_grad()
+            loss.backward()
+            training.optimizer.step()
+
+    def _windows(self, data: Trajectories, seed: int) -> Iterator[Tensor]:
+        """Indices of each optimizer step, `[window * B]`: step by step, the same images in each."""
+        rows = [(data.timestep == step).nonzero().flatten() for step in data.timesteps]
+        starts = list(range(0, len(rows), self.window))
+        if self.step_order == "mixed":
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(starts), generator=generator)
+            starts = [starts[index] for index in order.tolist()]
+        for start in starts:
+            yield torch.cat(rows[start : start + self.window])
+
+    @torch.no_grad()
+    def _held_out_loss(self, session: Session) -> float:
+        """The task loss on calibration inputs, which are other images than those trained on."""
+        data = session.trajectories.subset(HELD_OUT, session.seed)
+        error = power = 0.0
+        for start in range(0, len(data), HELD_OUT // 4):
+            part = slice(start, start + HELD_OUT // 4)
+            target = predict(session.float_model, data.sample[part], data.timestep[part])
+            found = predict(session.model, data.sample[part], data.timestep[part])
+            error += float((found - target).square().sum())
+            power += float(target.square().sum())
+        return error / max(power, 1e-12)
+
+
+def predict(model: nn.Module, sample: Tensor, timestep: Tensor) -> Tensor:
+    """The noise that `model` predicts for `sample [B, C, H, W]` at `timestep [B]`."""
+    return model(sample, timestep, return_dict=False)[0]
+
+
+@dataclass
+class Training:
+    """What a training that was interrupted needs to go on.
+
+    `rounds` done, held-out `losses` so far, the `best` state by them, and the gradient norms
+    measured, `(task loss, further term)`.
+    """
+
+    model: nn.Module
+    optimizer: LayerOptimizer
+    rounds: int = 0
+    losses: list[float] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    norms: list[tuple[float, float]] = field(default_factory=list)
+
+    def check(self, loss: float) -> None:
+        """Note a held-out loss, and keep the state if it is the lowest."""
+        if not self.losses or loss < min(self.losses):
+            self.best = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self.losses.append(loss)
+
+    def measure(self, task: Tensor, term: Tensor) -> None:
+        """Note the gradient norms of both, without touching gradients."""
+        parameters = self.optimizer.parameters()
+        norms = []
+        for loss in (task, term):
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            found = [gradient.norm() for gradient in gradients if gradient is not None]
+            norms.append(float(torch.stack(found).norm()) if found else 0.0)
+        self.norms.append((norms[0], norms[1]))
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it as named tensors."""
+        tensors = {f"model/{key}": value for key, value in self.model.state_dict().items()}
+        tensors |= {f"best/{key}": value for key, value in self.best.items()}
+        tensors |= {f"optimizer/{key}": value for key, value in self.optimizer.state().items()}
+        tensors["rounds"] = torch.tensor(self.rounds)
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        tensors["norms"] = torch.tensor(self.norms, dtype=torch.float64).view(-1, 2)
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor], updates_per_round: int) -> None:
+        """Take up what `state` gave."""
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, _, key = name.partition("/")
+            if key:
+                parts[part][key] = tensor
+        self.rounds = int(tensors["rounds"])
+        self.losses = tensors["losses"].tolist()
+        self.norms = [(task, term) for task, term in tensors["norms"].tolist()]
+        self.best = parts["best"]
+        self.model.load_state_dict(parts["model"])
+        self.optimizer.load_state(parts["optimizer"], self.rounds * updates_per_round)

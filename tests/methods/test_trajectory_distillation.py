@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stepquant.errors import StepQuantError
+from stepquant.methods import (
+    LowRankAdapters,
+    TemporalQuantizer,
+    TrajectoryDistillation,
+)
+from stepquant.methods.trajectory_distillation import predict
+from stepquant.workfolder import WorkFolder
+
+TINY = {"rounds": 4, "batch": 2}
+
+
+def ready(tiny_session, **options):
+    session = tiny_session(**{"weights": 3, "activations": 4, "steps": 5, "num": 6, **options})
+    TemporalQuantizer().apply(session)
+    session.ensure_ranges()
+    return session
+
+
+def held_out_loss(session):
+    data = session.trajectories
+    with torch.no_grad():
+        target = predict(session.float_model, data.sample, data.timestep)
+        found = predict(session.model, data.sample, data.timestep)
+    return float((found - target).square().sum() / target.square().sum())
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["weights", "adapters"])
+def test_the_model_comes_nearer_to_the_float_one(adapters, tiny_session):
+    session = ready(tiny_session)
+    if adapters:
+        LowRankAdapters(rank=4).apply(session)
+    before = held_out_loss(session)
+    TrajectoryDistillation(**TINY).apply(session)
+    after, summary = held_out_loss(session), session.summary["trajectory_distillation"]
+    assert after < 0.9 * before
+    assert summary["loss_before"] == pytest.approx(before, rel=1e-4)
+    assert summary["loss_after"] == pytest.approx(after, rel=1e-4)
+    assert summary["updates"] == 4 * 5
+    for layer in session.layers().values():
+        assert layer.adapter is None
+        assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def test_with_adapters_the_weights_change_at_their_rank_and_biases_stay(tiny_session):
+    session = ready(tiny_session)
+    before = {n: (q.weight.clone(), q.bias) for n, q in session.layers().items()}
+    biases = {n: None if q.bias is None else q.bias.clone() for n, q in session.layers().items()}
+    LowRankAdapters(rank=2).apply(session)
+    TrajectoryDistillation(**TINY).apply(session)
+    for name, layer in session.layers().items():
+        change = (layer.weight - before[name][0]).detach().flatten(1)
+        values = torch.linalg.svdvals(change.double())
+        assert values[0] > 0 and (values[2:] < 1e-4 * values[0]).all(), name
+        assert biases[name] is None or torch.equal(layer.bias, biases[name])
+
+
+def test_it_never_ends_worse_than_it_began(tiny_session):
+    session = ready(tiny_session)
+    before = {key: value.clone() for key, value in session.model.state_dict().items()}
+    TrajectoryDistillation(**TINY, weight_rate=50, scale_rate=50, activation_rate=50).apply(session)
+    assert all(torch.equal(before[k], v) for k, v in session.model.state_dict().items())
+
+
+def test_no_rounds_leave_everything_alone(tiny_session):
+    session = ready(tiny_session)
+    before = {key: value.clone() for key, value in session.model.state_dict().items()}
+    TrajectoryDistillation(rounds=0).apply(session)
+    assert all(torch.equal(before[k], v) for k, v in session.model.state_dict().items())
+    assert session.summary["trajectory_distillation"]["updates"] == 0
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_windows_hold_consecutive_steps_of_the_same_images(window, tiny_session):
+    session = ready(tiny_session)
+    data = session.draw(3, 99)
+    seen = []
+    for index in TrajectoryDistillation(window=window)._windows(data, 0):
+        steps, images = data.timestep[index], data.trajectory[index]
+        count = len(index) // 3
+        assert torch.equal(images.view(count, 3), torch.arange(3).expand(count, 3))
+        rows = [data.timesteps.tolist().index(step) for step in steps.view(count, 3)[:, 0].tolist()]
+        assert rows == list(range(rows[0], rows[0] + count))
+        seen += rows
+    assert seen == list(range(5))
+
+
+def test_mixed_order_trains_on_each_window_once_in_another_order(tiny_session):
+    session = ready(tiny_session)
+    data = session.draw(2, 99)
+    step = TrajectoryDistillation(step_order="mixed")
+    orders = [
+        [float(data.timestep[index][0]) for index in step._windows(data, seed)] for seed in (1, 2)
+    ]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(data.timesteps.tolist())
+    assert orders[0] != orders[1]
+
+
+def test_every_round_draws_other_images_than_calibration(tiny_session):
+    session = ready(tiny_session)
+    seeds = []
+    draw = session.draw
+
+    def watch(num, seed):
+        seeds.append((num, seed))
+        return draw(num, seed)
+
+    session.draw = watch
+    TrajectoryDistillation(**TINY).apply(session)
+    assert seeds == [(2, 3_000_000 + 2 * number) for number in range(4)]
+
+
+def test_a_loss_that_is_not_finite_names_step_and_timestep(tiny_session):
+    session = ready(tiny_session)
+    draw = session.draw
+
+    def poisoned(num, seed):
+        data = draw(num, seed)
+        data.sample[data.timestep == data.timesteps[2]] = float("nan")
+        return data
+
+    session.draw = poisoned
+    step = session.trajectories.timesteps[2].item()
+    with pytest.raises(
+        StepQuantError, match=f"loss is nan at timestep {step:g} in step 'trajectory_distillation'"
+    ):
+        TrajectoryDistillation(**TINY).apply(session)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["weights", "adapters"])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_after_a_kill_it_ends_with_the_same_bits(
+    rounds, adapters, tiny_session, tmp_path, one_thread, monkeypatch
+):
+    monkeypatch.setattr("stepquant.methods.trajectory_distillation.SECONDS_BETWEEN_SAVES", 0.0)
+    tiny = {**TINY, "step_order": "mixed"}
+
+    def session_on(work):
+        session = ready(tiny_session, work=work)
+        if adapters:
+            LowRankAdapters(rank=2).apply(session)
+        return session
+
+    whole = session_on(None)
+    TrajectoryDistillation(**tiny).apply(whole)
+
+    killed = session_on(WorkFolder(tmp_path / "work", {}, False))
+    draw, drawn = killed.draw, []
+
+    def deadly(num, seed):
+        if len(drawn) == rounds:
+            raise Killed
+        drawn.append(seed)
+        return draw(num, seed)
+
+    killed.draw = deadly
+    with pytest.raises(Killed):
+        TrajectoryDistillation(**tiny).apply(killed)
+
+    resumed = session_on(WorkFolder(tmp_path / "work", {}, True))
+    TrajectoryDistillation(**tiny).apply(resumed)
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+    assert resumed.summary["trajectory_distillation"] == whole.summary["trajectory_distillation"]
+
+
+def test_a_finished_one_is_taken_from_the_work_folder(tiny_session, tmp_path, one_thread):
+    first = ready(tiny_session, work=WorkFolder(tmp_path / "work", {}, False))
+    TrajectoryDistillation(**TINY).apply(first)
+    again = ready(tiny_session, work=WorkFolder(tmp_path / "work", {}, True))
+
+    def never(num, seed):
+        raise AssertionError("nothing is to be drawn")
+
+    again.draw = never
+    TrajectoryDistillation(**TINY).apply(again)
+    for key, value in first.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
