@@ -36,6 +36,22 @@ def test_strict_has_the_outer_convs_at_eight_bits_and_all_else_at_its_own(tiny_u
         assert part in bits
 
 
+def test_the_protocol_of_mpq_dm_leaves_out_what_its_code_does(tiny_unet):
+    bits, left_float = resolved(tiny_unet(), weight_bits=3, protocol="paper:mpq-dm")
+    assert set(left_float.values()) == {"protocol paper:mpq-dm"}
+    assert left_float.keys() == {
+        "down_blocks.0.downsamplers.0.conv",
+        "up_blocks.0.resnets.0.conv_shortcut",
+        "up_blocks.0.resnets.1.conv_shortcut",
+        "up_blocks.1.resnets.0.conv_shortcut",
+        "up_blocks.1.resnets.1.conv_shortcut",
+    }
+    eight = {name for name, value in bits.items() if value == (8, 8)}
+    times = {"time_embedding.linear_1", "time_embedding.linear_2"}
+    assert eight == {"conv_in", "conv_out"} | times
+    assert "down_blocks.0.resnets.0.time_emb_proj" in bits
+
+
 def test_every_conv_and_linear_has_bits(tiny_unet):
     unet = tiny_unet()
     bits, _ = resolved(unet)

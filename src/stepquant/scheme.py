@@ -15,7 +15,11 @@ PROTOCOLS = {
     "strict": (
         "every conv and linear quantized, input and output conv at 8 bits, per-out-channel "
         "weights, per-tensor activations, attention products float"
-    )
+    ),
+    "paper:mpq-dm": (
+        "as MPQ-DM's and EfficientDM's released code: shortcut and downsampling convs float, time "
+        "embedding, input and output conv at 8 bits, attention products float"
+    ),
 }
 
 
@@ -68,10 +72,16 @@ class Scheme(BaseModel):
         bits: dict[str, tuple[int, int]] = {}
         left_float: dict[str, str] = {}
         outer = adapter.input_output_layers(model)
+        exempt: set[str] = set()
+        if self.protocol == "paper:mpq-dm":
+            outer = outer | adapter.time_embedding_layers(model)
+            exempt = adapter.shortcut_and_downsampling_layers(model)
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear | nn.Conv2d):
                 continue
             reason = why_unsupported(module)
+            if name in exempt:
+                reason = f"protocol {self.protocol}"
             if reason:
                 left_float[name] = reason
                 continue

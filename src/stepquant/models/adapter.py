@@ -23,6 +23,14 @@ class DenoiserAdapter(Protocol):
         """The layers that see the sample or give the result."""
         ...
 
+    def time_embedding_layers(self, model: nn.Module) -> set[str]:
+        """The layers that embed the timestep, before it is projected for each block."""
+        ...
+
+    def shortcut_and_downsampling_layers(self, model: nn.Module) -> set[str]:
+        """Convs on the residual stream: shortcuts of resnets, and downsampling."""
+        ...
+
     def skip_splits(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
         """Layers with concatenated inputs: the in-channels of each part."""
         ...
@@ -33,6 +41,10 @@ class DenoiserAdapter(Protocol):
         The producer's output channel `k` is divided by `s[k]`, through its weight and bias, and
         every consumer's weight is multiplied with `s[k]` along in-channel `k`.
         """
+        ...
+
+    def relation_site(self, model: nn.Module) -> str:
+        """The module that gives the last features before the output layers, `[B, C, H, W]`."""
         ...
 
     def attention_sites(self, model: nn.Module) -> list[str]:

@@ -30,6 +30,19 @@ class UNet2DAdapter:
         """The first and the last conv."""
         return {"conv_in", "conv_out"}
 
+    def time_embedding_layers(self, model: nn.Module) -> set[str]:
+        """Both linears of the time embedding."""
+        return {"time_embedding.linear_1", "time_embedding.linear_2"}
+
+    def shortcut_and_downsampling_layers(self, model: nn.Module) -> set[str]:
+        """`conv_shortcut` of resnets, and the convs of downsamplers."""
+        return {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Conv2d)
+            and (name.endswith(".conv_shortcut") or ".downsamplers." in name)
+        }
+
     def skip_splits(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
         """First conv and shortcut of each decoder resnet: backbone channels, then skip channels."""
         splits = {}
@@ -54,6 +67,10 @@ class UNet2DAdapter:
                 folds.append((f"{name}.group_norm", projections))
             folds.append((f"{name}.to_v", (f"{name}.to_out.0",)))
         return folds
+
+    def relation_site(self, model: nn.Module) -> str:
+        """The last decoder stage."""
+        return f"up_blocks.{len(model.up_blocks) - 1}"
 
     def attention_sites(self, model: nn.Module) -> list[str]:
         """Every attention module."""
