@@ -90,7 +90,8 @@ def test_a_step_is_a_name_or_a_mapping_or_itself(name):
 
 def test_an_unknown_recipe_is_named():
     sentence = refused(lambda: load_recipe("dilate"))
-    assert sentence.startswith("unknown recipe 'dilate': expected one of dilatequant, efficientdm, minmax")
+    expected = "unknown recipe 'dilate': expected one of dilatequant, efficientdm, minmax"
+    assert sentence.startswith(expected)
 
 
 def test_a_recipe_file_that_is_not_there_is_named(tmp_path):
