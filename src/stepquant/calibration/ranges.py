@@ -11,7 +11,7 @@ from stepquant.quantizers.weight import weight_grid
 ERROR_POWER = 2.4  # |error|^2.4, as in LAPQ, BRECQ and the works that build on them
 SHRINK = torch.linspace(1.0, 0.2, 41)
 # Four levels on a bell-shaped channel lie best far inside its extremes, two levels farther still.
-SHRINK_FEW_BITS = torch.linspace(1.0, 0.05, 39)
+SHRINK_FEW_BITS = 0.05 ** torch.linspace(0.0, 1.0, 48)  # each 6 % below the one before
 FEW_BITS = 3
 
 
