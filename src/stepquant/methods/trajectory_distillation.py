@@ -36,7 +36,9 @@ class TrajectoryDistillation(Step):
     steps as the sampler does, as EfficientDM trains; "mixed" shuffles the windows.
     `weight_rate`, `scale_rate`, `activation_rate`: learning rates in grid steps per iteration,
     before the cosine decay, as in block distillation; where layers have low-rank adapters,
-    `weight_rate` is the adapters' (the paper's scale-aware rate is 1/2500).
+    `weight_rate` is the adapters' (the paper's scale-aware rate is 1/2500). The default was the
+    best of 0.004, 0.02 and 0.1 in sampler order, on held-out loss, at W2A4, for 8 rounds of the
+    embedded DDPM; in mixed order 0.02 was better.
 
     Deviations: the paper's rates of scales are absolute (1e-6 for weights, 5e-4 for activations)
     and decay linearly; the loss is relative to the prediction's power; the state of the lowest loss
@@ -48,7 +50,7 @@ class TrajectoryDistillation(Step):
     batch: int = Field(8, ge=1)
     window: int = Field(1, ge=1)
     step_order: Literal["sampler", "mixed"] = "sampler"
-    weight_rate: float = Field(0.02, ge=0)
+    weight_rate: float = Field(0.004, ge=0)
     scale_rate: float = Field(0.02, ge=0)
     activation_rate: float = Field(0.02, ge=0)
 
