@@ -575,3 +575,21 @@ def test_after_a_kill_the_checkpoint_comes_out_byte_for_byte(
         assert 0 < len(trained) <= BLOCKS - 2
     else:
         assert len(trained) == remaining
+
+
+@pytest.mark.parametrize("seed", [-1, 10**30])
+def test_a_seed_out_of_bounds_is_refused_before_anything_is_kept(float_pipeline, tmp_path, seed):
+    sentence = refused(lambda: quantize(float_pipeline, "minmax", out=tmp_path / "out", seed=seed))
+    assert sentence.startswith(f"seed is {seed}: expected 0 to ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["", ".", ".."])
+def test_an_output_without_a_name_is_refused(float_pipeline, out):
+    sentence = refused(lambda: quantize(float_pipeline, "minmax", out=out))
+    assert "expected the name of a new folder" in sentence
+
+
+def test_a_denoiser_without_its_pipeline_is_refused(tiny_unet):
+    assert "the model is a UNet2DModel: expected" in refused(lambda: quantize(tiny_unet()))
+    assert "the model is a NoneType: expected" in refused(lambda: quantize(None))

@@ -237,3 +237,16 @@ def test_a_bad_value_of_a_setting_is_told():
         lambda: override({"block_distillation.iterations": -1})
     )
     assert "bits of the scheme is 'x'" in refused(lambda: override({"scheme.weight_bits": "x"}))
+
+
+@pytest.mark.parametrize("late", ["weight_dilation", "smoothing", "temporal_quantizer"])
+def test_a_step_after_one_that_needs_ranges_is_refused_when_the_recipe_is_read(late):
+    plain = {"name": "x", "description": "", "steps": ["block_distillation", late]}
+    sentence = refused(lambda: parse_recipe(plain, "recipe 'x'"))
+    assert f"step '{late}' comes after 'block_distillation', which needs ranges" in sentence
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_rates_that_are_not_finite_are_refused(value):
+    sentence = refused(lambda: parse_step({"block_distillation": {"weight_rate": value}}))
+    assert "step 'block_distillation': key 'weight_rate'" in sentence

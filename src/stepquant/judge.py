@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepquant.calibration.trajectories import capture_trajectories
+from stepquant.errors import StepQuantError
 from stepquant.evaluate import (
     frechet_distance,
     frechet_distance_interval,
@@ -48,6 +49,10 @@ def evaluate(
     candidate, reference = open_pipeline(model), open_pipeline(against)
     name = features or default_features(against)
     if name is not None:
+        if num < 2:
+            raise StepQuantError(
+                f"number of images is {num}: expected at least 2 for a Fréchet distance"
+            )
         load_features(name)  # a wrong name is told before the sampling
     settings = (num, steps, seed, scheduler, batch, reporter)
     if float_images is None:

@@ -28,7 +28,7 @@ from stepquant.quantizers.step_grid import timestep_position
 from stepquant.recipe import Calibration, Recipe, load_recipe
 from stepquant.runtime.pack import pack_model
 from stepquant.runtime.packed import PackedLayer
-from stepquant.sampling import clipping_remark, denoiser_name, set_scheduler
+from stepquant.sampling import check_seed, clipping_remark, denoiser_name, set_scheduler
 from stepquant.session import Session, check_finite_weights, simulate
 from stepquant.sources import float32_bytes, open_pipeline, weight_file_bytes
 from stepquant.workfolder import WorkFolder, fingerprint
@@ -89,6 +89,9 @@ def quantize(
     reporter = reporter or Reporter(quiet=True)
     resolved = resolve_recipe(recipe, weights, activations, steps, settings)
     target = None if out is None else Path(out)
+    if target is not None and target.name in ("", ".."):
+        raise StepQuantError(f"output folder is '{out}': expected the name of a new folder")
+    check_seed(seed)
     work_path = None if target is None else target.with_name(target.name + ".work")
     # A kill between the rename of a finished checkpoint and the end leaves both folders.
     finished = resume and work_path is not None and work_path.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -64,6 +65,12 @@ class Recipe(BaseModel):
         for name in names:
             if names.count(name) > 1:
                 raise StepQuantError(f"step '{name}' appears twice: expected each step once")
+        for before, after in itertools.pairwise(steps):
+            if before.needs_ranges and not after.needs_ranges:
+                raise StepQuantError(
+                    f"step '{after.name}' comes after '{before.name}', which needs ranges: "
+                    "expected it earlier; move it to the front of the recipe"
+                )
         return steps
 
     @field_serializer("steps")

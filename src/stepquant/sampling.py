@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import diffusers
@@ -20,6 +21,7 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
 }
 DENOISERS = ("unet", "transformer")
+LARGEST_SEED = 2**48  # multiples of it are drawn from as well
 
 
 def denoiser_name(pipeline: DiffusionPipeline) -> str:
@@ -70,6 +72,27 @@ def check_count(value: int, what: str) -> int:
     return value
 
 
+def check_scales_input(pipeline: DiffusionPipeline) -> None:
+    """An error where the scheduler scales the denoiser's input and the pipeline does not ask it."""
+    call = inspect.unwrap(type(pipeline).__call__)
+    if (
+        hasattr(pipeline.scheduler, "is_scale_input_called")
+        and "scale_model_input" not in call.__code__.co_names
+    ):
+        raise StepQuantError(
+            f"{type(pipeline.scheduler).__name__} scales the denoiser's input, which "
+            f"{type(pipeline).__name__} does not do for it: expected another scheduler "
+            "for this pipeline, such as ddim"
+        )
+
+
+def check_seed(seed: int) -> int:
+    """`seed` if every seed derived from it fits torch's generators; otherwise an error."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise StepQuantError(f"seed is {seed}: expected 0 to {LARGEST_SEED}")
+    return seed
+
+
 @torch.no_grad()
 def sample_images(
     pipeline: DiffusionPipeline,
@@ -91,6 +114,7 @@ def sample_images(
     check_count(num, "number of images")
     check_count(steps, "number of sampling steps")
     check_count(batch, "batch size")
+    check_seed(seed)
     reporter = reporter or Reporter(quiet=True)
     pipeline = copy.copy(pipeline)  # its scheduler is replaced, the caller's is not
     set_scheduler(pipeline, scheduler)
@@ -100,6 +124,7 @@ def sample_images(
             f"number of sampling steps is {steps}: expected at most the {trained} that the model "
             "was trained with"
         )
+    check_scales_input(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     images = []
     with reporter.task(f"sampling {num} images", total=num) as task:
@@ -115,12 +140,6 @@ def sample_images(
                 output_type="np",
                 **call,
             )
-            if not getattr(pipeline.scheduler, "is_scale_input_called", True):
-                raise StepQuantError(
-                    f"{type(pipeline.scheduler).__name__} scales the denoiser's input, which "
-                    f"{type(pipeline).__name__} does not do for it: expected another scheduler "
-                    "for this pipeline, such as ddim"
-                )
             images.append(torch.from_numpy(result.images).permute(0, 3, 1, 2))
             task.advance(count)
     return torch.cat(images).contiguous().to(torch.float32)

@@ -45,6 +45,11 @@ def open_pipeline(
     """
     if isinstance(model, DiffusionPipeline):
         return model
+    if not isinstance(model, str | Path):
+        raise StepQuantError(
+            f"the model is a {type(model).__name__}: expected a diffusers pipeline, a folder, a "
+            f"hub id or {BUILTIN}NAME; a denoiser alone has no sampler to calibrate with"
+        )
     text = str(model)
     if text.startswith(BUILTIN):
         text = str(builtin_path(text.removeprefix(BUILTIN)))

@@ -18,7 +18,15 @@ from stepquant.errors import StepQuantError
 
 
 def atomic_write(path: Path, write: Any) -> None:
-    """Call `write(partial path)`, flush it to disk and put it in the place of `path`."""
+    """Call `write(partial path)`, flush it to disk and put it in the place of `path`.
+
+    A link stays one: what it points to is replaced. A device or a pipe is written to as it is.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        write(path)
+        return
+    if path.is_symlink():
+        path = path.resolve()
     partial = path.with_name(path.name + ".partial")
     try:
         write(partial)

@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from packed_models import WEIGHTS, outputs, packed_pipeline, unet
+from safetensors.torch import load_file, save_file
 
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import save_pipeline
@@ -155,3 +156,14 @@ def test_hub_model_is_checked_like_a_folder(copy, monkeypatch):
     assert isinstance(load_pipeline("org/name"), DDPMPipeline)
     (copy / "unet" / WEIGHTS).write_bytes(b"short")
     refused("org/name", "is not a whole safetensors file")
+
+
+def test_a_float_model_that_lacks_a_tensor_is_refused(copy):
+    pipeline = copy.parent / "float"
+    DDPMPipeline(unet(), DDIMScheduler()).save_pretrained(pipeline)
+    file = pipeline / "unet" / WEIGHTS
+    tensors = load_file(file)
+    del tensors["conv_in.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(StepQuantError, match=r"no tensor 'conv_in.weight' in the files of 'unet'"):
+        load_pipeline(pipeline)

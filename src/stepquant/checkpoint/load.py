@@ -55,7 +55,7 @@ def load_pipeline(
         folder = _fetch(str(source), revision, DiffusionPipeline)
     check_folder(folder)
     try:
-        return DiffusionPipeline.from_pretrained(
+        pipeline = DiffusionPipeline.from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, local_files_only=True
         )
     except StepQuantError as error:
@@ -65,6 +65,21 @@ def load_pipeline(
             f"'{source}' cannot be loaded ({_first_line(error)}): expected a complete diffusers "
             "pipeline folder"
         ) from error
+    _check_complete(str(source), pipeline)
+    return pipeline
+
+
+def _check_complete(source: str, pipeline: Any) -> None:
+    """Diffusers leaves a parameter without data where the files have none of that name."""
+    for part, component in pipeline.components.items():
+        if not hasattr(component, "named_parameters"):
+            continue
+        for name, tensor in (*component.named_parameters(), *component.named_buffers()):
+            if tensor.is_meta:
+                raise StepQuantError(
+                    f"'{source}' has no tensor '{name}' in the files of '{part}': expected every "
+                    "parameter that its config.json describes; fetch or write the folder again"
+                )
 
 
 def check_folder(folder: Path) -> None:

@@ -53,7 +53,13 @@ class Talk:
         table = Table()
         for column in columns:
             numeric = any(isinstance(row.get(column), int | float) for row in rows)
-            table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
+            names = [len(str(row.get(column))) for row in rows] if column == columns[0] else [0]
+            table.add_column(
+                column.replace("_", " "),
+                justify="right" if numeric else "left",
+                overflow="fold",
+                min_width=min(48, max(names)),  # layers are told apart by the ends of their names
+            )
         for row in rows:
             table.add_row(*(cell(column, row.get(column)) for column in columns))
         self._console.print(table, markup=False)

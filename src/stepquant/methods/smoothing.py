@@ -29,6 +29,7 @@ class Smoothing(Step):
     """
 
     name = "smoothing"
+    needs_ranges = False
     alpha: float = Field(0.5, ge=0.0, le=1.0)
 
     def apply(self, session: Session) -> None:

@@ -13,8 +13,9 @@ from stepquant.session import Session
 class Step(BaseModel):
     """Typed hyper-parameters and one method. Unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: ClassVar[str]
+    needs_ranges: ClassVar[bool] = True  # otherwise it must come before every step that does
 
     def check(self, scheme: Scheme) -> None:
         """An error where the step cannot work with `scheme`; asked before anything is computed."""

@@ -20,6 +20,7 @@ class TemporalQuantizer(Step):
     """
 
     name = "temporal_quantizer"
+    needs_ranges = False
 
     def apply(self, session: Session) -> None:
         """Resize all activation tables to the step grid."""

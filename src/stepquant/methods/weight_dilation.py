@@ -56,6 +56,7 @@ class WeightDilation(Step):
     """
 
     name = "weight_dilation"
+    needs_ranges = False
     max_factor: float = Field(100.0, ge=1.0)
 
     def apply(self, session: Session) -> None:
