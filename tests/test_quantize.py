@@ -1,21 +1,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import nn
 
+from quantize_runs import FAST, FAST_MINMAX, SMALL, TINY, left, refused, tree
 from stepquant.calibration.observe import quant_layers
-from stepquant.errors import StepQuantError
-from stepquant.methods import BlockDistillation
 from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.runtime.packed import PackedLayer
@@ -23,38 +16,6 @@ from stepquant.sampling import sample_images
 from stepquant.sources import open_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TINY = {
-    "calibration.trajectories": 2,
-    "block_distillation.iterations": 3,
-    "block_distillation.samples": 16,
-    "block_distillation.batch": 4,
-}
-# The search over ranges costs most of the time here and has tests of its own.
-FAST = {**TINY, "ranges.weights": "minmax", "ranges.activations": "minmax"}
-FAST_MINMAX = {"calibration.trajectories": 1}
-# Nine blocks on pictures of 8 x 8.
-SMALL = {
-    "block_out_channels": (16,),
-    "down_block_types": ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-    "sample_size": 8,
-}
-BLOCKS = 9
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file below `folder`, by name."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def left(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
 
 # End to end.
 
@@ -192,13 +153,6 @@ def test_the_seed_decides_everything(tiny_pipeline, tmp_path):
 # What is refused.
 
 
-def refused(act) -> str:
-    with pytest.raises(StepQuantError) as error:
-        act()
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -333,248 +287,6 @@ def test_layers_that_stay_float_are_announced_and_kept(tiny_pipeline, tmp_path):
     assert reporter.lines[-1] == f"layer '{name}' stays float: padding (1, 1) of mode 'circular'"
     kept = result.pipeline.unet.get_submodule(name)
     assert torch.equal(kept.weight, conv.weight)
-
-
-# Ctrl-C and kill -9.
-
-
-class Interrupting(Reporter):
-    """Presses Ctrl-C when the bar of `stage` moves for the `after`-th time."""
-
-    def __init__(self, stage: str, after: int):
-        super().__init__(quiet=True)
-        self.stage, self.after = stage, after
-
-    @contextmanager
-    def task(self, description, total):
-        with super().task(description, total) as task:
-            advance = task.advance
-
-            def press(count=1, note=""):
-                advance(count, note)
-                if description.startswith(self.stage):
-                    self.after -= 1
-                    if self.after == 0:
-                        raise KeyboardInterrupt
-
-            task.advance = press
-            yield task
-
-
-@pytest.fixture(scope="module")
-def float_folder(tiny_pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("float") / "pipeline"
-    tiny_pipeline(**SMALL).save_pretrained(folder)
-    return folder
-
-
-def run(model, out, **changes):
-    return quantize(model, "dilatequant", 4, 4, out, 3, FAST, seed=2, **changes)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(float_folder, tmp_path_factory):
-    """Every file of the checkpoint that nothing disturbed."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("whole") / "out"
-    run(float_folder, out)
-    torch.set_num_threads(before)
-    return tree(out)
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    """Names of the blocks that are trained from here on."""
-    names = []
-    train = BlockDistillation._train
-
-    def spy(self, session, name, block, data, generator):
-        names.append(name)
-        return train(self, session, name, block, data, generator)
-
-    monkeypatch.setattr(BlockDistillation, "_train", spy)
-    return names
-
-
-STAGES = {
-    "while sampling": ("sampling", 1, BLOCKS),
-    "while observing": ("observing", 2, BLOCKS),
-    "while searching ranges": ("searching", 5, BLOCKS),
-    "after four blocks": ("distilling", 4, BLOCKS - 4),
-    "after the last block": ("distilling", BLOCKS, 0),
-}
-
-
-@pytest.mark.parametrize(("stage", "after", "remaining"), STAGES.values(), ids=STAGES.keys())
-def test_after_ctrl_c_the_work_is_there_to_go_on_with(
-    float_folder, uninterrupted, trained, tmp_path, stage, after, remaining
-):
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        run(float_folder, out, reporter=Interrupting(stage, after))
-    assert left(tmp_path) == ["out.work"]
-    assert not list((tmp_path / "out.work").rglob("*.partial"))
-    assert "go on with --resume" in refused(lambda: run(float_folder, out))
-    trained.clear()
-    result = run(float_folder, out, resume=True)
-    assert len(trained) == remaining
-    assert result.record["resumed"] is True
-    assert tree(out) == uninterrupted
-    assert left(tmp_path) == ["out"]
-
-
-def test_resuming_after_a_change_of_the_scheduler_is_refused(float_folder, tmp_path):
-    """Its trajectories would be those of another sampler."""
-    out, model = tmp_path / "out", tmp_path / "float"
-    shutil.copytree(float_folder, model)
-    with pytest.raises(KeyboardInterrupt):
-        run(model, out, reporter=Interrupting("sampling", 1))
-    file = model / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "clip_sample": False}))
-    act = lambda: run(model, out, resume=True)  # noqa: E731
-    assert "another job: expected the same model, sampler, recipe" in refused(act)
-
-
-def test_resuming_another_job_is_refused(float_folder, tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        run(float_folder, out, reporter=Interrupting("sampling", 1))
-    act = lambda: quantize(float_folder, "dilatequant", 4, 5, out, 3, FAST, 2, True)  # noqa: E731
-    assert "holds the work of another job" in refused(act)
-    assert left(tmp_path) == ["out.work"]
-
-
-def test_resuming_where_nothing_was_begun_is_an_ordinary_run(float_folder, uninterrupted, tmp_path):
-    run(float_folder, tmp_path / "out", resume=True)
-    assert tree(tmp_path / "out") == uninterrupted
-
-
-def test_the_leavings_of_an_earlier_kill_are_no_hindrance(float_folder, uninterrupted, tmp_path):
-    for name in (".out.work.done", ".out.partial-abc"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text("")
-    run(float_folder, tmp_path / "out")
-    assert tree(tmp_path / "out") == uninterrupted
-    assert left(tmp_path) == ["out"]
-
-
-def test_a_truncated_piece_is_named_and_computed_again_once_deleted(
-    float_folder, uninterrupted, trained, tmp_path
-):
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        run(float_folder, out, reporter=Interrupting("distilling", 4))
-    piece = sorted((tmp_path / "out.work" / "block_distillation").iterdir())[1]
-    piece.write_bytes(piece.read_bytes()[:-7])
-    assert f"'{piece}' cannot be read" in refused(lambda: run(float_folder, out, resume=True))
-    assert len(left(tmp_path / "out.work")) == 4  # nothing was thrown away
-    piece.unlink()
-    trained.clear()
-    run(float_folder, out, resume=True)
-    assert len(trained) == 1 + BLOCKS - 4
-    assert tree(out) == uninterrupted
-
-
-# Forks one child for each point, which runs the job and dies there by SIGKILL. The parent imports
-# everything once and computes nothing, so that forking is safe.
-DRIVER = """
-import fnmatch, json, os, signal, sys, time
-from pathlib import Path
-import torch
-from stepquant.quantize import quantize
-
-model, settings, points = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-torch.set_num_threads(1)
-
-
-def dying(function, when, pattern, count):
-    seen = []
-
-    def call(source, target, *rest):
-        seen.extend([1] * fnmatch.fnmatch(str(target), pattern))
-        here = len(seen) == count
-        if here and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        function(source, target, *rest)
-        if here and when == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if when == "outside":
-            time.sleep(0.2)  # for the parent to notice
-
-    return call
-
-
-for folder, (when, pattern, count) in points.items():
-    Path(folder).mkdir()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.replace = dying(os.replace, when, pattern, count)
-            os.rename = dying(os.rename, when, pattern, count)
-            quantize(model, "dilatequant", 4, 4, folder + "/out", 3, settings, seed=2)
-        finally:
-            os._exit(1)
-    while when == "outside":
-        files = [str(path) for path in Path(folder).rglob("*")]
-        if len(fnmatch.filter(files, pattern)) >= count:
-            os.kill(pid, signal.SIGKILL)
-            break
-        time.sleep(0.002)
-    _, status = os.waitpid(pid, 0)
-    print(os.WTERMSIG(status), flush=True)
-"""
-# When the process dies: before or after the `count`-th file of that name takes its place, or from
-# outside once there are so many. And how many blocks are left to train (None: it depends).
-POINTS = {
-    "as the job is written": ("before", "*/job.json", 1, BLOCKS),
-    "before the first piece": ("after", "*/job.json", 1, BLOCKS),
-    "as the trajectories are written": ("before", "*/trajectories.safetensors", 1, BLOCKS),
-    "before the ranges": ("after", "*/trajectories.safetensors", 1, BLOCKS),
-    "as the ranges are written": ("before", "*/ranges.safetensors", 1, BLOCKS),
-    "before the first block": ("after", "*/ranges.safetensors", 1, BLOCKS),
-    "as the third block is written": ("before", "*/block_distillation/*", 3, BLOCKS - 2),
-    "after the third block": ("after", "*/block_distillation/*", 3, BLOCKS - 3),
-    "from outside, among the ranges": ("outside", "*/trajectories.safetensors", 1, BLOCKS),
-    "from outside, among the blocks": ("outside", "*/block_distillation/*.safetensors", 2, None),
-    "before the checkpoint has its name": ("before", "*/out", 1, 0),
-    "before the work is removed": ("before", "*/.out.work.done", 1, 0),
-}
-
-
-@pytest.fixture(scope="module")
-def killed(float_folder, tmp_path_factory):
-    """A folder for each point, as a process that was killed there left it."""
-    root = tmp_path_factory.mktemp("killed")
-    folders = {name: root / f"{index:02d}" for index, name in enumerate(POINTS)}
-    points = {str(folders[name]): point[:3] for name, point in POINTS.items()}
-    process = subprocess.run(
-        [sys.executable, "-c", DRIVER, float_folder, json.dumps(FAST), json.dumps(points)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.split() == ["9"] * len(POINTS), process.stderr
-    return folders
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(("name", "remaining"), [(n, p[3]) for n, p in POINTS.items()])
-def test_after_a_kill_the_checkpoint_comes_out_byte_for_byte(
-    float_folder, killed, uninterrupted, trained, name, remaining
-):
-    folder = killed[name]
-    ended = name == "before the work is removed"
-    assert (folder / "out.work").exists()
-    assert (folder / "out").exists() == ended
-    run(float_folder, folder / "out", resume=True)
-    assert tree(folder / "out") == uninterrupted
-    assert left(folder) == ["out"]
-    if remaining is None:
-        assert 0 < len(trained) <= BLOCKS - 2
-    else:
-        assert len(trained) == remaining
 
 
 @pytest.mark.parametrize("seed", [-1, 10**30])

@@ -17,6 +17,7 @@ from stepquant.errors import StepQuantError
 from stepquant.progress import Reporter
 from stepquant.sampling import (
     SCHEDULERS,
+    check_scales_input,
     clipping_remark,
     denoiser_name,
     denoiser_of,
@@ -189,3 +190,16 @@ def test_progress_counts_the_images(pipeline):
 
     sample_images(pipeline, 5, 1, batch=2, reporter=Counter(quiet=True))
     assert counted == [("sampling 5 images", 5), 2, 2, 1]
+
+
+class Scaling(DDPMPipeline):
+    """A pipeline that asks its scheduler to scale the denoiser's input."""
+
+    @torch.no_grad()
+    def __call__(self, **call):
+        return self.scheduler.scale_model_input(call, 0)
+
+
+def test_a_scheduler_that_the_pipeline_serves_is_taken(pipeline):
+    check_scales_input(Scaling(pipeline.unet, EulerDiscreteScheduler()))
+    check_scales_input(DDPMPipeline(pipeline.unet, pipeline.scheduler))

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from layer_cases import assert_agrees, input_for, layers, seeded
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from stepquant.calibration.ranges import search_weight_range
 from stepquant.errors import StepQuantError
 from stepquant.numerics import quantize
 from stepquant.quantizers import QuantLinear, StepContext
@@ -24,33 +24,7 @@ from stepquant.runtime.spec import LayerSpec
 LINEAR = LayerSpec("linear", 12, 8, 4, 8)
 NO_ONEDNN = cpu.why_not(LINEAR, torch.device("cpu"))
 
-LAYERS: dict[str, Any] = {
-    "linear": lambda: nn.Linear(12, 8),
-    "linear-no-bias": lambda: nn.Linear(12, 8, bias=False),
-    "conv1x1": lambda: nn.Conv2d(12, 8, 1),
-    "conv3x3": lambda: nn.Conv2d(12, 8, 3, padding=1),
-    "conv5x3-stride-1-2": lambda: nn.Conv2d(12, 8, (5, 3), (1, 2), (2, 1), bias=False),
-    "conv3x3-dilated": lambda: nn.Conv2d(12, 8, 3, padding=2, dilation=2),
-}
-layers = pytest.mark.parametrize("kind", LAYERS)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-def seeded(kind: str) -> nn.Module:
-    torch.manual_seed(1)
-    return LAYERS[kind]()
-
-
-def input_for(kind: str, batch: int = 3) -> Tensor:
-    shape = (batch, 5, 12) if kind.startswith("linear") else (batch, 12, 7, 5)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(4))
-
-
-def assert_agrees(packed: Tensor, simulated: Tensor, tolerance: float = 1e-5) -> None:
-    """Largest difference relative to the largest value, the tolerance that DESIGN states."""
-    assert packed.shape == simulated.shape and packed.dtype == simulated.dtype
-    error = (packed - simulated).abs().max() / simulated.abs().max()
-    assert error <= tolerance
 
 
 @layers
@@ -95,40 +69,6 @@ def test_split_and_scaled_inputs_agree_with_the_simulation(
     result, simulated = packed(input_for(kind)), layer(input_for(kind))
     assert_agrees(result, simulated)
     assert backend != "reference" or torch.equal(result, simulated)
-
-
-@layers
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("splits", [(12,), (7, 5)], ids=str)
-@pytest.mark.parametrize("bits", [[1, 2, 3], [3, 4, 5], [6, 7, 8]], ids=str)
-@torch.no_grad()
-def test_out_channels_of_several_bit_widths_agree_with_the_simulation(
-    kind: str, backend: str, splits: tuple[int, ...], bits: list[int], simulate: Any
-) -> None:
-    layer = simulate(seeded(kind), bits[1], 8, splits)
-    layer.set_channel_bits(torch.tensor(bits).repeat(3)[:8])
-    layer.fit_weights(search_weight_range)
-    packed = pack_layer(layer)
-    packed.backend = backend
-    counts = ((bits[0], 3), (bits[1], 3), (bits[2], 2))
-    assert packed.spec.channel_counts == counts and packed.spec.weight_bits == bits[2]
-    if bits[0] != 3:  # some of three bits choose halves, some do not
-        assert packed.spec.half_zero_points == (bits[0] == 1)
-    columns = [channels * packed.spec.columns // 12 for channels in splits]
-    size = sum(-(-count * column * width // 8) for width, count in counts for column in columns)
-    assert packed.weight_packed.numel() == size
-    assert packed.spec.mean_weight_bits == sum(width * count for width, count in counts) / 8
-    assert torch.equal(packed.float_weight(), layer.quantized_weight())
-    result, simulated = packed(input_for(kind)), layer(input_for(kind))
-    assert_agrees(result, simulated)
-    assert backend != "reference" or torch.equal(result, simulated)
-
-
-def test_half_zero_points_of_more_than_six_bits_are_refused(simulate: Any) -> None:
-    layer = simulate(nn.Linear(12, 8), 7)
-    layer.weight_quantizers[0].zero_point.fill_(63.5)
-    with pytest.raises(StepQuantError, match=r"half zero points has .* 7 bits: expected at most 6"):
-        pack_layer(layer)
 
 
 @layers

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepquant.numerics import dequantize, fake_quantize, max_code, quantize, range_to_grid
+from stepquant.numerics import (
+    WEIGHT_ZERO_POINT_8BIT,
+    dequantize,
+    fake_quantize,
+    max_code,
+    quantize,
+    range_to_grid,
+)
 from stepquant.quantizers.weight import weight_grid
 
 ERROR_POWER = 2.4  # |error|^2.4, as in LAPQ, BRECQ and the works that build on them
@@ -74,27 +81,27 @@ def minmax_weight_range(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return weight_grid(weight.amin(dim=1), weight.amax(dim=1), bits)
 
 
-def search_symmetric_levels(
-    weight: Tensor, bits: int, power: float = ERROR_POWER
+def search_symmetric_range(
+    weight: Tensor, bits: int, zero_point: float, factors: Tensor, power: float = ERROR_POWER
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(scale, zero_point, error)`, each `[C_out]`, of levels that lie symmetrically around zero.
+    """`(scale, zero_point, error)`, each `[C_out]`, of ranges that lie symmetrically around zero.
 
-    The zero point is half-way between two codes: one bit has the levels -1/2 and 1/2, two bits
-    -3/2 to 3/2, in units of the scale.
+    `zero_point` is 128 for 8 bits. Half-way between two codes it gives 1 bit the levels -1/2 and
+    1/2 and 2 bits -3/2 to 3/2, in units of the scale. The range shrinks by `factors`.
     """
-    zero_point = torch.full_like(weight[:, 0], max_code(bits) / 2)
+    zero = torch.full_like(weight[:, 0], zero_point)
     bound = weight.abs().amax(dim=1)
     best, best_scale = torch.full_like(bound, torch.inf), torch.ones_like(bound)
-    for factor in SHRINK_FEW_BITS:
-        scale = bound * factor / (max_code(bits) / 2)
+    for factor in factors:
+        scale = bound * factor / (max_code(bits) - zero_point)
         scale = torch.where(torch.isfinite(1.0 / scale), scale, torch.ones_like(scale))
-        codes = quantize(weight, scale[:, None], zero_point[:, None], bits, halves=True)
-        error = weight - dequantize(codes, scale[:, None], zero_point[:, None])
+        codes = quantize(weight, scale[:, None], zero[:, None], bits, halves=True)
+        error = weight - dequantize(codes, scale[:, None], zero[:, None])
         error = error.abs_().pow_(power).mean(dim=1)
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
-    return best_scale, zero_point, best
+    return best_scale, zero, best
 
 
 def search_few_levels(
@@ -108,24 +115,11 @@ def search_few_levels(
     scale, zero = search_activation_range(weight, low, high, bits, power, None, SHRINK_FEW_BITS)
     approximation = fake_quantize(weight, scale[:, None], zero[:, None], bits)
     error = (weight - approximation).abs().pow(power).mean(dim=1)
-    other_scale, other_zero, other_error = search_symmetric_levels(weight, bits, power)
+    other_scale, other_zero, other_error = search_symmetric_range(
+        weight, bits, max_code(bits) / 2, SHRINK_FEW_BITS, power
+    )
     better = other_error < error
     return torch.where(better, other_scale, scale), torch.where(better, other_zero, zero)
-
-
-def search_8bit_range(weight: Tensor, power: float = ERROR_POWER) -> tuple[Tensor, Tensor]:
-    """`(scale, zero_point)`, each `[C_out]`, of symmetric 8-bit grids for `weight [C_out, K]`."""
-    bound = weight.abs().amax(dim=1)
-    best, best_bound = torch.full_like(bound, torch.inf), bound
-    for factor in SHRINK:
-        scale, zero = weight_grid(-bound * factor, bound * factor, 8)
-        scale, zero = scale[:, None], zero[:, None]
-        approximation = dequantize(quantize(weight, scale, zero, 8), scale, zero)
-        error = (weight - approximation).abs().pow(power).mean(dim=1)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_bound = torch.where(better, bound * factor, best_bound)
-    return weight_grid(-best_bound, best_bound, 8)
 
 
 def search_weight_range(
@@ -141,4 +135,4 @@ def search_weight_range(
     if bits < 8:
         low, high = weight.amin(dim=1), weight.amax(dim=1)
         return search_activation_range(weight, low, high, bits, power)
-    return search_8bit_range(weight, power)
+    return search_symmetric_range(weight, bits, WEIGHT_ZERO_POINT_8BIT, SHRINK, power)[:2]

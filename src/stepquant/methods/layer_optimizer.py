@@ -51,7 +51,6 @@ class LayerOptimizer:
         self._layers = layers
         self._tables = [parameter for group in sparse for parameter in group["params"]]
         self._optimizers = [torch.optim.Adam(dense), torch.optim.SparseAdam(sparse)]
-
         self._iterations = iterations
         self._schedules = [
             torch.optim.lr_scheduler.LambdaLR(optimizer, self._decay)
