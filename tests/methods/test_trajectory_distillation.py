@@ -80,7 +80,8 @@ def test_windows_hold_consecutive_steps_of_the_same_images(window, tiny_session)
     session = ready(tiny_session)
     data = session.draw(3, 99)
     seen = []
-    for index in TrajectoryDistillation(window=window)._windows(data, 0):
+    step = TrajectoryDistillation(window=window, step_order="sampler")
+    for index in step._windows(data, 0):
         steps, images = data.timestep[index], data.trajectory[index]
         count = len(index) // 3
         assert torch.equal(images.view(count, 3), torch.arange(3).expand(count, 3))

@@ -49,10 +49,14 @@ class RelationDistillation(TrajectoryDistillation):
     Deviations: the released code detaches the student's features, so that its term has no gradient;
     here it has. Its loss is a sum (weight 100) and its temperature 1, at which the softmax over
     1,024 pixels is almost uniform; here the term is a mean over pixels, and the default temperature
-    is 0.1.
+    is 0.1. The released code updates after each step; here both steps of a window go into one
+    update, so that the default is half the images in twice the rounds: as many samples and as many
+    updates as trajectory distillation has.
     """
 
     name = "relation_distillation"
+    rounds: int = Field(80, ge=0)
+    batch: int = Field(4, ge=1)
     window: int = Field(2, ge=1)
     relation_weight: float = Field(1.0, ge=0)
     temperature: float = Field(0.1, gt=0)

@@ -1,0 +1,129 @@
+"""The ablation of MPQ-DM: mixed bits (OMQ) and relation distillation (TRD), on and off.
+
+    python benchmarks/mixed_bits.py
+
+At W2A4 `strict`, for each seed: EfficientDM's base, with OMQ, with TRD, and with both; OMQ by
+kurtosis, magnitude, chance and measured error; TRD's relations of pixels against plain L2 on the
+same features, and against no term at all on the same windows. Every row trains with equally many
+samples and updates. Writes `mixed_bits.jsonl` and `mixed_bits.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from cells import Cell, read_cells, run_grid, table, write_lines
+from stepquant.recipe import load_recipe, parse_recipe
+
+OMQ = ["smoothing", "temporal_quantizer", "outlier_mixed_bits", "low_rank_adapters"]
+TASK, RELATION = "trajectory_distillation", "relation_distillation"
+
+
+def rows(everything: bool) -> dict[str, tuple[list[str], dict[str, Any]]]:
+    """Label -> (steps, settings by dotted name); without `everything` those that need seeds."""
+    base = [name for name in OMQ if name not in ("smoothing", "outlier_mixed_bits")]
+    chosen: dict[str, tuple[list[str], dict[str, Any]]] = {
+        "base": ([*base, TASK], {}),
+        "base + OMQ": ([*OMQ, TASK], {}),
+        "base + TRD": ([*base, RELATION], {}),
+        "base + OMQ + TRD": ([*OMQ, RELATION], {}),
+    }
+    for selection in ("magnitude", "random", "error"):
+        chosen[f"OMQ by {selection} + TRD"] = (
+            [*OMQ, RELATION],
+            {"outlier_mixed_bits.selection": selection},
+        )
+    if everything:
+        order = {f"{TASK}.step_order": "sampler", f"{TASK}.weight_rate": 0.004}
+        chosen["base in the sampler's order, rate 0.004"] = ([*base, TASK], order)
+        without = {f"{RELATION}.relation_weight": 0.0}
+        chosen["base + OMQ + L2 of features"] = ([*OMQ, RELATION], {f"{RELATION}.relation": "l2"})
+        chosen["base + OMQ + TRD's windows alone"] = ([*OMQ, RELATION], without)
+    return chosen
+
+
+def recipe_of(
+    label: str, steps: list[str], settings: dict[str, Any], rounds: int
+) -> dict[str, Any]:
+    """The plain recipe of a row."""
+    plain = {
+        "name": label,
+        "description": "a row of the ablation",
+        "scheme": {"weight_bits": 2, "activation_bits": 4},
+        "ranges": load_recipe("mpq-dm").ranges.model_dump(),
+        "steps": steps,
+    }
+    if steps[-1] == RELATION:
+        rounds *= 2  # of half as many images
+    recipe = parse_recipe(plain, label)
+    return recipe.override({f"{steps[-1]}.rounds": rounds, **settings}).to_dict()
+
+
+def means(records: list[dict[str, Any]]) -> str:
+    """A markdown table of each label's mean over the seeds, with its spread."""
+    fd = f"fd_{records[0]['quality']['features']}"
+    lines = [
+        f"| steps | seeds | {fd}, mean (lowest to highest) | {fd} to float's images | PSNR dB |"
+        " held-out loss | mean layer error of OMQ |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    labels = dict.fromkeys(record["extra"].get("label") for record in records)
+    for label in labels:
+        of_label = [record for record in records if record["extra"].get("label") == label]
+        quality = [record["quality"] for record in of_label]
+        found = [row[fd] for row in quality]
+        cells = [
+            label or "float32",
+            str(len(found)),
+            f"{statistics.mean(found):.2f} ({min(found):.2f} to {max(found):.2f})",
+        ]
+        if label is not None:
+            summaries = [record["quantize"]["summary"] for record in of_label]
+            trained = [summary.get(TASK) or summary[RELATION] for summary in summaries]
+            mixed = [s["outlier_mixed_bits"] for s in summaries if "outlier_mixed_bits" in s]
+            layers = [min(row["errors"]) for summary in mixed for row in summary["layers"]]
+            cells += [
+                f"{statistics.mean(row[f'{fd}_to_float'] for row in quality):.2f}",
+                f"{statistics.mean(row['paired_psnr_db'] for row in quality):.2f}",
+                f"{statistics.mean(row['loss_after'] for row in trained):.4f}",
+                f"{statistics.mean(layers):.4f}" if layers else "",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Parse the command line and run the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="builtin:fashion-ddpm")
+    parser.add_argument("--num", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--cells", type=Path, default=Path("runs/mixed_bits"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/mixed_bits"))
+    args = parser.parse_args()
+
+    cells = []
+    for seed in range(args.seeds):
+        budget = {"num": args.num, "steps": 50, "seed": seed}
+        cells.append(Cell(f"float32-seed{seed}", args.model, None, **budget))
+        for label, (steps, settings) in rows(everything=seed == 0).items():
+            recipe = recipe_of(label, steps, settings, args.rounds)
+            name = re.sub(r"[^a-z0-9.]+", "-", label.lower()) + f"-seed{seed}"
+            cells.append(Cell(name, args.model, recipe, **budget, extra={"label": label}))
+    run_grid(cells, args.cells, args.cells / "cache", args.jobs)
+    records = read_cells(args.cells, cells)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(records, args.out.with_suffix(".jsonl"))
+    text = means(records) + "\n## Every cell\n\n" + table(records)
+    args.out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
