@@ -40,10 +40,10 @@ class TrajectoryDistillation(Step):
     held-out loss, for far fewer iterations than the paper's.
 
     Deviations: steps are mixed, not in the sampler's order, which with so few iterations forgets
-    what the first steps taught (`benchmarks/mixed_bits.py` measures both); the paper's rates of scales are
-    absolute (1e-6 for weights, 5e-4 for activations) and decay linearly; the loss is relative to
-    the prediction's power; the state of the lowest loss on held-out calibration inputs is kept, so
-    that the step never makes it worse.
+    what the first steps taught (`benchmarks/mixed_bits.py` measures both); the paper's rates of
+    scales are absolute (1e-6 for weights, 5e-4 for activations) and decay linearly; the loss is
+    relative to the prediction's power; the state of the lowest loss on held-out calibration inputs
+    is kept, so that the step never makes it worse.
     """
 
     name = "trajectory_distillation"
