@@ -18,7 +18,7 @@ from stepquant.quantizers import QuantLayer
 from stepquant.session import Session
 
 # (weights of all consumers of one input part, concatenated over out-channels: [C_out, C_part, ...],
-#  largest |input| per in-channel [C_part]) -> factors [C_part]
+#  largest |input| per step and in-channel [T, C_part]) -> factors [C_part]
 Factors = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -46,15 +46,18 @@ def input_range(observation: Observation, factors: Tensor | None = None) -> floa
 
 @torch.no_grad()
 def apply_scaling(
-    session: Session, factors_of: Factors, samples_per_step: int = 8
+    session: Session,
+    factors_of: Factors,
+    samples_per_step: int = 8,
+    kind: type[QuantLayer] = QuantLayer,
 ) -> list[dict[str, object]]:
-    """Scale every layer of the session's model; one summary record for each layer and input part.
+    """Scale every layer of one kind (by default: all); a summary record for each input part.
 
     A record holds the layer, part, whether the scaling was folded, the share of in-channels with a
     factor other than 1, the median factor, and the activation range before and after (over the
     calibration samples, all steps together).
     """
-    layers = session.layers()
+    layers = {name: layer for name, layer in session.layers().items() if isinstance(layer, kind)}
     seen = observe(
         session.model, session.trajectories, samples_per_step, session.seed, session.reporter
     )
@@ -76,9 +79,7 @@ def apply_scaling(
             others = [layers[other].weight_parts()[index] for other in group if other != name]
             weight = torch.cat([part_weight, *others])
             seen_part = seen[name, index]
-            largest = torch.maximum(
-                torch.stack(seen_part.high).amax(dim=0), -torch.stack(seen_part.low).amin(dim=0)
-            )
+            largest = torch.maximum(torch.stack(seen_part.high), -torch.stack(seen_part.low))
             factors = factors_of(weight, largest)
             parts.append(factors)
             records.append(

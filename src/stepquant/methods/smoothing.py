@@ -36,5 +36,5 @@ class Smoothing(Step):
         """Scale all layers; the summary has the range change per layer."""
         session.require_no_ranges(self.name)
         session.summary[self.name] = apply_scaling(
-            session, lambda W, X_max: smoothing_factors(W, X_max, self.alpha)
+            session, lambda W, p: smoothing_factors(W, p.amax(dim=0), self.alpha)
         )
