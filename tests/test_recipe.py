@@ -239,7 +239,9 @@ def test_a_bad_value_of_a_setting_is_told():
     assert "bits of the scheme is 'x'" in refused(lambda: override({"scheme.weight_bits": "x"}))
 
 
-@pytest.mark.parametrize("late", ["weight_dilation", "smoothing", "temporal_quantizer"])
+@pytest.mark.parametrize(
+    "late", ["weight_dilation", "smoothing", "channel_reparameterization", "temporal_quantizer"]
+)
 def test_a_step_after_one_that_needs_ranges_is_refused_when_the_recipe_is_read(late):
     plain = {"name": "x", "description": "", "steps": ["block_distillation", late]}
     sentence = refused(lambda: parse_recipe(plain, "recipe 'x'"))

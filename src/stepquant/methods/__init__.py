@@ -1,6 +1,7 @@
 """One file per idea of a paper; each is a step of a recipe."""
 
 from stepquant.methods.block_distillation import BlockDistillation
+from stepquant.methods.channel_reparameterization import ChannelReparameterization
 from stepquant.methods.low_rank_adapters import LowRankAdapters
 from stepquant.methods.outlier_mixed_bits import OutlierMixedBits
 from stepquant.methods.relation_distillation import RelationDistillation
@@ -15,6 +16,7 @@ STEPS: dict[str, type[Step]] = {
     for step in (
         WeightDilation,
         Smoothing,
+        ChannelReparameterization,
         TemporalQuantizer,
         OutlierMixedBits,
         BlockDistillation,
@@ -27,6 +29,7 @@ STEPS: dict[str, type[Step]] = {
 __all__ = [
     "STEPS",
     "BlockDistillation",
+    "ChannelReparameterization",
     "LowRankAdapters",
     "OutlierMixedBits",
     "RelationDistillation",
