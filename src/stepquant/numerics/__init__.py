@@ -1,7 +1,8 @@
-"""Pure tensor functions: bit facts, the affine grid, straight-through gradients, packing."""
+"""Pure tensor functions: bit facts, affine and log2 grids, straight-through gradients, packing."""
 
 from stepquant.numerics.affine import dequantize, fake_quantize, quantize, range_to_grid
 from stepquant.numerics.bits import WEIGHT_ZERO_POINT_8BIT, check_bits, max_code, max_codes
+from stepquant.numerics.log2 import dequantize_log2, fake_quantize_log2, quantize_log2
 from stepquant.numerics.packing import (
     pack_bits,
     pack_channels,
@@ -14,13 +15,16 @@ __all__ = [
     "WEIGHT_ZERO_POINT_8BIT",
     "check_bits",
     "dequantize",
+    "dequantize_log2",
     "fake_quantize",
+    "fake_quantize_log2",
     "max_code",
     "max_codes",
     "pack_bits",
     "pack_channels",
     "packed_size",
     "quantize",
+    "quantize_log2",
     "range_to_grid",
     "unpack_bits",
     "unpack_channels",
