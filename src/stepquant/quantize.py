@@ -17,6 +17,7 @@ from torch import nn
 
 from stepquant import __version__
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories
+from stepquant.checkpoint.attention_config import SUFFIX
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
 from stepquant.errors import StepQuantError
@@ -159,7 +160,11 @@ def quantize(
         "resumed": resume,  # then seconds and peak memory are those of the last part
         "peak_memory_mb": round(peak_memory_mb(), 1),
         "left_float": left_float,
-        "attention_float": adapter.attention_sites(float_model),
+        "attention_float": [
+            name
+            for name in adapter.attention_sites(float_model)
+            if f"{name}{SUFFIX}" not in session.attention()
+        ],
         "reference_layers": reference_layers(packed),
         "summary": session.summary,
         "provenance": provenance,

@@ -14,7 +14,7 @@ from stepquant.numerics import check_bits
 PROTOCOLS = {
     "strict": (
         "every conv and linear quantized, input and output conv at 8 bits, per-out-channel "
-        "weights, per-tensor activations, attention products float"
+        "weights, per-tensor activations, attention products at attention_bits or float"
     ),
     "paper:mpq-dm": (
         "as MPQ-DM's and EfficientDM's released code: shortcut and downsampling convs float, time "
@@ -38,18 +38,29 @@ class Override(BaseModel):
 
 
 class Scheme(BaseModel):
-    """Bits of weights and activations, the protocol, and exceptions by pattern."""
+    """Bits of weights and activations, the protocol, and exceptions by pattern.
+
+    `attention_bits`: of the queries, keys and values that attention multiplies; None leaves its
+    products float. `probability_bits`: of its probabilities, 8 unless said.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     weight_bits: int = 8
     activation_bits: int = 8
+    attention_bits: int | None = None
+    probability_bits: int = 8
     protocol: str = "strict"
     overrides: tuple[Override, ...] = ()
 
-    @field_validator("weight_bits", "activation_bits", mode="before")
+    @field_validator("weight_bits", "activation_bits", "probability_bits", mode="before")
     @classmethod
     def _bits(cls, value: int) -> int:
         return check_bits(value, "bits of the scheme")
+
+    @field_validator("attention_bits", mode="before")
+    @classmethod
+    def _bits_or_float(cls, value: int | None) -> int | None:
+        return None if value is None else check_bits(value, "attention bits of the scheme")
 
     @field_validator("protocol")
     @classmethod

@@ -11,13 +11,20 @@ import torch
 from torch import nn
 
 from stepquant.calibration.initialize import initialize_ranges
-from stepquant.calibration.observe import quant_layers
+from stepquant.calibration.observe import quant_attention, quant_layers
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.models.adapter import DenoiserAdapter
+from stepquant.models.attention import ProductsProcessor, why_products_stay_float
 from stepquant.models.surgery import replace_modules
 from stepquant.progress import Reporter
-from stepquant.quantizers import QuantConv2d, QuantLayer, QuantLinear, StepContext
+from stepquant.quantizers import (
+    QuantAttention,
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    StepContext,
+)
 from stepquant.scheme import Scheme
 from stepquant.workfolder import WorkFolder
 
@@ -46,6 +53,10 @@ class Session:
     samples_per_step: int = 64
     summary: dict[str, Any] = field(default_factory=dict)
 
+    def attention(self) -> dict[str, QuantAttention]:
+        """The simulated products of attention by name."""
+        return quant_attention(self.model)
+
     def layers(self) -> dict[str, QuantLayer]:
         """The simulated layers by name."""
         return quant_layers(self.model)
@@ -68,8 +79,8 @@ class Session:
             self.work.save("ranges", dict(self.model.state_dict()))
         else:
             self.model.load_state_dict(kept)
-            for layer in self.layers().values():
-                layer.quantizing = True
+            for module in (*self.layers().values(), *self.attention().values()):
+                module.quantizing = True
         self.ranges_ready = True
 
     def require_no_ranges(self, step: str) -> None:
@@ -101,8 +112,21 @@ def simulate(
         return QuantConv2d(module, *bits[name], context, splits.get(name))
 
     replace_modules(model, build)
+    if scheme.attention_bits is not None:
+        for name in quantized_attention(float_model, adapter):
+            products = QuantAttention(scheme.attention_bits, scheme.probability_bits, context)
+            model.get_submodule(name).set_processor(ProductsProcessor(products))  # type: ignore[operator]
     context.attach(model)
     return model, left_float
+
+
+def quantized_attention(model: nn.Module, adapter: DenoiserAdapter) -> list[str]:
+    """The attention modules of a float `model` whose products can be quantized."""
+    return [
+        name
+        for name in adapter.attention_sites(model)
+        if why_products_stay_float(model.get_submodule(name)) is None
+    ]
 
 
 def check_finite_weights(model: nn.Module) -> None:

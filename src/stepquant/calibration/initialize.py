@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.observe import Observation, observe, quant_layers
+from stepquant.calibration.observe import Observation, observe, quant_attention, quant_layers
 from stepquant.calibration.ranges import (
     minmax_weight_range,
     search_activation_range,
@@ -14,7 +14,7 @@ from stepquant.calibration.ranges import (
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.numerics import range_to_grid
 from stepquant.progress import Reporter
-from stepquant.quantizers import ActivationQuantizer, QuantLayer
+from stepquant.quantizers import ActivationQuantizer, ProbabilityQuantizer, QuantLayer
 from stepquant.quantizers.weight import GridSearch
 
 
@@ -49,6 +49,27 @@ def initialize_activations(
     quantizer.zero_point.data.copy_(grid[1])
 
 
+@torch.no_grad()
+def initialize_probabilities(
+    quantizer: ProbabilityQuantizer, observation: Observation, method: str
+) -> None:
+    """Set each row of `quantizer` to a uniform grid from zero, by "minmax" or "mse".
+
+    "minmax" covers the largest probability; "mse" searches the grid's end for the least error.
+    """
+    high = torch.stack(observation.high)[:, 0]  # [T]
+    values, weights = torch.stack(observation.values), torch.stack(observation.weights)  # [T, n]
+    if quantizer.steps == 1:
+        high, values, weights = high.amax().view(1), values.view(1, -1), weights.view(1, -1)
+    low = torch.zeros_like(high)
+    grid: tuple[Tensor, Tensor]
+    if method == "minmax":
+        grid = range_to_grid(low, high, quantizer.bits)
+    else:
+        grid = search_activation_range(values, low, high, quantizer.bits, weights=weights)
+    quantizer.scale.data.copy_(grid[0])
+
+
 def initialize_ranges(
     model: nn.Module,
     trajectories: Trajectories,
@@ -68,3 +89,9 @@ def initialize_ranges(
                 initialize_activations(quantizer, observations[name, index], activations)
             layer.quantizing = True
             task.advance(note=name)
+    for name, attention in quant_attention(model).items():
+        for index, quantizer in enumerate(attention.activation_quantizers):
+            assert isinstance(quantizer, ActivationQuantizer)
+            initialize_activations(quantizer, observations[name, index], activations)
+        initialize_probabilities(attention.probabilities, observations[name, 3], activations)
+        attention.quantizing = True

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.progress import Reporter
-from stepquant.quantizers import QuantLayer
+from stepquant.quantizers import QuantAttention, QuantLayer
+from stepquant.quantizers.attention import scaled_softmax
 
 VALUES_PER_STEP = 2048  # drawn at random
 TAIL_PER_STEP = 64  # kept exactly at each end: a random draw has too few of them to weigh clipping
@@ -51,6 +52,13 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     }
 
 
+def quant_attention(model: nn.Module) -> dict[str, QuantAttention]:
+    """The simulated products of attention in `model` by name."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantAttention)
+    }
+
+
 def outermost(flat: Tensor, count: int, largest: bool) -> Tensor:
     """The `count` largest (or smallest) of `flat`, outermost first.
 
@@ -85,6 +93,40 @@ def tails_and_draw(flat: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
+def observe_probabilities(
+    model: nn.Module, trajectories: Trajectories, per_step: int, seed: int, reporter: Reporter
+) -> dict[str, Observation]:
+    """One `Observation` of attention's probabilities for each attention with quantized products.
+
+    As the model is: of quantized queries and keys where it quantizes.
+    """
+    attention = quant_attention(model)
+    seen = {name: Observation() for name in attention}
+    generator = torch.Generator().manual_seed(seed)
+    steps = len(trajectories.timesteps)
+
+    def look(name: str, args: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
+        flat = scaled_softmax(args[0], args[1], args[3]).flatten()
+        values, weights = tails_and_draw(flat, generator)
+        low, high = flat.amin().view(1), flat.amax().view(1)
+        seen[name].add(steps, low=low, high=high, values=values, weights=weights)
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: look(name, args))
+        for name, module in attention.items()
+    ]
+    try:
+        with reporter.task("observing probabilities", total=steps) as task:
+            for step in range(steps):
+                model(trajectories.at_step(step, per_step), trajectories.timesteps[step])
+                task.advance()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@torch.no_grad()
 def observe(
     model: nn.Module,
     trajectories: Trajectories,
@@ -95,31 +137,47 @@ def observe(
 ) -> dict[tuple[str, int], Observation]:
     """One `Observation` for each (layer, input part), from `per_step` samples at every step.
 
-    Layers are seen as they are: in float where they are not `quantizing`, after scaling.
+    Layers are seen as they are: in float where they are not `quantizing`, after scaling. Of an
+    attention with quantized products the parts are queries, keys, values and probabilities, with
+    one extreme for the whole tensor (`C = 1`).
     """
     layers = quant_layers(model)
     seen = {(name, i): Observation() for name, q in layers.items() for i in range(len(q.splits))}
+    attention = quant_attention(model)
+    seen |= {(name, i): Observation() for name in attention for i in range(4)}
     generator = torch.Generator().manual_seed(seed)
     step = 0
 
+    def add(name: str, index: int, tensor: Tensor, channels: Tensor) -> None:
+        """Add `tensor`, which is `channels [*, C]` in another shape."""
+        low, high = channels.amin(dim=0), channels.amax(dim=0)
+        if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+            raise StepQuantError(
+                f"the input of layer '{name}' holds NaN or infinity at timestep "
+                f"{trajectories.timesteps[step].item():g}: expected finite activations; check "
+                "the float model and its dtype"
+            )
+        values, weights = tails_and_draw(tensor.reshape(-1), generator)
+        seen[name, index].add(
+            len(trajectories.timesteps), low=low, high=high, values=values, weights=weights
+        )
+
     def look(name: str, layer: QuantLayer, args: tuple[Tensor, ...]) -> None:
         for index, part in enumerate(layer.input_parts(args[0])):
-            channels = part.movedim(layer.channel_dim, -1).flatten(0, -2)  # [*, C]
-            low, high = channels.amin(dim=0), channels.amax(dim=0)
-            if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
-                raise StepQuantError(
-                    f"the input of layer '{name}' holds NaN or infinity at timestep "
-                    f"{trajectories.timesteps[step].item():g}: expected finite activations; check "
-                    "the float model and its dtype"
-                )
-            values, weights = tails_and_draw(part.reshape(-1), generator)
-            seen[name, index].add(
-                len(trajectories.timesteps), low=low, high=high, values=values, weights=weights
-            )
+            add(name, index, part, part.movedim(layer.channel_dim, -1).flatten(0, -2))
+
+    def look_at_attention(name: str, args: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
+        query, key, value, mask = args
+        for index, operand in enumerate((query, key, value, scaled_softmax(query, key, mask))):
+            add(name, index, operand, operand.reshape(-1, 1))
 
     handles = [
         layer.register_forward_pre_hook(lambda q, args, name=name: look(name, q, args))
         for name, layer in layers.items()
+    ]
+    handles += [
+        module.register_forward_pre_hook(lambda _, args, name=name: look_at_attention(name, args))
+        for name, module in attention.items()
     ]
     try:
         with reporter.task(description, total=len(trajectories.timesteps)) as task:

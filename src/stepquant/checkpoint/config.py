@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
+from stepquant.checkpoint.attention_config import AttentionConfig
 from stepquant.checkpoint.layer_config import LayerConfig
 from stepquant.errors import StepQuantError
 
@@ -25,11 +26,12 @@ class StepQuantConfig(QuantizationConfigMixin):
     """The `quantization_config` of a stepquant checkpoint.
 
     `layers`: name of each packed layer -> its `LayerConfig` (or the same as a dict; `layer_default`
-    then fills in what a dict leaves out). `steps`: length of the step grid. `float_layers`: name of
-    each layer left in float -> why. `scheme`: what was asked for (bits, protocol). `recipe`: the
-    resolved recipe. `provenance`: seed, scheduler, versions. The last four are kept as they are:
-    loading does not depend on them. They hold JSON values and nothing that differs between two runs
-    of one command (times, paths), so that both write the same bytes.
+    then fills in what a dict leaves out). `attention`: name of each attention with packed products
+    -> its `AttentionConfig` (or the same as a dict). `steps`: length of the step grid.
+    `float_layers`: name of each layer left in float -> why. `scheme`: what was asked for (bits,
+    protocol). `recipe`: the resolved recipe. `provenance`: seed, scheduler, versions. The last four
+    are kept as they are: loading does not depend on them. They hold JSON values and nothing that
+    differs between two runs of one command (times, paths), so that both write the same bytes.
 
     Raises StepQuantError for unknown keys, a newer format version and values of the wrong type.
     """
@@ -43,6 +45,7 @@ class StepQuantConfig(QuantizationConfigMixin):
         provenance: dict[str, Any] | None = None,
         steps: int = 1,
         layer_default: dict[str, Any] | None = None,
+        attention: dict[str, AttentionConfig | dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
@@ -52,8 +55,8 @@ class StepQuantConfig(QuantizationConfigMixin):
         if unknown:
             raise StepQuantError(
                 f"the quantization config has the unknown key '{min(unknown)}': expected "
-                "format_version, scheme, steps, layer_default, layers, float_layers, recipe and "
-                "provenance"
+                "format_version, scheme, steps, layer_default, layers, attention, float_layers, "
+                "recipe and provenance"
             )
         self.scheme = _json_object("scheme", scheme)
         self.float_layers = _json_object("float_layers", float_layers)
@@ -66,6 +69,7 @@ class StepQuantConfig(QuantizationConfigMixin):
             )
         self.steps = steps
         self.layers = _resolve_layers(layers, layer_default, steps)
+        self.attention = _resolve_attention(attention, steps)
 
     @classmethod
     def from_dict(
@@ -79,7 +83,9 @@ class StepQuantConfig(QuantizationConfigMixin):
         """JSON values in a fixed order; `layer_default` holds what most layers share."""
         layers = {name: layer.to_dict() for name, layer in sorted(self.layers.items())}
         default = _commonest_values(list(layers.values()))
+        attention = {name: entry.to_dict() for name, entry in sorted(self.attention.items())}
         return {
+            **({"attention": attention} if attention else {}),
             "float_layers": _sorted(self.float_layers),
             "format_version": self.format_version,
             "layer_default": default,
@@ -95,8 +101,9 @@ class StepQuantConfig(QuantizationConfigMixin):
         }
 
     def layers_json(self) -> str:
-        """The resolved layers as canonical JSON: what the checksum covers of this config."""
-        layers = {name: layer.to_dict() for name, layer in self.layers.items()}
+        """Resolved layers and attention as canonical JSON: what the checksum covers of this."""
+        layers: dict[str, Any] = {name: layer.to_dict() for name, layer in self.layers.items()}
+        layers |= {name: entry.to_dict() for name, entry in self.attention.items()}
         return json.dumps(layers, sort_keys=True, separators=(",", ":"))
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -170,6 +177,28 @@ def _resolve_layers(
                 f"{steps}, the length of the step grid, or 1 for a static layer"
             )
         resolved[name] = layer
+    return resolved
+
+
+def _resolve_attention(
+    attention: dict[str, AttentionConfig | dict[str, Any]] | None, steps: int
+) -> dict[str, AttentionConfig]:
+    attention = {} if attention is None else attention
+    if not isinstance(attention, dict):
+        raise StepQuantError(
+            f"attention of the quantization config is {attention!r}: expected an object with one "
+            "entry for each attention with packed products"
+        )
+    resolved = {}
+    for name, entry in attention.items():
+        if not isinstance(entry, AttentionConfig):
+            entry = AttentionConfig.from_dict(name, entry)
+        if entry.steps not in (1, steps):
+            raise StepQuantError(
+                f"steps of attention '{name}' in the quantization config is {entry.steps}: "
+                f"expected {steps}, the length of the step grid, or 1 for static tables"
+            )
+        resolved[name] = entry
     return resolved
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from stepquant.checkpoint.checksum import (
 )
 from stepquant.checkpoint.config import StepQuantConfig, StepQuantMethod
 from stepquant.errors import StepQuantError
+from stepquant.models.attention import ProductsProcessor
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.packed import PackedLayer
@@ -83,12 +85,12 @@ class StepQuantQuantizer(DiffusersQuantizer):
         """Put packed layers (on the meta device) where the config names them."""
         config = self.quantization_config
         modules = dict(model.named_modules())
-        unknown = sorted(set(config.layers) - set(modules))
+        unknown = sorted((set(config.layers) | set(config.attention)) - set(modules))
         if unknown:
             raise StepQuantError(
                 f"the quantization config names the layer '{unknown[0]}', which "
-                f"{type(model).__name__} does not have: expected names of its linear and conv "
-                "layers; the config belongs to another model"
+                f"{type(model).__name__} does not have: expected names of its linear, conv and "
+                "attention layers; the config belongs to another model"
             )
         # Row numbers stand in for the timesteps until `step_grid` is loaded.
         context = StepContext(StepGrid(torch.arange(config.steps)))
@@ -100,6 +102,8 @@ class StepQuantQuantizer(DiffusersQuantizer):
                 else None
             ),
         )
+        for name, entry in config.attention.items():
+            entry.put_into(name, modules[name], context)
         model.register_buffer(validate.STEP_GRID_NAME, torch.empty(config.steps, device="meta"))
         context.attach(model)
         validate.check_names([*model.state_dict(), CHECKSUM_NAME], self._loaded_keys)
@@ -202,6 +206,9 @@ class StepQuantQuantizer(DiffusersQuantizer):
                 float_layer(module, dtype) if isinstance(module, PackedLayer) else None
             ),
         )
+        for module in model.modules():
+            if isinstance(getattr(module, "processor", None), ProductsProcessor):
+                module.set_processor(AttnProcessor2_0())
         delattr(model, validate.STEP_GRID_NAME)
         kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(kept)  # a config entry cannot be unregistered

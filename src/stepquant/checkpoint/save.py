@@ -13,10 +13,17 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from stepquant.checkpoint.attention_config import SUFFIX, AttentionConfig
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.layer_config import LayerConfig
 from stepquant.checkpoint.plugin import StepQuantQuantizer
-from stepquant.checkpoint.validate import STEP_GRID_NAME, check_model, packed_layers
+from stepquant.checkpoint.validate import (
+    STEP_GRID_NAME,
+    check_model,
+    packed_attention,
+    packed_layers,
+    packed_modules,
+)
 from stepquant.errors import StepQuantError
 from stepquant.quantizers import StepContext
 
@@ -26,19 +33,28 @@ def describe_layers(model: nn.Module) -> dict[str, LayerConfig]:
     return {name: LayerConfig.of(layer) for name, layer in packed_layers(model).items()}
 
 
+def describe_attention(model: nn.Module) -> dict[str, AttentionConfig]:
+    """Name -> config, for each attention of `model` with packed products."""
+    return {
+        name.removesuffix(SUFFIX): AttentionConfig.of(products)
+        for name, products in packed_attention(model).items()
+    }
+
+
 def attach_config(model: Any, config: StepQuantConfig) -> Any:
     """Make `save_pretrained` of `model` (a diffusers `ModelMixin`, packed) write a checkpoint.
 
-    `config.layers` and `config.steps` are taken from the model; the rest is the caller's. The
-    model's step context must be attached already (`StepContext.attach`). From here on diffusers
-    treats the model as quantized: it moves between devices, but not to another dtype. Returns
-    `model`.
+    `config.layers`, `config.attention` and `config.steps` are taken from the model; the rest is the
+    caller's. The model's step context must be attached already (`StepContext.attach`). From here on
+    diffusers treats the model as quantized: it moves between devices, but not to another dtype.
+    Returns `model`.
 
     Raises StepQuantError if `model` has no packed layer, layers of two step contexts, or tensors
     that a load would refuse.
     """
     grid = _shared_context(model).grid
     config.layers, config.steps = describe_layers(model), len(grid)
+    config.attention = describe_attention(model)
     StepQuantConfig.from_dict(config.to_dict())  # as a load will check it
     model.register_buffer(STEP_GRID_NAME, grid.timesteps.clone().to(model.device))
     check_model(model)
@@ -87,7 +103,7 @@ def remove_partial(folder: Path) -> None:
 
 
 def _shared_context(model: nn.Module) -> StepContext:
-    contexts = {id(layer.context): layer.context for layer in packed_layers(model).values()}
+    contexts = {id(layer.context): layer.context for layer in packed_modules(model).values()}
     if len(contexts) != 1:
         found = "layers of several step contexts" if contexts else "no packed layer"
         raise StepQuantError(

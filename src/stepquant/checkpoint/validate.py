@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stepquant.errors import StepQuantError
 from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code, max_codes
+from stepquant.runtime.attention import PackedAttention
 from stepquant.runtime.packed import PackedLayer
 
 STEP_GRID_NAME = "step_grid"
@@ -25,10 +26,24 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
     }
 
 
+def packed_attention(model: nn.Module) -> dict[str, PackedAttention]:
+    """Name -> module, for the packed products of each attention of `model`."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedAttention)
+    }
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedLayer | PackedAttention]:
+    """Name -> module, for everything that is packed in `model`."""
+    return {**packed_layers(model), **packed_attention(model)}
+
+
 def packed_names(model: nn.Module) -> set[str]:
-    """Names of the tensors that stepquant owns: each packed layer's and the step grid."""
+    """Names of the tensors that stepquant owns: each packed module's and the step grid."""
     names = {STEP_GRID_NAME}
-    for name, layer in packed_layers(model).items():
+    for name, layer in packed_modules(model).items():
         names.update(f"{name}.{key}" for key in layer.state_dict())
     return names
 
@@ -53,7 +68,7 @@ def check_tensor(name: str, tensor: Tensor, expected: nn.Module) -> None:
     layer_name, _, key = name.rpartition(".")
     layer = expected.get_submodule(layer_name)
     wanted = getattr(layer, key)
-    packed = layer if isinstance(layer, PackedLayer) else None
+    packed = layer if isinstance(layer, PackedLayer | PackedAttention) else None
     exact = packed is not None or name == STEP_GRID_NAME or not wanted.is_floating_point()
     if tensor.dtype != wanted.dtype and (exact or not tensor.is_floating_point()):
         dtype = wanted.dtype if exact else "a floating-point dtype"
@@ -70,8 +85,8 @@ def check_tensor(name: str, tensor: Tensor, expected: nn.Module) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Each tensor of each packed layer of `model`, as a load would check it."""
-    for layer_name, layer in packed_layers(model).items():
+    """Each tensor of all that is packed in `model`, as a load would check it."""
+    for layer_name, layer in packed_modules(model).items():
         for key, tensor in layer.state_dict().items():
             check_tensor(f"{layer_name}.{key}", tensor, model)
     check_channel_bits(model)
@@ -98,7 +113,9 @@ def check_channel_bits(model: nn.Module) -> None:
         )
 
 
-def _why_shape(layer: PackedLayer, key: str) -> str:
+def _why_shape(layer: PackedLayer | PackedAttention, key: str) -> str:
+    if isinstance(layer, PackedAttention):
+        return f", for tables of {layer.steps} rows"
     spec = layer.spec
     if key == "weight_packed":
         codes = spec.out_channels * spec.columns
@@ -108,18 +125,22 @@ def _why_shape(layer: PackedLayer, key: str) -> str:
     return ""
 
 
-def _check_values(name: str, key: str, tensor: Tensor, layer: PackedLayer) -> None:
-    if key in ("weight_scale", "act_scale", "act_channel_scale"):
+def _check_values(
+    name: str, key: str, tensor: Tensor, layer: PackedLayer | PackedAttention
+) -> None:
+    if key in ("weight_scale", "act_scale", "act_channel_scale", "probability_scale"):
         # The runtime multiplies with the inverse, which must be a number as well.
         good = (tensor > 0) & torch.isfinite(tensor) & torch.isfinite(1.0 / tensor)
         expected = "finite positive scales"
     elif key == "bias":
         good, expected = torch.isfinite(tensor), "finite numbers"
     elif key == "act_zero_point":
-        largest = max_code(layer.spec.activation_bits)
-        good = tensor <= largest
-        expected = f"at most {largest}, the largest code of {layer.spec.activation_bits} bits"
-    elif key == "weight_zero_point":
+        bits = layer.bits if isinstance(layer, PackedAttention) else layer.spec.activation_bits
+        good = tensor <= max_code(bits)
+        expected = f"at most {max_code(bits)}, the largest code of {bits} bits"
+    elif key == "probability_log2":
+        good, expected = tensor <= 1, "0 for the uniform grid or 1 for the log2 grid"
+    elif key == "weight_zero_point" and isinstance(layer, PackedLayer):
         good, expected = _good_weight_zero_points(tensor, layer)
     else:
         return

@@ -1,5 +1,6 @@
 """One file per idea of a paper; each is a step of a recipe."""
 
+from stepquant.methods.adaptive_softmax import AdaptiveSoftmax
 from stepquant.methods.block_distillation import BlockDistillation
 from stepquant.methods.channel_reparameterization import ChannelReparameterization
 from stepquant.methods.low_rank_adapters import LowRankAdapters
@@ -19,6 +20,7 @@ STEPS: dict[str, type[Step]] = {
         ChannelReparameterization,
         TemporalQuantizer,
         OutlierMixedBits,
+        AdaptiveSoftmax,
         BlockDistillation,
         LowRankAdapters,
         TrajectoryDistillation,
@@ -28,6 +30,7 @@ STEPS: dict[str, type[Step]] = {
 
 __all__ = [
     "STEPS",
+    "AdaptiveSoftmax",
     "BlockDistillation",
     "ChannelReparameterization",
     "LowRankAdapters",

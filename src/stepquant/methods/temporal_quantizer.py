@@ -15,6 +15,8 @@ from stepquant.session import Session
 class TemporalQuantizer(Step):
     """Give every activation quantizer a row for each step of the calibrated sampler.
 
+    Attention's queries, keys, values and probabilities included, where they are quantized.
+
     The rows are initialised step by step when ranges are first needed, by the recipe's range
     method, and trained by block distillation.
     """
@@ -29,4 +31,6 @@ class TemporalQuantizer(Step):
         for layer in session.layers().values():
             for quantizer in layer.activation_quantizers:
                 quantizer.resize(steps)
+        for attention in session.attention().values():
+            attention.resize(steps)
         session.summary[self.name] = {"steps": steps}

@@ -12,11 +12,13 @@ from stepquant.models.surgery import replace_modules
 from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code, max_codes, pack_channels
 from stepquant.quantizers import (
     ActivationQuantizer,
+    QuantAttention,
     QuantConv2d,
     QuantLayer,
     QuantLinear,
     WeightQuantizer,
 )
+from stepquant.runtime.attention import PackedAttention
 from stepquant.runtime.packed import PackedConv2d, PackedLayer, PackedLinear
 from stepquant.runtime.spec import MOST_BITS_WITH_HALVES, LayerSpec
 
@@ -81,6 +83,22 @@ def pack_layer(layer: QuantLayer) -> PackedLayer:
     return packed
 
 
+@torch.no_grad()
+def pack_attention(attention: QuantAttention) -> PackedAttention:
+    """The packed products with the tables of `attention`."""
+    probabilities = attention.probabilities
+    packed = PackedAttention(
+        attention.bits, probabilities.bits, probabilities.steps, attention.context
+    )
+    for index, quantizer in enumerate(attention.activation_quantizers):
+        assert isinstance(quantizer, ActivationQuantizer)
+        packed.act_scale[index] = quantizer.scale
+        packed.act_zero_point[index] = activation_zero_codes(quantizer)
+    packed.probability_scale.copy_(probabilities.scale)
+    packed.probability_log2.copy_(probabilities.log2)
+    return packed
+
+
 def activation_zero_codes(quantizer: ActivationQuantizer) -> Tensor:
     """Zero points `[T]` as uint8 codes; an error where one is off the grid."""
     codes, largest = torch.round(quantizer.zero_point), max_code(quantizer.bits)
@@ -118,7 +136,11 @@ def _off_grid(what: str, found: Tensor, expected: str) -> StepQuantError:
 
 
 def pack_model(model: nn.Module) -> nn.Module:
-    """Replace every simulated layer of `model` by its packed one, in place."""
-    return replace_modules(
-        model, lambda _, module: pack_layer(module) if isinstance(module, QuantLayer) else None
-    )
+    """Replace every simulated layer and attention of `model` by its packed one, in place."""
+
+    def packed(_: str, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, QuantAttention):
+            return pack_attention(module)
+        return pack_layer(module) if isinstance(module, QuantLayer) else None
+
+    return replace_modules(model, packed)

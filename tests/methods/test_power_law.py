@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stepquant.errors import StepQuantError
-from stepquant.methods.adaptive_softmax import (
+from stepquant.methods.adaptive_softmax import grid_fits
+from stepquant.methods.power_law import (
     fit_exponential,
     fit_log_normal,
     fit_power_law,
-    grid_fits,
     likelihood_ratio,
     prefers_log2,
     tail_of,

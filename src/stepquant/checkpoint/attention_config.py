@@ -1,0 +1,70 @@
+"""What a checkpoint's config says of one attention with quantized products."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepquant.errors import StepQuantError
+from stepquant.models.attention import ProductsProcessor, why_products_stay_float
+from stepquant.numerics import check_bits
+from stepquant.quantizers import StepContext
+from stepquant.runtime.attention import PackedAttention
+
+SUFFIX = ".processor.products"  # where the packed products lie in an attention module
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """One attention whose products are packed.
+
+    `bits` of queries, keys and values, `probability_bits`, and `steps`, the rows of its step
+    tables, 1 for static ones.
+    """
+
+    bits: int
+    probability_bits: int
+    steps: int = 1
+
+    @classmethod
+    def from_dict(cls, name: str, values: Any) -> AttentionConfig:
+        """The config of attention `name`; unknown, missing and ill-typed values are errors."""
+        known = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or set(values) != set(known):
+            raise StepQuantError(
+                f"attention '{name}' of the quantization config is {values!r}: expected an object "
+                f"with {', '.join(known)}"
+            )
+        for key in ("bits", "probability_bits"):
+            check_bits(values[key], f"{key} of attention '{name}' in the quantization config")
+        steps = values["steps"]
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise StepQuantError(
+                f"steps of attention '{name}' in the quantization config is {steps!r}: expected a "
+                "whole number of at least 1"
+            )
+        return cls(**values)
+
+    @classmethod
+    def of(cls, attention: PackedAttention) -> AttentionConfig:
+        """What describes `attention`."""
+        return cls(attention.bits, attention.probability_bits, attention.steps)
+
+    def to_dict(self) -> dict[str, int]:
+        """As JSON holds it."""
+        return asdict(self)
+
+    def put_into(self, name: str, module: nn.Module, context: StepContext) -> None:
+        """Give the attention `module` packed products without data (on the meta device)."""
+        reason = why_products_stay_float(module)
+        if reason is not None:
+            raise StepQuantError(
+                f"attention '{name}' is {reason} in the model: expected diffusers' Attention with "
+                "its plain processor, as the quantization config says"
+            )
+        with torch.device("meta"):
+            products = PackedAttention(self.bits, self.probability_bits, self.steps, context)
+        module.set_processor(ProductsProcessor(products))  # type: ignore[operator]

@@ -1,0 +1,223 @@
+"""Whether values follow a power law, by maximum likelihood (Clauset, Shalizi and Newman 2009).
+
+What the Dynamically Adaptive Quantizer of TCAQ-DM (AAAI 2025, arXiv 2412.16700) asks of attention's
+probabilities: spread over decades they suit a log2 grid, otherwise a uniform one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from stepquant.errors import StepQuantError
+
+Alternative = Literal["exponential", "log_normal", "best"]
+
+# With the whole sample as the tail the bulk of small probabilities decides, which is no power law.
+X_MIN_QUANTILE = 0.5
+# A normal cut off at zero, by its mean over its deviation: at the first it is as good as an
+# exponential distribution, at the second a point.
+MIN_RATIO, MAX_RATIO = -1e3, 1e6
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The values from `x_min` on, as what fits need: float64 `[n]`, with weights that sum to 1.
+
+    `gaps` is `x - x_min` and `logs` is `ln(x / x_min)`, accurate near `x_min` too.
+    """
+
+    x_min: float
+    gaps: Tensor
+    logs: Tensor
+    weights: Tensor
+
+    def mean(self, values: Tensor) -> float:
+        """The weighted mean of `values [n]`."""
+        return float((self.weights * values).sum())
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """Density `(alpha - 1) / x_min * (x / x_min)^-alpha`; mean log-likelihood of a value."""
+
+    alpha: float
+    log_likelihood: float
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """Density `rate * exp(-rate * (x - x_min))`; mean log-likelihood of a value."""
+
+    rate: float
+    log_likelihood: float
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """`ln x` normal with `mu` and `sigma`, given `x >= x_min`; mean log-likelihood of a value.
+
+    `mu` is minus and `sigma` plus infinity where the best log-normal is its limit, a power law.
+    """
+
+    mu: float
+    sigma: float
+    log_likelihood: float
+
+
+def checked_sample(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`values` and `weights`, both `[n]` in float64, the latter with sum 1."""
+    values = values.detach().double()
+    weights = torch.ones_like(values) if weights is None else weights.detach().double()
+    if values.dim() != 1 or values.shape != weights.shape:
+        raise StepQuantError(
+            f"attention probabilities have shape {tuple(values.shape)} and their weights "
+            f"{tuple(weights.shape)}: expected [n] for both"
+        )
+    for name, tensor in (("attention probabilities", values), ("weights", weights)):
+        odd = tensor[~torch.isfinite(tensor) | (tensor < 0)]
+        if odd.numel():
+            raise StepQuantError(f"{name} hold {float(odd[0])}: expected finite numbers >= 0")
+    if not weights.sum() > 0:
+        raise StepQuantError(
+            f"weights of {values.numel()} attention probabilities sum to 0: expected more than 0"
+        )
+    return values, weights / weights.sum()
+
+
+def tail_of(
+    values: Tensor, weights: Tensor | None = None, quantile: float = X_MIN_QUANTILE
+) -> Tail:
+    """The tail of `values [n]`, of which each stands for `weights [n]` values (None: all alike).
+
+    `x_min` is the `quantile` (0 to below 1) of the values above 0: the smallest value with at least
+    that share of the weight at or below it; 0 is the smallest value. Exact zeros are left out, as
+    no power law has any. The paper leaves `x_min` open, and Clauset's own choice (the one with the
+    least Kolmogorov-Smirnov distance) may keep a handful of values only, while the grid has to
+    serve all.
+    """
+    if not 0 <= quantile < 1:
+        raise StepQuantError(
+            f"quantile of the smallest value of the tail is {quantile}: expected 0 to below 1"
+        )
+    values, weights = checked_sample(values, weights)
+    present = (values > 0) & (weights > 0)
+    if not present.any():
+        raise StepQuantError(
+            f"attention probabilities hold none above 0 with a weight, of {values.numel()}: "
+            "expected one at least"
+        )
+    values, order = values[present].sort()
+    weights = weights[present][order]
+    shares = weights.cumsum(0) / weights.sum()
+    first = int(torch.searchsorted(shares, quantile - 1e-12).clamp(max=len(values) - 1))
+    x_min = float(values[first])
+    keep = values >= x_min
+    gaps, weights = values[keep] - x_min, weights[keep]
+    return Tail(x_min, gaps, torch.log1p(gaps / x_min), weights / weights.sum())
+
+
+def fit_power_law(tail: Tail) -> PowerLaw:
+    """Maximum likelihood: `alpha = 1 + n / sum ln(x / x_min)` (Clauset et al. 2009, equation 3.1).
+
+    Where all values are `x_min`, alpha and the likelihood are infinite.
+    """
+    mean_log = tail.mean(tail.logs)
+    if mean_log == 0:
+        return PowerLaw(math.inf, math.inf)
+    likelihood = -math.log(mean_log) - 1 - math.log(tail.x_min) - mean_log
+    return PowerLaw(1 + 1 / mean_log, likelihood)
+
+
+def fit_exponential(tail: Tail) -> Exponential:
+    """Maximum likelihood: `rate = 1 / (mean(x) - x_min)`; infinite where all values are `x_min`."""
+    mean_gap = tail.mean(tail.gaps)
+    if mean_gap == 0:
+        return Exponential(math.inf, math.inf)
+    return Exponential(1 / mean_gap, -math.log(mean_gap) - 1)
+
+
+def _erfcx(x: float) -> float:
+    """`exp(x^2) erfc(x)`."""
+    return float(torch.special.erfcx(torch.tensor(x, dtype=torch.float64)))
+
+
+def _scaled_mean(ratio: float) -> tuple[float, float]:
+    """Mean and mean square of a normal (mean `ratio`, deviation 1) that is cut off below zero."""
+    mean = ratio + math.sqrt(2 / math.pi) / _erfcx(-ratio / math.sqrt(2))
+    return mean, 1 + ratio * mean
+
+
+def fit_log_normal(tail: Tail) -> LogNormal:
+    """Maximum likelihood of a log-normal that is cut off, and normalised, at `x_min`.
+
+    `ln(x / x_min)` is then a normal cut off below zero. Its maximum likelihood gives it the first
+    two moments of the sample, and `mean square / mean^2` falls with the normal's mean over its
+    deviation alone, from 2 to 1: one equation, solved by bisection. At 2 and beyond there is no
+    maximum: the likelihood grows towards the limit of an exponential distribution of the logarithm,
+    which is the power law, and that is what is given.
+    """
+    mean_log = tail.mean(tail.logs)
+    if mean_log == 0:
+        return LogNormal(math.log(tail.x_min), 0.0, math.inf)
+    target = tail.mean(tail.logs.square()) / mean_log**2
+    limit = fit_power_law(tail).log_likelihood
+
+    def above(ratio: float) -> bool:
+        mean, square = _scaled_mean(ratio)
+        return square / mean**2 > target
+
+    if not above(MIN_RATIO):
+        return LogNormal(-math.inf, math.inf, limit)
+    if above(MAX_RATIO):
+        return LogNormal(math.log(tail.x_min) + mean_log, 0.0, math.inf)
+    low, high = MIN_RATIO, MAX_RATIO
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if above(middle) else (low, middle)
+    ratio = (low + high) / 2
+    mean, _ = _scaled_mean(ratio)
+    if ratio < 0:  # the logarithm of the share that is kept, without its ratio^2 / 2
+        kept, rest = math.log(_erfcx(-ratio / math.sqrt(2)) / 2), ratio * mean / 2
+    else:
+        kept = float(torch.special.log_ndtr(torch.tensor(ratio, dtype=torch.float64)))
+        rest = ratio * (mean - ratio) / 2
+    density = math.log(mean / mean_log) - (math.log(2 * math.pi) + 1) / 2 + rest - kept
+    sigma = mean_log / mean
+    mu = math.log(tail.x_min) + ratio * sigma
+    likelihood = density - math.log(tail.x_min) - mean_log
+    return LogNormal(mu, sigma, max(likelihood, limit))  # near the limit rounding could go below
+
+
+def likelihood_ratio(tail: Tail, alternative: Alternative = "exponential") -> float:
+    """`R`: mean log-likelihood of a value under a power law less that under `alternative`.
+
+    `exponential` is the default, and the only alternative that can be refuted. A log-normal cut off
+    at `x_min` has the power law as a limit, so that `R <= 0` whatever the values: with
+    `log_normal`, or `best` (the better of both), `prefers_log2` is never true. The paper's printed
+    choice is not known to us.
+
+    `R` does not depend on the unit of the values. Of values that are all equal it is 0.
+    """
+    if alternative not in get_args(Alternative):
+        raise StepQuantError(
+            f"alternative to the power law is {alternative!r}: expected one of "
+            f"{', '.join(get_args(Alternative))}"
+        )
+    if tail.mean(tail.logs) == 0:
+        return 0.0
+    others = []
+    if alternative != "log_normal":
+        others.append(fit_exponential(tail).log_likelihood)
+    if alternative != "exponential":
+        others.append(fit_log_normal(tail).log_likelihood)
+    return fit_power_law(tail).log_likelihood - max(others)
+
+
+def prefers_log2(ratio: float) -> bool:
+    """The paper's rule: log2 where the power law is the likelier, else uniform."""
+    return ratio > 0

@@ -1,0 +1,95 @@
+"""diffusers' `Attention` with its two products left to a module of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+
+PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0)
+
+
+class ProductsProcessor(nn.Module):
+    """An attention processor, diffusers' own place for another way to compute attention.
+
+    `products`: a module that is called with queries `[B, H, N, D]`, keys and values `[B, H, M, D]`
+    and a mask or None, and gives `[B, H, N, D]`. Everything else is as in diffusers'
+    `AttnProcessor2_0`: norms, projections (which may be quantized layers), residual.
+    """
+
+    def __init__(self, products: nn.Module) -> None:
+        super().__init__()
+        self.products = products
+
+    def __call__(
+        self,
+        attention: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """`forward`; diffusers looks here for the arguments that it may pass."""
+        return super().__call__(
+            attention, hidden_states, encoder_hidden_states, attention_mask, temb
+        )
+
+    def forward(
+        self,
+        attention: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """What `attention` gives for `hidden_states` `[B, C, H, W]` or `[B, N, C]`."""
+        module: Any = attention  # its parts are of many kinds
+        x = hidden_states
+        if module.spatial_norm is not None:
+            x = module.spatial_norm(x, temb)
+        image_shape = x.shape if x.dim() == 4 else None
+        if image_shape is not None:
+            x = x.flatten(2).transpose(1, 2)  # [B, N, C]
+        if module.group_norm is not None:
+            x = module.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        source = x
+        if encoder_hidden_states is not None:
+            source = encoder_hidden_states
+            if module.norm_cross:
+                source = module.norm_encoder_hidden_states(source)
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (module.heads, -1)).transpose(1, 2)  # [B, H, N, D]
+
+        query, key = heads(module.to_q(x)), heads(module.to_k(source))
+        value = heads(module.to_v(source))
+        if module.norm_q is not None:
+            query = module.norm_q(query)
+        if module.norm_k is not None:
+            key = module.norm_k(key)
+        mask = attention_mask
+        if mask is not None:
+            mask = module.prepare_attention_mask(mask, source.shape[1], x.shape[0])
+            mask = mask.view(x.shape[0], module.heads, -1, mask.shape[-1])
+        y = self.products(query, key, value, mask).transpose(1, 2).flatten(2)  # [B, N, C]
+        for part in module.to_out:
+            y = part(y)
+        if image_shape is not None:
+            y = y.transpose(1, 2).reshape(image_shape)
+        if module.residual_connection:
+            y = y + hidden_states
+        return y / module.rescale_output_factor
+
+
+def why_products_stay_float(module: nn.Module) -> str | None:
+    """Why the products of an attention module cannot be quantized, or None."""
+    if not isinstance(module, Attention):
+        return f"attention of the class {type(module).__name__}"
+    if not isinstance(module.processor, PLAIN_PROCESSORS):
+        return f"attention with the processor {type(module.processor).__name__}"
+    if module.is_causal or module.added_kv_proj_dim is not None:
+        return "causal attention, or attention with added keys and values"
+    if module.inner_kv_dim != module.inner_dim or module.fused_projections:
+        return "attention with shared or fused projections"
+    return None

@@ -1,0 +1,92 @@
+"""Attention's two products as a checkpoint holds them: step tables only, no weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.numerics import check_bits, quantize
+from stepquant.numerics.attention import AttentionGrids, attention_of_differences
+from stepquant.quantizers.activation import spread_rows
+from stepquant.quantizers.step_grid import StepContext
+
+OPERANDS = ("query", "key", "value")
+
+
+class PackedAttention(nn.Module):
+    """Scaled dot-product attention with queries, keys, values and probabilities on their grids.
+
+    Buffers, for `T` rows (1 or the length of the step grid): `act_scale` float32 `[3, T]` and
+    `act_zero_point` uint8 `[3, T]` of queries, keys and values, `probability_scale` float32 `[T]`,
+    `probability_log2` uint8 `[T]`, 1 where the probabilities of a step have the log2 grid.
+
+    The products are sums of whole numbers, computed in floating point, where they are exact (see
+    `numerics.attention`): integer matmuls of torch take two matrices, not batches of small ones.
+    """
+
+    act_scale: Tensor
+    act_zero_point: Tensor
+    probability_scale: Tensor
+    probability_log2: Tensor
+
+    def __init__(self, bits: int, probability_bits: int, steps: int, context: StepContext) -> None:
+        """Tables of the right shapes; `load_state_dict` or `runtime.pack` fills them."""
+        super().__init__()
+        self.bits = check_bits(bits, "attention bits")
+        self.probability_bits = check_bits(probability_bits, "probability bits")
+        self.steps, self.context = steps, context
+        operands = len(OPERANDS)
+        self.register_buffer("act_scale", torch.ones(operands, steps))
+        self.register_buffer("act_zero_point", torch.zeros(operands, steps, dtype=torch.uint8))
+        self.register_buffer("probability_scale", torch.ones(steps))
+        self.register_buffer("probability_log2", torch.zeros(steps, dtype=torch.uint8))
+        self._any_log2: bool | None = None  # looked up once, so that no forward waits for it
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attention of `query [B, H, N, D]` to `key` and `value [B, H, M, D]`: `[B, H, N, D]`.
+
+        `mask` broadcasts to `[B, H, N, M]` and is added to the scores. The result has the dtype of
+        `query`.
+        """
+        if self._any_log2 is None:
+            self._any_log2 = bool(self.probability_log2.any())
+        rows = self.context.rows.to(query.device)
+        rows = torch.zeros_like(rows[:1]) if self.steps == 1 else spread_rows(rows, query.shape[0])
+        scales = self.act_scale[:, rows].view(len(OPERANDS), -1, 1, 1, 1)
+        zeros = self.act_zero_point[:, rows].view(len(OPERANDS), -1, 1, 1, 1).to(torch.float32)
+        differences = [
+            quantize(operand.to(torch.float32), scale, zero, self.bits) - zero
+            for operand, scale, zero in zip((query, key, value), scales, zeros, strict=True)
+        ]
+        log2 = self.probability_log2[rows].view(-1, 1, 1, 1).bool() if self._any_log2 else None
+        grids = AttentionGrids(
+            query=scales[0],
+            key=scales[1],
+            value=scales[2],
+            probability=self.probability_scale[rows].view(-1, 1, 1, 1),
+            log2=log2,
+            bits=self.bits,
+            probability_bits=self.probability_bits,
+        )
+        return attention_of_differences(
+            differences[0], differences[1], differences[2], grids, mask
+        ).to(query.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedAttention:
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_float32, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._any_log2 = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"bits={self.bits}, probability_bits={self.probability_bits}, steps={self.steps}"
