@@ -47,9 +47,9 @@ class Scheme(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     weight_bits: int = 8
     activation_bits: int = 8
+    protocol: str = "strict"
     attention_bits: int | None = None
     probability_bits: int = 8
-    protocol: str = "strict"
     overrides: tuple[Override, ...] = ()
 
     @field_validator("weight_bits", "activation_bits", "probability_bits", mode="before")
