@@ -11,7 +11,7 @@ from hypothesis import settings
 from torch import nn
 
 from stepquant.calibration.ranges import minmax_weight_range
-from stepquant.calibration.trajectories import capture_trajectories
+from stepquant.calibration.trajectories import capture_trajectories, drawer
 from stepquant.models.adapter import adapter_for
 from stepquant.progress import Reporter
 from stepquant.quantizers import QuantConv2d, QuantLayer, QuantLinear, StepContext, StepGrid
@@ -144,7 +144,7 @@ def tiny_session(tiny_pipeline: Callable[..., DDPMPipeline]) -> Callable[..., Se
             adapter=adapter,
             context=context,
             trajectories=trajectories,
-            draw=lambda num, seed: capture_trajectories(pipeline, num, steps, seed, "ddim"),
+            draw=drawer(pipeline, steps, "ddim"),
             weight_ranges=ranges,
             activation_ranges=ranges,
             seed=0,

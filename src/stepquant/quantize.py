@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant import __version__
-from stepquant.calibration.trajectories import Trajectories, capture_trajectories
+from stepquant.calibration.trajectories import Trajectories, capture_trajectories, drawer
 from stepquant.checkpoint.attention_config import SUFFIX
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
@@ -135,7 +134,7 @@ def quantize(
         adapter=adapter,
         context=context,
         trajectories=trajectories,
-        draw=_drawer(pipeline, resolved),
+        draw=drawer(pipeline, resolved.calibration.steps, resolved.calibration.scheduler),
         weight_ranges=resolved.ranges.weights,
         activation_ranges=resolved.ranges.activations,
         seed=seed,
@@ -251,16 +250,6 @@ def reference_layers(model: nn.Module) -> dict[str, str]:
         if isinstance(module, PackedLayer) and module.fallback_reasons():
             found[name] = "; ".join(module.fallback_reasons())
     return found
-
-
-def _drawer(pipeline: DiffusionPipeline, recipe: Recipe) -> Callable[[int, int], Trajectories]:
-    """Draws trajectories of `num` more images from the float model, by the recipe's sampler."""
-
-    def draw(num: int, seed: int) -> Trajectories:
-        calibration = recipe.calibration
-        return capture_trajectories(pipeline, num, calibration.steps, seed, calibration.scheduler)
-
-    return draw
 
 
 def _trajectories(

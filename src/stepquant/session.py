@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from stepquant.calibration.initialize import initialize_ranges
 from stepquant.calibration.observe import quant_attention, quant_layers
-from stepquant.calibration.trajectories import Trajectories
+from stepquant.calibration.trajectories import Draw, Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.models.attention import ProductsProcessor, why_products_stay_float
@@ -34,8 +33,7 @@ class Session:
     """A float model, its simulated quantized twin, and what the steps need to work on it.
 
     `model` is quantized in place by the steps; `float_model` stays as it was. `summary` collects,
-    step by step, what a user should see (plain JSON values). `draw(num, seed)` samples trajectories
-    of `num` more images with the float model.
+    step by step, what a user should see (plain JSON values). `draw` samples more trajectories.
     """
 
     float_model: nn.Module
@@ -43,7 +41,7 @@ class Session:
     adapter: DenoiserAdapter
     context: StepContext
     trajectories: Trajectories
-    draw: Callable[[int, int], Trajectories]
+    draw: Draw
     weight_ranges: str
     activation_ranges: str
     seed: int

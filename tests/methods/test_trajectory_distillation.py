@@ -107,21 +107,49 @@ def test_every_round_draws_other_images_than_calibration(tiny_session):
     seeds = []
     draw = session.draw
 
-    def watch(num, seed):
-        seeds.append((num, seed))
-        return draw(num, seed)
+    def watch(num, seed, denoiser=None):
+        seeds.append((num, seed, denoiser))
+        return draw(num, seed, denoiser)
 
     session.draw = watch
     TrajectoryDistillation(**TINY).apply(session)
-    assert seeds == [(2, 3_000_000 + 2 * number) for number in range(4)]
+    assert seeds == [(2, 3_000_000 + 2 * number, None) for number in range(4)]
+
+
+def test_the_last_share_of_rounds_is_drawn_by_the_quantized_model(tiny_session):
+    session = ready(tiny_session)
+    drawn = []
+    draw = session.draw
+
+    def watch(num, seed, denoiser=None):
+        drawn.append((seed, denoiser))
+        return draw(num, seed, denoiser)
+
+    session.draw = watch
+    TrajectoryDistillation(**TINY, self_sampled=0.5).apply(session)
+    trained = [denoiser for seed, denoiser in drawn if seed >= 3_000_000]
+    held_out = [denoiser for seed, denoiser in drawn if seed == 2_000_000]
+    assert trained == [None, None, session.model, session.model]
+    assert held_out == [session.model] * 3  # before, and after each of its rounds
+    summary = session.summary["trajectory_distillation"]
+    assert summary["self_sampled_from"] == 3  # before, and after two rounds on float trajectories
+    assert len(summary["losses"]) == 6
+    assert summary["loss_after"] == min(summary["losses"][3:])
+
+
+def test_self_sampled_trajectories_are_those_of_the_quantized_model(tiny_session):
+    session = ready(tiny_session, weights=2, activations=4)
+    ours, theirs = session.draw(1, 5, session.model), session.draw(1, 5)
+    assert torch.equal(ours.sample[0], theirs.sample[0])  # the same noise
+    assert not torch.allclose(ours.sample[-1], theirs.sample[-1], atol=1e-3)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_timestep(tiny_session):
     session = ready(tiny_session)
     draw = session.draw
 
-    def poisoned(num, seed):
-        data = draw(num, seed)
+    def poisoned(num, seed, denoiser=None):
+        data = draw(num, seed, denoiser)
         data.sample[data.timestep == data.timesteps[2]] = float("nan")
         return data
 
@@ -137,13 +165,15 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["weights", "adapters"])
-@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize(
+    ("rounds", "adapters", "self_sampled"),
+    [(1, False, 0.0), (3, True, 0.0), (1, True, 0.5), (2, False, 0.5), (3, True, 0.5)],
+)
 def test_after_a_kill_it_ends_with_the_same_bits(
-    rounds, adapters, tiny_session, tmp_path, one_thread, monkeypatch
+    rounds, adapters, self_sampled, tiny_session, tmp_path, one_thread, monkeypatch
 ):
     monkeypatch.setattr("stepquant.methods.trajectory_distillation.SECONDS_BETWEEN_SAVES", 0.0)
-    tiny = {**TINY, "step_order": "mixed"}
+    tiny = {**TINY, "self_sampled": self_sampled}
 
     def session_on(work):
         session = ready(tiny_session, work=work)
@@ -157,11 +187,12 @@ def test_after_a_kill_it_ends_with_the_same_bits(
     killed = session_on(WorkFolder(tmp_path / "work", {}, False))
     draw, drawn = killed.draw, []
 
-    def deadly(num, seed):
+    def deadly(num, seed, denoiser=None):
         if len(drawn) == rounds:
             raise Killed
-        drawn.append(seed)
-        return draw(num, seed)
+        if seed >= 3_000_000:  # not what is held out
+            drawn.append(seed)
+        return draw(num, seed, denoiser)
 
     killed.draw = deadly
     with pytest.raises(Killed):
@@ -179,7 +210,7 @@ def test_a_finished_one_is_taken_from_the_work_folder(tiny_session, tmp_path, on
     TrajectoryDistillation(**TINY).apply(first)
     again = ready(tiny_session, work=WorkFolder(tmp_path / "work", {}, True))
 
-    def never(num, seed):
+    def never(num, seed, denoiser=None):
         raise AssertionError("nothing is to be drawn")
 
     again.draw = never

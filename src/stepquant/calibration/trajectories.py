@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from stepquant.errors import StepQuantError
 from stepquant.progress import Reporter
 from stepquant.quantizers.step_grid import StepGrid, timestep_position
-from stepquant.sampling import check_count, denoiser_of, sample_images
+from stepquant.sampling import check_count, denoiser_name, denoiser_of, sample_images
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,27 @@ def capture_trajectories(
         torch.arange(size) + index * batch for index, size in enumerate(sizes) for _ in range(calls)
     ]
     return Trajectories(torch.cat(samples), per_batch, torch.cat(owner), per_batch[first])
+
+
+class Draw(Protocol):
+    """What draws more trajectories with the sampler that was calibrated for."""
+
+    def __call__(self, num: int, seed: int, denoiser: nn.Module | None = None) -> Trajectories:
+        """`num` images, image `i` from `seed + i`, by `denoiser` in the float model's place."""
+        ...
+
+
+def drawer(pipeline: DiffusionPipeline, steps: int, scheduler: str | None) -> Draw:
+    """Draws with `pipeline`, or with another denoiser in it; see `capture_trajectories`."""
+
+    def draw(num: int, seed: int, denoiser: nn.Module | None = None) -> Trajectories:
+        sampler = pipeline
+        if denoiser is not None:
+            sampler = copy.copy(pipeline)
+            sampler.register_modules(**{denoiser_name(pipeline): denoiser})
+        return capture_trajectories(sampler, num, steps, seed, scheduler)
+
+    return draw
 
 
 def _unique_in_order(values: Tensor) -> tuple[list[float], Tensor]:

@@ -34,6 +34,9 @@ class TrajectoryDistillation(Step):
     `rounds`: how often `batch` new images are drawn and their steps trained on. `window`: how many
     consecutive steps of each image go into one optimizer step. `step_order`: "mixed" shuffles the
     windows of a round; "sampler" walks the steps as the sampler does, as EfficientDM trains.
+    `self_sampled`: the share of rounds, at the end, whose trajectories the quantized model draws
+    itself: it then learns on the inputs that it meets, its own errors included (the exposure bias
+    that TCAQ-DM's progressive reconstruction is for; not in EfficientDM).
     `weight_rate`, `scale_rate`, `activation_rate`: learning rates in grid steps per iteration,
     before the cosine decay, as in block distillation; where layers have low-rank adapters,
     `weight_rate` is the adapters' (the paper's scale-aware rate is 1/2500). Defaults are chosen by
@@ -42,8 +45,9 @@ class TrajectoryDistillation(Step):
     Deviations: steps are mixed, not in the sampler's order, which with so few iterations forgets
     what the first steps taught (`benchmarks/mixed_bits.py` measures both); the paper's rates of
     scales are absolute (1e-6 for weights, 5e-4 for activations) and decay linearly; the loss is
-    relative to the prediction's power; the state of the lowest loss on held-out calibration inputs
-    is kept, so that the step never makes it worse.
+    relative to the prediction's power; the state of the lowest loss on held-out inputs is kept, so
+    that the step never makes it worse. Held out are calibration inputs, or in the self-sampled
+    rounds other trajectories that the model draws itself at the time.
     """
 
     name = "trajectory_distillation"
@@ -51,6 +55,7 @@ class TrajectoryDistillation(Step):
     batch: int = Field(8, ge=1)
     window: int = Field(1, ge=1)
     step_order: Literal["sampler", "mixed"] = "mixed"
+    self_sampled: float = Field(0.0, ge=0, le=1)
     weight_rate: float = Field(0.02, ge=0)
     scale_rate: float = Field(0.02, ge=0)
     activation_rate: float = Field(0.02, ge=0)
@@ -68,9 +73,10 @@ class TrajectoryDistillation(Step):
             max(1, self.rounds * per_round),
         )
         training = Training(session.model, optimizer)
+        turn = self.rounds - round(self.self_sampled * self.rounds)
         kept = session.work.load(self.name)
         if kept is None:
-            training.check(self._held_out_loss(session))
+            training.check(self._held_out_loss(session, own=False))
         else:
             training.load(kept, per_round)
         every = max(1, self.rounds // CHECKS)
@@ -78,10 +84,14 @@ class TrajectoryDistillation(Step):
         with session.reporter.task("distilling trajectories", total=self.rounds) as task:
             task.advance(training.rounds, f"loss {training.losses[-1]:.2e}")
             while training.rounds < self.rounds:
-                self._train_round(session, training, measure=training.rounds % every == 0)
+                own = training.rounds >= turn
+                if training.rounds == turn:  # from here on other inputs are held out
+                    session.model.load_state_dict(training.best)
+                    training.compare_anew(self._held_out_loss(session, own))
+                self._train_round(session, training, own, measure=training.rounds % every == 0)
                 training.rounds += 1
-                if training.rounds % every == 0 or training.rounds == self.rounds:
-                    training.check(self._held_out_loss(session))
+                if training.rounds % every == 0 or training.rounds in (turn, self.rounds):
+                    training.check(self._held_out_loss(session, own))
                 if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                     session.work.save(self.name, training.state())
                     saved = time.monotonic()
@@ -94,8 +104,9 @@ class TrajectoryDistillation(Step):
             layer.merge_adapter()
         session.summary[self.name] = {
             "loss_before": training.losses[0],
-            "loss_after": min(training.losses),
+            "loss_after": min(training.losses[training.compared_from :]),
             "losses": training.losses,
+            "self_sampled_from": training.compared_from,
             "updates": self.rounds * per_round,
             "gradient_norms": [
                 dict(zip(("task", "term"), row, strict=True)) for row in training.norms
@@ -114,9 +125,13 @@ class TrajectoryDistillation(Step):
         error = predict(session.model, sample, timestep) - target
         return error.square().mean() / target.square().mean(), None
 
-    def _train_round(self, session: Session, training: Training, measure: bool) -> None:
-        """One optimizer step for each window of fresh trajectories."""
-        data = session.draw(self.batch, session.seed + 3_000_000 + training.rounds * self.batch)
+    def _train_round(self, session: Session, training: Training, own: bool, measure: bool) -> None:
+        """One optimizer step for each window of fresh trajectories, the model's `own` or float."""
+        data = session.draw(
+            self.batch,
+            session.seed + 3_000_000 + training.rounds * self.batch,
+            session.model if own else None,
+        )
         for window in self._windows(data, session.seed * 7919 + training.rounds):
             timestep = data.timestep[window]
             task, term = self.losses(session, data.sample[window], timestep)
@@ -146,9 +161,16 @@ class TrajectoryDistillation(Step):
             yield torch.cat(rows[start : start + self.window])
 
     @torch.no_grad()
-    def _held_out_loss(self, session: Session) -> float:
-        """The task loss on calibration inputs, which are other images than those trained on."""
-        data = session.trajectories.subset(HELD_OUT, session.seed)
+    def _held_out_loss(self, session: Session, own: bool) -> float:
+        """The task loss on inputs that are not trained on.
+
+        Calibration inputs, or those on the model's `own` trajectories to as many images.
+        """
+        data = session.trajectories
+        if own:
+            images = math.ceil(HELD_OUT / len(data.timesteps))
+            data = session.draw(images, session.seed + 2_000_000, session.model)
+        data = data.subset(HELD_OUT, session.seed)
         error = power = 0.0
         for start in range(0, len(data), HELD_OUT // 4):
             part = slice(start, start + HELD_OUT // 4)
@@ -168,22 +190,29 @@ def predict(model: nn.Module, sample: Tensor, timestep: Tensor) -> Tensor:
 class Training:
     """What a training that was interrupted needs to go on.
 
-    `rounds` done, held-out `losses` so far, the `best` state by them, and the gradient norms
-    measured, `(task loss, further term)`.
+    `rounds` done, held-out `losses` so far, the `best` state by those from number `compared_from`
+    on, and the gradient norms measured, `(task loss, further term)`.
     """
 
     model: nn.Module
     optimizer: LayerOptimizer
     rounds: int = 0
     losses: list[float] = field(default_factory=list)
+    compared_from: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)
     norms: list[tuple[float, float]] = field(default_factory=list)
 
     def check(self, loss: float) -> None:
         """Note a held-out loss, and keep the state if it is the lowest."""
-        if not self.losses or loss < min(self.losses):
+        compared = self.losses[self.compared_from :]
+        if not compared or loss < min(compared):
             self.best = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.losses.append(loss)
+
+    def compare_anew(self, loss: float) -> None:
+        """Forget earlier losses, which were measured on other inputs; `loss` is now's."""
+        self.compared_from = len(self.losses)
+        self.check(loss)
 
     def measure(self, task: Tensor, term: Tensor) -> None:
         """Note the gradient norms of both, without touching gradients."""
@@ -201,6 +230,7 @@ class Training:
         tensors |= {f"best/{key}": value for key, value in self.best.items()}
         tensors |= {f"optimizer/{key}": value for key, value in self.optimizer.state().items()}
         tensors["rounds"] = torch.tensor(self.rounds)
+        tensors["compared_from"] = torch.tensor(self.compared_from)
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors["norms"] = torch.tensor(self.norms, dtype=torch.float64).view(-1, 2)
         return tensors
@@ -213,6 +243,7 @@ class Training:
             if key:
                 parts[part][key] = tensor
         self.rounds = int(tensors["rounds"])
+        self.compared_from = int(tensors["compared_from"])
         self.losses = tensors["losses"].tolist()
         self.norms = [(task, term) for task, term in tensors["norms"].tolist()]
         self.best = parts["best"]
