@@ -184,8 +184,8 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, error):
 
 
 def test_ctrl_c_outside_a_verb_exits_with_2_as_well(monkeypatch):
-    def interrupted(prog_name):
-        raise SystemExit(130)
+    def interrupted(prog_name, standalone_mode):
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "app", interrupted)
     with pytest.raises(SystemExit) as end:
@@ -220,10 +220,29 @@ def test_warnings_are_lines_on_stderr(monkeypatch):
     assert run("recipes", "list", "--quiet").stderr == ""
 
 
-def test_wrong_usage_ends_with_two():
-    assert run("quantise").exit_code == 2
-    assert run("quantize", "model").exit_code == 2
-    assert run("quantize", "model", "--out", "x", "--weights", "four").exit_code == 2
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("frob", "No such command 'frob'; see `stepquant --help`"),
+        ("quantize", "Missing argument 'MODEL'; see `stepquant quantize --help`"),
+        ("quantize m --out x --frob 3", "No such option: --frob; see `stepquant quantize --help`"),
+        ("recipes show", "Missing argument 'NAME'; see `stepquant recipes show --help`"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(command, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["stepquant", *command.split()])
+    with pytest.raises(SystemExit) as end:
+        cli.app_main()
+    assert end.value.code == 2
+    assert capsys.readouterr() == ("", sentence + "\n")
+
+
+def test_the_verb_s_exit_code_is_the_command_s(monkeypatch, capsys):
+    for command, code in (("--version", 0), ("recipes list", 0), ("recipes show nothing", 2)):
+        monkeypatch.setattr(sys, "argv", ["stepquant", *command.split()])
+        with pytest.raises(SystemExit) as end:
+            cli.app_main()
+        assert (end.value.code or 0) == code
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import typer
+from typer.exceptions import TyperException
 
 from stepquant.cli.bench import bench
 from stepquant.cli.demo import demo
@@ -17,8 +18,6 @@ from stepquant.cli.sample import sample
 from stepquant.cli.session import NOT_DONE
 
 __all__ = ["app", "app_main"]
-
-TYPER_INTERRUPTED = 130
 
 app = typer.Typer(
     name="stepquant",
@@ -40,9 +39,20 @@ def stepquant(version: Version = False) -> None:
 
 
 def app_main() -> None:
-    """Entry point of the `stepquant` command."""
+    """Entry point of the `stepquant` command; wrong usage is told in one sentence as well."""
     try:
-        app(prog_name="stepquant")
-    except SystemExit as end:
-        # Typer's own answer to Ctrl-C outside a verb, while it parses or says good-bye.
-        sys.exit(NOT_DONE if end.code == TYPER_INTERRUPTED else end.code)
+        sys.exit(app(prog_name="stepquant", standalone_mode=False))
+    except TyperException as error:
+        message = error.format_message().strip()
+        if message:  # empty where the help was asked for and is printed already
+            typer.echo(f"{message.rstrip('.')}; see {usage_of(error)}", err=True)
+        sys.exit(NOT_DONE)
+    except (typer.Abort, KeyboardInterrupt):  # outside a verb, while it parses or says good-bye
+        sys.exit(NOT_DONE)
+
+
+def usage_of(error: TyperException) -> str:
+    """The command that shows what would have been right."""
+    context = getattr(error, "ctx", None)
+    path = "stepquant" if context is None else context.command_path
+    return f"`{path} --help`"
