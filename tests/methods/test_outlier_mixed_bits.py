@@ -72,7 +72,7 @@ def test_errors_add_up_over_out_channels(build, simulate):
     layer.quantizing = False
     target = layer(x).detach()
     layer.quantizing = True
-    errors, _ = channel_errors(layer, x, search_weight_range)
+    errors, _ = channel_errors(layer, x, (2, 3, 4), search_weight_range)
     bits = torch.tensor([2, 3, 4, 4, 3, 2, 3, 2])
     layer.set_channel_bits(bits)
     layer.fit_weights(search_weight_range)

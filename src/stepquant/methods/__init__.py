@@ -1,6 +1,7 @@
 """One file per idea of a paper; each is a step of a recipe."""
 
 from stepquant.methods.adaptive_softmax import AdaptiveSoftmax
+from stepquant.methods.bit_allocation import BitAllocation
 from stepquant.methods.block_distillation import BlockDistillation
 from stepquant.methods.channel_reparameterization import ChannelReparameterization
 from stepquant.methods.low_rank_adapters import LowRankAdapters
@@ -20,6 +21,7 @@ STEPS: dict[str, type[Step]] = {
         ChannelReparameterization,
         TemporalQuantizer,
         OutlierMixedBits,
+        BitAllocation,
         AdaptiveSoftmax,
         BlockDistillation,
         LowRankAdapters,
@@ -31,6 +33,7 @@ STEPS: dict[str, type[Step]] = {
 __all__ = [
     "STEPS",
     "AdaptiveSoftmax",
+    "BitAllocation",
     "BlockDistillation",
     "ChannelReparameterization",
     "LowRankAdapters",

@@ -6,6 +6,7 @@ mean stays what the scheme says. How many, is searched layer by layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -140,7 +141,8 @@ class OutlierMixedBits(Step):
         """Give `layer` its best bits; the relative error of each `j`, `[candidates]`."""
         args, _ = capture_inputs(session.model, name, data, len(data))
         session.context.set_timestep(data.timestep)
-        errors, grids = channel_errors(layer, args[0], weight_search(session.weight_ranges))
+        widths = (layer.weight_bits - 1, layer.weight_bits, layer.weight_bits + 1)
+        errors, grids = channel_errors(layer, args[0], widths, weight_search(session.weight_ranges))
         raising, lowering = self._salience(layer, errors, generator)
         group = layer.out_channels // self.groups
         candidates = [
@@ -153,13 +155,7 @@ class OutlierMixedBits(Step):
         found = torch.stack(
             [sum_over_bits(errors, candidate, layer.weight_bits) for candidate in candidates]
         )
-        chosen = candidates[int(found.argmin())]
-        layer.set_channel_bits(chosen)
-        for index, (_, weights, _) in enumerate(layer.parts()):
-            for bits, fitted in grids.items():
-                members = chosen == bits
-                weights.scale[members] = fitted[index][0][members]
-                weights.zero_point[members] = fitted[index][1][members]
+        set_bits(layer, candidates[int(found.argmin())], grids)
         return found
 
     def _salience(
@@ -177,23 +173,27 @@ class OutlierMixedBits(Step):
         return salience, salience
 
 
+# bits -> (scale [C_out], zero point [C_out]) of each part
+Grids = dict[int, list[tuple[Tensor, Tensor]]]
+
+
 @torch.no_grad()
 def channel_errors(
-    layer: QuantLayer, x: Tensor, find: GridSearch
-) -> tuple[Tensor, dict[int, list[tuple[Tensor, Tensor]]]]:
-    """Squared error of each out-channel with one bit less, as many, and one more, `[3, C_out]`.
+    layer: QuantLayer, x: Tensor, widths: Sequence[int], find: GridSearch
+) -> tuple[Tensor, Grids]:
+    """Squared error of each out-channel at each of `widths` bits, `[len(widths), C_out]`.
 
     Against the float layer on the input `x`, with quantized activations; relative to the power of
-    the whole output. Also the grids, bits -> `(scale, zero point)` of each part. Leaves the layer
-    with one bit more.
+    the whole output. Also the grids of each width. Leaves the layer with the last of them.
     """
     others = [d for d in range(x.dim()) if d != layer.channel_dim % x.dim()]
     layer.quantizing = False
     target = layer(x)
     layer.quantizing = True
     power = target.square().mean(dim=others).sum().clamp(min=1e-12)
-    errors, grids = [], {}
-    for bits in (layer.weight_bits - 1, layer.weight_bits, layer.weight_bits + 1):
+    errors: list[Tensor] = []
+    grids: Grids = {}
+    for bits in widths:
         layer.set_channel_bits(torch.full((layer.out_channels,), bits))
         layer.fit_weights(find)
         grids[bits] = [
@@ -202,6 +202,17 @@ def channel_errors(
         ]
         errors.append((layer(x) - target).square().mean(dim=others) / power)
     return torch.stack(errors), grids
+
+
+@torch.no_grad()
+def set_bits(layer: QuantLayer, channel_bits: Tensor, grids: Grids) -> None:
+    """Give each out-channel of `layer` its bits, `[C_out]`, and the grid found for these."""
+    layer.set_channel_bits(channel_bits)
+    for index, (_, weights, _) in enumerate(layer.parts()):
+        for bits, fitted in grids.items():
+            members = channel_bits == bits
+            weights.scale[members] = fitted[index][0][members]
+            weights.zero_point[members] = fitted[index][1][members]
 
 
 def sum_over_bits(errors: Tensor, channel_bits: Tensor, bits: int) -> Tensor:
