@@ -337,7 +337,7 @@ def test_targets_that_do_not_fit_at_once_are_made_in_parts(tiny_session, monkeyp
     BlockDistillation(**settings).apply(whole)
     passes = []
     handle = session.float_model.register_forward_pre_hook(lambda _m, args: passes.append(1))
-    monkeypatch.setattr("stepquant.methods.block_distillation.BYTES_OF_TARGETS", 200_000)
+    monkeypatch.setattr("stepquant.methods.block_training.BYTES_OF_TARGETS", 200_000)
     BlockDistillation(**settings).apply(session)
     handle.remove()
     assert len(passes) > 6  # an ordinary run has two batches and one probe

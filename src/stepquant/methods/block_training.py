@@ -1,0 +1,173 @@
+"""What steps that train block by block share: inputs, targets, guard, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calibration.capture import (
+    BlockData,
+    capture_inputs,
+    capture_outputs,
+    execution_order,
+)
+from stepquant.calibration.trajectories import Trajectories
+from stepquant.errors import StepQuantError
+from stepquant.session import Session
+
+BYTES_OF_TARGETS = 512 << 20  # float-chain outputs that are kept at once
+CHECKS = 8  # of the held-out loss, evenly over the training
+
+# (block's name, block, its data, generator) -> held-out loss (before, after)
+TrainBlock = Callable[[str, nn.Module, BlockData, torch.Generator], tuple[float, float]]
+
+
+def training_inputs(session: Session, step: str, samples: int) -> Trajectories:
+    """`samples` calibration inputs, spread evenly over the sampling steps.
+
+    Raises StepQuantError, which names `step`, where there are less than two.
+    """
+    data = session.trajectories.subset(samples, session.seed)
+    if len(data) < 2:
+        raise StepQuantError(
+            f"step '{step}' has {len(data)} calibration input: expected at least 2, one "
+            "to train on and one held out; raise calibration.trajectories or calibration.steps"
+        )
+    return data
+
+
+def train_blocks(
+    session: Session,
+    key: str,
+    doing: str,
+    data: Trajectories,
+    batch: int,
+    train: TrainBlock,
+    float_inputs: bool = False,
+) -> list[dict[str, Any]]:
+    """Call `train` for each block that has quantized layers, in execution order.
+
+    A block's inputs are what the chain quantized so far gives on `data` (with `float_inputs` the
+    float chain), its targets what the float chain gives there; `2 * batch` samples are run at once.
+    Finished blocks are kept in the work folder under `key`, and taken from there. `doing` is what
+    the progress bar says. Gives each block's name and its held-out losses.
+    """
+    model, float_model = session.model, session.float_model
+    names = [
+        name
+        for name in execution_order(model, session.adapter.blocks(float_model), data)
+        if any(layer == name or layer.startswith(name + ".") for layer in session.layers())
+    ]
+    records = []
+    targets: dict[str, Tensor] = {}
+    inputs_from = float_model if float_inputs else model
+    with session.reporter.task(doing, total=len(names)) as task:
+        for index, name in enumerate(names):
+            block = model.get_submodule(name)
+            piece = f"{key}/{index:03d}-{name}"
+            kept = session.work.load(piece)
+            if kept is None:
+                if name not in targets:
+                    targets = _targets(float_model, names[index:], data, 2 * batch)
+                args, kwargs = capture_inputs(inputs_from, name, data, 2 * batch)
+                examples = BlockData(args, kwargs, targets.pop(name), data.timestep)
+                generator = torch.Generator().manual_seed(session.seed * 1009 + index)
+                losses = train(name, block, examples, generator)
+                session.work.save(piece, {**block.state_dict(), "losses": torch.tensor(losses)})
+            else:
+                losses = tuple(kept.pop("losses").tolist())
+                block.load_state_dict(kept)
+                targets.pop(name, None)
+            records.append({"block": name, "loss_before": losses[0], "loss_after": losses[1]})
+            task.advance(note=f"{name} loss {losses[0]:.2e} -> {losses[1]:.2e}")
+    return records
+
+
+def _targets(
+    model: nn.Module, names: list[str], data: Trajectories, batch: int
+) -> dict[str, Tensor]:
+    """Float outputs of as many of `names` as memory allows, the next one in any case."""
+    one = capture_outputs(model, names, data.subset(1, 0), 1)
+    chosen: list[str] = []
+    total = 0
+    for name in names:
+        total += one[name].nbytes * len(data)
+        if chosen and total > BYTES_OF_TARGETS:
+            break
+        chosen.append(name)
+    return capture_outputs(model, chosen, data, batch)
+
+
+class GuardedBlock:
+    """A block in training: its loss, and its state with the lowest loss on held-out samples.
+
+    The loss is the mean squared error over the mean square of the target. The last eighth of the
+    samples is held out. `train`: indices of the others; `first`, `best`: held-out losses.
+    """
+
+    def __init__(
+        self, session: Session, step: str, name: str, block: nn.Module, data: BlockData, batch: int
+    ) -> None:
+        """Measure the held-out loss, `2 * batch` samples at once; `step`, `name` are for errors."""
+        self.block = block
+        self._step, self._name, self._data = step, name, data
+        self._context, self._chunk = session.context, 2 * batch
+        self._held_out = torch.arange(len(data) - max(1, len(data) // 8), len(data))
+        self.train = torch.arange(len(data) - len(self._held_out))
+        self._power = data.target.square().mean().clamp(min=1e-12)
+        self.first = self.best = self._evaluate()
+        self._state: dict[str, Tensor] = {}
+        self._keep()
+
+    def loss(self, index: Tensor) -> Tensor:
+        """The loss on the samples `index`; an error that names the block where it is not finite."""
+        args, kwargs, target, timestep = self._data.batch(index)
+        self._context.set_timestep(timestep)
+        loss = (self.block(*args, **kwargs) - target).square().mean() / self._power
+        if not torch.isfinite(loss):
+            raise StepQuantError(
+                f"the loss of block '{self._name}' is {loss.item()} in step '{self._step}': "
+                "expected a finite number; lower the learning rates or check the float model"
+            )
+        return loss
+
+    def check(self) -> None:
+        """Measure the held-out loss and keep the state if it is the lowest."""
+        now = self._evaluate()
+        if now < self.best:
+            self.best = now
+            self._keep()
+
+    def finish(self) -> tuple[float, float]:
+        """Take up the best state and forget gradients; the held-out loss before and after."""
+        self.block.load_state_dict(self._state)
+        for parameter in self.block.parameters():
+            parameter.grad = None
+        return self.first, self.best
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        chunks = self._held_out.split(self._chunk)
+        total = sum(self.loss(chunk).item() * len(chunk) for chunk in chunks)
+        return total / len(self._held_out)
+
+    def _keep(self) -> None:
+        self._state = {key: value.clone() for key, value in self.block.state_dict().items()}
+
+
+def is_check(iteration: int, iterations: int) -> bool:
+    """Whether the held-out loss is measured after `iteration`, counted from 0."""
+    every = max(1, iterations // CHECKS)
+    return (iteration + 1) % every == 0 or iteration + 1 == iterations
+
+
+def mixed_batches(
+    train: Tensor, batch: int, iterations: int, generator: torch.Generator
+) -> list[Tensor]:
+    """`batch` of the indices `train` for each iteration, drawn over all sampling steps."""
+    return [
+        train[torch.randint(len(train), (batch,), generator=generator)] for _ in range(iterations)
+    ]
