@@ -19,7 +19,9 @@ def mean_scale(*quantizers: nn.Module) -> float:
 class LayerOptimizer:
     """Adam for weights and weight scales, SparseAdam for step tables, one cosine decay for both.
 
-    Where a layer has a low-rank adapter, that is trained in the place of its weight and bias.
+    Where a layer has a low-rank adapter, that is trained in the place of its weight and bias; where
+    it has roundings, their logits are, in the place of weight, bias and weight scales (the floors
+    hang on the scales), and `weight_rate` is theirs as it is.
 
     SparseAdam keeps its state row by row and touches only the rows that a batch named: plain Adam
     would go on moving the rows of other steps by their momentum.
@@ -35,6 +37,15 @@ class LayerOptimizer:
     ) -> None:
         dense, sparse = [], []
         for layer in layers:
+            for activation in layer.activation_quantizers:
+                rate = activation_rate * mean_scale(activation)
+                rate /= max_code(activation.bits)
+                sparse.append({"params": [activation.scale], "lr": rate})
+                sparse.append({"params": [activation.zero_point], "lr": activation_rate})
+            if layer.roundings:
+                logits = [rounding.logits for rounding in layer.roundings]
+                dense.append({"params": logits, "lr": weight_rate})
+                continue
             step = mean_scale(*layer.weight_quantizers)
             weights = [layer.weight] + ([] if layer.bias is None else [layer.bias])
             if layer.adapter is not None:
@@ -43,11 +54,6 @@ class LayerOptimizer:
             for quantizer in layer.weight_quantizers:
                 rate = scale_rate * mean_scale(quantizer) / max_code(quantizer.bits)
                 dense.append({"params": [quantizer.scale], "lr": rate})
-            for activation in layer.activation_quantizers:
-                rate = activation_rate * mean_scale(activation)
-                rate /= max_code(activation.bits)
-                sparse.append({"params": [activation.scale], "lr": rate})
-                sparse.append({"params": [activation.zero_point], "lr": activation_rate})
         self._layers = layers
         self._tables = [parameter for group in sparse for parameter in group["params"]]
         self._optimizers = [torch.optim.Adam(dense), torch.optim.SparseAdam(sparse)]
@@ -75,7 +81,8 @@ class LayerOptimizer:
             optimizer.step()
             schedule.step()
         for layer in self._layers:
-            for quantizer in (*layer.weight_quantizers, *layer.activation_quantizers):
+            weights = () if layer.roundings else layer.weight_quantizers
+            for quantizer in (*weights, *layer.activation_quantizers):
                 quantizer.scale.clamp_(min=1e-8)
             for quantizer in layer.activation_quantizers:
                 quantizer.zero_point.clamp_(0, max_code(quantizer.bits))

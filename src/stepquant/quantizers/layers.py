@@ -16,6 +16,7 @@ from torch.nn import functional
 from stepquant.errors import StepQuantError
 from stepquant.quantizers.activation import ActivationQuantizer
 from stepquant.quantizers.low_rank import LowRankAdapter
+from stepquant.quantizers.rounding import SoftRounding
 from stepquant.quantizers.step_grid import StepContext
 from stepquant.quantizers.weight import GridSearch, WeightQuantizer
 
@@ -27,6 +28,8 @@ class QuantLayer(nn.Module):
     `inverse_channel_scale [C_in]`: what the input is multiplied with per in-channel before it is
     quantized (all ones unless an equivalent scaling could not be folded into the producer).
     `adapter`: what is added to the weight while it is trained at low rank, or None.
+    `roundings`: how each part's weight is rounded while that is trained. Not submodules: what is
+    learned ends up in `weight`, and the state of a layer is the same with and without them.
     `quantizing`: False runs the layer in float, with the scaling but without any rounding.
     """
 
@@ -66,6 +69,7 @@ class QuantLayer(nn.Module):
         self.register_buffer("inverse_channel_scale", torch.ones(self.in_channels))
         self.scales_input = False
         self.adapter: LowRankAdapter | None = None
+        self.roundings: tuple[SoftRounding, ...] = ()
 
     def weight_parts(self) -> tuple[Tensor, ...]:
         """The weight of each part, `[C_out, C_part, ...]`."""
@@ -114,6 +118,26 @@ class QuantLayer(nn.Module):
             return self.weight
         return self.weight + self.adapter().view_as(self.weight)
 
+    def attach_roundings(self, weight: Tensor) -> None:
+        """Train how `weight [C_out, C_in, ...]` is rounded from now on, in the place of the weight.
+
+        Where gradients are recorded the layer then computes with the softly rounded weight, and
+        elsewhere, until `settle_roundings`, with its own.
+        """
+        pairs = zip(self.parts(), weight.split(self.splits, dim=1), strict=True)
+        self.roundings = tuple(SoftRounding(quantizer, part) for (_, quantizer, _), part in pairs)
+
+    @torch.no_grad()
+    def settle_roundings(self) -> None:
+        """Write the weight at its learned codes into `weight`; the roundings stay attached."""
+        if self.roundings:
+            rounded = [rounding.rounded() for rounding in self.roundings]
+            self.weight.copy_(torch.cat(rounded, dim=1))
+
+    def detach_roundings(self) -> None:
+        """Compute with the layer's own weight alone from now on."""
+        self.roundings = ()
+
     def multiply_channel_scale(self, scale: Tensor) -> None:
         """Divide the input by `scale [C_in]` from now on, on top of what is divided already."""
         # The inverse of a float32 number: the packed layer, which stores that number, then gets
@@ -141,8 +165,11 @@ class QuantLayer(nn.Module):
         return self.scaled_input(x).split(self.splits, dim=self.channel_dim)
 
     def quantized_weight(self) -> Tensor:
-        """The weight on its grid, differentiable, `[C_out, C_in, ...]`."""
-        parts = [quantizer(weight) for _, quantizer, weight in self.parts()]
+        """The weight on its grid, differentiable, `[C_out, C_in, ...]`; with roundings, near it."""
+        if self.roundings:
+            parts = [rounding() for rounding in self.roundings]
+        else:
+            parts = [quantizer(weight) for _, quantizer, weight in self.parts()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -60,19 +60,19 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Fake-quantize `weight [C_out, ...]`."""
-        scale, zero_point, bits = self._rows(weight.dim())
+        scale, zero_point, bits = self.rows(weight.dim())
         return fake_quantize(weight, scale, zero_point, bits, halves=True)
 
     def differences(self, weight: Tensor) -> Tensor:
         """`code - zero point` of `weight [C_out, ...]`, whole numbers or halves, as float32."""
-        scale, zero_point, bits = self._rows(weight.dim())
+        scale, zero_point, bits = self.rows(weight.dim())
         return quantize(weight, scale, zero_point, bits, halves=True) - zero_point
 
     def codes(self, weight: Tensor) -> Tensor:
         """Codes of `weight [C_out, ...]` as uint8 of the same shape."""
-        return quantize(weight, *self._rows(weight.dim()), halves=True).to(torch.uint8)
+        return quantize(weight, *self.rows(weight.dim()), halves=True).to(torch.uint8)
 
-    def _rows(self, dimensions: int) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(self, dimensions: int) -> tuple[Tensor, Tensor, Tensor]:
         """`(scale, zero_point, bits)`, shaped to go with a weight of so many dimensions."""
         shape = (-1,) + (1,) * (dimensions - 1)
         return self.scale.view(shape), self.zero_point.view(shape), self.channel_bits.view(shape)

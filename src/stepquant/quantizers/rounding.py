@@ -1,0 +1,71 @@
+"""Learned rounding: AdaRound (Nagel et al., ICML 2020, arXiv 2004.10568), section 3.1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.errors import StepQuantError
+from stepquant.numerics import dequantize
+from stepquant.numerics.affine import clamp_codes
+from stepquant.quantizers.weight import WeightQuantizer
+
+ZETA, GAMMA = 1.1, -0.1  # the sigmoid is stretched to this range, then cut to 0..1
+
+
+def rectified_sigmoid(logits: Tensor) -> Tensor:
+    """`h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)`, equation 23: how far up each weight is rounded."""
+    return (torch.sigmoid(logits) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def rounding_logits(share: Tensor) -> Tensor:
+    """The `V` with `h(V) = share`, for shares in 0..1."""
+    return torch.logit((share - GAMMA) / (ZETA - GAMMA))
+
+
+class SoftRounding(nn.Module):
+    """A weight between the two grid points next to it, one variable `V` for each value.
+
+        w_q = s (clip(floor(w / s + z) + h(V), 0, 2^b - 1) - z)
+
+    `logits [C_out, C_in, ...]` are `V`, at first such that `w_q = w` wherever `w` lies within the
+    grid. Scales, zero points (whole numbers or halves) and bits are those that the quantizer has
+    now, each out-channel its own; they must not change while the rounding is trained.
+    """
+
+    floor: Tensor  # codes below the weight, before they are clamped, [C_out, C_in, ...]
+    scale: Tensor  # [C_out, 1, ...], as are zero points and bits
+    zero_point: Tensor
+    bits: Tensor
+
+    def __init__(self, quantizer: WeightQuantizer, weight: Tensor) -> None:
+        """For the float `weight [C_out, C_in, ...]` on the grids of `quantizer`."""
+        super().__init__()
+        scale, zero_point, bits = (value.detach().clone() for value in quantizer.rows(weight.dim()))
+        if weight.shape[0] != scale.shape[0]:
+            raise StepQuantError(
+                f"a weight of {weight.shape[0]} out-channels is to be rounded on the grids of "
+                f"{scale.shape[0]}: expected one grid for each out-channel"
+            )
+        # Split off the whole part of the zero point, as the quantizer does, to lose no digits.
+        whole = torch.floor(zero_point)
+        free = weight.detach() * (1.0 / scale) + (zero_point - whole)
+        floor = torch.floor(free)
+        self.logits = nn.Parameter(rounding_logits(free - floor))
+        self.register_buffer("floor", floor + whole)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+        self.register_buffer("bits", bits)
+
+    def forward(self) -> Tensor:
+        """The softly rounded weight `[C_out, C_in, ...]`, differentiable in `logits`."""
+        return self._weight(rectified_sigmoid(self.logits))
+
+    @torch.no_grad()
+    def rounded(self) -> Tensor:
+        """The weight at its code, up where `h(V) >= 1/2`; the quantizer finds that code in it."""
+        return self._weight((self.logits >= 0).to(self.floor.dtype))
+
+    def _weight(self, up: Tensor) -> Tensor:
+        codes = clamp_codes(self.floor + up, self.bits)
+        return dequantize(codes, self.scale, self.zero_point)
