@@ -16,6 +16,7 @@ TINY = {
 }
 # The search over ranges costs most of the time here and has tests of its own.
 FAST = {**TINY, "ranges.weights": "minmax", "ranges.activations": "minmax"}
+RECONSTRUCT = {key.replace("distillation", "reconstruction"): value for key, value in FAST.items()}
 FAST_MINMAX = {"calibration.trajectories": 1}
 # Nine blocks on pictures of 8 x 8.
 SMALL = {

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from quantize_runs import BLOCKS, FAST, SMALL, left, refused, tree
+from quantize_runs import BLOCKS, FAST, RECONSTRUCT, SMALL, left, refused, tree
 from stepquant.methods import BlockDistillation
 from stepquant.progress import Reporter
 from stepquant.quantize import quantize
@@ -104,6 +104,20 @@ def test_after_ctrl_c_the_work_is_there_to_go_on_with(
     assert result.record["resumed"] is True
     assert tree(out) == uninterrupted
     assert left(tmp_path) == ["out"]
+
+
+def test_reconstructed_blocks_come_out_byte_for_byte_too(float_folder, tmp_path):
+    def act(name, **changes):
+        return quantize(
+            float_folder, "q-diffusion", 4, 4, tmp_path / name, 3, RECONSTRUCT, 2, **changes
+        )
+
+    act("whole")
+    with pytest.raises(KeyboardInterrupt):
+        act("out", reporter=Interrupting("reconstructing", 4))
+    assert len(left(tmp_path / "out.work" / "block_reconstruction")) == 4
+    act("out", resume=True)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 def test_resuming_after_a_change_of_the_scheduler_is_refused(float_folder, tmp_path):

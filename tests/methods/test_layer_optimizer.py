@@ -203,3 +203,20 @@ def test_zero_grad_forgets(block, optimizer, context):
     optimizer.zero_grad()
     trained = [block[0].weight, block[2].bias, *(q.scale for q in tables(block))]
     assert all(parameter.grad is None for parameter in trained)
+
+
+def test_roundings_are_trained_in_the_place_of_weights_biases_and_weight_scales(block, context):
+    layers = list(quant_layers(block).values())
+    for layer in layers:
+        layer.attach_roundings(layer.weight.detach())
+    logits = [rounding.logits.detach().clone() for la in layers for rounding in la.roundings]
+    before = {name: value.detach().clone() for name, value in block.named_parameters()}
+    train(block, LayerOptimizer(layers, RATE, RATE, RATE, iterations=8), context, [0, 1, 2])
+    roundings = [rounding for layer in layers for rounding in layer.roundings]
+    for old, rounding in zip(logits, roundings, strict=True):
+        moved = (old - rounding.logits.detach()).abs()
+        open_ones = rounding.logits.grad.abs() > 1e-4
+        assert open_ones.any()
+        assert_moved(moved[open_ones], RATE)
+    for name, value in block.named_parameters():
+        assert torch.equal(value, before[name]) == ("activation_quantizers" not in name), name

@@ -3,6 +3,7 @@
 from stepquant.methods.adaptive_softmax import AdaptiveSoftmax
 from stepquant.methods.bit_allocation import BitAllocation
 from stepquant.methods.block_distillation import BlockDistillation
+from stepquant.methods.block_reconstruction import BlockReconstruction
 from stepquant.methods.channel_reparameterization import ChannelReparameterization
 from stepquant.methods.low_rank_adapters import LowRankAdapters
 from stepquant.methods.outlier_mixed_bits import OutlierMixedBits
@@ -24,6 +25,7 @@ STEPS: dict[str, type[Step]] = {
         BitAllocation,
         AdaptiveSoftmax,
         BlockDistillation,
+        BlockReconstruction,
         LowRankAdapters,
         TrajectoryDistillation,
         RelationDistillation,
@@ -35,6 +37,7 @@ __all__ = [
     "AdaptiveSoftmax",
     "BitAllocation",
     "BlockDistillation",
+    "BlockReconstruction",
     "ChannelReparameterization",
     "LowRankAdapters",
     "OutlierMixedBits",

@@ -141,9 +141,13 @@ class GuardedBlock:
             self.best = now
             self._keep()
 
+    def restore(self) -> None:
+        """Take up the best state so far."""
+        self.block.load_state_dict(self._state)
+
     def finish(self) -> tuple[float, float]:
         """Take up the best state and forget gradients; the held-out loss before and after."""
-        self.block.load_state_dict(self._state)
+        self.restore()
         for parameter in self.block.parameters():
             parameter.grad = None
         return self.first, self.best
