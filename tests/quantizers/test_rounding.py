@@ -180,3 +180,22 @@ def test_a_weight_of_other_channels_is_refused() -> None:
     _, quantizer = case((6, 40), BITS["w4"])
     with pytest.raises(StepQuantError, match=r"weight of 5 out-channels .* grids of 6"):
         SoftRounding(quantizer, torch.zeros(5, 40))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_second_rounding_starts_from_the_first(bits):
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(6, 40, generator=generator)
+    quantizer = WeightQuantizer(bits, 6)
+    quantizer.fit(weight, search_weight_range)
+    first = SoftRounding(quantizer, weight)
+    first.logits.data.copy_(torch.randn(6, 40, generator=generator))
+    rounded = first.rounded()
+    again = SoftRounding(quantizer, weight, rounded)
+    assert torch.equal(again.rounded(), rounded)
+    fresh = SoftRounding(quantizer, weight)
+    inside = (fresh.floor >= 0) & (fresh.floor < 2**bits - 1)
+    assert inside.any()
+    expected = 0.49 * rectified_sigmoid(fresh.logits) + 0.51 * (first.logits >= 0)
+    found = rectified_sigmoid(again.logits)
+    torch.testing.assert_close(found[inside], expected[inside], atol=1e-5, rtol=0)

@@ -7,6 +7,7 @@ from stepquant.methods.block_reconstruction import BlockReconstruction
 from stepquant.methods.channel_reparameterization import ChannelReparameterization
 from stepquant.methods.low_rank_adapters import LowRankAdapters
 from stepquant.methods.outlier_mixed_bits import OutlierMixedBits
+from stepquant.methods.progressive_alignment import ProgressiveAlignment
 from stepquant.methods.relation_distillation import RelationDistillation
 from stepquant.methods.smoothing import Smoothing
 from stepquant.methods.step import Step
@@ -26,6 +27,7 @@ STEPS: dict[str, type[Step]] = {
         AdaptiveSoftmax,
         BlockDistillation,
         BlockReconstruction,
+        ProgressiveAlignment,
         LowRankAdapters,
         TrajectoryDistillation,
         RelationDistillation,
@@ -41,6 +43,7 @@ __all__ = [
     "ChannelReparameterization",
     "LowRankAdapters",
     "OutlierMixedBits",
+    "ProgressiveAlignment",
     "RelationDistillation",
     "Smoothing",
     "Step",

@@ -122,10 +122,15 @@ class QuantLayer(nn.Module):
         """Train how `weight [C_out, C_in, ...]` is rounded from now on, in the place of the weight.
 
         Where gradients are recorded the layer then computes with the softly rounded weight, and
-        elsewhere, until `settle_roundings`, with its own.
+        elsewhere, until `settle_roundings`, with its own. Where its own is another one, which an
+        earlier rounding of `weight` left, the new rounding starts from that.
         """
+        again = not torch.equal(weight, self.weight)
         pairs = zip(self.parts(), weight.split(self.splits, dim=1), strict=True)
-        self.roundings = tuple(SoftRounding(quantizer, part) for (_, quantizer, _), part in pairs)
+        self.roundings = tuple(
+            SoftRounding(quantizer, part, own if again else None)
+            for (_, quantizer, own), part in pairs
+        )
 
     @torch.no_grad()
     def settle_roundings(self) -> None:

@@ -29,8 +29,9 @@ class SoftRounding(nn.Module):
         w_q = s (clip(floor(w / s + z) + h(V), 0, 2^b - 1) - z)
 
     `logits [C_out, C_in, ...]` are `V`, at first such that `w_q = w` wherever `w` lies within the
-    grid. Scales, zero points (whole numbers or halves) and bits are those that the quantizer has
-    now, each out-channel its own; they must not change while the rounding is trained.
+    grid; or, where `w` was rounded before, half-way between that and the code it has. Scales, zero
+    points (whole numbers or halves) and bits are those that the quantizer has now, each out-channel
+    its own; they must not change while the rounding is trained.
     """
 
     floor: Tensor  # codes below the weight, before they are clamped, [C_out, C_in, ...]
@@ -38,8 +39,13 @@ class SoftRounding(nn.Module):
     zero_point: Tensor
     bits: Tensor
 
-    def __init__(self, quantizer: WeightQuantizer, weight: Tensor) -> None:
-        """For the float `weight [C_out, C_in, ...]` on the grids of `quantizer`."""
+    def __init__(
+        self, quantizer: WeightQuantizer, weight: Tensor, rounded: Tensor | None = None
+    ) -> None:
+        """For the float `weight [C_out, C_in, ...]` on the grids of `quantizer`.
+
+        `rounded`: the weight at the codes of an earlier rounding, which the new one starts from.
+        """
         super().__init__()
         scale, zero_point, bits = (value.detach().clone() for value in quantizer.rows(weight.dim()))
         if weight.shape[0] != scale.shape[0]:
@@ -51,7 +57,12 @@ class SoftRounding(nn.Module):
         whole = torch.floor(zero_point)
         free = weight.detach() * (1.0 / scale) + (zero_point - whole)
         floor = torch.floor(free)
-        self.logits = nn.Parameter(rounding_logits(free - floor))
+        share = free - floor
+        if rounded is not None:
+            up = quantizer.codes(rounded) > clamp_codes(floor + whole, bits)
+            # A little more than half-way: the rounding it starts from is the earlier one.
+            share = torch.lerp(share, up.to(share.dtype), 0.51)
+        self.logits = nn.Parameter(rounding_logits(share))
         self.register_buffer("floor", floor + whole)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
