@@ -35,7 +35,7 @@ FIRST_BETA, LAST_BETA = 20.0, 2.0
 
 
 def rounding_penalty(logits: Tensor, beta: float) -> Tensor:
-    """`sum(1 - |2 h(V) - 1|^beta)`, AdaRound's equation 24: zero once each `h` is 0 or 1."""
+    """`sum(1 - |2 h(V) - 1|^beta)`, AdaRound's regulariser: zero once each `h` is 0 or 1."""
     return (1 - (2 * rectified_sigmoid(logits) - 1).abs().pow(beta)).sum()
 
 

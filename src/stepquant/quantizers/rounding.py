@@ -1,4 +1,4 @@
-"""Learned rounding: AdaRound (Nagel et al., ICML 2020, arXiv 2004.10568), section 3.1."""
+"""Learned rounding: AdaRound (Nagel et al., ICML 2020, arXiv 2004.10568)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ZETA, GAMMA = 1.1, -0.1  # the sigmoid is stretched to this range, then cut to 0
 
 
 def rectified_sigmoid(logits: Tensor) -> Tensor:
-    """`h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)`, equation 23: how far up each weight is rounded."""
+    """`h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)`: how far up each weight is rounded."""
     return (torch.sigmoid(logits) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
