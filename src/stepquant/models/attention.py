@@ -86,10 +86,18 @@ def why_products_stay_float(module: nn.Module) -> str | None:
     """Why the products of an attention module cannot be quantized, or None."""
     if not isinstance(module, Attention):
         return f"attention of the class {type(module).__name__}"
-    if not isinstance(module.processor, PLAIN_PROCESSORS):
-        return f"attention with the processor {type(module.processor).__name__}"
+    processor: Any = module.processor
+    if type(processor) not in PLAIN_PROCESSORS:  # a class made from one may compute otherwise
+        return f"attention with the processor {type(processor).__name__}"
+    if not module.scale_qk:
+        return "attention with unscaled scores"
+    norms = module.norm_q is not None or module.norm_k is not None
+    if isinstance(processor, AttnProcessor) and norms:
+        return "attention whose processor leaves out its norms of queries and keys"
     if module.is_causal or module.added_kv_proj_dim is not None:
         return "causal attention, or attention with added keys and values"
+    if module.pre_only:
+        return "attention without an output projection"
     if module.inner_kv_dim != module.inner_dim or module.fused_projections:
         return "attention with shared or fused projections"
     return None
