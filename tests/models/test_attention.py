@@ -65,6 +65,11 @@ CASES = {
         TOKENS,
         {"encoder_hidden_states": random(*OTHER), "attention_mask": MASK},
     ),
+    "mask of yes and no": (
+        {"cross_attention_dim": 16},
+        TOKENS,
+        {"encoder_hidden_states": random(*OTHER), "attention_mask": MASK == 0},
+    ),
     "norms of queries and keys": ({"qk_norm": "layer_norm"}, TOKENS, {}),
     "spatial norm": (
         {"spatial_norm_dim": 8, "residual_connection": True},
@@ -91,6 +96,23 @@ def test_float_products_are_those_of_diffusers(settings, shape, inputs, caplog):
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert not caplog.records
+
+
+@torch.no_grad()
+def test_a_mask_of_yes_and_no_is_one_for_quantized_products_too():
+    """To them a mask is what is added to the scores."""
+    module, seen = attention(cross_attention_dim=16), []
+
+    class Spy(nn.Module):
+        def forward(self, query, key, value, mask):
+            seen.append(mask)
+            return query
+
+    module.set_processor(ProductsProcessor(Spy()))
+    module(random(*TOKENS), encoder_hidden_states=random(*OTHER), attention_mask=MASK == 0)
+    (mask,) = seen
+    expected = torch.where(MASK == 0, 0.0, -torch.inf)[:, None].expand(-1, 2, -1, -1)
+    assert torch.equal(mask, expected)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ class ProductsProcessor(nn.Module):
     """An attention processor, diffusers' own place for another way to compute attention.
 
     `products`: a module that is called with queries `[B, H, N, D]`, keys and values `[B, H, M, D]`
-    and a mask or None, and gives `[B, H, N, D]`. Everything else is as in diffusers'
+    and None or a mask to add to the scores, and gives `[B, H, N, D]`. Everything else is as in diffusers'
     `AttnProcessor2_0`: norms, projections (which may be quantized layers), residual.
     """
 
@@ -72,6 +73,8 @@ class ProductsProcessor(nn.Module):
         if mask is not None:
             mask = module.prepare_attention_mask(mask, source.shape[1], x.shape[0])
             mask = mask.view(x.shape[0], module.heads, -1, mask.shape[-1])
+            if mask.dtype == torch.bool:  # True is what may be seen
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
         y = self.products(query, key, value, mask).transpose(1, 2).flatten(2)  # [B, N, C]
         for part in module.to_out:
             y = part(y)
