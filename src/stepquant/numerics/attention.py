@@ -42,11 +42,12 @@ class AttentionGrids:
 def sum_of_products(a: Tensor, b: Tensor, largest: int) -> Tensor:
     """`a @ b` in float32, for whole numbers whose products are at most `largest`.
 
-    Exact up to the last rounding to float32 wherever the sum is below 2^53.
+    Exact up to the last rounding to float32 wherever the sum is below 2^53, under autocast too.
     """
-    if a.shape[-1] * largest < EXACT_IN_FLOAT32:
+    if a.shape[-1] * largest >= EXACT_IN_FLOAT32:
+        return (a.double() @ b.double()).float()
+    with torch.autocast(a.device.type, enabled=False):
         return a @ b
-    return (a.double() @ b.double()).float()
 
 
 def probability_levels(probabilities: Tensor, grids: AttentionGrids) -> Tensor:
