@@ -8,6 +8,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
+PRODUCTS = ".processor.products"  # where the products lie in an attention module
 PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0)
 
 
@@ -15,8 +16,8 @@ class ProductsProcessor(nn.Module):
     """An attention processor, diffusers' own place for another way to compute attention.
 
     `products`: a module that is called with queries `[B, H, N, D]`, keys and values `[B, H, M, D]`
-    and None or a mask to add to the scores, and gives `[B, H, N, D]`. Everything else is as in diffusers'
-    `AttnProcessor2_0`: norms, projections (which may be quantized layers), residual.
+    and None or a mask to add to the scores, and gives `[B, H, N, D]`. Everything else is as in
+    diffusers' `AttnProcessor2_0`: norms, projections (which may be quantized layers), residual.
     """
 
     def __init__(self, products: nn.Module) -> None:
