@@ -80,14 +80,21 @@ class QuantAttention(nn.Module):
         if not self.quantizing:
             return functional.scaled_dot_product_attention(query, key, value, mask)
         rows = self._rows(query.shape[0])
-        operands = (query, key, value)
         if not torch.is_grad_enabled():
-            return self._compute_integers(operands, mask, rows)
-        query, key, value = (
-            quantizer(operand, rows)
-            for quantizer, operand in zip(self.activation_quantizers, operands, strict=True)
-        )
-        return self.probabilities(scaled_softmax(query, key, mask), rows) @ value
+            return self._compute_integers((query, key, value), mask, rows)
+        probabilities = self.float_probabilities(query, key, mask)
+        return self.probabilities(probabilities, rows) @ self.activation_quantizers[2](value, rows)
+
+    def float_probabilities(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        """Probabilities `[B, H, N, M]` before they are put on their grid.
+
+        Those of queries and keys on their grids if the products are `quantizing`.
+        """
+        if self.quantizing:
+            rows = self._rows(query.shape[0])
+            query = self.activation_quantizers[0](query, rows)
+            key = self.activation_quantizers[1](key, rows)
+        return scaled_softmax(query, key, mask)
 
     def _rows(self, batch: int) -> Tensor:
         if self.probabilities.steps == 1:
