@@ -102,6 +102,26 @@ def test_bits_out_of_range_are_refused(key, bits):
     assert f"bits of an override {expected}" in str(error.value)
 
 
+@pytest.mark.parametrize("bits", [0, 9, 4.0, "4", True])
+@pytest.mark.parametrize("key", ["attention_bits", "probability_bits"])
+def test_bits_of_attention_out_of_range_are_refused(key, bits):
+    with pytest.raises(ValidationError) as error:
+        Scheme(**{"attention_bits": 8, key: bits})
+    assert f"is {bits!r}: expected a whole number of bits from 1 to 8" in str(error.value)
+
+
+def test_products_of_attention_stay_float_unless_said():
+    assert (Scheme().attention_bits, Scheme().probability_bits) == (None, 8)
+    scheme = Scheme(attention_bits=4, probability_bits=3)
+    assert Scheme(**scheme.model_dump(mode="json")) == scheme
+
+
+def test_bits_of_probabilities_that_stay_float_are_refused():
+    sentence = "probability bits of the scheme is 4 where attention_bits leaves"
+    with pytest.raises(ValidationError, match=sentence):
+        Scheme(probability_bits=4)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_one_to_eight_bits_are_taken(bits):
     scheme = Scheme(weight_bits=bits, activation_bits=9 - bits)

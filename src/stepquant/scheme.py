@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from torch import nn
 
 from stepquant.errors import StepQuantError
@@ -61,6 +61,15 @@ class Scheme(BaseModel):
     @classmethod
     def _bits_or_float(cls, value: int | None) -> int | None:
         return None if value is None else check_bits(value, "attention bits of the scheme")
+
+    @model_validator(mode="after")
+    def _probabilities_with_attention(self) -> Scheme:
+        if self.attention_bits is None and self.probability_bits != 8:
+            raise StepQuantError(
+                f"probability bits of the scheme is {self.probability_bits} where attention_bits "
+                "leaves attention's products float: expected both; set attention_bits too"
+            )
+        return self
 
     @field_validator("protocol")
     @classmethod
