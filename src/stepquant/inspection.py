@@ -11,10 +11,12 @@ from torch import nn
 
 from stepquant.calibration.observe import observe
 from stepquant.calibration.trajectories import capture_trajectories
+from stepquant.checkpoint.validate import packed_attention
 from stepquant.inspection_plots import check_plots, write_plots
 from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.methods.weight_dilation import dilation_factors
 from stepquant.models.adapter import adapter_for
+from stepquant.models.attention import PRODUCTS
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
 from stepquant.runtime.packed import PackedLayer
@@ -55,7 +57,7 @@ def inspect(
 
 
 def inspect_packed(denoiser: nn.Module) -> dict[str, Any]:
-    """Bits, bytes, kernels and step tables of a packed denoiser."""
+    """Bits, bytes, kernels and step tables of a packed denoiser's layers and attention products."""
     layers = []
     for name, module in denoiser.named_modules():
         if isinstance(module, PackedLayer):
@@ -72,7 +74,24 @@ def inspect_packed(denoiser: nn.Module) -> dict[str, Any]:
                     "channel_scale": module.act_channel_scale is not None,
                 }
             )
-    return {"packed": True, "timesteps": denoiser.step_grid.tolist(), "layers": layers}
+    attention = [
+        {
+            "attention": name.removesuffix(PRODUCTS),
+            "bits": products.bits,
+            "probability_bits": products.probability_bits,
+            "act_scale": products.act_scale.tolist(),
+            "act_zero_point": products.act_zero_point.tolist(),
+            "probability_scale": products.probability_scale.tolist(),
+            "probability_log2": products.probability_log2.bool().tolist(),
+        }
+        for name, products in packed_attention(denoiser).items()
+    ]
+    return {
+        "packed": True,
+        "timesteps": denoiser.step_grid.tolist(),
+        "layers": layers,
+        "attention": attention,
+    }
 
 
 @torch.no_grad()
