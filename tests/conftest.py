@@ -130,13 +130,20 @@ def tiny_session(tiny_pipeline: Callable[..., DDPMPipeline]) -> Callable[..., Se
         num: int = 2,
         ranges: str = "minmax",
         work: WorkFolder | None = None,
+        attention: int | None = None,
+        probabilities: int = 8,
         **changes: object,
     ) -> Session:
         pipeline = tiny_pipeline(**changes)
         adapter = adapter_for(pipeline.unet)
         trajectories = capture_trajectories(pipeline, num, steps, 7, "ddim")
         context = StepContext(trajectories.grid())
-        scheme = Scheme(weight_bits=weights, activation_bits=activations)
+        scheme = Scheme(
+            weight_bits=weights,
+            activation_bits=activations,
+            attention_bits=attention,
+            probability_bits=probabilities,
+        )
         model, _ = simulate_model(pipeline.unet, adapter, scheme, context)
         return Session(
             float_model=pipeline.unet,

@@ -16,7 +16,6 @@ from torch import nn
 
 from stepquant import __version__
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories, drawer
-from stepquant.checkpoint.attention_config import SUFFIX
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
 from stepquant.errors import StepQuantError
@@ -29,7 +28,7 @@ from stepquant.recipe import Calibration, Recipe, load_recipe
 from stepquant.runtime.pack import pack_model
 from stepquant.runtime.packed import PackedLayer
 from stepquant.sampling import check_seed, clipping_remark, denoiser_name, set_scheduler
-from stepquant.session import Session, check_finite_weights, simulate
+from stepquant.session import Session, check_finite_weights, float_products, simulate
 from stepquant.sources import float32_bytes, open_pipeline, weight_file_bytes
 from stepquant.workfolder import WorkFolder, fingerprint
 
@@ -128,6 +127,9 @@ def quantize(
     simulation, left_float = simulate(float_model, adapter, resolved.scheme, context)
     for name, reason in left_float.items():
         reporter.line(f"layer '{name}' stays float: {reason}")
+    for name, reason in float_products(float_model, adapter).items():
+        if resolved.scheme.attention_bits is not None:
+            reporter.line(f"the products of attention '{name}' stay float: {reason}")
     session = Session(
         float_model=float_model,
         model=simulation,
@@ -160,9 +162,7 @@ def quantize(
         "peak_memory_mb": round(peak_memory_mb(), 1),
         "left_float": left_float,
         "attention_float": [
-            name
-            for name in adapter.attention_sites(float_model)
-            if f"{name}{SUFFIX}" not in session.attention()
+            name for name in adapter.attention_sites(float_model) if name not in session.attention()
         ],
         "reference_layers": reference_layers(packed),
         "summary": session.summary,

@@ -14,7 +14,7 @@ from stepquant.calibration.observe import quant_attention, quant_layers
 from stepquant.calibration.trajectories import Draw, Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.models.adapter import DenoiserAdapter
-from stepquant.models.attention import ProductsProcessor, why_products_stay_float
+from stepquant.models.attention import PRODUCTS, ProductsProcessor, why_products_stay_float
 from stepquant.models.surgery import replace_modules
 from stepquant.progress import Reporter
 from stepquant.quantizers import (
@@ -52,8 +52,11 @@ class Session:
     summary: dict[str, Any] = field(default_factory=dict)
 
     def attention(self) -> dict[str, QuantAttention]:
-        """The simulated products of attention by name."""
-        return quant_attention(self.model)
+        """The simulated products of each attention module, by its name."""
+        return {
+            name.removesuffix(PRODUCTS): products
+            for name, products in quant_attention(self.model).items()
+        }
 
     def layers(self) -> dict[str, QuantLayer]:
         """The simulated layers by name."""
@@ -111,20 +114,23 @@ def simulate(
 
     replace_modules(model, build)
     if scheme.attention_bits is not None:
-        for name in quantized_attention(float_model, adapter):
+        left = float_products(float_model, adapter)
+        for name in adapter.attention_sites(float_model):
+            if name in left:
+                continue
             products = QuantAttention(scheme.attention_bits, scheme.probability_bits, context)
             model.get_submodule(name).set_processor(ProductsProcessor(products))  # type: ignore[operator]
     context.attach(model)
     return model, left_float
 
 
-def quantized_attention(model: nn.Module, adapter: DenoiserAdapter) -> list[str]:
-    """The attention modules of a float `model` whose products can be quantized."""
-    return [
-        name
+def float_products(model: nn.Module, adapter: DenoiserAdapter) -> dict[str, str]:
+    """The attention modules of a float `model` whose products cannot be quantized, and why."""
+    reasons = {
+        name: why_products_stay_float(model.get_submodule(name))
         for name in adapter.attention_sites(model)
-        if why_products_stay_float(model.get_submodule(name)) is None
-    ]
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def check_finite_weights(model: nn.Module) -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from softmax_samples import normal, softmax, uniform
 from torch import Tensor
 
 from stepquant.errors import StepQuantError
-from stepquant.methods.adaptive_softmax import grid_fits
 from stepquant.methods.power_law import (
     fit_exponential,
     fit_log_normal,
@@ -19,24 +19,9 @@ from stepquant.methods.power_law import (
     tail_of,
 )
 
-BITS = (3, 4, 6, 8)
-
-
-def uniform(count: int, seed: int = 0) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def normal(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
 
 def pareto(alpha: float, count: int = 50_000, x_min: float = 0.01) -> Tensor:
     return x_min * (1 - uniform(count)) ** (-1 / (alpha - 1))
-
-
-def softmax(sharpness: float, keys: int = 256) -> Tensor:
-    """Probabilities of normal logits, `[4096]`."""
-    return torch.softmax(sharpness * normal(4096).view(-1, keys), dim=-1).flatten()
 
 
 @pytest.mark.parametrize("alpha", [1.2, 2.0, 3.5])
@@ -139,47 +124,6 @@ def test_flat_softmaxes_are_uniform_and_sharp_ones_log2(quantile: float) -> None
     assert likelihood_ratio(flat) < 0 < likelihood_ratio(sharp)
 
 
-def test_the_ratio_does_not_know_the_bits_but_the_error_does() -> None:
-    """What the test stands for: at 3 bits log2 is better, at 8 its levels are far too coarse."""
-    values = softmax(2)
-    assert prefers_log2(likelihood_ratio(tail_of(values)))
-    gains = []
-    for bits in BITS:
-        uniform_fit, log2_fit = grid_fits(values, None, bits)
-        gains.append(uniform_fit.error / log2_fit.error)
-    assert gains == sorted(gains, reverse=True) and gains[0] > 2 and gains[-1] < 0.1
-
-
-def test_the_uniform_grid_of_least_error_loses_small_probabilities() -> None:
-    uniform_fit, log2_fit = grid_fits(softmax(2), None, 4)
-    assert uniform_fit.bias < -0.2 and abs(log2_fit.bias) < 0.05
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_grid_fits_are_not_beaten_by_brute_force(bits: int) -> None:
-    values, weights = softmax(1)[:400], uniform(400, 2)
-    fits = grid_fits(values, weights, bits)
-    levels = [
-        torch.arange(2**bits).double(),
-        torch.tensor([2.0**-q for q in range(2**bits - 1)] + [0.0]).double(),
-    ]
-    for fit, grid in zip(fits, levels, strict=True):
-        # Errors to the nearest level; log2 codes are nearest in the logarithm, so never better.
-        best = (values[:, None] - fit.scale * grid).abs().amin(dim=1).square()
-        error = float((weights * best).sum() / weights.sum())
-        assert error <= fit.error * (1 + 1e-9) and fit.error < 1.6 * error
-        total = float((weights * values).sum() / weights.sum())
-        assert abs(fit.bias) * total < math.sqrt(fit.error) + 1e-12
-
-
-def test_values_on_a_grid_have_no_error() -> None:
-    on_log2 = torch.tensor([0.0, 0.75, 0.375, 0.75 / 32])
-    _, log2_fit = grid_fits(on_log2, None, 3)
-    assert (log2_fit.error, log2_fit.bias) == (pytest.approx(0, abs=1e-20), pytest.approx(0))
-    uniform_fit, _ = grid_fits(torch.arange(8.0) / 16, None, 3)
-    assert uniform_fit.error < 1e-20 and uniform_fit.scale == pytest.approx(1 / 16)
-
-
 def test_weights_count_like_repeated_values() -> None:
     values, counts = softmax(2)[:300], torch.randint(1, 5, (300,), generator=torch.Generator())
     repeated = values.repeat_interleave(counts)
@@ -190,8 +134,6 @@ def test_weights_count_like_repeated_values() -> None:
             assert likelihood_ratio(ours, alternative) == pytest.approx(
                 likelihood_ratio(oracle, alternative)
             )
-    for a, b in zip(grid_fits(values, counts, 4), grid_fits(repeated, None, 4), strict=True):
-        assert a.scale == b.scale and a.error == pytest.approx(b.error)
 
 
 def test_x_min_is_a_value_of_the_sample() -> None:
@@ -224,8 +166,6 @@ def test_equal_values_prefer_nothing(count: int) -> None:
         assert likelihood_ratio(tail, alternative) == 0
     assert fit_power_law(tail).alpha == fit_exponential(tail).rate == math.inf
     assert fit_log_normal(tail).sigma == 0
-    for fit in grid_fits(torch.full((count,), 1 / 64), None, 4):
-        assert fit.error < 1e-20
 
 
 def test_two_values() -> None:
@@ -234,9 +174,7 @@ def test_two_values() -> None:
     assert fit_exponential(tail).rate == pytest.approx(20)
 
 
-def test_zeros_alone_fit_any_grid_but_no_law() -> None:
-    for fit in grid_fits(torch.zeros(5), None, 4):
-        assert (fit.scale, fit.error, fit.bias) == (1, 0, 0)
+def test_zeros_alone_follow_no_law() -> None:
     with pytest.raises(StepQuantError, match="hold none above 0 with a weight, of 5: expected one"):
         tail_of(torch.zeros(5))
 
@@ -258,8 +196,6 @@ def test_bad_samples_are_refused(values: list, weights: list | None, message: st
     sample = torch.tensor(values), None if weights is None else torch.tensor(weights)
     with pytest.raises(StepQuantError, match=message):
         tail_of(*sample)
-    with pytest.raises(StepQuantError, match=message):
-        grid_fits(*sample, 4)
 
 
 @pytest.mark.parametrize("quantile", [-0.1, 1.0, math.nan])

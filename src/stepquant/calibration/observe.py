@@ -11,7 +11,6 @@ from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.progress import Reporter
 from stepquant.quantizers import QuantAttention, QuantLayer
-from stepquant.quantizers.attention import scaled_softmax
 
 VALUES_PER_STEP = 2048  # drawn at random
 TAIL_PER_STEP = 64  # kept exactly at each end: a random draw has too few of them to weigh clipping
@@ -94,19 +93,23 @@ def tails_and_draw(flat: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def observe_probabilities(
-    model: nn.Module, trajectories: Trajectories, per_step: int, seed: int, reporter: Reporter
+    model: nn.Module,
+    attention: dict[str, QuantAttention],
+    trajectories: Trajectories,
+    per_step: int,
+    seed: int,
+    reporter: Reporter,
 ) -> dict[str, Observation]:
-    """One `Observation` of attention's probabilities for each attention with quantized products.
+    """One `Observation` of the probabilities of each of `attention`, parts of `model`, by its name.
 
     As the model is: of quantized queries and keys where it quantizes.
     """
-    attention = quant_attention(model)
     seen = {name: Observation() for name in attention}
     generator = torch.Generator().manual_seed(seed)
     steps = len(trajectories.timesteps)
 
     def look(name: str, args: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
-        flat = scaled_softmax(args[0], args[1], args[3]).flatten()
+        flat = attention[name].float_probabilities(args[0], args[1], args[3]).flatten()
         values, weights = tails_and_draw(flat, generator)
         low, high = flat.amin().view(1), flat.amax().view(1)
         seen[name].add(steps, low=low, high=high, values=values, weights=weights)
@@ -168,7 +171,8 @@ def observe(
 
     def look_at_attention(name: str, args: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
         query, key, value, mask = args
-        for index, operand in enumerate((query, key, value, scaled_softmax(query, key, mask))):
+        probabilities = attention[name].float_probabilities(query, key, mask)
+        for index, operand in enumerate((query, key, value, probabilities)):
             add(name, index, operand, operand.reshape(-1, 1))
 
     handles = [

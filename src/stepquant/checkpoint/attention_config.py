@@ -14,8 +14,6 @@ from stepquant.numerics import check_bits
 from stepquant.quantizers import StepContext
 from stepquant.runtime.attention import PackedAttention
 
-SUFFIX = ".processor.products"  # where the packed products lie in an attention module
-
 
 @dataclass(frozen=True)
 class AttentionConfig:

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from stepquant.checkpoint.attention_config import SUFFIX, AttentionConfig
+from stepquant.checkpoint.attention_config import AttentionConfig
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.layer_config import LayerConfig
 from stepquant.checkpoint.plugin import StepQuantQuantizer
@@ -25,6 +25,7 @@ from stepquant.checkpoint.validate import (
     packed_modules,
 )
 from stepquant.errors import StepQuantError
+from stepquant.models.attention import PRODUCTS
 from stepquant.quantizers import StepContext
 
 
@@ -36,7 +37,7 @@ def describe_layers(model: nn.Module) -> dict[str, LayerConfig]:
 def describe_attention(model: nn.Module) -> dict[str, AttentionConfig]:
     """Name -> config, for each attention of `model` with packed products."""
     return {
-        name.removesuffix(SUFFIX): AttentionConfig.of(products)
+        name.removesuffix(PRODUCTS): AttentionConfig.of(products)
         for name, products in packed_attention(model).items()
     }
 

@@ -105,8 +105,10 @@ class AdaptiveSoftmax(Step):
         """Set all probability tables; the summary has every group's test and errors."""
         session.ensure_ranges()
         steps = len(session.context.grid)
+        attention = session.attention()
         observed = observe_probabilities(
             session.model,
+            attention,
             session.trajectories,
             self.samples_per_step,
             session.seed,
@@ -114,7 +116,6 @@ class AdaptiveSoftmax(Step):
         )
         groups = torch.arange(steps).tensor_split(min(self.step_groups, steps))
         records = []
-        attention = session.attention()
         with session.reporter.task("choosing softmax grids", total=len(attention)) as task:
             for name, module in attention.items():
                 if module.probabilities.steps != steps:
