@@ -16,8 +16,16 @@ from torch import Tensor, nn
 from stepquant.calibration.ranges import minmax_weight_range, search_weight_range
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config
+from stepquant.models.attention import ProductsProcessor
 from stepquant.models.surgery import replace_modules
-from stepquant.quantizers import QuantConv2d, QuantLayer, QuantLinear, StepContext, StepGrid
+from stepquant.quantizers import (
+    QuantAttention,
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    StepContext,
+    StepGrid,
+)
 from stepquant.runtime.pack import pack_model
 
 STEPS = 5
@@ -25,6 +33,12 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 SPLIT = "up_blocks.0.resnets.0.conv1"  # its input is a concatenation with a skip
 SCALED = "mid_block.attentions.0.to_q"
 STATIC = "conv_in"
+ATTENTION = (
+    "mid_block.attentions.0",
+    "up_blocks.0.attentions.0",
+    "up_blocks.0.attentions.1",
+)  # and not that of the encoder
+STATIC_ATTENTION = ATTENTION[1]
 MIXED = "down_blocks.0.resnets.0.conv2"  # out-channels of three bit widths
 
 
@@ -45,8 +59,13 @@ def unet(**changes: Any) -> UNet2DModel:
     return UNet2DModel(**{**settings, **changes}).eval()
 
 
-def packed_unet(weight_bits: int = 4, steps: int = STEPS, **changes: Any) -> UNet2DModel:
-    """`unet` with every conv and linear packed, one split, one with scaled input, one static."""
+def packed_unet(
+    weight_bits: int = 4, steps: int = STEPS, attention: bool = False, **changes: Any
+) -> UNet2DModel:
+    """`unet` with every conv and linear packed, one split, one with scaled input, one static.
+
+    `attention`: with its products packed as well, except for one module's, and one static.
+    """
     model = unet(**changes)
     context = StepContext(StepGrid(torch.linspace(0, 900, steps).round()))
     context.attach(model)
@@ -75,7 +94,20 @@ def packed_unet(weight_bits: int = 4, steps: int = STEPS, **changes: Any) -> UNe
                 quantizer.scale.data.mul_(torch.linspace(0.7, 1.0, steps))
         return layer
 
-    return pack_model(replace_modules(model, simulate))
+    replace_modules(model, simulate)
+    for index, name in enumerate(ATTENTION if attention else ()):
+        rows = 1 if name == STATIC_ATTENTION else steps
+        products = QuantAttention(8 - index, 3 + index, context)
+        products.resize(rows)
+        for quantizer in products.activation_quantizers:
+            quantizer.scale.data.copy_(6 / 2**quantizer.bits * torch.linspace(0.7, 1.0, rows))
+            quantizer.zero_point.data.fill_(2 ** (quantizer.bits - 1))
+        products.probabilities.log2[::2] = True
+        scales = torch.where(products.probabilities.log2, 0.9, 0.9 / 2 ** (3 + index))
+        products.probabilities.scale.data.copy_(scales)
+        products.quantizing = True
+        model.get_submodule(name).set_processor(ProductsProcessor(products))
+    return pack_model(model)
 
 
 def packed_pipeline(**changes: Any) -> DDPMPipeline:
