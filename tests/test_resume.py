@@ -178,10 +178,12 @@ DRIVER = """
 import fnmatch, json, os, signal, sys, time
 from pathlib import Path
 import torch
+from stepquant.methods import trajectory_distillation
 from stepquant.quantize import quantize
 
-model, settings, points = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+model, recipe, settings, points = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
 torch.set_num_threads(1)
+trajectory_distillation.SECONDS_BETWEEN_SAVES = 0
 
 
 def dying(function, when, pattern, count):
@@ -208,7 +210,7 @@ for folder, (when, pattern, count) in points.items():
         try:
             os.replace = dying(os.replace, when, pattern, count)
             os.rename = dying(os.rename, when, pattern, count)
-            quantize(model, "dilatequant", 4, 4, folder + "/out", 3, settings, seed=2)
+            quantize(model, recipe, 4, 4, folder + "/out", 3, settings, seed=2)
         finally:
             os._exit(1)
     while when == "outside":
@@ -238,21 +240,25 @@ POINTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def killed(float_folder, tmp_path_factory):
-    """A folder for each point, as a process that was killed there left it."""
-    root = tmp_path_factory.mktemp("killed")
-    folders = {name: root / f"{index:02d}" for index, name in enumerate(POINTS)}
-    points = {str(folders[name]): point[:3] for name, point in POINTS.items()}
+def kill(model, recipe, settings, points, root):
+    """A folder in `root` for each of `points`, as a process that was killed there left it."""
+    folders = {name: root / f"{index:02d}" for index, name in enumerate(points)}
+    places = {str(folders[name]): point[:3] for name, point in points.items()}
     process = subprocess.run(
-        [sys.executable, "-c", DRIVER, float_folder, json.dumps(FAST), json.dumps(points)],
+        [sys.executable, "-c", DRIVER, model, recipe, json.dumps(settings), json.dumps(places)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert process.returncode == 0, process.stderr
-    assert process.stdout.split() == ["9"] * len(POINTS), process.stderr
+    assert process.stdout.split() == ["9"] * len(points), process.stderr
     return folders
+
+
+@pytest.fixture(scope="module")
+def killed(float_folder, tmp_path_factory):
+    """The folders of `POINTS`."""
+    return kill(float_folder, "dilatequant", FAST, POINTS, tmp_path_factory.mktemp("killed"))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -271,3 +277,53 @@ def test_after_a_kill_the_checkpoint_comes_out_byte_for_byte(
         assert 0 < len(trained) <= BLOCKS - 2
     else:
         assert len(trained) == remaining
+
+
+SHORT = {"calibration.trajectories": 2, "ranges.weights": "minmax", "ranges.activations": "minmax"}
+OTHER_RECIPES = {
+    "mpq-dm": (
+        {
+            **SHORT,
+            "outlier_mixed_bits.samples": 4,
+            "low_rank_adapters.rank": 2,
+            "relation_distillation.rounds": 3,
+            "relation_distillation.batch": 2,
+        },
+        {
+            "after the bits are mixed": ("after", "*/outlier_mixed_bits.safetensors", 1),
+            "as the second round is written": ("before", "*/relation_distillation.safetensors", 2),
+            "after the second round": ("after", "*/relation_distillation.safetensors", 2),
+            "before the checkpoint has its name": ("before", "*/out", 1),
+        },
+    ),
+    "tcaq-dm": (
+        {
+            **SHORT,
+            "progressive_alignment.iterations": 3,
+            "progressive_alignment.later_iterations": 2,
+            "progressive_alignment.rounds": 1,
+            "progressive_alignment.samples": 16,
+            "progressive_alignment.batch": 4,
+        },
+        {
+            "in the first round": ("after", "*/progressive_alignment/round-0/*", 3),
+            "as its own inputs are written": ("before", "*/trajectories-1.safetensors", 1),
+            "before the second round": ("after", "*/trajectories-1.safetensors", 1),
+            "in the second round": ("after", "*/progressive_alignment/round-1/*", 3),
+        },
+    ),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("recipe", OTHER_RECIPES)
+def test_other_recipes_survive_a_kill_as_well(float_folder, tmp_path, recipe):
+    settings, points = OTHER_RECIPES[recipe]
+    whole = tmp_path / "whole"
+    quantize(float_folder, recipe, 4, 4, whole, 3, settings, seed=2)
+    root = tmp_path / "killed"
+    root.mkdir()
+    for name, folder in kill(float_folder, recipe, settings, points, root).items():
+        assert (folder / "out.work").exists(), name
+        quantize(float_folder, recipe, 4, 4, folder / "out", 3, settings, 2, True)
+        assert tree(folder / "out") == tree(whole), name
