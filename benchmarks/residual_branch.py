@@ -28,7 +28,7 @@ from stepquant.sources import open_pipeline
 from stepquant.workfolder import atomic_write
 
 RATIOS = torch.linspace(0.15, 0.6, 10)  # of the residual's scale to the coarse one
-SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0)  # of the coarse grid, in its steps
+SHIFTS = torch.linspace(-1.0, 1.0, 9).tolist()  # quarters of the coarse grid's steps
 
 
 def finer_grid_error(weight: Tensor, bits: int) -> Tensor:

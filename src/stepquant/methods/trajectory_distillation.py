@@ -73,7 +73,7 @@ class TrajectoryDistillation(Step):
             max(1, self.rounds * per_round),
         )
         training = Training(session.model, optimizer)
-        turn = self.rounds - round(self.self_sampled * self.rounds)
+        turn = self.rounds - math.ceil(self.self_sampled * self.rounds)
         kept = session.work.load(self.name)
         if kept is None:
             training.check(self._held_out_loss(session, own=False))
@@ -103,7 +103,7 @@ class TrajectoryDistillation(Step):
                 parameter.grad = None
             layer.merge_adapter()
         session.summary[self.name] = {
-            "loss_before": training.losses[0],
+            "loss_before": training.losses[training.compared_from],
             "loss_after": min(training.losses[training.compared_from :]),
             "losses": training.losses,
             "self_sampled_from": training.compared_from,
