@@ -1,6 +1,6 @@
 """One cell of a quality grid: quantize, sample on the packed runtime, judge, write one JSON file.
 
-Shared by `quality.py` and `ablation.py`. Cells are files, so a grid that was stopped goes on where
+Shared by `quality.py` and the ablations. Cells are files, so a grid that was stopped goes on where
 it was, and several processes can work on one grid.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import platform
+import re
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -47,6 +48,11 @@ class Cell:
     seed: int = 0
     threads: int = 1
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+def slug(label: str) -> str:
+    """A cell's name from what its row is called."""
+    return re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-")
 
 
 def machine() -> dict[str, Any]:

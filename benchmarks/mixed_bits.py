@@ -2,21 +2,21 @@
 
     python benchmarks/mixed_bits.py
 
-At W2A4 `strict`, for each seed: EfficientDM's base, with OMQ, with TRD, and with both; OMQ by
-kurtosis, magnitude, chance and measured error; TRD's relations of pixels against plain L2 on the
-same features, and against no term at all on the same windows. Every row trains with equally many
-samples and updates. Writes `mixed_bits.jsonl` and `mixed_bits.md`.
+At W2A4 `strict`: EfficientDM's base, with OMQ, with TRD, and with both; OMQ without the smoothing
+that it stands on, and that alone; TRD's relations of pixels against plain L2 on the same features,
+and against no term at all on the same windows; the base trained in the sampler's order. For each
+seed: OMQ by kurtosis, magnitude and chance. Every row trains with equally many samples and updates.
+Writes `mixed_bits.jsonl` and `mixed_bits.md`.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 from pathlib import Path
 from typing import Any
 
-from cells import Cell, read_cells, run_grid, table, write_lines
+from cells import Cell, read_cells, run_grid, slug, table, write_lines
 from stepquant.recipe import load_recipe, parse_recipe
 
 OMQ = ["smoothing", "temporal_quantizer", "outlier_mixed_bits", "low_rank_adapters"]
@@ -26,20 +26,25 @@ TASK, RELATION = "trajectory_distillation", "relation_distillation"
 def rows(everything: bool) -> dict[str, tuple[list[str], dict[str, Any]]]:
     """Label -> (steps, settings by dotted name); without `everything` those that need seeds."""
     base = [name for name in OMQ if name not in ("smoothing", "outlier_mixed_bits")]
+    smoothed = [name for name in OMQ if name != "outlier_mixed_bits"]
+    mixed = [name for name in OMQ if name != "smoothing"]
     chosen: dict[str, tuple[list[str], dict[str, Any]]] = {
         "base": ([*base, TASK], {}),
+        "base + smoothing": ([*smoothed, TASK], {}),
         "base + OMQ": ([*OMQ, TASK], {}),
+        "base + OMQ without smoothing": ([*mixed, TASK], {}),
         "base + TRD": ([*base, RELATION], {}),
-        "base + OMQ + TRD": ([*OMQ, RELATION], {}),
+        "base in the sampler's order": ([*base, TASK], {f"{TASK}.step_order": "sampler"}),
     }
-    for selection in ("magnitude", "random", "error"):
-        chosen[f"OMQ by {selection} + TRD"] = (
-            [*OMQ, RELATION],
-            {"outlier_mixed_bits.selection": selection},
-        )
+    if not everything:
+        chosen = {}
+    chosen["base + OMQ + TRD"] = ([*OMQ, RELATION], {})
+    for selection in ("magnitude", "random"):
+        settings = {"outlier_mixed_bits.selection": selection}
+        chosen[f"OMQ by {selection} + TRD"] = ([*OMQ, RELATION], settings)
     if everything:
-        order = {f"{TASK}.step_order": "sampler", f"{TASK}.weight_rate": 0.004}
-        chosen["base in the sampler's order, rate 0.004"] = ([*base, TASK], order)
+        settings = {"outlier_mixed_bits.selection": "error"}
+        chosen["OMQ by error + TRD"] = ([*OMQ, RELATION], settings)
         without = {f"{RELATION}.relation_weight": 0.0}
         chosen["base + OMQ + L2 of features"] = ([*OMQ, RELATION], {f"{RELATION}.relation": "l2"})
         chosen["base + OMQ + TRD's windows alone"] = ([*OMQ, RELATION], without)
@@ -114,8 +119,8 @@ def main() -> None:
         cells.append(Cell(f"float32-seed{seed}", args.model, None, **budget))
         for label, (steps, settings) in rows(everything=seed == 0).items():
             recipe = recipe_of(label, steps, settings, args.rounds)
-            name = re.sub(r"[^a-z0-9.]+", "-", label.lower()) + f"-seed{seed}"
-            cells.append(Cell(name, args.model, recipe, **budget, extra={"label": label}))
+            name, extra = f"{slug(label)}-seed{seed}", {"label": label}
+            cells.append(Cell(name, args.model, recipe, **budget, extra=extra))
     run_grid(cells, args.cells, args.cells / "cache", args.jobs)
     records = read_cells(args.cells, cells)
     args.out.parent.mkdir(parents=True, exist_ok=True)
