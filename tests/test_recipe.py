@@ -248,6 +248,54 @@ def test_a_step_after_one_that_needs_ranges_is_refused_when_the_recipe_is_read(l
     assert f"step '{late}' comes after 'block_distillation', which needs ranges" in sentence
 
 
+TRAINING = [
+    "block_distillation",
+    "block_reconstruction",
+    "progressive_alignment",
+    "trajectory_distillation",
+    "relation_distillation",
+]
+CHOOSING_BITS = ["bit_allocation", "outlier_mixed_bits"]
+
+
+@pytest.mark.parametrize("between", [[], ["low_rank_adapters"]], ids=["next", "later"])
+@pytest.mark.parametrize("late", CHOOSING_BITS)
+@pytest.mark.parametrize("early", TRAINING)
+def test_bits_are_chosen_before_training_and_not_after(early, late, between):
+    plain = {**BASE, "steps": [early, *between, late]}
+    assert refused(lambda: parse_recipe(plain, "recipe 'x'")) == (
+        f"recipe 'x': step '{late}' comes after '{early}', which has trained the weights on the "
+        "grids that it would replace: expected it earlier; exchange the two"
+    )
+    names = [late, *between, early]
+    assert [step.name for step in parse_recipe({**BASE, "steps": names}, "x").steps] == names
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["one way", "other way"])
+@pytest.mark.parametrize(
+    ("pair", "told"),
+    [
+        (CHOOSING_BITS, "which has chosen the bits that it would replace"),
+        (
+            ["block_reconstruction", "progressive_alignment"],
+            "which has rounded the weights that it would round",
+        ),
+    ],
+    ids=["bits", "rounding"],
+)
+def test_of_two_steps_with_one_task_only_one_is_taken(pair, told, turned):
+    early, late = reversed(pair) if turned else pair
+    plain = {**BASE, "steps": [early, "low_rank_adapters", late]}
+    assert refused(lambda: parse_recipe(plain, "recipe 'x'")) == (
+        f"recipe 'x': step '{late}' comes after '{early}', {told}: expected only one of the two"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(STEPS))
+def test_a_step_names_only_steps_that_exist_as_those_it_must_not_follow(name):
+    assert STEPS[name].not_after.keys() <= STEPS.keys() - {name}
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_rates_that_are_not_finite_are_refused(value):
     sentence = refused(lambda: parse_step({"block_distillation": {"weight_rate": value}}))

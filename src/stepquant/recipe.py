@@ -71,6 +71,14 @@ class Recipe(BaseModel):
                     f"step '{after.name}' comes after '{before.name}', which needs ranges: "
                     "expected it earlier; move it to the front of the recipe"
                 )
+        for before, after in itertools.combinations(steps, 2):
+            if before.name in after.not_after:
+                either = after.name in before.not_after
+                raise StepQuantError(
+                    f"step '{after.name}' comes after '{before.name}', "
+                    f"{after.not_after[before.name]}: expected "
+                    + ("only one of the two" if either else "it earlier; exchange the two")
+                )
         return steps
 
     @field_serializer("steps")

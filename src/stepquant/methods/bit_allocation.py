@@ -7,7 +7,8 @@ single out-channels, which this runtime stores at their own density.
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +18,13 @@ from torch import Tensor
 from stepquant.calibration.capture import capture_inputs
 from stepquant.calibration.initialize import weight_search
 from stepquant.errors import StepQuantError
-from stepquant.methods.outlier_mixed_bits import Grids, channel_errors, set_bits
+from stepquant.methods.outlier_mixed_bits import (
+    BITS_CHOSEN,
+    TRAINED_ON_GRIDS,
+    Grids,
+    channel_errors,
+    set_bits,
+)
 from stepquant.methods.step import Step
 from stepquant.quantizers import QuantLayer
 from stepquant.scheme import Scheme
@@ -79,6 +86,7 @@ class BitAllocation(Step):
     """
 
     name = "bit_allocation"
+    not_after: ClassVar[Mapping[str, str]] = {**TRAINED_ON_GRIDS, "outlier_mixed_bits": BITS_CHOSEN}
     fewest: int = Field(1, ge=1, le=6)
     most: int = Field(4, ge=1, le=6)
     samples: int = Field(64, ge=1)

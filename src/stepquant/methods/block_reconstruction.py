@@ -7,9 +7,9 @@ is what the float model gives there. What is learned is whether each weight is r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,6 +32,8 @@ from stepquant.quantizers.rounding import rectified_sigmoid
 from stepquant.session import Session
 
 FIRST_BETA, LAST_BETA = 20.0, 2.0
+# A rounded weight does not say between which two codes the float one lies: `Step.not_after`.
+ROUNDED = "which has rounded the weights that it would round"
 
 
 def rounding_penalty(logits: Tensor, beta: float) -> Tensor:
@@ -76,6 +78,7 @@ class BlockReconstruction(Step):
     """
 
     name = "block_reconstruction"
+    not_after: ClassVar[Mapping[str, str]] = {"progressive_alignment": ROUNDED}
     iterations: int = Field(400, ge=0)
     batch: int = Field(32, ge=1)
     samples: int = Field(1024, ge=16)

@@ -6,8 +6,8 @@ mean stays what the scheme says. How many, is searched layer by layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,6 +22,19 @@ from stepquant.quantizers import QuantLayer
 from stepquant.quantizers.weight import GridSearch
 from stepquant.scheme import Scheme
 from stepquant.session import Session
+
+# Steps that train weights on their grids, which a search for bits fits anew: `Step.not_after`.
+TRAINED_ON_GRIDS = dict.fromkeys(
+    (
+        "block_distillation",
+        "block_reconstruction",
+        "progressive_alignment",
+        "trajectory_distillation",
+        "relation_distillation",
+    ),
+    "which has trained the weights on the grids that it would replace",
+)
+BITS_CHOSEN = "which has chosen the bits that it would replace"
 
 
 def kurtosis(weight: Tensor) -> Tensor:
@@ -67,6 +80,7 @@ class OutlierMixedBits(Step):
     """
 
     name = "outlier_mixed_bits"
+    not_after: ClassVar[Mapping[str, str]] = {**TRAINED_ON_GRIDS, "bit_allocation": BITS_CHOSEN}
     groups: int = Field(10, ge=2)
     extra_groups: int = Field(0, ge=0)
     selection: Literal["kurtosis", "magnitude", "random", "error"] = "kurtosis"

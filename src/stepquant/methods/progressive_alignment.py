@@ -8,10 +8,17 @@ for a number of rounds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import Field
 
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.methods.block_reconstruction import BlockReconstruction, unrounded_weights
+from stepquant.methods.block_reconstruction import (
+    ROUNDED,
+    BlockReconstruction,
+    unrounded_weights,
+)
 from stepquant.methods.block_training import training_inputs
 from stepquant.session import Session
 
@@ -30,6 +37,7 @@ class ProgressiveAlignment(BlockReconstruction):
     """
 
     name = "progressive_alignment"
+    not_after: ClassVar[Mapping[str, str]] = {"block_reconstruction": ROUNDED}
     rounds: int = Field(2, ge=0)
     later_iterations: int = Field(100, ge=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -11,11 +12,18 @@ from stepquant.session import Session
 
 
 class Step(BaseModel):
-    """Typed hyper-parameters and one method. Unknown keys are errors."""
+    """Typed hyper-parameters and one method. Unknown keys are errors.
+
+    `needs_ranges`: False for a step that must come before every step that has it. `not_after`: the
+    names of steps that must not come anywhere before this one, because it would undo what they did
+    or needs what they have taken away; each with what is wrong, as a relative clause. A recipe in
+    an order that these forbid is refused when it is read.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: ClassVar[str]
-    needs_ranges: ClassVar[bool] = True  # otherwise it must come before every step that does
+    needs_ranges: ClassVar[bool] = True
+    not_after: ClassVar[Mapping[str, str]] = {}
 
     def check(self, scheme: Scheme) -> None:
         """An error where the step cannot work with `scheme`; asked before anything is computed."""
