@@ -239,6 +239,22 @@ def test_ranges_of_attention_cover_what_is_seen(tiny_session):
         assert 0 < products.probabilities.scale.item() <= 1 / 7
 
 
+def test_a_model_without_attention_is_told_and_stays_as_it_was(tiny_session, monkeypatch):
+    plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    session = tiny_session(attention=4, probabilities=3, **plain, add_attention=False)
+    session.ensure_ranges()
+    before = {key: value.clone() for key, value in session.model.state_dict().items()}
+    lines = []
+    monkeypatch.setattr(session.reporter, "line", lines.append)
+    AdaptiveSoftmax().apply(session)
+    (line,) = lines
+    assert line == "step 'adaptive_softmax' changes nothing: the model has no quantized attention"
+    assert session.summary["adaptive_softmax"] == {"groups": []}
+    after = session.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
 def test_the_step_wants_attention_bits():
     step = AdaptiveSoftmax()
     step.check(Scheme(attention_bits=8))

@@ -102,10 +102,19 @@ class AdaptiveSoftmax(Step):
 
     @torch.no_grad()
     def apply(self, session: Session) -> None:
-        """Set all probability tables; the summary has every group's test and errors."""
+        """Set all probability tables; the summary has every group's test and errors.
+
+        A model without quantized attention stays as it is: a line says so.
+        """
         session.ensure_ranges()
         steps = len(session.context.grid)
         attention = session.attention()
+        if not attention:
+            session.reporter.line(
+                f"step '{self.name}' changes nothing: the model has no quantized attention"
+            )
+            session.summary[self.name] = {"groups": []}
+            return
         observed = observe_probabilities(
             session.model,
             attention,
@@ -127,8 +136,8 @@ class AdaptiveSoftmax(Step):
         agreeing = [record["test_agrees_with_error"] for record in records]
         session.summary[self.name] = {
             "groups": records,
-            "log2_share": sum(record["log2"] for record in records) / max(1, len(records)),
-            "agreement": sum(agreeing) / max(1, len(agreeing)),
+            "log2_share": sum(record["log2"] for record in records) / len(records),
+            "agreement": sum(agreeing) / len(agreeing),
         }
 
     def _choose(
