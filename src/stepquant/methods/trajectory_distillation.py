@@ -42,12 +42,12 @@ class TrajectoryDistillation(Step):
     `weight_rate` is the adapters' (the paper's scale-aware rate is 1/2500). Defaults are chosen by
     held-out loss, for far fewer iterations than the paper's.
 
-    Deviations: steps are mixed, not in the sampler's order, which with so few iterations forgets
-    what the first steps taught (`benchmarks/mixed_bits.py` measures both); the paper's rates of
-    scales are absolute (1e-6 for weights, 5e-4 for activations) and decay linearly; the loss is
-    relative to the prediction's power; the state of the lowest loss on held-out inputs is kept, so
-    that the step never makes it worse. Held out are calibration inputs, or in the self-sampled
-    rounds other trajectories that the model draws itself at the time.
+    Deviations: steps are mixed, not in the sampler's order, which had the higher held-out loss on
+    the embedded model (`benchmarks/mixed_bits.py` compares both); the paper's rates of scales are
+    absolute (1e-6 for weights, 5e-4 for activations) and decay linearly; the loss is relative to
+    the prediction's power; the state of the lowest loss on held-out inputs is kept, so that the
+    step never makes it worse. Held out are calibration inputs, or in the self-sampled rounds other
+    trajectories that the model draws itself at the time.
     """
 
     name = "trajectory_distillation"
