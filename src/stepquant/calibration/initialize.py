@@ -36,17 +36,9 @@ def initialize_activations(
     """Set each row of `quantizer` by "minmax" or "mse"; one row takes all steps together."""
     low = torch.stack(observation.low).amin(dim=1)  # [T]
     high = torch.stack(observation.high).amax(dim=1)
-    values, weights = torch.stack(observation.values), torch.stack(observation.weights)  # [T, n]
-    if quantizer.steps == 1:
-        low, high, values = low.amin().view(1), high.amax().view(1), values.view(1, -1)
-        weights = weights.view(1, -1)
-    grid: tuple[Tensor, Tensor]
-    if method == "minmax":
-        grid = range_to_grid(low, high, quantizer.bits)
-    else:
-        grid = search_activation_range(values, low, high, quantizer.bits, weights=weights)
-    quantizer.scale.data.copy_(grid[0])
-    quantizer.zero_point.data.copy_(grid[1])
+    scale, zero_point = _find_grids(quantizer, observation, low, high, method)
+    quantizer.scale.data.copy_(scale)
+    quantizer.zero_point.data.copy_(zero_point)
 
 
 @torch.no_grad()
@@ -58,16 +50,25 @@ def initialize_probabilities(
     "minmax" covers the largest probability; "mse" searches the grid's end for the least error.
     """
     high = torch.stack(observation.high)[:, 0]  # [T]
+    scale, _ = _find_grids(quantizer, observation, torch.zeros_like(high), high, method)
+    quantizer.scale.data.copy_(scale)
+
+
+def _find_grids(
+    quantizer: ActivationQuantizer | ProbabilityQuantizer,
+    observation: Observation,
+    low: Tensor,
+    high: Tensor,
+    method: str,
+) -> tuple[Tensor, Tensor]:
+    """`(scale, zero_point)` of each row of `quantizer`, for values from `low [T]` to `high [T]`."""
     values, weights = torch.stack(observation.values), torch.stack(observation.weights)  # [T, n]
     if quantizer.steps == 1:
-        high, values, weights = high.amax().view(1), values.view(1, -1), weights.view(1, -1)
-    low = torch.zeros_like(high)
-    grid: tuple[Tensor, Tensor]
+        low, high = low.amin().view(1), high.amax().view(1)
+        values, weights = values.view(1, -1), weights.view(1, -1)
     if method == "minmax":
-        grid = range_to_grid(low, high, quantizer.bits)
-    else:
-        grid = search_activation_range(values, low, high, quantizer.bits, weights=weights)
-    quantizer.scale.data.copy_(grid[0])
+        return range_to_grid(low, high, quantizer.bits)
+    return search_activation_range(values, low, high, quantizer.bits, weights=weights)
 
 
 def initialize_ranges(

@@ -45,7 +45,7 @@ class Observation:
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
-    """The simulated layers of `model` by name."""
+    """The simulated layers of `model`, which may be one itself, by name."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)
     }

@@ -25,7 +25,6 @@ from stepquant.methods.block_training import (
 )
 from stepquant.methods.layer_optimizer import LayerOptimizer
 from stepquant.methods.step import Step
-from stepquant.quantizers import QuantLayer
 from stepquant.session import Session
 
 
@@ -82,7 +81,7 @@ class BlockDistillation(Step):
         guarded = GuardedBlock(session, self.name, name, block, data, self.batch)
         if self.iterations == 0:
             return guarded.finish()
-        layers = [block] if isinstance(block, QuantLayer) else list(quant_layers(block).values())
+        layers = list(quant_layers(block).values())
         optimizer = LayerOptimizer(
             layers, self.weight_rate, self.scale_rate, self.activation_rate, self.iterations
         )

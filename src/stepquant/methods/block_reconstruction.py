@@ -7,7 +7,7 @@ is what the float model gives there. What is learned is whether each weight is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -117,7 +117,7 @@ class BlockReconstruction(Step):
             partial(self._train, session, weights),
         )
         for record in records:
-            layers = layers_of(session.model.get_submodule(record["block"]))
+            layers = quant_layers(session.model.get_submodule(record["block"])).values()
             record["rounded_elsewhere"] = rounded_elsewhere(layers, weights)
         session.summary[key] = records
 
@@ -132,7 +132,7 @@ class BlockReconstruction(Step):
     ) -> tuple[float, float]:
         """Train `block`; `(held-out loss before, after)`, over the mean square of the target."""
         guarded = GuardedBlock(session, self.name, name, block, data, self.batch)
-        layers = layers_of(block)
+        layers = list(quant_layers(block).values())
         count = sum(layer.weight.numel() for layer in layers)
         strength = self.penalty * guarded.first / count  # lambda
 
@@ -184,18 +184,13 @@ class BlockReconstruction(Step):
                 guarded.check()
 
 
-def layers_of(block: nn.Module) -> list[QuantLayer]:
-    """The quantized layers of `block`, which may be one itself."""
-    return [block] if isinstance(block, QuantLayer) else list(quant_layers(block).values())
-
-
 def unrounded_weights(session: Session) -> dict[QuantLayer, Tensor]:
     """A copy of each layer's weight as it is now, `[C_out, C_in, ...]`."""
     return {layer: layer.merged_weight().detach().clone() for layer in session.layers().values()}
 
 
 @torch.no_grad()
-def rounded_elsewhere(layers: list[QuantLayer], weights: dict[QuantLayer, Tensor]) -> float:
+def rounded_elsewhere(layers: Iterable[QuantLayer], weights: dict[QuantLayer, Tensor]) -> float:
     """Share of the weights of `layers` whose code is not the nearest one to `weights`."""
     moved = count = 0
     for layer in layers:
