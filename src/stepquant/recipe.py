@@ -65,12 +65,6 @@ class Recipe(BaseModel):
         for name in names:
             if names.count(name) > 1:
                 raise StepQuantError(f"step '{name}' appears twice: expected each step once")
-        for before, after in itertools.pairwise(steps):
-            if before.needs_ranges and not after.needs_ranges:
-                raise StepQuantError(
-                    f"step '{after.name}' comes after '{before.name}', which needs ranges: "
-                    "expected it earlier; move it to the front of the recipe"
-                )
         for before, after in itertools.combinations(steps, 2):
             if before.name in after.not_after:
                 either = after.name in before.not_after
@@ -78,6 +72,12 @@ class Recipe(BaseModel):
                     f"step '{after.name}' comes after '{before.name}', "
                     f"{after.not_after[before.name]}: expected "
                     + ("only one of the two" if either else "it earlier; exchange the two")
+                )
+        for before, after in itertools.pairwise(steps):
+            if before.needs_ranges and not after.needs_ranges:
+                raise StepQuantError(
+                    f"step '{after.name}' comes after '{before.name}', which needs ranges: "
+                    "expected it earlier; move it to the front of the recipe"
                 )
         return steps
 

@@ -1,30 +1,27 @@
-"""Weight bits where they save most error, over all out-channels of a model, at the same mean.
+"""Bits where they save most of the prediction's error, over a whole model, at the same mean.
 
-No paper's step: mixed precision by measured error, as layer-wise works have it (HAQ, HAWQ), down to
-single out-channels, which this runtime stores at their own density.
+No paper's step: mixed precision by sensitivity, as layer-wise works have it (HAQ, HAWQ), for
+activations layer by layer and for weights down to single out-channels, which this runtime stores at
+their own density.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from stepquant.calibration.capture import capture_inputs
 from stepquant.calibration.initialize import weight_search
+from stepquant.calibration.rounding_errors import input_errors, input_grids, weight_error
+from stepquant.calibration.sensitivity import OutputErrors, output_errors
 from stepquant.errors import StepQuantError
-from stepquant.methods.outlier_mixed_bits import (
-    BITS_CHOSEN,
-    TRAINED_ON_GRIDS,
-    Grids,
-    channel_errors,
-    set_bits,
-)
+from stepquant.methods.outlier_mixed_bits import BITS_CHOSEN
 from stepquant.methods.step import Step
 from stepquant.quantizers import QuantLayer
 from stepquant.scheme import Scheme
@@ -76,95 +73,164 @@ def hull_segments(errors: np.ndarray) -> list[tuple[int, int]]:
 
 
 class BitAllocation(Step):
-    """Choose the weight bits of every out-channel, from `fewest` to `most`, for the whole model.
+    """Choose the weight bits of every out-channel, and the activation bits of every layer.
 
-    The mean over all weights is at most the scheme's. An out-channel's error is that of its output
-    on `samples` calibration inputs, with quantized activations, relative to the power of its
-    layer's output; all layers count alike, so that layers with few weights, whose bits are cheap,
-    get more of them. Errors are measured with every other layer at the scheme's bits. Layers of
-    more or fewer bits than the range (input and output have 8) stay as they are.
+    The mean over all weights is at most the scheme's weight bits, and the mean over all values that
+    layers read is at most its activation bits. Each choice costs what the error of that rounding
+    alone would do to the float model's prediction, to the first order (`output_errors`), on
+    `samples` calibration inputs; the errors of all choices are taken as independent.
+
+    Weights get `fewest_weight_bits` to `most_weight_bits`, activations likewise. Layers of more
+    bits stay as they are, and so do those of 8 (as input and output have). `of`: what is allocated.
     """
 
     name = "bit_allocation"
-    not_after: ClassVar[Mapping[str, str]] = {**TRAINED_ON_GRIDS, "outlier_mixed_bits": BITS_CHOSEN}
-    fewest: int = Field(1, ge=1, le=6)
-    most: int = Field(4, ge=1, le=6)
-    samples: int = Field(64, ge=1)
+    needs_ranges = False
+    not_after: ClassVar[Mapping[str, str]] = {"outlier_mixed_bits": BITS_CHOSEN}
+    of: Literal["both", "weights", "activations"] = "both"
+    fewest_weight_bits: int = Field(1, ge=1, le=6)
+    most_weight_bits: int = Field(6, ge=1, le=6)
+    fewest_activation_bits: int = Field(2, ge=1, le=8)
+    most_activation_bits: int = Field(8, ge=1, le=8)
+    samples: int = Field(128, ge=1)
 
     @model_validator(mode="after")
     def _in_order(self) -> BitAllocation:
-        if self.fewest > self.most:
-            raise StepQuantError(
-                f"fewest of step '{self.name}' is {self.fewest}: expected at most the {self.most} "
-                "of most"
-            )
+        for kind, widths in self._widths().items():
+            if len(widths) == 0:
+                raise StepQuantError(
+                    f"fewest_{kind}_bits of step '{self.name}' is {widths.start}: expected at most "
+                    f"the {widths.stop - 1} of most_{kind}_bits"
+                )
         return self
 
     def check(self, scheme: Scheme) -> None:
-        """The scheme's bits must lie between `fewest` and `most`."""
-        if not self.fewest <= scheme.weight_bits <= self.most:
-            raise StepQuantError(
-                f"step '{self.name}' got {scheme.weight_bits} weight bits: expected {self.fewest} "
-                f"to {self.most}, as its settings fewest and most say"
-            )
+        """The scheme's bits must not be below the fewest."""
+        for kind, bits in (("weight", scheme.weight_bits), ("activation", scheme.activation_bits)):
+            fewest = self._widths()[kind].start
+            if bits < fewest and self.of in ("both", f"{kind}s"):
+                raise StepQuantError(
+                    f"step '{self.name}' got {bits} {kind} bits: expected at least {fewest}, as "
+                    f"its setting fewest_{kind}_bits says"
+                )
 
-    @torch.no_grad()
     def apply(self, session: Session) -> None:
-        """Allocate; the summary has bits and errors of each layer."""
-        session.ensure_ranges()
-        kept = session.work.load(self.name)
-        widths = range(self.fewest, self.most + 1)
-        layers = {n: layer for n, layer in session.layers().items() if layer.weight_bits in widths}
-        if kept is None:
-            errors, grids = self._measure(session, layers, widths)
-            columns = [layer.weight[0].numel() for layer in layers.values()]
-            budget = sum(layer.weight.numel() * layer.weight_bits for layer in layers.values())
-            chosen = allocate_bits(list(errors.values()), columns, widths, budget)
-            for (name, layer), bits in zip(layers.items(), chosen, strict=True):
-                set_bits(layer, bits, grids[name])
-            state = dict(session.model.state_dict())
-            session.work.save(self.name, state | {f"errors/{n}": e for n, e in errors.items()})
-        else:
-            errors = {name: kept.pop(f"errors/{name}") for name in layers}
-            session.model.load_state_dict(kept)
-        weights = sum(layer.weight.numel() for layer in layers.values())
-        used = sum(
-            int(layer.channel_bits.sum()) * layer.weight[0].numel() for layer in layers.values()
+        """Allocate; the summary has bits and expected errors of each layer."""
+        session.require_no_ranges(self.name)
+        layers = session.layers()
+        widths = self._widths()
+        weighed = [n for n, q in layers.items() if q.weight_bits in widths["weight"]]
+        read = [
+            n for n, q in layers.items() if q.activation_bits in set(widths["activation"]) - {8}
+        ]
+        weighed = [] if self.of == "activations" else weighed
+        read = [] if self.of == "weights" else read
+        if not weighed and not read:
+            session.reporter.line(f"step '{self.name}' finds no layer whose bits it may change")
+            session.summary[self.name] = {}
+            return
+        errors = self._measured(session, layers, weighed, read)
+        columns = [layers[name].weight[0].numel() for name in weighed]
+        sizes = [errors.sizes[name] for name in read]
+        of_weights = allocate_bits(
+            [errors.weights[name] for name in weighed],
+            columns,
+            widths["weight"],
+            sum(layers[name].weight.numel() * layers[name].weight_bits for name in weighed),
+        )
+        of_inputs = allocate_bits(
+            [errors.inputs[name][:, None] for name in read],
+            sizes,
+            widths["activation"],
+            sum(layers[name].activation_bits * errors.sizes[name] for name in read),
         )
         session.summary[self.name] = {
-            "mean_bits": used / max(1, weights),
-            "layers": [
-                _record(name, layer, errors[name], widths) for name, layer in layers.items()
+            "weights": [
+                _weights_record(name, layers[name], bits, errors.weights[name], widths["weight"])
+                for name, bits in zip(weighed, of_weights, strict=True)
             ],
+            "mean_weight_bits": _mean(of_weights, columns),
+            "activations": [
+                _inputs_record(layers[name], name, int(bits), errors, widths["activation"])
+                for name, bits in zip(read, of_inputs, strict=True)
+            ],
+            "mean_activation_bits": _mean(of_inputs, sizes),
+        }
+        for name, bits in zip(weighed, of_weights, strict=True):
+            layers[name].set_channel_bits(bits)
+        for name, bits in zip(read, of_inputs, strict=True):
+            layers[name].set_activation_bits(int(bits))
+
+    def _widths(self) -> dict[str, range]:
+        return {
+            "weight": range(self.fewest_weight_bits, self.most_weight_bits + 1),
+            "activation": range(self.fewest_activation_bits, self.most_activation_bits + 1),
         }
 
-    def _measure(
-        self, session: Session, layers: dict[str, QuantLayer], widths: range
-    ) -> tuple[dict[str, Tensor], dict[str, Grids]]:
-        """Errors and grids of each layer; leaves the layers as they were."""
+    def _measured(
+        self, session: Session, layers: dict[str, QuantLayer], weighed: list[str], read: list[str]
+    ) -> OutputErrors:
+        """The errors at all widths, from the work folder where they are there."""
+        kept = session.work.load(self.name)
+        if kept is not None:
+            return OutputErrors(
+                {name: kept[f"weights/{name}"] for name in weighed},
+                {name: kept[f"inputs/{name}"] for name in read},
+                {name: int(kept[f"sizes/{name}"]) for name in read},
+            )
+        find, method = weight_search(session.weight_ranges), session.activation_ranges
+        widths = self._widths()
         data = session.trajectories.subset(self.samples, session.seed)
-        find = weight_search(session.weight_ranges)
-        errors, grids = {}, {}
-        with session.reporter.task("measuring bits", total=len(layers)) as task:
-            for name, layer in layers.items():
-                args, _ = capture_inputs(session.model, name, data, len(data))
-                session.context.set_timestep(data.timestep)
-                errors[name], grids[name] = channel_errors(layer, args[0], widths, find)
-                uniform = torch.full((layer.out_channels,), layer.weight_bits, dtype=torch.uint8)
-                layer.set_channel_bits(uniform)
-                layer.fit_weights(find)
-                task.advance(note=name)
-        return errors, grids
+        grids = input_grids(
+            session.model, {name: layers[name] for name in read}, data, widths["activation"], method
+        )
+        errors = output_errors(
+            session.model,
+            {name: layer for name, layer in layers.items() if name in {*weighed, *read}},
+            data,
+            {
+                name: [weight_error(layers[name], bits, find) for bits in widths["weight"]]
+                for name in weighed
+            },
+            {name: partial(input_errors, layers[name], grids[name]) for name in read},
+            session.seed,
+            session.reporter,
+        )
+        tensors = {f"weights/{name}": table for name, table in errors.weights.items()}
+        tensors |= {f"inputs/{name}": table for name, table in errors.inputs.items()}
+        tensors |= {f"sizes/{name}": torch.tensor(size) for name, size in errors.sizes.items()}
+        session.work.save(self.name, tensors)
+        return errors
 
 
-def _record(name: str, layer: QuantLayer, errors: Tensor, widths: range) -> dict[str, Any]:
-    bits = layer.channel_bits.long()
+def _mean(chosen: list[Tensor], costs: list[int]) -> float | None:
+    """Mean bits where each entry of `chosen[i]` counts `costs[i]` times; None of nothing."""
+    count = sum(bits.numel() * cost for bits, cost in zip(chosen, costs, strict=True))
+    used = sum(int(bits.sum()) * cost for bits, cost in zip(chosen, costs, strict=True))
+    return used / count if count else None
+
+
+def _weights_record(
+    name: str, layer: QuantLayer, bits: Tensor, errors: Tensor, widths: range
+) -> dict[str, Any]:
     levels, channels = bits.unique(return_counts=True)
-    uniform = errors[layer.weight_bits - widths[0]]
     return {
         "layer": name,
         "channels": {str(b): n for b, n in zip(levels.tolist(), channels.tolist(), strict=True)},
         "mean_bits": float(bits.float().mean()),
-        "uniform_error": float(uniform.sum()),
-        "error": float(errors.gather(0, bits[None] - widths[0]).sum()),
+        "uniform_error": float(errors[layer.weight_bits - widths.start].sum()),
+        "error": float(errors.gather(0, bits[None].long() - widths.start).sum()),
+    }
+
+
+def _inputs_record(
+    layer: QuantLayer, name: str, bits: int, errors: OutputErrors, widths: range
+) -> dict[str, Any]:
+    table = errors.inputs[name]
+    return {
+        "layer": name,
+        "bits": bits,
+        "values": errors.sizes[name],
+        "uniform_error": float(table[layer.activation_bits - widths.start]),
+        "error": float(table[bits - widths.start]),
     }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepquant.errors import StepQuantError
+from stepquant.numerics import check_bits
 from stepquant.quantizers.activation import ActivationQuantizer
 from stepquant.quantizers.low_rank import LowRankAdapter
 from stepquant.quantizers.rounding import SoftRounding
@@ -97,6 +98,13 @@ class QuantLayer(nn.Module):
             assert isinstance(quantizer, WeightQuantizer)
             quantizer.channel_bits.copy_(bits)
 
+    def set_activation_bits(self, bits: int) -> None:
+        """Quantize the input to `bits` bits; its tables must be initialised anew."""
+        self.activation_bits = check_bits(bits, "activation bits")
+        for quantizer in self.activation_quantizers:
+            assert isinstance(quantizer, ActivationQuantizer)
+            quantizer.bits = bits
+
     def fit_weights(self, find: GridSearch) -> None:
         """Give the weights the grids that `find` has for them."""
         for _, quantizer, weight in self.parts():
@@ -159,11 +167,16 @@ class QuantLayer(nn.Module):
 
     def scaled_input(self, x: Tensor) -> Tensor:
         """`x` after the per-in-channel scaling that was not folded."""
-        if not self.scales_input:
-            return x
+        return x * self._inverse_scale_for(x) if self.scales_input else x
+
+    def unscaled_input(self, x: Tensor) -> Tensor:
+        """What `scaled_input` makes `x` of."""
+        return x / self._inverse_scale_for(x) if self.scales_input else x
+
+    def _inverse_scale_for(self, x: Tensor) -> Tensor:
         shape = [1] * x.dim()
         shape[self.channel_dim] = -1
-        return x * self.inverse_channel_scale.view(shape)
+        return self.inverse_channel_scale.view(shape)
 
     def input_parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """The scaled input, split into what each activation quantizer sees."""

@@ -1,0 +1,89 @@
+"""What rounding would add to the weights and to the inputs of layers, at any number of bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.calibration.ranges import search_activation_range
+from stepquant.calibration.trajectories import Trajectories
+from stepquant.numerics import fake_quantize, range_to_grid
+from stepquant.quantizers import QuantLayer
+from stepquant.quantizers.weight import GridSearch
+
+SEARCHED = 1024  # of each input's values, for the least error
+SHRINK = torch.linspace(1.0, 0.2, 9)
+
+# bits -> (scale [N], zero point [N]) of each input part, for N samples
+InputGrids = dict[int, list[tuple[Tensor, Tensor]]]
+
+
+@torch.no_grad()
+def weight_error(layer: QuantLayer, bits: int, find: GridSearch) -> Tensor:
+    """What `bits` bits add to the weight of `layer`, `[C_out, C_in, ...]`, on `find`'s grid."""
+    errors = []
+    for part in layer.weight_parts():
+        rows = part.flatten(1)
+        scale, zero = find(rows, bits)
+        rounded = fake_quantize(rows, scale[:, None], zero[:, None], bits, halves=True)
+        errors.append((rounded - rows).view_as(part))
+    return torch.cat(errors, dim=1)
+
+
+@torch.no_grad()
+def input_grids(
+    model: nn.Module, layers: dict[str, QuantLayer], data: Trajectories, widths: range, method: str
+) -> dict[str, InputGrids]:
+    """For the input of each of `layers`, parts of `model`, a grid for every sample of `data`.
+
+    At each of `widths` bits, by "minmax", or by "mse" on `SEARCHED` values of each sample.
+    """
+    seen: dict[str, list[list[Tensor]]] = {name: [] for name in layers}
+
+    def look(name: str, layer: QuantLayer, args: tuple[Tensor, ...]) -> None:
+        found = []
+        for part in layer.input_parts(args[0]):
+            flat = part.reshape(-1)
+            ends = torch.stack([flat.amin(), flat.amax()])
+            found.append(torch.cat([ends, flat[:: -(-flat.numel() // SEARCHED)]]))
+        seen[name].append(found)
+
+    handles = [
+        layer.register_forward_pre_hook(lambda q, args, name=name: look(name, q, args))
+        for name, layer in layers.items()
+    ]
+    try:
+        for index in range(len(data)):
+            model(data.sample[index : index + 1], data.timestep[index : index + 1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    grids: dict[str, InputGrids] = {}
+    for name, samples in seen.items():
+        parts = [torch.stack(part) for part in zip(*samples, strict=True)]  # each [N, 2 + n]
+        grids[name] = {bits: [_grid(values, bits, method) for values in parts] for bits in widths}
+    return grids
+
+
+def _grid(values: Tensor, bits: int, method: str) -> tuple[Tensor, Tensor]:
+    """A grid for each row of `values [N, 2 + n]`, which starts with its two extremes."""
+    low, high = values[:, 0], values[:, 1]
+    if method == "minmax":
+        return range_to_grid(low, high, bits)
+    return search_activation_range(values, low, high, bits, factors=SHRINK)
+
+
+@torch.no_grad()
+def input_errors(layer: QuantLayer, grids: InputGrids, index: int, x: Tensor) -> list[Tensor]:
+    """What each of `grids` adds to the input `x` of `layer`, that of sample `index`.
+
+    Each like `x`: before in-channels are scaled, which is undone.
+    """
+    errors = []
+    for bits, grid in grids.items():
+        parts = [
+            fake_quantize(part, scale[index], zero[index], bits) - part
+            for part, (scale, zero) in zip(layer.input_parts(x), grid, strict=True)
+        ]
+        errors.append(layer.unscaled_input(torch.cat(parts, dim=layer.channel_dim)))
+    return errors
