@@ -296,6 +296,22 @@ OTHER_RECIPES = {
             "before the checkpoint has its name": ("before", "*/out", 1),
         },
     ),
+    "stepquant": (
+        {
+            **SHORT,
+            "bit_allocation.samples": 3,
+            "low_rank_adapters.rank": 2,
+            "trajectory_distillation.rounds": 4,
+            "trajectory_distillation.batch": 2,
+        },
+        {
+            "as the errors are written": ("before", "*/bit_allocation.safetensors", 1),
+            "after the bits are allocated": ("after", "*/bit_allocation.safetensors", 1),
+            "after the second round": ("after", "*/trajectory_distillation.safetensors", 2),
+            "in the self-sampled rounds": ("after", "*/trajectory_distillation.safetensors", 3),
+            "before the checkpoint has its name": ("before", "*/out", 1),
+        },
+    ),
     "tcaq-dm": (
         {
             **SHORT,
