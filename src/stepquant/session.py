@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepquant.calibration.initialize import initialize_ranges
 from stepquant.calibration.observe import quant_attention, quant_layers
+from stepquant.calibration.step_influence import step_influence
 from stepquant.calibration.trajectories import Draw, Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.models.adapter import DenoiserAdapter
@@ -26,6 +27,8 @@ from stepquant.quantizers import (
 )
 from stepquant.scheme import Scheme
 from stepquant.workfolder import WorkFolder
+
+IMAGES_FOR_INFLUENCE = 8
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Session:
     work: WorkFolder
     ranges_ready: bool = False
     samples_per_step: int = 64
+    influence: Tensor | None = None  # of each step, once it was asked for
     summary: dict[str, Any] = field(default_factory=dict)
 
     def attention(self) -> dict[str, QuantAttention]:
@@ -61,6 +65,30 @@ class Session:
     def layers(self) -> dict[str, QuantLayer]:
         """The simulated layers by name."""
         return quant_layers(self.model)
+
+    def step_weights(self, exponent: float) -> Tensor:
+        """What an error at each step counts, `[T]`, 1 in the mean: its influence to `exponent`."""
+        if exponent == 0:
+            return torch.ones(len(self.context.grid))
+        if self.influence is None:
+            self.influence = self._measured_influence()
+        weights = self.influence.pow(exponent)
+        return weights / weights.mean()
+
+    def _measured_influence(self) -> Tensor:
+        kept = self.work.load("step_influence")
+        if kept is not None:
+            return kept["influence"]
+        influence = step_influence(
+            self.float_model,
+            self.draw,
+            self.context.grid,
+            IMAGES_FOR_INFLUENCE,
+            self.seed + 5_000_000,
+            self.reporter,
+        )
+        self.work.save("step_influence", {"influence": influence})
+        return influence
 
     def ensure_ranges(self) -> None:
         """Initialise all ranges, unless a step has asked for it before."""

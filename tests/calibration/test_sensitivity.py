@@ -85,13 +85,14 @@ def by_brute_force(net: Net, data: Trajectories) -> tuple[dict[str, Tensor], dic
     )
 
 
-def measured(net: Net, data: Trajectories):
+def measured(net: Net, data: Trajectories, sample_weights: Tensor | None = None):
     return output_errors(
         net,
         net.layers(),
         data,
         {name: candidates(layer) for name, layer in net.layers().items()},
         {name: added_to_input for name in net.layers()},
+        torch.ones(len(data)) if sample_weights is None else sample_weights,
         0,
         QUIET,
     )
@@ -108,6 +109,15 @@ def test_one_output_value_gives_exactly_what_brute_force_does():
     assert found.sizes == {"conv": 32, "head": 48}
 
 
+def test_samples_count_by_their_weights():
+    net, data = Net(1), inputs(3)
+    first = measured(net, data, torch.tensor([2.0, 0.0, 0.0]))
+    alone = measured(net, Trajectories(*(value[:1] for value in data.to_tensors().values())))
+    for name in net.layers():
+        torch.testing.assert_close(first.weights[name], alone.weights[name])
+        torch.testing.assert_close(first.inputs[name], alone.inputs[name])
+
+
 def test_projections_of_many_outputs_agree_with_brute_force_in_the_mean():
     # 400 squares of projections: a relative standard error of at most sqrt(2 / 400) = 7 %.
     net, data = Net(6), inputs(400)
@@ -122,7 +132,7 @@ def test_only_what_was_asked_for_is_measured_and_nothing_is_left_behind():
     net, data = Net(2), inputs(2)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     errors = {"head": candidates(net.head)}
-    found = output_errors(net, net.layers(), data, errors, {}, 0, QUIET)
+    found = output_errors(net, net.layers(), data, errors, {}, torch.ones(2), 0, QUIET)
     assert list(found.weights) == ["head"]
     assert not found.inputs
     assert not found.sizes

@@ -41,14 +41,16 @@ def output_errors(
     data: Trajectories,
     weight_errors: dict[str, list[Tensor]],
     input_errors: dict[str, InputErrors],
+    sample_weights: Tensor,
     seed: int,
     reporter: Reporter,
 ) -> OutputErrors:
     """What candidates for `layers` of `model`, which computes in float, would do to its output.
 
     `weight_errors`: by layer, what each candidate adds to the weight, each `[C_out, C_in, ...]`;
-    `input_errors`: by layer, what gives the same for its input. One projection for each sample of
-    `data`, of independent signs. Raises StepQuantError where the model predicts no finite numbers.
+    `input_errors`: by layer, what gives the same for its input. `sample_weights [N]`: how much each
+    sample of `data` counts. One projection for each, of independent signs. Raises StepQuantError
+    where the model predicts no finite numbers.
     """
     seen: dict[str, Tensor] = {}
 
@@ -72,16 +74,17 @@ def output_errors(
         with reporter.task("measuring what errors do", total=len(data)) as task:
             for index in range(len(data)):
                 y = _prediction(model, data, index)
-                power += float(y.detach().double().square().sum())
+                weight = float(sample_weights[index])
+                power += weight * float(y.detach().double().square().sum())
                 v = torch.randint(0, 2, y.shape, generator=generator) * 2.0 - 1.0
                 model.zero_grad(set_to_none=True)
                 (v * y).sum().backward()
                 for name, errors in weight_errors.items():
                     moved = _moved_by_weight(layers[name], errors)
-                    weights[name] = moved + weights.get(name, 0)
+                    weights[name] = weight * moved + weights.get(name, 0)
                 for name, errors_of in input_errors.items():
                     moved = _moved_by_input(seen[name], errors_of(index, seen[name].detach()))
-                    inputs[name] = moved + inputs.get(name, 0)
+                    inputs[name] = weight * moved + inputs.get(name, 0)
                     sizes[name] = seen[name].numel()
                 task.advance()
     finally:

@@ -82,6 +82,8 @@ class BitAllocation(Step):
 
     Weights get `fewest_weight_bits` to `most_weight_bits`, activations likewise. Layers of more
     bits stay as they are, and so do those of 8 (as input and output have). `of`: what is allocated.
+    `influence_exponent`: how much more errors count at steps that move the image more, as in
+    trajectory distillation.
     """
 
     name = "bit_allocation"
@@ -93,6 +95,7 @@ class BitAllocation(Step):
     fewest_activation_bits: int = Field(2, ge=1, le=8)
     most_activation_bits: int = Field(8, ge=1, le=8)
     samples: int = Field(128, ge=1)
+    influence_exponent: float = Field(0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _in_order(self) -> BitAllocation:
@@ -193,6 +196,7 @@ class BitAllocation(Step):
                 for name in weighed
             },
             {name: partial(input_errors, layers[name], grids[name]) for name in read},
+            session.step_weights(self.influence_exponent)[session.context.grid.rows(data.timestep)],
             session.seed,
             session.reporter,
         )

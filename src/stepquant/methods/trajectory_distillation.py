@@ -59,6 +59,7 @@ class TrajectoryDistillation(Step):
     weight_rate: float = Field(0.02, ge=0)
     scale_rate: float = Field(0.02, ge=0)
     activation_rate: float = Field(0.02, ge=0)
+    influence_exponent: float = Field(0.0, ge=0, le=1)
 
     def apply(self, session: Session) -> None:
         """Train; the summary has the held-out losses over time."""
@@ -118,12 +119,18 @@ class TrajectoryDistillation(Step):
     ) -> tuple[Tensor, Tensor | None]:
         """`(task loss, further term or None)` of a window's inputs, `[window * B, ...]`.
 
-        The task loss is the squared error of the predicted noise over its mean square.
+        The task loss is the squared error of the predicted noise over its mean square, weighted by
+        what the steps count.
         """
         with torch.no_grad():
             target = predict(session.float_model, sample, timestep)
-        error = predict(session.model, sample, timestep) - target
-        return error.square().mean() / target.square().mean(), None
+        error = (predict(session.model, sample, timestep) - target).square().flatten(1).mean(dim=1)
+        return (self._weights(session, timestep) * error).mean() / target.square().mean(), None
+
+    def _weights(self, session: Session, timestep: Tensor) -> Tensor:
+        """What the samples at `timestep [B]` count, `[B]`."""
+        weights = session.step_weights(self.influence_exponent)
+        return weights[session.context.grid.rows(timestep)]
 
     def _train_round(self, session: Session, training: Training, own: bool, measure: bool) -> None:
         """One optimizer step for each window of fresh trajectories, the model's `own` or float."""
@@ -176,8 +183,11 @@ class TrajectoryDistillation(Step):
             part = slice(start, start + HELD_OUT // 4)
             target = predict(session.float_model, data.sample[part], data.timestep[part])
             found = predict(session.model, data.sample[part], data.timestep[part])
-            error += float((found - target).square().sum())
-            power += float(target.square().sum())
+            weights = self._weights(session, data.timestep[part]).view(
+                -1, *(1,) * (target.dim() - 1)
+            )
+            error += float((weights * (found - target).square()).sum())
+            power += float((weights * target.square()).sum())
         return error / max(power, 1e-12)
 
 
