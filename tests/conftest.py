@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,6 +16,7 @@ from stepquant.calibration.trajectories import capture_trajectories, drawer
 from stepquant.models.adapter import adapter_for
 from stepquant.progress import Reporter
 from stepquant.quantizers import QuantConv2d, QuantLayer, QuantLinear, StepContext, StepGrid
+from stepquant.sampling import set_scheduler
 from stepquant.scheme import Scheme
 from stepquant.session import Session
 from stepquant.session import simulate as simulate_model
@@ -138,6 +140,9 @@ def tiny_session(tiny_pipeline: Callable[..., DDPMPipeline]) -> Callable[..., Se
         adapter = adapter_for(pipeline.unet)
         trajectories = capture_trajectories(pipeline, num, steps, 7, "ddim")
         context = StepContext(trajectories.grid())
+        sampler = copy.copy(pipeline)
+        set_scheduler(sampler, "ddim")
+        sampler.scheduler.set_timesteps(steps)
         scheme = Scheme(
             weight_bits=weights,
             activation_bits=activations,
@@ -151,6 +156,7 @@ def tiny_session(tiny_pipeline: Callable[..., DDPMPipeline]) -> Callable[..., Se
             adapter=adapter,
             context=context,
             trajectories=trajectories,
+            scheduler=sampler.scheduler,
             draw=drawer(pipeline, steps, "ddim"),
             weight_ranges=ranges,
             activation_ranges=ranges,

@@ -305,6 +305,7 @@ OTHER_RECIPES = {
             "trajectory_distillation.batch": 2,
         },
         {
+            "after the image's gradients": ("after", "*/image_gradients.safetensors", 1),
             "as the errors are written": ("before", "*/bit_allocation.safetensors", 1),
             "after the bits are allocated": ("after", "*/bit_allocation.safetensors", 1),
             "after the second round": ("after", "*/trajectory_distillation.safetensors", 2),

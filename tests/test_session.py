@@ -151,30 +151,24 @@ def test_kept_ranges_are_taken_up_bit_by_bit(tiny_session, tmp_path, monkeypatch
     assert torch.equal(output(again.model), output(first.model))
 
 
-def test_step_weights_are_measured_once_and_kept(tiny_session, tmp_path, monkeypatch):
+def test_image_gradients_are_measured_once_and_kept(tiny_session, tmp_path, monkeypatch):
     session = tiny_session(steps=4, work=WorkFolder(tmp_path / "work", {}, False))
-    measured = []
-
-    def measure(*args):
-        measured.append(args)
-        return torch.tensor([8.0, 4.0, 2.0, 2.0])
-
-    monkeypatch.setattr("stepquant.session.step_influence", measure)
-    assert session.step_weights(0).tolist() == [1.0] * 4
-    assert not measured
-    assert session.step_weights(1).tolist() == [2.0, 1.0, 0.5, 0.5]
-    halves = torch.tensor([8.0, 4.0, 2.0, 2.0]).sqrt()
-    torch.testing.assert_close(session.step_weights(0.5), halves / halves.mean())
+    found = session.image_gradients()
+    assert found.shape == (4, 2, 1, 16, 16)
     again = tiny_session(steps=4, work=WorkFolder(tmp_path / "work", {}, True))
-    assert again.step_weights(1).tolist() == [2.0, 1.0, 0.5, 0.5]
-    assert len(measured) == 1
+    monkeypatch.setattr("stepquant.session.image_gradients", None)
+    assert torch.equal(session.image_gradients(), found)
+    assert torch.equal(again.image_gradients(), found)
 
 
-def test_influence_is_measured_on_the_float_model_and_leaves_it_alone(tiny_session):
+def test_influence_is_one_in_the_mean_and_more_even_at_a_lower_exponent(tiny_session):
     session = tiny_session(steps=5)
-    weights = session.step_weights(1)
-    assert weights.shape == (5,)
-    assert float(weights.mean()) == pytest.approx(1)
-    assert (weights > 0).all()
-    assert not session.float_model._forward_hooks
-    assert not session.float_model._forward_pre_hooks
+    spread = []
+    for exponent in (1.0, 0.5):
+        weights = session.influence(exponent)
+        assert weights.shape == (5, 16, 16)
+        assert float(weights.mean()) == pytest.approx(1)
+        assert (weights > 0).all()
+        spread.append(float(weights.max() / weights.min()))
+    assert spread[1] == pytest.approx(spread[0] ** 0.5, rel=1e-3)
+    assert all(parameter.grad is None for parameter in session.float_model.parameters())

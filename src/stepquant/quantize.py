@@ -136,6 +136,7 @@ def quantize(
         adapter=adapter,
         context=context,
         trajectories=trajectories,
+        scheduler=_scheduler(sampler, resolved.calibration.steps),
         draw=drawer(pipeline, resolved.calibration.steps, resolved.calibration.scheduler),
         weight_ranges=resolved.ranges.weights,
         activation_ranges=resolved.ranges.activations,
@@ -250,6 +251,13 @@ def reference_layers(model: nn.Module) -> dict[str, str]:
         if isinstance(module, PackedLayer) and module.fallback_reasons():
             found[name] = "; ".join(module.fallback_reasons())
     return found
+
+
+def _scheduler(sampler: DiffusionPipeline, steps: int) -> Any:
+    """A copy of the sampler's scheduler, set to `steps` steps."""
+    scheduler = copy.deepcopy(sampler.scheduler)
+    scheduler.set_timesteps(steps)
+    return scheduler
 
 
 def _trajectories(

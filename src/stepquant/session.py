@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibration.influence import image_gradients, influence_spectrum
 from stepquant.calibration.initialize import initialize_ranges
 from stepquant.calibration.observe import quant_attention, quant_layers
-from stepquant.calibration.step_influence import step_influence
 from stepquant.calibration.trajectories import Draw, Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.models.adapter import DenoiserAdapter
@@ -28,7 +28,7 @@ from stepquant.quantizers import (
 from stepquant.scheme import Scheme
 from stepquant.workfolder import WorkFolder
 
-IMAGES_FOR_INFLUENCE = 8
+IMAGES_FOR_GRADIENTS = 16
 
 
 @dataclass
@@ -36,7 +36,8 @@ class Session:
     """A float model, its simulated quantized twin, and what the steps need to work on it.
 
     `model` is quantized in place by the steps; `float_model` stays as it was. `summary` collects,
-    step by step, what a user should see (plain JSON values). `draw` samples more trajectories.
+    step by step, what a user should see (plain JSON values). `draw` samples more trajectories;
+    `scheduler` is the sampler's, set to the calibrated steps.
     """
 
     float_model: nn.Module
@@ -45,6 +46,7 @@ class Session:
     context: StepContext
     trajectories: Trajectories
     draw: Draw
+    scheduler: Any
     weight_ranges: str
     activation_ranges: str
     seed: int
@@ -52,7 +54,8 @@ class Session:
     work: WorkFolder
     ranges_ready: bool = False
     samples_per_step: int = 64
-    influence: Tensor | None = None  # of each step, once it was asked for
+    gradients: Tensor | None = None  # once they were asked for
+    spectra: dict[float, Tensor] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
 
     def attention(self) -> dict[str, QuantAttention]:
@@ -66,29 +69,33 @@ class Session:
         """The simulated layers by name."""
         return quant_layers(self.model)
 
-    def step_weights(self, exponent: float) -> Tensor:
-        """What an error at each step counts, `[T]`, 1 in the mean: its influence to `exponent`."""
-        if exponent == 0:
-            return torch.ones(len(self.context.grid))
-        if self.influence is None:
-            self.influence = self._measured_influence()
-        weights = self.influence.pow(exponent)
-        return weights / weights.mean()
+    def image_gradients(self) -> Tensor:
+        """Of some calibration images by the predictions of all steps, `[T, images, C, H, W]`."""
+        if self.gradients is None:
+            kept = self.work.load("image_gradients")
+            if kept is None:
+                found = image_gradients(
+                    self.float_model,
+                    self.scheduler,
+                    self.trajectories,
+                    IMAGES_FOR_GRADIENTS,
+                    self.seed,
+                    self.reporter,
+                )
+                kept = {"gradients": found}
+                self.work.save("image_gradients", kept)
+            self.gradients = kept["gradients"]
+        return self.gradients
 
-    def _measured_influence(self) -> Tensor:
-        kept = self.work.load("step_influence")
-        if kept is not None:
-            return kept["influence"]
-        influence = step_influence(
-            self.float_model,
-            self.draw,
-            self.context.grid,
-            IMAGES_FOR_INFLUENCE,
-            self.seed + 5_000_000,
-            self.reporter,
-        )
-        self.work.save("step_influence", {"influence": influence})
-        return influence
+    def influence(self, exponent: float) -> Tensor:
+        """What an error of the prediction counts, by step and frequency, `[T, H, W]`.
+
+        Its influence on the image to `exponent`; 1 in the mean.
+        """
+        if exponent not in self.spectra:
+            weights = influence_spectrum(self.image_gradients()).pow(exponent)
+            self.spectra[exponent] = weights / weights.mean()
+        return self.spectra[exponent]
 
     def ensure_ranges(self) -> None:
         """Initialise all ranges, unless a step has asked for it before."""

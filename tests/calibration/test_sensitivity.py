@@ -56,83 +56,68 @@ def with_error(index: int, number: int, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def by_brute_force(net: Net, data: Trajectories) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same powers, each candidate really added and the whole model run again, in float64."""
+    """The same means, each candidate really added and the whole model run again, in float64."""
     net.double()
     weights = {name: torch.zeros(2, layer.out_channels) for name, layer in net.layers().items()}
     of_inputs = {name: torch.zeros(2) for name in net.layers()}
-    power = 0.0
+    v = gradients(net, len(data)).double()
     for index in range(len(data)):
         x, t = data.sample[index : index + 1].double(), data.timestep[index : index + 1]
         y = net(x, t, return_dict=False)[0]
-        power += float(y.square().sum())
         for name, layer in net.layers().items():
             for number, error in enumerate(candidates(layer)):
                 for channel in range(layer.out_channels):
                     layer.weight[channel] += error[channel]
                     moved = net(x, t, return_dict=False)[0] - y
                     layer.weight[channel] -= error[channel]
-                    weights[name][number, channel] += moved.square().sum().float()
+                    change = (v[index] * moved).sum()
+                    weights[name][number, channel] += change.square().float()
             for number in range(2):
                 add = partial(with_error, index, number)
                 handle = layer.register_forward_pre_hook(lambda _, args, add=add: add(args[0]))
                 moved = net(x, t, return_dict=False)[0] - y
                 handle.remove()
-                of_inputs[name][number] += moved.square().sum().float()
+                of_inputs[name][number] += (v[index] * moved).sum().square().float()
     net.float()
     return (
-        {name: table / power for name, table in weights.items()},
-        {name: table / power for name, table in of_inputs.items()},
+        {name: table / len(data) for name, table in weights.items()},
+        {name: table / len(data) for name, table in of_inputs.items()},
     )
 
 
-def measured(net: Net, data: Trajectories, sample_weights: Tensor | None = None):
+def gradients(net: Net, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(count, net.head.out_channels, generator=generator)
+
+
+def measured(net: Net, data: Trajectories):
     return output_errors(
         net,
         net.layers(),
         data,
+        gradients(net, len(data)),
         {name: candidates(layer) for name, layer in net.layers().items()},
         {name: added_to_input for name in net.layers()},
-        torch.ones(len(data)) if sample_weights is None else sample_weights,
-        0,
         QUIET,
     )
 
 
-def test_one_output_value_gives_exactly_what_brute_force_does():
-    # One value: its only projections are itself and its negative, whose squares are the same.
-    net, data = Net(1), inputs(5)
+@pytest.mark.parametrize("outputs", [1, 6])
+def test_brute_force_agrees(outputs):
+    net, data = Net(outputs), inputs(5)
     weights, of_inputs = by_brute_force(net, data)
     found = measured(net, data)
     for name in net.layers():
-        torch.testing.assert_close(found.weights[name].float(), weights[name], rtol=1e-4, atol=0)
-        torch.testing.assert_close(found.inputs[name].float(), of_inputs[name], rtol=1e-4, atol=0)
+        torch.testing.assert_close(found.weights[name].float(), weights[name], rtol=1e-3, atol=0)
+        torch.testing.assert_close(found.inputs[name].float(), of_inputs[name], rtol=1e-3, atol=0)
     assert found.sizes == {"conv": 32, "head": 48}
-
-
-def test_samples_count_by_their_weights():
-    net, data = Net(1), inputs(3)
-    first = measured(net, data, torch.tensor([2.0, 0.0, 0.0]))
-    alone = measured(net, Trajectories(*(value[:1] for value in data.to_tensors().values())))
-    for name in net.layers():
-        torch.testing.assert_close(first.weights[name], alone.weights[name])
-        torch.testing.assert_close(first.inputs[name], alone.inputs[name])
-
-
-def test_projections_of_many_outputs_agree_with_brute_force_in_the_mean():
-    # 400 squares of projections: a relative standard error of at most sqrt(2 / 400) = 7 %.
-    net, data = Net(6), inputs(400)
-    weights, of_inputs = by_brute_force(net, data)
-    found = measured(net, data)
-    for name in net.layers():
-        torch.testing.assert_close(found.weights[name].float(), weights[name], rtol=0.25, atol=0)
-        torch.testing.assert_close(found.inputs[name].float(), of_inputs[name], rtol=0.25, atol=0)
 
 
 def test_only_what_was_asked_for_is_measured_and_nothing_is_left_behind():
     net, data = Net(2), inputs(2)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     errors = {"head": candidates(net.head)}
-    found = output_errors(net, net.layers(), data, errors, {}, torch.ones(2), 0, QUIET)
+    found = output_errors(net, net.layers(), data, gradients(net, 2), errors, {}, QUIET)
     assert list(found.weights) == ["head"]
     assert not found.inputs
     assert not found.sizes
@@ -143,10 +128,8 @@ def test_only_what_was_asked_for_is_measured_and_nothing_is_left_behind():
         assert torch.equal(value, before[key]), key
 
 
-@pytest.mark.parametrize("value", [float("nan"), 0.0])
-def test_a_model_that_predicts_nothing_is_refused(value):
+def test_a_model_that_predicts_nothing_is_refused():
     net, data = Net(1), inputs(1)
-    net.head.weight.data.fill_(value)
-    net.head.bias.data.fill_(value)
-    with pytest.raises(StepQuantError, match="prediction at timestep 1 is zero, NaN or infinity"):
+    net.head.weight.data.fill_(float("nan"))
+    with pytest.raises(StepQuantError, match="prediction at timestep 1 holds NaN or infinity"):
         measured(net, data)

@@ -4,10 +4,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepquant.calibration.ranges import search_weight_range
+from stepquant.calibration.ranges import minmax_weight_range, search_weight_range
+from stepquant.calibration.rounding_errors import weight_error
 from stepquant.errors import StepQuantError
 from stepquant.methods.bit_allocation import BitAllocation, allocate_bits, hull_segments
 from stepquant.progress import Reporter
@@ -164,6 +166,35 @@ def test_it_packs_at_its_own_density_and_computes_the_same(allocated):
         simulated = allocated.model(data.sample, data.timestep).sample
     difference = (packed - simulated).square().sum() / simulated.square().sum()
     assert float(difference) < 1e-3
+
+
+def test_errors_of_the_prediction_are_what_the_float_model_s_prediction_moves_by(tiny_session):
+    """The sum of what is expected of all weights, against all of them really rounded."""
+    session = tiny_session(weights=4, activations=8, num=16)
+    four = {"fewest_weight_bits": 4, "most_weight_bits": 4}
+    BitAllocation(samples=48, errors_of="prediction", **four).apply(session)
+    expected = sum(row["error"] for row in session.summary["bit_allocation"]["weights"])
+    for layer in session.layers().values():
+        if layer.weight_bits == 4:
+            layer.weight.data += weight_error(layer, 4, minmax_weight_range)
+    data = session.trajectories
+    with torch.no_grad():
+        target, found = (
+            model(data.sample, data.timestep).sample
+            for model in (session.float_model, session.model)
+        )
+    error, power = (x.flatten(1).square().sum(dim=1) for x in (found - target, target))
+    # First order, independent errors, a few dozen projections: within a factor of two.
+    assert 0.5 < float((error / power).mean()) / expected < 2
+
+
+def test_a_sampler_with_a_memory_is_refused_unless_the_prediction_is_what_counts(tiny_session):
+    session = tiny_session(weights=2, activations=4)
+    session.scheduler = EulerDiscreteScheduler()
+    with pytest.raises(StepQuantError, match="errors_of: prediction"):
+        BitAllocation(samples=2).apply(session)
+    BitAllocation(samples=2, errors_of="prediction").apply(session)
+    assert session.summary["bit_allocation"]["mean_weight_bits"] <= 2
 
 
 @pytest.mark.parametrize("of", ["weights", "activations"])

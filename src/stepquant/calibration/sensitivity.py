@@ -1,8 +1,8 @@
-"""How far an error inside a layer moves what the model predicts, estimated with random projections.
+"""What an error inside a layer changes, to the first order, from one backward pass for each sample.
 
-To the first order, an error `e` in the input (or the weight) of a layer changes the prediction by
-`J e`. Where `v` has independent entries of mean 0 and variance 1, `(v . J e)^2` is `|J e|^2` in the
-mean, and one backward pass from `v . y` gives `J^T v` for all layers at once (Hutchinson's trick).
+An error `e` in the input (or the weight) of a layer changes the prediction by `J e`, and something
+that has the gradient `v` by the prediction by `v · J e`. One backward pass from `v` gives `Jᵀ v`
+for all layers at once (where `v` is random, this is Hutchinson's trick).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ InputErrors = Callable[[int, Tensor], list[Tensor]]
 
 @dataclass
 class OutputErrors:
-    """Power of the error in the prediction, over the power of the prediction, layer by layer.
+    """Mean of `(v · J e)²` over the samples, layer by layer.
 
     `weights`: of each candidate and out-channel, `[candidates, C_out]`; `inputs`: of each
     candidate, `[candidates]`; both float64. `sizes`: how many values these inputs have.
@@ -39,18 +39,16 @@ def output_errors(
     model: nn.Module,
     layers: dict[str, QuantLayer],
     data: Trajectories,
+    gradients: Tensor,
     weight_errors: dict[str, list[Tensor]],
     input_errors: dict[str, InputErrors],
-    sample_weights: Tensor,
-    seed: int,
     reporter: Reporter,
 ) -> OutputErrors:
-    """What candidates for `layers` of `model`, which computes in float, would do to its output.
+    """What candidates for `layers` of `model`, which computes in float, would change.
 
-    `weight_errors`: by layer, what each candidate adds to the weight, each `[C_out, C_in, ...]`;
-    `input_errors`: by layer, what gives the same for its input. `sample_weights [N]`: how much each
-    sample of `data` counts. One projection for each, of independent signs. Raises StepQuantError
-    where the model predicts no finite numbers.
+    `gradients [N, C, H, W]`: `v` for each sample of `data`. `weight_errors`: by layer, what each
+    candidate adds to the weight, each `[C_out, C_in, ...]`; `input_errors`: by layer, what gives
+    the same for its input. Raises StepQuantError where the model predicts no finite numbers.
     """
     seen: dict[str, Tensor] = {}
 
@@ -61,11 +59,9 @@ def output_errors(
         seen[name] = x
         return (x, *args[1:])
 
-    generator = torch.Generator().manual_seed(seed)
     weights: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
-    power = 0.0
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: keep(name, args))
         for name, layer in layers.items()
@@ -74,17 +70,14 @@ def output_errors(
         with reporter.task("measuring what errors do", total=len(data)) as task:
             for index in range(len(data)):
                 y = _prediction(model, data, index)
-                weight = float(sample_weights[index])
-                power += weight * float(y.detach().double().square().sum())
-                v = torch.randint(0, 2, y.shape, generator=generator) * 2.0 - 1.0
                 model.zero_grad(set_to_none=True)
-                (v * y).sum().backward()
+                y.backward(gradients[index : index + 1])
                 for name, errors in weight_errors.items():
                     moved = _moved_by_weight(layers[name], errors)
-                    weights[name] = weight * moved + weights.get(name, 0)
+                    weights[name] = moved + weights.get(name, 0)
                 for name, errors_of in input_errors.items():
                     moved = _moved_by_input(seen[name], errors_of(index, seen[name].detach()))
-                    inputs[name] = weight * moved + inputs.get(name, 0)
+                    inputs[name] = moved + inputs.get(name, 0)
                     sizes[name] = seen[name].numel()
                 task.advance()
     finally:
@@ -92,8 +85,8 @@ def output_errors(
             handle.remove()
         model.zero_grad(set_to_none=True)
     return OutputErrors(
-        {name: total / power for name, total in weights.items()},
-        {name: total / power for name, total in inputs.items()},
+        {name: total / len(data) for name, total in weights.items()},
+        {name: total / len(data) for name, total in inputs.items()},
         sizes,
     )
 
@@ -101,9 +94,9 @@ def output_errors(
 def _prediction(model: nn.Module, data: Trajectories, index: int) -> Tensor:
     sample, timestep = data.sample[index : index + 1], data.timestep[index : index + 1]
     y: Tensor = model(sample, timestep, return_dict=False)[0]
-    if not torch.isfinite(y).all() or not y.any():
+    if not torch.isfinite(y).all():
         raise StepQuantError(
-            f"the prediction at timestep {timestep.item():g} is zero, NaN or infinity: expected "
+            f"the prediction at timestep {timestep.item():g} holds NaN or infinity: expected "
             "finite numbers; check the float model"
         )
     return y

@@ -1,4 +1,4 @@
-"""Bits where they save most of the prediction's error, over a whole model, at the same mean.
+"""Bits where they save most of the image's error, over a whole model, at the same mean.
 
 No paper's step: mixed precision by sensitivity, as layer-wise works have it (HAQ, HAWQ), for
 activations layer by layer and for weights down to single out-channels, which this runtime stores at
@@ -20,6 +20,7 @@ from torch import Tensor
 from stepquant.calibration.initialize import weight_search
 from stepquant.calibration.rounding_errors import input_errors, input_grids, weight_error
 from stepquant.calibration.sensitivity import OutputErrors, output_errors
+from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.methods.outlier_mixed_bits import BITS_CHOSEN
 from stepquant.methods.step import Step
@@ -77,25 +78,25 @@ class BitAllocation(Step):
 
     The mean over all weights is at most the scheme's weight bits, and the mean over all values that
     layers read is at most its activation bits. Each choice costs what the error of that rounding
-    alone would do to the float model's prediction, to the first order (`output_errors`), on
-    `samples` calibration inputs; the errors of all choices are taken as independent.
+    alone would do, to the first order, on `samples` calibration inputs; the errors of all choices
+    are taken as independent. `errors_of`: "image" is the squared change of the image that the
+    float model's sampler would end with (`image_gradients`), "prediction" the relative squared
+    change of the prediction at each step.
 
     Weights get `fewest_weight_bits` to `most_weight_bits`, activations likewise. Layers of more
     bits stay as they are, and so do those of 8 (as input and output have). `of`: what is allocated.
-    `influence_exponent`: how much more errors count at steps that move the image more, as in
-    trajectory distillation.
     """
 
     name = "bit_allocation"
     needs_ranges = False
     not_after: ClassVar[Mapping[str, str]] = {"outlier_mixed_bits": BITS_CHOSEN}
     of: Literal["both", "weights", "activations"] = "both"
+    errors_of: Literal["image", "prediction"] = "image"
     fewest_weight_bits: int = Field(1, ge=1, le=6)
     most_weight_bits: int = Field(6, ge=1, le=6)
     fewest_activation_bits: int = Field(2, ge=1, le=8)
     most_activation_bits: int = Field(8, ge=1, le=8)
     samples: int = Field(128, ge=1)
-    influence_exponent: float = Field(0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _in_order(self) -> BitAllocation:
@@ -170,6 +171,25 @@ class BitAllocation(Step):
             "activation": range(self.fewest_activation_bits, self.most_activation_bits + 1),
         }
 
+    def _samples(self, session: Session) -> tuple[Trajectories, Tensor]:
+        """Inputs spread over the steps, and for each the gradient of what its error changes."""
+        if self.errors_of == "prediction":
+            data = session.trajectories.subset(self.samples, session.seed)
+            generator = torch.Generator().manual_seed(session.seed)
+            signs = torch.randint(0, 2, data.sample.shape, generator=generator) * 2.0 - 1.0
+            with torch.no_grad():
+                y = session.float_model(data.sample, data.timestep, return_dict=False)[0]
+            return data, signs / y.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        found = session.image_gradients()  # [T, images, C, H, W]
+        steps, images = found.shape[:2]
+        count = min(self.samples, steps * images)
+        rows = torch.arange(count) * steps // count
+        image = torch.arange(count) % images
+        timesteps = session.trajectories.timesteps
+        by_step = [session.trajectories.at_step(row, images) for row in range(steps)]
+        sample = torch.stack(by_step)[rows, image]
+        return Trajectories(sample, timesteps[rows], image, timesteps), found[rows, image]
+
     def _measured(
         self, session: Session, layers: dict[str, QuantLayer], weighed: list[str], read: list[str]
     ) -> OutputErrors:
@@ -183,7 +203,7 @@ class BitAllocation(Step):
             )
         find, method = weight_search(session.weight_ranges), session.activation_ranges
         widths = self._widths()
-        data = session.trajectories.subset(self.samples, session.seed)
+        data, gradients = self._samples(session)
         grids = input_grids(
             session.model, {name: layers[name] for name in read}, data, widths["activation"], method
         )
@@ -191,13 +211,12 @@ class BitAllocation(Step):
             session.model,
             {name: layer for name, layer in layers.items() if name in {*weighed, *read}},
             data,
+            gradients,
             {
                 name: [weight_error(layers[name], bits, find) for bits in widths["weight"]]
                 for name in weighed
             },
             {name: partial(input_errors, layers[name], grids[name]) for name in read},
-            session.step_weights(self.influence_exponent)[session.context.grid.rows(data.timestep)],
-            session.seed,
             session.reporter,
         )
         tensors = {f"weights/{name}": table for name, table in errors.weights.items()}

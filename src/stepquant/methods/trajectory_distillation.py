@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from stepquant.calibration.influence import weighted_power
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.methods.layer_optimizer import LayerOptimizer
@@ -120,17 +121,20 @@ class TrajectoryDistillation(Step):
         """`(task loss, further term or None)` of a window's inputs, `[window * B, ...]`.
 
         The task loss is the squared error of the predicted noise over its mean square, weighted by
-        what the steps count.
+        its influence.
         """
         with torch.no_grad():
             target = predict(session.float_model, sample, timestep)
-        error = (predict(session.model, sample, timestep) - target).square().flatten(1).mean(dim=1)
-        return (self._weights(session, timestep) * error).mean() / target.square().mean(), None
+        error = predict(session.model, sample, timestep) - target
+        loss = self._power(session, error, timestep).mean() / target.square().mean()
+        return loss, None
 
-    def _weights(self, session: Session, timestep: Tensor) -> Tensor:
-        """What the samples at `timestep [B]` count, `[B]`."""
-        weights = session.step_weights(self.influence_exponent)
-        return weights[session.context.grid.rows(timestep)]
+    def _power(self, session: Session, error: Tensor, timestep: Tensor) -> Tensor:
+        """Mean square of `error [B, C, H, W]`, weighted by its influence, `[B]`."""
+        if self.influence_exponent == 0:
+            return error.square().flatten(1).mean(dim=1)
+        spectrum = session.influence(self.influence_exponent)
+        return weighted_power(error, spectrum[session.context.grid.rows(timestep)])
 
     def _train_round(self, session: Session, training: Training, own: bool, measure: bool) -> None:
         """One optimizer step for each window of fresh trajectories, the model's `own` or float."""
@@ -183,11 +187,8 @@ class TrajectoryDistillation(Step):
             part = slice(start, start + HELD_OUT // 4)
             target = predict(session.float_model, data.sample[part], data.timestep[part])
             found = predict(session.model, data.sample[part], data.timestep[part])
-            weights = self._weights(session, data.timestep[part]).view(
-                -1, *(1,) * (target.dim() - 1)
-            )
-            error += float((weights * (found - target).square()).sum())
-            power += float((weights * target.square()).sum())
+            error += float(self._power(session, found - target, data.timestep[part]).sum())
+            power += float(self._power(session, target, data.timestep[part]).sum())
         return error / max(power, 1e-12)
 
 
