@@ -60,11 +60,16 @@ def unet(**changes: Any) -> UNet2DModel:
 
 
 def packed_unet(
-    weight_bits: int = 4, steps: int = STEPS, attention: bool = False, **changes: Any
+    weight_bits: int = 4,
+    steps: int = STEPS,
+    attention: bool = False,
+    step_bias: bool = False,
+    **changes: Any,
 ) -> UNet2DModel:
     """`unet` with every conv and linear packed, one split, one with scaled input, one static.
 
     `attention`: with its products packed as well, except for one module's, and one static.
+    `step_bias`: with one in the output layer.
     """
     model = unet(**changes)
     context = StepContext(StepGrid(torch.linspace(0, 900, steps).round()))
@@ -92,6 +97,8 @@ def packed_unet(
             if name != STATIC:
                 quantizer.resize(steps)
                 quantizer.scale.data.mul_(torch.linspace(0.7, 1.0, steps))
+        if step_bias and name == "conv_out":
+            layer.set_step_bias(torch.linspace(-1, 1, steps).view(-1, 1))
         return layer
 
     replace_modules(model, simulate)

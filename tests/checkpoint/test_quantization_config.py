@@ -98,6 +98,7 @@ def test_bad_values_are_told_in_a_sentence(changes, sentence):
         ("steps", 0, "steps of layer 'a' .* is 0"),
         ("splits", [3, 0], r"splits of layer 'a' .* is \[3, 0\]"),
         ("channel_scale", "yes", "channel_scale of layer 'a' .* is 'yes'"),
+        ("step_bias", 1, "step_bias of layer 'a' .* is 1: expected true or false"),
         ("half_zero_points", 1, "half_zero_points of layer 'a' .* is 1: expected true or false"),
         ("channel_counts", {"3": 2}, "channel_counts of layer 'a' .* is {'3': 2}: expected a list"),
         ("channel_counts", [[4, 8]], r"channel_counts of layer 'a' .* is \[\[4, 8\]\]"),

@@ -231,3 +231,19 @@ def test_nothing_in_the_config_tells_where_it_was_made(folder):
     text = "".join(path.read_text() for path in folder.rglob("*.json"))
     assert "_name_or_path" not in text and str(folder.parent) not in text
     assert json.loads((folder / "unet" / "config.json").read_text())["quantization_config"]
+
+
+def test_a_bias_of_the_step_is_kept_and_only_its_layer_says_so(tmp_path):
+    pipeline = packed_pipeline(step_bias=True)
+    folder = save_pipeline(pipeline, "unet", tmp_path / "pipeline")
+    config = json.loads((folder / "unet" / "config.json").read_text())["quantization_config"]
+    assert "step_bias" not in config["layer_default"]
+    assert [n for n, v in config["layers"].items() if "step_bias" in v] == ["conv_out"]
+    loaded = load_pipeline(folder)
+    assert_same_outputs(pipeline.unet, loaded.unet)
+    assert loaded.unet.conv_out.step_bias.view(-1).tolist() == [-1, -0.5, 0, 0.5, 1]
+    again = save_pipeline(loaded, "unet", tmp_path / "again")
+    assert_same_files(folder, again)
+    # It stands for what rounding did to the float layer, which is gone when nothing is rounded.
+    bias = loaded.unet.conv_out.bias.clone()
+    assert torch.equal(loaded.unet.dequantize().conv_out.bias, bias)

@@ -203,3 +203,29 @@ def test_parts_that_do_not_add_up_are_refused(context: StepContext) -> None:
 def test_bits_are_checked(bits: tuple[int, int], what: str, context: StepContext) -> None:
     with pytest.raises(StepQuantError, match=f"{what} bits is"):
         QuantConv2d(nn.Conv2d(4, 4, 3), *bits, context)
+
+
+def test_a_bias_of_the_step_is_the_same_with_and_without_gradients(simulate):
+    layer = simulate(nn.Conv2d(3, 4, 3, padding=1), 8, 8)
+    step_bias = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    layer.set_step_bias(step_bias)
+    layer.context.set_timestep(torch.tensor([30.0, 0.0]))
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        integers = layer(x)
+    trained = layer(x)
+    torch.testing.assert_close(trained.detach(), integers, rtol=1e-4, atol=1e-4)
+    trained.sum().backward()
+    assert layer.bias.grad is not None
+    layer.step_bias = None
+    with torch.no_grad():
+        torch.testing.assert_close(
+            integers - layer(x), step_bias[[3, 0]].view(2, 4, 1, 1).expand(2, 4, 6, 6)
+        )
+
+
+def test_a_static_layer_gets_a_row_for_each_step_with_its_bias(context):
+    layer = QuantConv2d(nn.Conv2d(3, 4, 3), 8, 8, context)
+    layer.activation_quantizers[0].scale.data.fill_(0.25)
+    layer.set_step_bias(torch.zeros(5, 4))
+    assert layer.activation_quantizers[0].scale.tolist() == [0.25] * 5

@@ -90,7 +90,11 @@ class StepQuantConfig(QuantizationConfigMixin):
             "format_version": self.format_version,
             "layer_default": default,
             "layers": {
-                name: {key: value for key, value in layer.items() if value != default[key]}
+                name: {
+                    k: value
+                    for k, value in layer.items()
+                    if k not in default or value != default[k]
+                }
                 for name, layer in layers.items()
             },
             "provenance": _sorted(self.provenance),
@@ -203,8 +207,11 @@ def _resolve_attention(
 
 
 def _commonest_values(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The commonest value of each key that all of `layers` have."""
     default = {}
     for key in layers[0] if layers else ():
+        if not all(key in layer for layer in layers):
+            continue
         counts = Counter(json.dumps(layer[key]) for layer in layers)
         commonest = min(counts, key=lambda text: (-counts[text], text))
         default[key] = json.loads(commonest)

@@ -25,7 +25,7 @@ class LayerConfig:
     part, None for one part. `channel_scale`: whether its input is divided per in-channel.
     `channel_counts`: `(bits, out-channels)` pairs, fewest bits first, where out-channels differ in
     bits; `weight_bits` is then the most of them. `half_zero_points`: weight zero points are counted
-    in half steps.
+    in half steps. `step_bias`: whether something is added to its result at each step.
     """
 
     kind: str
@@ -36,6 +36,7 @@ class LayerConfig:
     channel_scale: bool = False
     channel_counts: tuple[tuple[int, int], ...] | None = None
     half_zero_points: bool = False
+    step_bias: bool = False
 
     @classmethod
     def from_dict(cls, name: str, values: dict[str, Any]) -> LayerConfig:
@@ -55,7 +56,7 @@ class LayerConfig:
         steps = values.get("steps", 1)
         if not _is_count(steps):
             raise _bad_value(name, "steps", steps, "a whole number of at least 1")
-        for key in ("channel_scale", "half_zero_points"):
+        for key in ("channel_scale", "half_zero_points", "step_bias"):
             if not isinstance(values.get(key, False), bool):
                 raise _bad_value(name, key, values[key], "true or false")
         if values.get("half_zero_points") and values["weight_bits"] > MOST_BITS_WITH_HALVES:
@@ -81,13 +82,17 @@ class LayerConfig:
             channel_scale=layer.act_channel_scale is not None,
             channel_counts=layer.spec.channel_counts,
             half_zero_points=layer.spec.half_zero_points,
+            step_bias=layer.step_bias is not None,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """As JSON holds it; `step_bias`, younger than the format, only where there is one."""
         counts = None if self.channel_counts is None else [list(c) for c in self.channel_counts]
         splits = None if self.splits is None else list(self.splits)
-        return {**asdict(self), "splits": splits, "channel_counts": counts}
+        values = {**asdict(self), "splits": splits, "channel_counts": counts}
+        if not self.step_bias:
+            del values["step_bias"]
+        return values
 
     def packed_in_place_of(self, name: str, module: nn.Module, context: StepContext) -> PackedLayer:
         """A packed layer without data (on the meta device) that takes the place of `module`."""
@@ -112,7 +117,9 @@ class LayerConfig:
         has_bias = module.bias is not None
         kind = PackedLinear if self.kind == "linear" else PackedConv2d
         with torch.device("meta"):
-            return kind(spec, splits, self.steps, context, has_bias, self.channel_scale)
+            return kind(
+                spec, splits, self.steps, context, has_bias, self.channel_scale, self.step_bias
+            )
 
     def _spec(self, name: str, module: Any) -> LayerSpec:
         spec = self._shape(name, module)

@@ -132,7 +132,7 @@ def _check_values(
         # The runtime multiplies with the inverse, which must be a number as well.
         good = (tensor > 0) & torch.isfinite(tensor) & torch.isfinite(1.0 / tensor)
         expected = "finite positive scales"
-    elif key == "bias":
+    elif key in ("bias", "step_bias"):
         good, expected = torch.isfinite(tensor), "finite numbers"
     elif key == "act_zero_point":
         bits = layer.bits if isinstance(layer, PackedAttention) else layer.spec.activation_bits

@@ -1,6 +1,7 @@
 """One file per idea of a paper; each is a step of a recipe."""
 
 from stepquant.methods.adaptive_softmax import AdaptiveSoftmax
+from stepquant.methods.bias_correction import BiasCorrection
 from stepquant.methods.bit_allocation import BitAllocation
 from stepquant.methods.block_distillation import BlockDistillation
 from stepquant.methods.block_reconstruction import BlockReconstruction
@@ -31,12 +32,14 @@ STEPS: dict[str, type[Step]] = {
         LowRankAdapters,
         TrajectoryDistillation,
         RelationDistillation,
+        BiasCorrection,
     )
 }
 
 __all__ = [
     "STEPS",
     "AdaptiveSoftmax",
+    "BiasCorrection",
     "BitAllocation",
     "BlockDistillation",
     "BlockReconstruction",

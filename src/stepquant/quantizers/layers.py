@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from stepquant.errors import StepQuantError
 from stepquant.numerics import check_bits
-from stepquant.quantizers.activation import ActivationQuantizer
+from stepquant.quantizers.activation import ActivationQuantizer, spread_rows
 from stepquant.quantizers.low_rank import LowRankAdapter
 from stepquant.quantizers.rounding import SoftRounding
 from stepquant.quantizers.step_grid import StepContext
@@ -31,6 +31,7 @@ class QuantLayer(nn.Module):
     `adapter`: what is added to the weight while it is trained at low rank, or None.
     `roundings`: how each part's weight is rounded while that is trained. Not submodules: what is
     learned ends up in `weight`, and the state of a layer is the same with and without them.
+    `step_bias [T, C_out]`: what is added to the result at each step where it quantizes, or None.
     `quantizing`: False runs the layer in float, with the scaling but without any rounding.
     """
 
@@ -38,6 +39,7 @@ class QuantLayer(nn.Module):
     bias: nn.Parameter | None
     channel_dim: int  # of the input
     inverse_channel_scale: Tensor
+    step_bias: Tensor | None
     activation_quantizers: nn.ModuleList
     weight_quantizers: nn.ModuleList
 
@@ -68,6 +70,7 @@ class QuantLayer(nn.Module):
             WeightQuantizer(weight_bits, self.out_channels) for _ in self.splits
         )
         self.register_buffer("inverse_channel_scale", torch.ones(self.in_channels))
+        self.register_buffer("step_bias", None)
         self.scales_input = False
         self.adapter: LowRankAdapter | None = None
         self.roundings: tuple[SoftRounding, ...] = ()
@@ -104,6 +107,14 @@ class QuantLayer(nn.Module):
         for quantizer in self.activation_quantizers:
             assert isinstance(quantizer, ActivationQuantizer)
             quantizer.bits = bits
+
+    def set_step_bias(self, step_bias: Tensor) -> None:
+        """Add `step_bias [T, C_out]` to the result, row by step; its tables get a row for each."""
+        self.step_bias = step_bias
+        for quantizer in self.activation_quantizers:
+            assert isinstance(quantizer, ActivationQuantizer)
+            if quantizer.steps == 1:
+                quantizer.resize(len(step_bias))
 
     def fit_weights(self, find: GridSearch) -> None:
         """Give the weights the grids that `find` has for them."""
@@ -199,7 +210,25 @@ class QuantLayer(nn.Module):
         pairs = zip(self.activation_quantizers, self.input_parts(x), strict=True)
         parts = [quantizer(part, self.context.rows) for quantizer, part in pairs]
         x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.channel_dim)
-        return self._compute(x, self.quantized_weight(), self.bias)
+        y = self._compute(x, self.quantized_weight(), self.bias)
+        if self.step_bias is None:
+            return y
+        return y + self._over_positions(self.step_bias[spread_rows(self.context.rows, len(y))], y)
+
+    def _over_positions(self, values: Tensor, y: Tensor) -> Tensor:
+        """`values [C_out]` or `[R, C_out]` in a shape that goes with the output `y`."""
+        shape = [1] * y.dim()
+        shape[self.channel_dim] = -1
+        if values.dim() == 2:
+            shape[0] = len(values)
+        return values.view(shape)
+
+    def _whole_bias(self, batch: int) -> Tensor | None:
+        """`bias` with that of the steps in flight, `[C_out]` or `[R, C_out]`."""
+        if self.step_bias is None:
+            return self.bias
+        rows = self.step_bias[spread_rows(self.context.rows, batch)]
+        return rows if self.bias is None else self.bias + rows
 
     def _compute_integers(self, x: Tensor) -> Tensor:
         """`forward` as the runtime computes it: sums of whole numbers first, then the scales.
@@ -212,14 +241,13 @@ class QuantLayer(nn.Module):
         for (inputs, weights, weight), part in zip(self.parts(), self.input_parts(x), strict=True):
             rows = inputs.table_rows(self.context.rows, x.shape[0])
             total = self._compute(inputs.differences(part, rows), weights.differences(weight), None)
-            shape = [1] * total.dim()
-            shape[self.channel_dim] = -1
             scale = inputs.scale[rows].view(-1, *(1,) * (total.dim() - 1))
-            part_y = total * (scale * weights.scale.view(shape))
+            part_y = total * (scale * self._over_positions(weights.scale, total))
             if y is not None:
                 y = part_y + y
             else:
-                y = part_y if self.bias is None else part_y + self.bias.view(shape)
+                bias = self._whole_bias(x.shape[0])
+                y = part_y if bias is None else part_y + self._over_positions(bias, part_y)
         assert y is not None
         return y
 

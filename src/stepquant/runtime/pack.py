@@ -61,7 +61,13 @@ def pack_layer(layer: QuantLayer) -> PackedLayer:
     kind = PackedLinear if spec.kind == "linear" else PackedConv2d
     steps = max(inputs.steps for inputs, _, _ in layer.parts())
     packed = kind(
-        spec, layer.splits, steps, layer.context, layer.bias is not None, layer.scales_input
+        spec,
+        layer.splits,
+        steps,
+        layer.context,
+        layer.bias is not None,
+        layer.scales_input,
+        layer.step_bias is not None,
     )
     streams = []
     for index, (inputs, weights, weight) in enumerate(layer.parts()):
@@ -77,6 +83,9 @@ def pack_layer(layer: QuantLayer) -> PackedLayer:
     if layer.bias is not None:
         assert packed.bias is not None
         packed.bias.copy_(layer.bias)
+    if layer.step_bias is not None:
+        assert packed.step_bias is not None
+        packed.step_bias.copy_(layer.step_bias)
     if layer.scales_input:
         assert packed.act_channel_scale is not None
         packed.act_channel_scale.copy_(1.0 / layer.inverse_channel_scale)

@@ -24,7 +24,8 @@ class PackedLayer(nn.Module):
     `weight_scale` float32 `[P, C_out]`, `weight_zero_point` uint8 `[P, C_out]` (twice the zero
     point where the spec says `half_zero_points`), `channel_bits` uint8 `[C_out]` or absent,
     `act_scale` float32 `[P, T]`, `act_zero_point` uint8 `[P, T]`, `bias` float32 `[C_out]` or
-    absent, `act_channel_scale` float32 `[C_in]` or absent (the input is divided by it).
+    absent, `step_bias` float32 `[T, C_out]` or absent (added to `bias` at each step),
+    `act_channel_scale` float32 `[C_in]` or absent (the input is divided by it).
     """
 
     channel_dim: int
@@ -35,6 +36,7 @@ class PackedLayer(nn.Module):
     act_scale: Tensor
     act_zero_point: Tensor
     bias: Tensor | None
+    step_bias: Tensor | None
     act_channel_scale: Tensor | None
 
     def __init__(
@@ -45,6 +47,7 @@ class PackedLayer(nn.Module):
         context: StepContext,
         has_bias: bool,
         has_channel_scale: bool,
+        has_step_bias: bool = False,
     ) -> None:
         """Empty buffers of the right shapes; `load_state_dict` or `runtime.pack` fills them."""
         super().__init__()
@@ -63,6 +66,7 @@ class PackedLayer(nn.Module):
         self.register_buffer("act_scale", torch.ones(parts, steps))
         self.register_buffer("act_zero_point", torch.zeros(parts, steps, dtype=torch.uint8))
         self.register_buffer("bias", torch.zeros(out) if has_bias else None)
+        self.register_buffer("step_bias", torch.zeros(steps, out) if has_step_bias else None)
         channel_scale = torch.ones(spec.in_channels) if has_channel_scale else None
         self.register_buffer("act_channel_scale", channel_scale)
         self._prepared: list[_PreparedPart] | None = None
@@ -172,6 +176,10 @@ class PackedLayer(nn.Module):
         """Every sample of `x` at step row `row [1]`."""
         assert self._prepared is not None
         y = None
+        bias = self.bias
+        if self.step_bias is not None:
+            of_step = self.step_bias.index_select(0, row)[0]
+            bias = of_step if bias is None else bias + of_step
         inputs = x.split(self.splits, dim=self.channel_dim) if len(self.splits) > 1 else (x,)
         for index, (part, prepared) in enumerate(zip(inputs, self._prepared, strict=True)):
             scale = self.act_scale[index].index_select(0, row)
@@ -184,7 +192,7 @@ class PackedLayer(nn.Module):
                 codes,
                 scale,
                 zero_point.to(torch.int32),
-                self.bias if index == 0 else None,
+                bias if index == 0 else None,
                 y,
                 prepared.spec,
             )

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from stepquant.errors import StepQuantError
+from stepquant.methods import BiasCorrection, TemporalQuantizer
+from stepquant.runtime.pack import pack_model
+
+
+def bias_of(model, session):
+    """Mean error of each channel at each step, `[T, C]`, over all calibration inputs."""
+    data = session.trajectories
+    rows = []
+    with torch.no_grad():
+        for row, timestep in enumerate(data.timesteps):
+            x = data.at_step(row)
+            error = model(x, timestep).sample - session.float_model(x, timestep).sample
+            rows.append(error.mean(dim=(0, 2, 3)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("tables", [False, True], ids=["static", "temporal"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_no_step_has_a_bias_afterwards_in_the_packed_model_too(tiny_session, tables, channels):
+    session = tiny_session(3, 4, in_channels=channels, out_channels=channels, num=4)
+    if tables:
+        TemporalQuantizer().apply(session)
+    session.ensure_ranges()
+    before = bias_of(session.model, session)
+    BiasCorrection().apply(session)
+    summary = session.summary["bias_correction"]
+    torch.testing.assert_close(torch.tensor(summary["bias"]), before, rtol=1e-4, atol=1e-6)
+    assert summary["mean_square"] == pytest.approx(float(before.square().mean()), rel=1e-4)
+    assert before.abs().max() > 1e-3
+    assert bias_of(session.model, session).abs().max() < 1e-5
+    packed = pack_model(copy.deepcopy(session.model))
+    assert packed.conv_out.step_bias.shape == (3, channels)
+    assert bias_of(packed, session).abs().max() < 0.05 * before.abs().max()
+
+
+def test_only_the_output_layer_changes(tiny_session):
+    session = tiny_session(4, 4)
+    session.ensure_ranges()
+    before = {key: value.clone() for key, value in session.model.state_dict().items()}
+    BiasCorrection().apply(session)
+    after = session.model.state_dict()
+    changed = {
+        key for key, value in after.items() if not torch.equal(value, before.get(key, value))
+    }
+    assert set(after) - set(before) == {"conv_out.step_bias"}
+    assert not changed - {key for key in after if key.startswith("conv_out.activation_quantizers")}
+
+
+def test_an_output_layer_that_stayed_float_is_refused(tiny_session):
+    session = tiny_session(4, 4)
+    session.ensure_ranges()
+    session.model.conv_out = session.float_model.conv_out
+    with pytest.raises(StepQuantError, match="the last layer 'conv_out' is not quantized"):
+        BiasCorrection().apply(session)
+
+
+def test_a_layer_whose_result_is_not_the_prediction_is_refused(tiny_session, monkeypatch):
+    session = tiny_session(4, 4)
+    monkeypatch.setattr(type(session.adapter), "input_output_layers", lambda *_: {"conv_in"})
+    with pytest.raises(StepQuantError, match="'conv_in' does not give the prediction itself"):
+        BiasCorrection().apply(session)
