@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -296,7 +297,7 @@ OTHER_RECIPES = {
             "before the checkpoint has its name": ("before", "*/out", 1),
         },
     ),
-    "stepquant": (
+    str(Path(__file__).parent / "recipes" / "allocated.yaml"): (
         {
             **SHORT,
             "bit_allocation.samples": 3,
@@ -333,7 +334,7 @@ OTHER_RECIPES = {
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("recipe", OTHER_RECIPES)
+@pytest.mark.parametrize("recipe", OTHER_RECIPES, ids=lambda recipe: Path(recipe).stem)
 def test_other_recipes_survive_a_kill_as_well(float_folder, tmp_path, recipe):
     settings, points = OTHER_RECIPES[recipe]
     whole = tmp_path / "whole"
