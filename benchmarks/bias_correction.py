@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cells import Cell, read_cells, run_grid, slug, table, write_lines
+from cells import Cell, report, slug
 from quality import parse_bits
 from stepquant.recipe import parse_recipe
 
@@ -54,12 +54,7 @@ def main() -> None:
                 recipe = parse_recipe(plain, full).to_dict()
                 name = f"{slug(full)}-{bits}"
                 cells.append(Cell(name, args.model, recipe, **budget, extra={"label": full}))
-    run_grid(cells, args.cells, args.cells / "cache", args.jobs)
-    records = read_cells(args.cells, cells)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(records, args.out.with_suffix(".jsonl"))
-    args.out.with_suffix(".md").write_text(table(records))
-    print(table(records))
+    report(cells, args.cells, args.jobs, args.out)
 
 
 if __name__ == "__main__":

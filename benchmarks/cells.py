@@ -199,6 +199,17 @@ def read_cells(out: Path, cells: list[Cell]) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
+def report(cells: list[Cell], folder: Path, jobs: int, out: Path) -> None:
+    """Run what is left of `cells`, then write `out.jsonl` and `out.md` and print the table."""
+    run_grid(cells, folder, folder / "cache", jobs)
+    records = read_cells(folder, cells)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(records, out.with_suffix(".jsonl"))
+    text = table(records)
+    atomic_write(out.with_suffix(".md"), lambda partial: partial.write_text(text))
+    print(text)
+
+
 def write_lines(records: list[dict[str, Any]], file: Path) -> None:
     """All records as JSON lines."""
     text = "".join(json.dumps(record) + "\n" for record in records)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from cells import BUDGETS, Cell, read_cells, run_grid, table, write_lines
+from cells import BUDGETS, Cell, report
 from stepquant.errors import StepQuantError
 from stepquant.recipe import load_recipe
 from stepquant.scheme import PROTOCOLS
@@ -79,12 +79,7 @@ def main() -> None:
                     )
                     label = f"{short}-{name}-{bits}-{protocol}-{suffix}"
                     cells.append(Cell(label, model, recipe.to_dict(), **budget))
-    run_grid(cells, args.cells, args.cells / "cache", args.jobs)
-    records = read_cells(args.cells, cells)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(records, args.out.with_suffix(".jsonl"))
-    args.out.with_suffix(".md").write_text(table(records))
-    print(table(records))
+    report(cells, args.cells, args.jobs, args.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cells import Cell, read_cells, run_grid, slug, table, write_lines
+from cells import Cell, report, slug
 from stepquant.recipe import load_recipe, parse_recipe
 
 TCR, DAQ, PAR = "channel_reparameterization", "adaptive_softmax", "progressive_alignment"
@@ -90,12 +90,7 @@ def main() -> None:
     for label, (bits, without, settings) in (parts() | choices()).items():
         recipe = recipe_of(label, bits, without, settings, training)
         cells.append(Cell(slug(label), args.model, recipe, **budget, extra={"label": label}))
-    run_grid(cells, args.cells, args.cells / "cache", args.jobs)
-    records = read_cells(args.cells, cells)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(records, args.out.with_suffix(".jsonl"))
-    args.out.with_suffix(".md").write_text(table(records))
-    print(table(records))
+    report(cells, args.cells, args.jobs, args.out)
 
 
 if __name__ == "__main__":
