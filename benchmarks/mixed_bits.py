@@ -3,9 +3,10 @@
     python benchmarks/mixed_bits.py
 
 At W2A4 `strict`: EfficientDM's base, with OMQ, with TRD, and with both; OMQ without the smoothing
-that it stands on, and that alone; TRD's relations of pixels against plain L2 on the same features,
-and against no term at all on the same windows; the base trained in the sampler's order. For each
-seed: OMQ by kurtosis, magnitude and chance. Every row trains with equally many samples and updates.
+that it stands on, that with TRD, and the smoothing alone; adapters that begin with what they can
+hold of the quantization error; TRD's relations of pixels against plain L2 on the same features, and
+against no term at all on the same windows; the base trained in the sampler's order. For each seed:
+OMQ by kurtosis, magnitude and chance. Every row trains with equally many samples and updates.
 Writes `mixed_bits.jsonl` and `mixed_bits.md`.
 """
 
@@ -20,6 +21,7 @@ from cells import Cell, read_cells, run_grid, slug, table, write_lines
 from stepquant.recipe import load_recipe, parse_recipe
 
 OMQ = ["smoothing", "temporal_quantizer", "outlier_mixed_bits", "low_rank_adapters"]
+APART = 10_000  # image i is drawn from `seed + i`: nearer seeds would share most images
 TASK, RELATION = "trajectory_distillation", "relation_distillation"
 
 
@@ -34,6 +36,7 @@ def rows(everything: bool) -> dict[str, tuple[list[str], dict[str, Any]]]:
         "base + OMQ": ([*OMQ, TASK], {}),
         "base + OMQ without smoothing": ([*mixed, TASK], {}),
         "base + TRD": ([*base, RELATION], {}),
+        "base + OMQ without smoothing + TRD": ([*mixed, RELATION], {}),
         "base in the sampler's order": ([*base, TASK], {f"{TASK}.step_order": "sampler"}),
     }
     if not everything:
@@ -45,7 +48,9 @@ def rows(everything: bool) -> dict[str, tuple[list[str], dict[str, Any]]]:
     if everything:
         settings = {"outlier_mixed_bits.selection": "error"}
         chosen["OMQ by error + TRD"] = ([*OMQ, RELATION], settings)
+        chosen["OMQ by error without smoothing + TRD"] = ([*mixed, RELATION], settings)
         without = {f"{RELATION}.relation_weight": 0.0}
+        chosen["base + TRD's windows alone"] = ([*base, RELATION], without)
         chosen["base + OMQ + L2 of features"] = ([*OMQ, RELATION], {f"{RELATION}.relation": "l2"})
         chosen["base + OMQ + TRD's windows alone"] = ([*OMQ, RELATION], without)
     return chosen
@@ -114,7 +119,7 @@ def main() -> None:
     args = parser.parse_args()
 
     cells = []
-    for seed in range(args.seeds):
+    for seed in range(0, args.seeds * APART, APART):
         budget = {"num": args.num, "steps": 50, "seed": seed}
         cells.append(Cell(f"float32-seed{seed}", args.model, None, **budget))
         for label, (steps, settings) in rows(everything=seed == 0).items():
