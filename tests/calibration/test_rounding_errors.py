@@ -50,7 +50,7 @@ def test_an_input_with_its_error_lies_on_a_grid_behind_the_scaling(method):
     last = torch.inf
     for number, (bits, grid) in enumerate(grids.items()):
         x = data.sample[1:2]
-        error = input_errors(layer, grids, 1, x)[number]
+        error = input_errors(layer, grids, torch.tensor([1]), x)[number]
         assert error.shape == x.shape
         for part, (scale, zero) in zip(layer.input_parts(x + error), grid, strict=True):
             assert scale.shape == zero.shape == (3,)
@@ -68,6 +68,15 @@ def test_the_search_leaves_less_error_than_the_extremes_do():
     total = {}
     for method in ("minmax", "mse"):
         grids = input_grids(model, {"conv": model.conv}, data, range(3, 4), method)["conv"]
-        found = [input_errors(model.conv, grids, i, data.sample[i : i + 1])[0] for i in range(3)]
-        total[method] = float(torch.cat(found).square().sum())
+        found = input_errors(model.conv, grids, torch.arange(3), data.sample)[0]
+        total[method] = float(found.square().sum())
     assert total["mse"] < total["minmax"]
+
+
+def test_samples_at_once_are_samples_one_by_one():
+    model, data = Denoiser(), inputs(3)
+    grids = input_grids(model, {"conv": model.conv}, data, range(3, 4), "mse")["conv"]
+    order = torch.tensor([2, 0])
+    together = input_errors(model.conv, grids, order, data.sample[order])[0]
+    alone = [input_errors(model.conv, grids, i[None], data.sample[i[None]])[0] for i in order]
+    assert torch.equal(together, torch.cat(alone))

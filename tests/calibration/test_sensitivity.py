@@ -32,11 +32,12 @@ class Net(nn.Module):
         return {"conv": self.conv, "head": self.head}
 
 
-def inputs(count: int) -> Trajectories:
+def inputs(count: int, trajectory: list[int] | None = None) -> Trajectories:
     generator = torch.Generator().manual_seed(1)
     sample = torch.randn(count, 2, 4, 4, generator=generator)
     steps = torch.arange(count) % 2
-    return Trajectories(sample, 1.0 - steps, torch.arange(count), torch.tensor([1.0, 0.0]))
+    owners = torch.arange(count) if trajectory is None else torch.tensor(trajectory)
+    return Trajectories(sample, 1.0 - steps, owners, torch.tensor([1.0, 0.0]))
 
 
 def candidates(layer: nn.Module) -> list[Tensor]:
@@ -45,23 +46,28 @@ def candidates(layer: nn.Module) -> list[Tensor]:
     return [size * torch.randn(shape, generator=generator) for size in (0.1, 0.01)]
 
 
-def added_to_input(index: int, x: Tensor) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(100 + index)
-    return [size * torch.randn(x.shape, generator=generator) for size in (0.3, 0.03)]
+def added_to_input(samples: Tensor, x: Tensor) -> list[Tensor]:
+    noise = []
+    for index in samples.tolist():
+        generator = torch.Generator().manual_seed(100 + index)
+        noise.append(torch.randn(x.shape[1:], generator=generator))
+    return [size * torch.stack(noise) for size in (0.3, 0.03)]
 
 
 def with_error(index: int, number: int, x: Tensor) -> Tensor:
-    return x + added_to_input(index, x.float())[number].double()
+    return x + added_to_input(torch.tensor([index]), x.float())[number].double()
 
 
 @torch.no_grad()
 def by_brute_force(net: Net, data: Trajectories) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The same means, each candidate really added and the whole model run again, in float64."""
     net.double()
-    weights = {name: torch.zeros(2, layer.out_channels) for name, layer in net.layers().items()}
-    of_inputs = {name: torch.zeros(2) for name in net.layers()}
+    count = 1 + int(data.trajectory.max())
+    layers = net.layers().items()
+    weights = {name: torch.zeros(count, 2, layer.out_channels) for name, layer in layers}
+    of_inputs = {name: torch.zeros(count, 2) for name in net.layers()}
     v = gradients(net, len(data)).double()
-    for index in range(len(data)):
+    for index, owner in enumerate(data.trajectory.tolist()):
         x, t = data.sample[index : index + 1].double(), data.timestep[index : index + 1]
         y = net(x, t, return_dict=False)[0]
         for name, layer in net.layers().items():
@@ -70,18 +76,17 @@ def by_brute_force(net: Net, data: Trajectories) -> tuple[dict[str, Tensor], dic
                     layer.weight[channel] += error[channel]
                     moved = net(x, t, return_dict=False)[0] - y
                     layer.weight[channel] -= error[channel]
-                    change = (v[index] * moved).sum()
-                    weights[name][number, channel] += change.square().float()
+                    weights[name][owner, number, channel] += (v[index] * moved).sum().float()
             for number in range(2):
                 add = partial(with_error, index, number)
                 handle = layer.register_forward_pre_hook(lambda _, args, add=add: add(args[0]))
                 moved = net(x, t, return_dict=False)[0] - y
                 handle.remove()
-                of_inputs[name][number] += (v[index] * moved).sum().square().float()
+                of_inputs[name][owner, number] += (v[index] * moved).sum().float()
     net.float()
     return (
-        {name: table / len(data) for name, table in weights.items()},
-        {name: table / len(data) for name, table in of_inputs.items()},
+        {name: table.square().mean(dim=0) for name, table in weights.items()},
+        {name: table.square().mean(dim=0) for name, table in of_inputs.items()},
     )
 
 
@@ -103,8 +108,9 @@ def measured(net: Net, data: Trajectories):
 
 
 @pytest.mark.parametrize("outputs", [1, 6])
-def test_brute_force_agrees(outputs):
-    net, data = Net(outputs), inputs(5)
+@pytest.mark.parametrize("trajectory", [None, [0, 1, 0, 1, 1], [0] * 5, [0] * 25])
+def test_brute_force_agrees(outputs, trajectory):
+    net, data = Net(outputs), inputs(len(trajectory or range(5)), trajectory)
     weights, of_inputs = by_brute_force(net, data)
     found = measured(net, data)
     for name in net.layers():

@@ -94,7 +94,7 @@ def test_the_budget_is_never_exceeded_and_more_of_it_never_hurts(data):
 @pytest.fixture(scope="module")
 def allocated(tiny_session):
     session = tiny_session(weights=2, activations=4, ranges="mse")
-    BitAllocation(samples=6).apply(session)
+    BitAllocation(samples=8).apply(session)
     session.ensure_ranges()
     return session
 

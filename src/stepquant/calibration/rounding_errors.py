@@ -74,16 +74,17 @@ def _grid(values: Tensor, bits: int, method: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def input_errors(layer: QuantLayer, grids: InputGrids, index: int, x: Tensor) -> list[Tensor]:
-    """What each of `grids` adds to the input `x` of `layer`, that of sample `index`.
+def input_errors(layer: QuantLayer, grids: InputGrids, samples: Tensor, x: Tensor) -> list[Tensor]:
+    """What each of `grids` adds to the inputs `x [B, ...]` of `layer`, those of `samples [B]`.
 
     Each like `x`: before in-channels are scaled, which is undone.
     """
     errors = []
     for bits, grid in grids.items():
-        parts = [
-            fake_quantize(part, scale[index], zero[index], bits) - part
-            for part, (scale, zero) in zip(layer.input_parts(x), grid, strict=True)
-        ]
+        parts = []
+        for part, (scale, zero_point) in zip(layer.input_parts(x), grid, strict=True):
+            shape = (-1, *(1,) * (part.dim() - 1))
+            s, z = scale[samples].view(shape), zero_point[samples].view(shape)
+            parts.append(fake_quantize(part, s, z, bits) - part)
         errors.append(layer.unscaled_input(torch.cat(parts, dim=layer.channel_dim)))
     return errors

@@ -2,7 +2,9 @@
 
 An error `e` in the input (or the weight) of a layer changes the prediction by `J e`, and something
 that has the gradient `v` by the prediction by `v · J e`. One backward pass from `v` gives `Jᵀ v`
-for all layers at once (where `v` is random, this is Hutchinson's trick).
+for all layers at once (where `v` is random, this is Hutchinson's trick). What the steps of a
+trajectory do together to its image is their sum, `Σ_t v_t · J_t e_t`: rounding errors of
+neighbouring steps are alike, and add up.
 """
 
 from __future__ import annotations
@@ -18,16 +20,18 @@ from stepquant.errors import StepQuantError
 from stepquant.progress import Reporter
 from stepquant.quantizers import QuantLayer
 
-# Number of the sample, a layer's input [1, ...] -> what each candidate adds to it, each `[1, ...]`
-InputErrors = Callable[[int, Tensor], list[Tensor]]
+AT_ONCE = 10  # samples of a trajectory
+
+# Numbers of samples [B], a layer's inputs [B, ...] -> what each candidate adds, each `[B, ...]`
+InputErrors = Callable[[Tensor, Tensor], list[Tensor]]
 
 
 @dataclass
 class OutputErrors:
-    """Mean of `(v · J e)²` over the samples, layer by layer.
+    """Mean of `(Σ v · J e)²` over the trajectories, layer by layer.
 
     `weights`: of each candidate and out-channel, `[candidates, C_out]`; `inputs`: of each
-    candidate, `[candidates]`; both float64. `sizes`: how many values these inputs have.
+    candidate, `[candidates]`; both float64. `sizes`: how many values the input of a sample has.
     """
 
     weights: dict[str, Tensor]
@@ -46,9 +50,10 @@ def output_errors(
 ) -> OutputErrors:
     """What candidates for `layers` of `model`, which computes in float, would change.
 
-    `gradients [N, C, H, W]`: `v` for each sample of `data`. `weight_errors`: by layer, what each
-    candidate adds to the weight, each `[C_out, C_in, ...]`; `input_errors`: by layer, what gives
-    the same for its input. Raises StepQuantError where the model predicts no finite numbers.
+    `gradients [N, C, H, W]`: `v` for each sample of `data`; those of one trajectory add up before
+    they are squared. `weight_errors`: by layer, what each candidate adds to the weight, each
+    `[C_out, C_in, ...]`; `input_errors`: by layer, what gives the same for its input. Raises
+    StepQuantError where the model predicts no finite numbers.
     """
     seen: dict[str, Tensor] = {}
 
@@ -66,50 +71,57 @@ def output_errors(
         layer.register_forward_pre_hook(lambda _, args, name=name: keep(name, args))
         for name, layer in layers.items()
     ]
+    trajectories = data.trajectory.unique()
     try:
         with reporter.task("measuring what errors do", total=len(data)) as task:
-            for index in range(len(data)):
-                y = _prediction(model, data, index)
+            for trajectory in trajectories:
                 model.zero_grad(set_to_none=True)
-                y.backward(gradients[index : index + 1])
+                moved: dict[str, Tensor] = {}
+                for part in (data.trajectory == trajectory).nonzero().flatten().split(AT_ONCE):
+                    y = _prediction(model, data, part)
+                    y.backward(gradients[part])
+                    for name, errors_of in input_errors.items():
+                        x = seen[name]
+                        found = _moved_by_input(x, errors_of(part, x.detach()))
+                        moved[name] = found + moved.get(name, 0)
+                        sizes[name] = x.numel() // len(part)
+                    task.advance(len(part))
+                for name, change in moved.items():
+                    inputs[name] = change.square() + inputs.get(name, 0)
                 for name, errors in weight_errors.items():
-                    moved = _moved_by_weight(layers[name], errors)
-                    weights[name] = moved + weights.get(name, 0)
-                for name, errors_of in input_errors.items():
-                    moved = _moved_by_input(seen[name], errors_of(index, seen[name].detach()))
-                    inputs[name] = moved + inputs.get(name, 0)
-                    sizes[name] = seen[name].numel()
-                task.advance()
+                    change = _moved_by_weight(layers[name], errors)
+                    weights[name] = change.square() + weights.get(name, 0)
     finally:
         for handle in handles:
             handle.remove()
         model.zero_grad(set_to_none=True)
     return OutputErrors(
-        {name: total / len(data) for name, total in weights.items()},
-        {name: total / len(data) for name, total in inputs.items()},
+        {name: total / len(trajectories) for name, total in weights.items()},
+        {name: total / len(trajectories) for name, total in inputs.items()},
         sizes,
     )
 
 
-def _prediction(model: nn.Module, data: Trajectories, index: int) -> Tensor:
-    sample, timestep = data.sample[index : index + 1], data.timestep[index : index + 1]
-    y: Tensor = model(sample, timestep, return_dict=False)[0]
+def _prediction(model: nn.Module, data: Trajectories, part: Tensor) -> Tensor:
+    timestep = data.timestep[part]
+    y: Tensor = model(data.sample[part], timestep, return_dict=False)[0]
     if not torch.isfinite(y).all():
+        bad = timestep[~torch.isfinite(y).flatten(1).all(dim=1)]
         raise StepQuantError(
-            f"the prediction at timestep {timestep.item():g} holds NaN or infinity: expected "
+            f"the prediction at timestep {bad[0].item():g} holds NaN or infinity: expected "
             "finite numbers; check the float model"
         )
     return y
 
 
 def _moved_by_weight(layer: QuantLayer, errors: list[Tensor]) -> Tensor:
-    """`(v . J e)^2` of each candidate and out-channel, `[candidates, C_out]`."""
+    """`v . J e` of each candidate and out-channel, summed over samples, `[candidates, C_out]`."""
     assert layer.weight.grad is not None
     gradient = layer.weight.grad.flatten(1).double()
-    return torch.stack([(gradient * error.flatten(1)).sum(dim=1).square() for error in errors])
+    return torch.stack([(gradient * error.flatten(1)).sum(dim=1) for error in errors])
 
 
 def _moved_by_input(x: Tensor, errors: list[Tensor]) -> Tensor:
-    """`(v . J e)^2` of each candidate, `[candidates]`."""
+    """`v . J e` of each candidate, summed over the samples, `[candidates]`."""
     assert x.grad is not None
-    return torch.stack([(x.grad * error).sum().double().square() for error in errors])
+    return torch.stack([(x.grad * error).sum().double() for error in errors])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -96,7 +97,7 @@ class BitAllocation(Step):
     most_weight_bits: int = Field(6, ge=1, le=6)
     fewest_activation_bits: int = Field(2, ge=1, le=8)
     most_activation_bits: int = Field(8, ge=1, le=8)
-    samples: int = Field(128, ge=1)
+    samples: int = Field(800, ge=1)
 
     @model_validator(mode="after")
     def _in_order(self) -> BitAllocation:
@@ -175,20 +176,22 @@ class BitAllocation(Step):
         """Inputs spread over the steps, and for each the gradient of what its error changes."""
         if self.errors_of == "prediction":
             data = session.trajectories.subset(self.samples, session.seed)
+            alone = torch.arange(len(data))  # no sum over steps: each prediction is for itself
+            data = replace(data, trajectory=alone)
             generator = torch.Generator().manual_seed(session.seed)
             signs = torch.randint(0, 2, data.sample.shape, generator=generator) * 2.0 - 1.0
             with torch.no_grad():
                 y = session.float_model(data.sample, data.timestep, return_dict=False)[0]
             return data, signs / y.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         found = session.image_gradients()  # [T, images, C, H, W]
-        steps, images = found.shape[:2]
-        count = min(self.samples, steps * images)
-        rows = torch.arange(count) * steps // count
-        image = torch.arange(count) % images
+        steps = found.shape[0]
+        images = min(found.shape[1], max(1, self.samples // steps))
         timesteps = session.trajectories.timesteps
         by_step = [session.trajectories.at_step(row, images) for row in range(steps)]
-        sample = torch.stack(by_step)[rows, image]
-        return Trajectories(sample, timesteps[rows], image, timesteps), found[rows, image]
+        sample = torch.stack(by_step).transpose(0, 1).flatten(0, 1)  # image by image
+        image = torch.arange(images).repeat_interleave(steps)
+        data = Trajectories(sample, timesteps.repeat(images), image, timesteps)
+        return data, found[:, :images].transpose(0, 1).flatten(0, 1)
 
     def _measured(
         self, session: Session, layers: dict[str, QuantLayer], weighed: list[str], read: list[str]
