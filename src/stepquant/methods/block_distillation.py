@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stepquant.calibration.capture import BlockData
 from stepquant.calibration.observe import quant_layers
+from stepquant.calibration.trajectories import Trajectories
 from stepquant.methods.block_training import (
     GuardedBlock,
     is_check,
@@ -58,10 +59,13 @@ class BlockDistillation(Step):
     def apply(self, session: Session) -> None:
         """Distil all blocks; the summary has the held-out loss of each, before and after."""
         session.ensure_ranges()
-        data = training_inputs(session, self.name, self.samples)
-        session.summary[self.name] = train_blocks(
+        self.distil(session, self.name, training_inputs(session, self.name, self.samples))
+
+    def distil(self, session: Session, key: str, data: Trajectories) -> None:
+        """Distil all blocks on `data`; the summary goes to `key`."""
+        session.summary[key] = train_blocks(
             session,
-            self.name,
+            key,
             "distilling blocks",
             data,
             self.batch,
