@@ -16,27 +16,34 @@ class LowRankAdapters(Step):
     """Freeze the weights and give each layer an adapter of `rank`, merged before quantization.
 
     The steps that follow train the adapters in the place of weights and biases. `start`: "zero",
-    as in the paper, or "quantization_error": the part of rank `rank` of what quantization takes
-    from the weight (after MPQ-DMv2, arXiv 2507.04290, whose exact rule is not published). A conv's
-    adapter is one over in-channels and taps together.
+    as in the paper, leaves the weight `W` as it is; with "quantization_error" the frozen weight is
+    `Q(W)` and the adapter the best approximation of `W - Q(W)` of rank `rank`, so that their sum is
+    `W` up to what that rank cannot hold, and the gradients of both factors are alive from the
+    beginning (LoftQ, arXiv 2310.08659, of one round; MPQ-DMv2, arXiv 2507.04290, begins alike, but
+    its exact rule is not published). The rank is at most the weight's own.
+
+    Deviation: a conv's adapter is one matrix over in-channels and taps together.
     """
 
     name = "low_rank_adapters"
     rank: int = Field(32, ge=1)
     start: Literal["zero", "quantization_error"] = "zero"
 
+    @torch.no_grad()
     def apply(self, session: Session) -> None:
         """Attach the adapters; the summary has how many parameters they train."""
         session.ensure_ranges()
         generator = torch.Generator().manual_seed(session.seed)
         trained = 0
         for layer in session.layers().values():
-            matrix = layer.weight.detach().flatten(1)
             if self.start == "zero":
+                matrix = layer.weight.flatten(1)  # [C_out, K]
                 adapter = zero_adapter(*matrix.shape, self.rank, generator)
             else:
-                error = matrix - layer.quantized_weight().detach().flatten(1)
-                adapter = fitted_adapter(error, self.rank)
+                quantized = layer.quantized_weight()
+                adapter = fitted_adapter((layer.weight - quantized).flatten(1), self.rank)
+                # The adapter is the error's; on top of the weight itself it would add it twice.
+                layer.weight.copy_(quantized)
             layer.attach_adapter(adapter)
             trained += sum(parameter.numel() for parameter in adapter.parameters())
         session.summary[self.name] = {"rank": self.rank, "trained_parameters": trained}
