@@ -6,8 +6,9 @@ one at the others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,7 +24,7 @@ from stepquant.methods.power_law import (
     prefers_log2,
     tail_of,
 )
-from stepquant.methods.step import Step
+from stepquant.methods.step import CORRECTED, Step
 from stepquant.numerics import dequantize, dequantize_log2, max_code, quantize, quantize_log2
 from stepquant.quantizers import ProbabilityQuantizer
 from stepquant.scheme import Scheme
@@ -86,6 +87,7 @@ class AdaptiveSoftmax(Step):
     """
 
     name = "adaptive_softmax"
+    not_after: ClassVar[Mapping[str, str]] = CORRECTED
     step_groups: int = Field(10, ge=1)
     grid: Literal["adaptive", "uniform", "log2", "error"] = "adaptive"
     alternative: Alternative = "exponential"

@@ -21,8 +21,9 @@ class BiasCorrection(Step):
     """Take off, at each step, the mean error of each channel of the prediction.
 
     The mean is over all positions of `samples_per_step` calibration inputs. It becomes part of the
-    output layer's bias, with a row for each step, so that nothing is computed in addition. To come
-    last: what is trained after it would be corrected for errors that it has not any more.
+    output layer's bias, with a row for each step, so that nothing is computed in addition. A step
+    that trains or changes grids is refused after it: the correction would be of errors that the
+    model has not any more.
 
     Deviations: PTQD also scales the prediction for the part of the error that goes along with it,
     and lowers the variance of a stochastic sampler by that of the rest; neither is done here. Its

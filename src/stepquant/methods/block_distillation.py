@@ -7,8 +7,9 @@ are trained together to bring the block's output to the target.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,7 +26,7 @@ from stepquant.methods.block_training import (
     training_inputs,
 )
 from stepquant.methods.layer_optimizer import LayerOptimizer
-from stepquant.methods.step import Step
+from stepquant.methods.step import CORRECTED, Step
 from stepquant.session import Session
 
 
@@ -47,6 +48,7 @@ class BlockDistillation(Step):
     """
 
     name = "block_distillation"
+    not_after: ClassVar[Mapping[str, str]] = CORRECTED
     iterations: int = Field(400, ge=0)
     batch: int = Field(32, ge=1)
     samples: int = Field(1024, ge=16)

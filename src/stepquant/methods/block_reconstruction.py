@@ -26,7 +26,7 @@ from stepquant.methods.block_training import (
     training_inputs,
 )
 from stepquant.methods.layer_optimizer import LayerOptimizer
-from stepquant.methods.step import Step
+from stepquant.methods.step import CORRECTED, Step
 from stepquant.quantizers import QuantLayer
 from stepquant.quantizers.rounding import rectified_sigmoid
 from stepquant.session import Session
@@ -78,7 +78,7 @@ class BlockReconstruction(Step):
     """
 
     name = "block_reconstruction"
-    not_after: ClassVar[Mapping[str, str]] = {"progressive_alignment": ROUNDED}
+    not_after: ClassVar[Mapping[str, str]] = {"progressive_alignment": ROUNDED, **CORRECTED}
     iterations: int = Field(400, ge=0)
     batch: int = Field(32, ge=1)
     samples: int = Field(1024, ge=16)

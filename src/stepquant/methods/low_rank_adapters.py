@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from stepquant.methods.step import Step
+from stepquant.methods.step import CORRECTED, TRAINING, Step
 from stepquant.quantizers.low_rank import fitted_adapter, zero_adapter
 from stepquant.session import Session
 
@@ -26,6 +27,10 @@ class LowRankAdapters(Step):
     """
 
     name = "low_rank_adapters"
+    not_after: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(TRAINING, "which has trained the weights that it would freeze"),
+        **CORRECTED,
+    }
     rank: int = Field(32, ge=1)
     start: Literal["zero", "quantization_error"] = "zero"
 

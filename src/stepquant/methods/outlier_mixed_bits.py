@@ -17,23 +17,12 @@ from stepquant.calibration.capture import capture_inputs, execution_order
 from stepquant.calibration.initialize import weight_search
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
-from stepquant.methods.step import Step
+from stepquant.methods.step import CORRECTED, TRAINING, Step
 from stepquant.quantizers import QuantLayer
 from stepquant.quantizers.weight import GridSearch
 from stepquant.scheme import Scheme
 from stepquant.session import Session
 
-# Steps that train weights on their grids, which a search for bits fits anew: `Step.not_after`.
-TRAINED_ON_GRIDS = dict.fromkeys(
-    (
-        "block_distillation",
-        "block_reconstruction",
-        "progressive_alignment",
-        "trajectory_distillation",
-        "relation_distillation",
-    ),
-    "which has trained the weights on the grids that it would replace",
-)
 BITS_CHOSEN = "which has chosen the bits that it would replace"
 
 
@@ -80,7 +69,14 @@ class OutlierMixedBits(Step):
     """
 
     name = "outlier_mixed_bits"
-    not_after: ClassVar[Mapping[str, str]] = {**TRAINED_ON_GRIDS, "bit_allocation": BITS_CHOSEN}
+    not_after: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            TRAINING, "which has trained the weights on the grids that it would replace"
+        ),
+        "low_rank_adapters": "which has begun its adapters on the grids that it would replace",
+        "bit_allocation": BITS_CHOSEN,
+        **CORRECTED,
+    }
     groups: int = Field(10, ge=2)
     extra_groups: int = Field(0, ge=0)
     selection: Literal["kurtosis", "magnitude", "random", "error"] = "kurtosis"

@@ -19,6 +19,7 @@ from stepquant.methods.block_reconstruction import (
     unrounded_weights,
 )
 from stepquant.methods.block_training import own_inputs, training_inputs
+from stepquant.methods.step import CORRECTED
 from stepquant.session import Session
 
 
@@ -34,7 +35,7 @@ class ProgressiveAlignment(BlockReconstruction):
     """
 
     name = "progressive_alignment"
-    not_after: ClassVar[Mapping[str, str]] = {"block_reconstruction": ROUNDED}
+    not_after: ClassVar[Mapping[str, str]] = {"block_reconstruction": ROUNDED, **CORRECTED}
     rounds: int = Field(2, ge=0)
     later_iterations: int = Field(100, ge=0)
 

@@ -10,6 +10,17 @@ from pydantic import BaseModel, ConfigDict
 from stepquant.scheme import Scheme
 from stepquant.session import Session
 
+# What several steps share in `Step.not_after`: steps that train weights on their grids, and the one
+# that takes off the errors of all that came before it.
+TRAINING = (
+    "block_distillation",
+    "block_reconstruction",
+    "progressive_alignment",
+    "trajectory_distillation",
+    "relation_distillation",
+)
+CORRECTED = {"bias_correction": "which has corrected errors that it would change"}
+
 
 class Step(BaseModel):
     """Typed hyper-parameters and one method. Unknown keys are errors.

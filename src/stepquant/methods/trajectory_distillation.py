@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,7 +21,7 @@ from stepquant.calibration.influence import weighted_power
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.methods.layer_optimizer import LayerOptimizer
-from stepquant.methods.step import Step
+from stepquant.methods.step import CORRECTED, Step
 from stepquant.session import Session
 
 HELD_OUT = 128  # calibration inputs, spread over the steps
@@ -52,6 +52,7 @@ class TrajectoryDistillation(Step):
     """
 
     name = "trajectory_distillation"
+    not_after: ClassVar[Mapping[str, str]] = CORRECTED
     rounds: int = Field(40, ge=0)
     batch: int = Field(8, ge=1)
     window: int = Field(1, ge=1)

@@ -1,0 +1,105 @@
+"""Recipes whose steps stand in an order that cannot work."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantize_runs import refused
+from stepquant.methods import STEPS
+from stepquant.recipe import parse_recipe
+
+BASE = {"name": "mine", "description": "for a test"}
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        "weight_dilation",
+        "smoothing",
+        "channel_reparameterization",
+        "temporal_quantizer",
+        "bit_allocation",
+    ],
+)
+def test_a_step_after_one_that_needs_ranges_is_refused_when_the_recipe_is_read(late):
+    plain = {"name": "x", "description": "", "steps": ["block_distillation", late]}
+    sentence = refused(lambda: parse_recipe(plain, "recipe 'x'"))
+    assert f"step '{late}' comes after 'block_distillation', which needs ranges" in sentence
+
+
+TRAINING = [
+    "block_distillation",
+    "block_reconstruction",
+    "progressive_alignment",
+    "trajectory_distillation",
+    "relation_distillation",
+]
+CHOOSING_BITS = ["bit_allocation", "outlier_mixed_bits"]
+
+
+GRIDS = "which has trained the weights on the grids that it would replace"
+FREEZES = "which has trained the weights that it would freeze"
+BEGUN = "which has begun its adapters on the grids that it would replace"
+# (what comes first, what must not come after it, why not)
+ORDERS = [
+    *((early, "outlier_mixed_bits", GRIDS) for early in TRAINING),
+    *((early, "low_rank_adapters", FREEZES) for early in TRAINING),
+    ("low_rank_adapters", "outlier_mixed_bits", BEGUN),
+]
+
+
+def assert_only_the_other_way_round(early, between, late, why):
+    plain = {**BASE, "steps": [early, *between, late]}
+    assert refused(lambda: parse_recipe(plain, "recipe 'x'")) == (
+        f"recipe 'x': step '{late}' comes after '{early}', {why}: expected it earlier; "
+        "exchange the two"
+    )
+    names = [late, *between, early]
+    assert [step.name for step in parse_recipe({**BASE, "steps": names}, "x").steps] == names
+
+
+@pytest.mark.parametrize("between", [[], ["adaptive_softmax"]], ids=["next", "later"])
+@pytest.mark.parametrize(("early", "late", "why"), ORDERS)
+def test_a_step_that_would_undo_an_earlier_one_comes_before_it(early, late, why, between):
+    assert_only_the_other_way_round(early, between, late, why)
+
+
+@pytest.mark.parametrize(
+    "late", [*TRAINING, "outlier_mixed_bits", "low_rank_adapters", "adaptive_softmax"]
+)
+def test_bias_is_corrected_after_what_trains_or_changes_grids(late):
+    why = "which has corrected errors that it would change"
+    assert_only_the_other_way_round("bias_correction", [], late, why)
+
+
+def test_nothing_that_changes_a_model_is_taken_after_its_bias_was_corrected():
+    for late in STEPS.keys() - {"bias_correction"}:
+        plain = {**BASE, "steps": ["bias_correction", late]}
+        assert f"step '{late}' comes after 'bias_correction', which " in refused(
+            lambda plain=plain: parse_recipe(plain, "x")
+        )
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["one way", "other way"])
+@pytest.mark.parametrize(
+    ("pair", "told"),
+    [
+        (CHOOSING_BITS, "which has chosen the bits that it would replace"),
+        (
+            ["block_reconstruction", "progressive_alignment"],
+            "which has rounded the weights that it would round",
+        ),
+    ],
+    ids=["bits", "rounding"],
+)
+def test_of_two_steps_with_one_task_only_one_is_taken(pair, told, turned):
+    early, late = reversed(pair) if turned else pair
+    plain = {**BASE, "steps": [early, "adaptive_softmax", late]}
+    assert refused(lambda: parse_recipe(plain, "recipe 'x'")) == (
+        f"recipe 'x': step '{late}' comes after '{early}', {told}: expected only one of the two"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(STEPS))
+def test_a_step_names_only_steps_that_exist_as_those_it_must_not_follow(name):
+    assert STEPS[name].not_after.keys() <= STEPS.keys() - {name}
