@@ -122,6 +122,18 @@ def test_bits_of_probabilities_that_stay_float_are_refused():
         Scheme(probability_bits=4)
 
 
+def test_a_protocol_whose_products_stay_float_takes_no_bits_for_them():
+    sentence = "attention bits of the scheme is 8 under the protocol paper:mpq-dm, which leaves"
+    with pytest.raises(ValidationError, match=sentence):
+        Scheme(protocol="paper:mpq-dm", attention_bits=8)
+    for protocol, description in PROTOCOLS.items():
+        if "attention products float" not in description:
+            assert Scheme(protocol=protocol, attention_bits=8).attention_bits == 8
+        else:
+            with pytest.raises(ValidationError, match=f"under the protocol {protocol}, which"):
+                Scheme(protocol=protocol, attention_bits=8)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_one_to_eight_bits_are_taken(bits):
     scheme = Scheme(weight_bits=bits, activation_bits=9 - bits)

@@ -71,6 +71,16 @@ class Scheme(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _products_of_the_protocol(self) -> Scheme:
+        if self.attention_bits is not None and self.protocol == "paper:mpq-dm":
+            raise StepQuantError(
+                f"attention bits of the scheme is {self.attention_bits} under the protocol "
+                f"{self.protocol}, which leaves attention's products float: expected none; leave "
+                "attention_bits out or take the protocol strict"
+            )
+        return self
+
     @field_validator("protocol")
     @classmethod
     def _protocol(cls, value: str) -> str:
