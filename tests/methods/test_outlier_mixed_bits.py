@@ -16,6 +16,7 @@ from stepquant.methods.outlier_mixed_bits import (
     kurtosis,
     sum_over_bits,
 )
+from stepquant.progress import Reporter
 from stepquant.scheme import Scheme
 from stepquant.workfolder import WorkFolder
 
@@ -107,26 +108,44 @@ def test_the_candidate_with_the_least_error_is_taken(mixed):
         assert int((layer.channel_bits == 4).sum()) == best * group, record["layer"]
 
 
+@torch.no_grad()
+def relative_error(layer, x):
+    """Of the quantized layer's output on the input `x`, at the timesteps of the context."""
+    layer.quantizing = False
+    target = layer(x)
+    layer.quantizing = True
+    return float((layer(x) - target).square().sum() / target.square().sum())
+
+
 def test_the_error_told_is_that_of_the_layer_with_everything_before_it_mixed(mixed):
     data = mixed.trajectories.subset(6, mixed.seed)
     for record in mixed.summary["outlier_mixed_bits"]["layers"][::7]:
-        layer = mixed.layers()[record["layer"]]
         (x,), _ = capture_inputs(mixed.model, record["layer"], data, len(data))
         mixed.context.set_timestep(data.timestep)
-        layer.quantizing = False
-        target = layer(x).detach()
-        layer.quantizing = True
-        with torch.no_grad():
-            error = (layer(x) - target).square().sum() / target.square().sum()
-        assert float(error) == pytest.approx(min(record["errors"]), rel=1e-4)
+        error = relative_error(mixed.layers()[record["layer"]], x)
+        assert error == pytest.approx(min(record["errors"]), rel=1e-4)
 
 
 @pytest.mark.parametrize("selection", ["kurtosis", "magnitude", "random", "error"])
 def test_every_selection_is_no_worse_than_uniform_bits(selection, tiny_session):
+    """Layers are quantized uniformly one by one, with everything before them mixed."""
     session = tiny_session(weights=2, activations=8, ranges="mse")
     OutlierMixedBits(samples=4, selection=selection).apply(session)
-    for record in session.summary["outlier_mixed_bits"]["layers"]:
-        assert min(record["errors"]) <= record["errors"][0]
+    data = session.trajectories.subset(4, session.seed)
+    for record in session.summary["outlier_mixed_bits"]["layers"][::5]:
+        layer = session.layers()[record["layer"]]
+        (x,), _ = capture_inputs(session.model, record["layer"], data, len(data))
+        session.context.set_timestep(data.timestep)
+        mixed, bits = relative_error(layer, x), layer.channel_bits.clone()
+        layer.set_channel_bits(torch.full_like(bits, 2))
+        layer.fit_weights(search_weight_range)
+        uniform = relative_error(layer, x)
+        layer.set_channel_bits(bits)
+        layer.fit_weights(search_weight_range)
+        assert mixed <= uniform * (1 + 1e-5), record["layer"]
+        assert record["errors"][0] == pytest.approx(uniform, rel=1e-4)
+        if selection == "error":
+            assert mixed < uniform or (bits == 2).all()
 
 
 def test_selection_by_error_finds_what_kurtosis_finds_or_better_with_one_group(tiny_session):
@@ -147,14 +166,48 @@ def test_extra_groups_raise_the_mean(tiny_session):
         assert record["mean_bits"] == pytest.approx(2 + (out // 10) / out)
 
 
-def test_layers_with_few_channels_keep_uniform_bits_and_are_named(tiny_session):
-    session = tiny_session(weights=4, ranges="mse")
+class Lines(Reporter):
+    """Keeps the lines."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.lines = []
+
+    def line(self, text):
+        self.lines.append(text)
+
+
+def test_layers_whose_bits_stay_uniform_are_named_with_the_reason(tiny_session):
+    session = tiny_session(weights=4, ranges="minmax")
+    session.reporter = Lines()
+    layers = session.layers()
+    one_bit = "mid_block.resnets.0.time_emb_proj"
+    layers[one_bit].weight_bits = 1
+    layers[one_bit].set_channel_bits(torch.ones(layers[one_bit].out_channels))
     OutlierMixedBits(samples=2, groups=20).apply(session)
     summary = session.summary["outlier_mixed_bits"]
-    small = [n for n, layer in session.layers().items() if layer.out_channels < 20]
-    assert summary["uniform_layers"] == small and small
-    for name in small:
-        assert session.layers()[name].channel_bits.unique().numel() == 1
+    bounds = "no channel could have one bit less and more"
+    expected = {"conv_in": f"weight bits 8: {bounds}", "conv_out": f"weight bits 8: {bounds}"}
+    for name, layer in layers.items():
+        if name not in expected and layer.out_channels < 20:
+            expected[name] = f"{layer.out_channels} out-channels: fewer than the 20 groups"
+    expected[one_bit] = f"weight bits 1: {bounds}"
+    assert summary["uniform_layers"] == expected
+    assert {record["layer"] for record in summary["layers"]} == layers.keys() - expected.keys()
+    for name in expected:
+        assert layers[name].channel_bits.unique().tolist() == [layers[name].weight_bits], name
+    small = [name for name, layer in layers.items() if layer.out_channels < 20]
+    assert session.reporter.lines == [
+        f"{len(small)} layers with fewer than 20 out-channels keep uniform bits: {', '.join(small)}"
+    ]
+
+
+def test_nothing_is_printed_where_all_layers_have_channels_enough(tiny_session):
+    session = tiny_session(weights=4, ranges="minmax", out_channels=10, in_channels=10)
+    session.reporter = Lines()
+    OutlierMixedBits(samples=2).apply(session)
+    assert session.reporter.lines == []
+    assert session.summary["outlier_mixed_bits"]["uniform_layers"].keys() == {"conv_in", "conv_out"}
 
 
 @pytest.mark.parametrize("bits", [1, 8])

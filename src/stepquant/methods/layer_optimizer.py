@@ -21,7 +21,8 @@ class LayerOptimizer:
 
     Where a layer has a low-rank adapter, that is trained in the place of its weight and bias; where
     it has roundings, their logits are, in the place of weight, bias and weight scales (the floors
-    hang on the scales), and `weight_rate` is theirs as it is.
+    hang on the scales), and `weight_rate` is theirs as it is. Rates are in grid steps of the layer:
+    mean scales and the codes of its nominal bits, also where out-channels have more or fewer bits.
 
     SparseAdam keeps its state row by row and touches only the rows that a batch named: plain Adam
     would go on moving the rows of other steps by their momentum.

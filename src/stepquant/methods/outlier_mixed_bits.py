@@ -53,15 +53,14 @@ class OutlierMixedBits(Step):
     A layer's out-channels are ranked by `selection`: the kurtosis of their weights after any
     scaling before (the paper's), their mean magnitude, at random, or by the measured error: raised
     where a bit more gains most, lowered where a bit less costs least (no paper's). A group is one
-    of `groups`
-    equal parts of the channels; for each `j` from 0 to `groups / 2` the first `j` groups get one
-    bit more and the last `j` one less, and the `j` is kept that brings the quantized layer closest
-    to the float one on `samples` calibration inputs, with quantized activations and with the layers
-    before it quantized already. `extra_groups` get a bit more on top of that (MPQ-DM+: 1), which
-    raises the mean by `extra_groups / groups` bits.
+    of `groups` equal parts of the channels; for each `j` from 0 to `groups / 2` the first `j`
+    groups get one bit more and the last `j` one less, and the `j` is kept that brings the quantized
+    layer closest to the float one on `samples` calibration inputs, with quantized activations and
+    with the layers before it quantized already. `extra_groups` get a bit more on top of that
+    (MPQ-DM+: 1), which raises the mean by `extra_groups / groups` bits.
 
-    Layers of 8 bits (input and output) and layers with fewer than `groups` out-channels stay as
-    they are. One bit is a grid of two levels.
+    Layers of 8 bits (input and output) or of 1, and layers with fewer than `groups` out-channels,
+    stay as they are; the summary says of each why. One bit is a grid of two levels.
 
     Deviations: the released code searches `j` in 0 and 1 only and leaves activations unquantized in
     the search; this is the search as printed. What MPQ-DM+ does is not in the released code; one
@@ -97,7 +96,7 @@ class OutlierMixedBits(Step):
 
     @torch.no_grad()
     def apply(self, session: Session) -> None:
-        """Mix the bits of all layers; the summary has counts and errors of each."""
+        """Mix the bits of all layers; the summary has counts and errors of each, or why not."""
         session.ensure_ranges()
         layers = session.layers()
         kept = session.work.load(self.name)
@@ -110,11 +109,16 @@ class OutlierMixedBits(Step):
             errors = self._mix_all(session)
             state = dict(session.model.state_dict())
             session.work.save(self.name, state | {f"errors/{n}": e for n, e in errors.items()})
-        uniform = [name for name in layers if name not in errors and self._is_small(layers[name])]
-        if uniform:
+        uniform = {
+            name: reason
+            for name, layer in layers.items()
+            if (reason := self._why_uniform(layer)) is not None
+        }
+        small = [name for name in uniform if self._is_small(layers[name])]
+        if small:
             session.reporter.line(
-                f"{len(uniform)} layers with fewer than {self.groups} out-channels keep uniform "
-                f"bits: {', '.join(uniform)}"
+                f"{len(small)} layers with fewer than {self.groups} out-channels keep uniform "
+                f"bits: {', '.join(small)}"
             )
         session.summary[self.name] = {
             "layers": [
@@ -126,6 +130,14 @@ class OutlierMixedBits(Step):
     def _is_small(self, layer: QuantLayer) -> bool:
         return layer.out_channels < self.groups
 
+    def _why_uniform(self, layer: QuantLayer) -> str | None:
+        """Why the bits of `layer` are not mixed, or None."""
+        if layer.weight_bits not in range(2, 8):
+            return f"weight bits {layer.weight_bits}: no channel could have one bit less and more"
+        if self._is_small(layer):
+            return f"{layer.out_channels} out-channels: fewer than the {self.groups} groups"
+        return None
+
     def _mix_all(self, session: Session) -> dict[str, Tensor]:
         data = session.trajectories.subset(self.samples, session.seed)
         layers = session.layers()
@@ -135,7 +147,7 @@ class OutlierMixedBits(Step):
         with session.reporter.task("mixing bits", total=len(order)) as task:
             for name in order:
                 layer = layers[name]
-                if 2 <= layer.weight_bits <= 7 and not self._is_small(layer):
+                if self._why_uniform(layer) is None:
                     errors[name] = self._mix(session, name, layer, data, generator)
                 task.advance(note=name)
         return errors
