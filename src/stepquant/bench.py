@@ -12,6 +12,7 @@ from torch import nn
 
 from stepquant.errors import StepQuantError
 from stepquant.evaluate import measure_latency, peak_memory_mb
+from stepquant.models.inputs import random_sample
 from stepquant.progress import Reporter
 from stepquant.runtime.packed import PackedLayer
 from stepquant.sampling import check_count, denoiser_of
@@ -35,11 +36,7 @@ def denoiser_call(
     model: nn.Module, batch: int, timestep: int, compiled: bool = False
 ) -> Callable[[], object]:
     """A call of the denoiser on random input of its own sample size, without arguments."""
-    config = model.config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(batch, config.in_channels, height, width, generator=generator)
+    sample = random_sample(model, batch)
     sample = sample.to(next(model.buffers(), next(model.parameters())).device)
     at = torch.tensor(timestep)
     # Compile the module's call as a whole: one graph, whatever the step.

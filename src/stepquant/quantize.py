@@ -109,6 +109,8 @@ def quantize(
         step.check(resolved.scheme)
     sampler = copy.copy(pipeline)
     set_scheduler(sampler, resolved.calibration.scheduler)
+    for step in resolved.steps:
+        step.check_model(float_model, adapter, sampler.scheduler)
     reset_peak_memory()
     started = time.monotonic()
     provenance = provenance_of(seed, pipeline, resolved.calibration)

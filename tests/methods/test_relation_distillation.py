@@ -123,9 +123,24 @@ def test_without_weight_the_term_moves_nothing(tiny_session, one_thread):
     assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
 
 
-def test_features_without_pixels_are_refused(tiny_session, monkeypatch):
-    session = ready(tiny_session)
-    monkeypatch.setattr(session.adapter, "relation_site", lambda _: "time_embedding", raising=False)
-    assert isinstance(session.model.time_embedding, nn.Module)
-    with pytest.raises(StepQuantError, match=r"found \(8, 64\) at 'time_embedding': expected feat"):
-        RelationDistillation().losses(session, *window_of(session, [0, 1]))
+def test_a_model_with_features_of_pixels_is_taken(tiny_session):
+    session = tiny_session()
+    RelationDistillation().check_model(session.float_model, session.adapter, session.scheduler)
+    assert not any(module._forward_hooks for module in session.float_model.modules())
+
+
+@pytest.mark.parametrize(
+    ("site", "found"),
+    [
+        ("time_embedding", r"\(1, 64\)"),
+        ("down_blocks.0", "<class 'tuple'>"),
+        ("unused", "<class 'NoneType'>"),
+    ],
+    ids=["no pixels", "no tensor", "never called"],
+)
+def test_features_without_pixels_are_refused(site, found, tiny_session, monkeypatch):
+    session = tiny_session()
+    session.float_model.unused = nn.Identity()
+    monkeypatch.setattr(session.adapter, "relation_site", lambda _: site, raising=False)
+    with pytest.raises(StepQuantError, match=f"found {found} at '{site}': expected features"):
+        RelationDistillation().check_model(session.float_model, session.adapter, session.scheduler)

@@ -22,6 +22,16 @@ from stepquant.progress import Reporter
 NEIGHBOURS = 2  # steps on either side that a step's spectrum is averaged with
 
 
+def check_without_memory(scheduler: Any) -> None:
+    """An error unless a step of `scheduler` depends on its own input only (DDIM, DDPM)."""
+    if not isinstance(scheduler, DDIMScheduler | DDPMScheduler):
+        raise StepQuantError(
+            f"{type(scheduler).__name__} carries memory from step to step, through which the "
+            "influence of a step cannot be followed: expected calibration.scheduler ddim or ddpm, "
+            "or an influence_exponent of 0 and errors_of: prediction"
+        )
+
+
 def image_gradients(
     model: nn.Module,
     scheduler: Any,
@@ -36,12 +46,7 @@ def image_gradients(
     (DDIM, DDPM), else StepQuantError. The gradients are of a sum of the image's values with random
     signs, an independent one for each value.
     """
-    if not isinstance(scheduler, DDIMScheduler | DDPMScheduler):
-        raise StepQuantError(
-            f"{type(scheduler).__name__} carries memory from step to step, through which the "
-            "influence of a step cannot be followed: expected calibration.scheduler ddim or ddpm, "
-            "or an influence_exponent of 0 and errors_of: prediction"
-        )
+    check_without_memory(scheduler)
     steps = len(trajectories.timesteps)
     generator = torch.Generator().manual_seed(seed)
     found: list[Tensor] = []

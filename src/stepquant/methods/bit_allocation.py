@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
+from stepquant.calibration.influence import check_without_memory
 from stepquant.calibration.initialize import weight_search
 from stepquant.calibration.rounding_errors import input_errors, input_grids, weight_error
 from stepquant.calibration.sensitivity import OutputErrors, output_errors
@@ -25,6 +26,7 @@ from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.methods.outlier_mixed_bits import BITS_CHOSEN
 from stepquant.methods.step import Step
+from stepquant.models.adapter import DenoiserAdapter
 from stepquant.quantizers import QuantLayer
 from stepquant.scheme import Scheme
 from stepquant.session import Session
@@ -118,6 +120,11 @@ class BitAllocation(Step):
                     f"step '{self.name}' got {bits} {kind} bits: expected at least {fewest}, as "
                     f"its setting fewest_{kind}_bits says"
                 )
+
+    def check_model(self, model: nn.Module, adapter: DenoiserAdapter, scheduler: Any) -> None:
+        """What the image loses must be followed through the sampler."""
+        if self.errors_of == "image":
+            check_without_memory(scheduler)
 
     def apply(self, session: Session) -> None:
         """Allocate; the summary has bits and expected errors of each layer."""

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from stepquant.errors import StepQuantError
 from stepquant.methods.trajectory_distillation import TrajectoryDistillation
+from stepquant.models.adapter import DenoiserAdapter
+from stepquant.models.inputs import random_sample
 from stepquant.session import Session
 
 
@@ -62,6 +65,21 @@ class RelationDistillation(TrajectoryDistillation):
     temperature: float = Field(0.1, gt=0)
     relation: Literal["cosine", "l2"] = "cosine"
 
+    @torch.no_grad()
+    def check_model(self, model: nn.Module, adapter: DenoiserAdapter, scheduler: Any) -> None:
+        """The float model must give features with a pixel grid where the adapter says."""
+        super().check_model(model, adapter, scheduler)
+        site = adapter.relation_site(model)
+        with output_of(model.get_submodule(site)) as found:
+            model(random_sample(model, 1), torch.tensor(0))
+        features = found[0] if found else None
+        if not isinstance(features, Tensor) or features.dim() != 4:
+            what = tuple(features.shape) if isinstance(features, Tensor) else type(features)
+            raise StepQuantError(
+                f"step '{self.name}' found {what} at '{site}': expected features [B, C, H, W] "
+                "with a pixel grid, which relations are taken of; use trajectory_distillation"
+            )
+
     def losses(
         self, session: Session, sample: Tensor, timestep: Tensor
     ) -> tuple[Tensor, Tensor | None]:
@@ -73,22 +91,17 @@ class RelationDistillation(TrajectoryDistillation):
         ):
             task, _ = super().losses(session, sample, timestep)
         steps = int((timestep[1:] != timestep[:-1]).sum()) + 1  # the last window may be shorter
-        ours, theirs = (self._smoothed(found[0], steps, site) for found in (student, teacher))
+        ours, theirs = (smoothed(found[0], steps) for found in (student, teacher))
         if self.relation == "l2":
             term = (ours - theirs).square().mean() / theirs.square().mean()
         else:
             term = relation_loss(ours, theirs, self.temperature)
         return task, self.relation_weight * term
 
-    def _smoothed(self, features: Tensor, steps: int, site: str) -> Tensor:
-        """The mean over the window's steps, `[B, C, H, W]`, of `features [steps * B, C, H, W]`."""
-        if not isinstance(features, Tensor) or features.dim() != 4:
-            found = tuple(features.shape) if isinstance(features, Tensor) else type(features)
-            raise StepQuantError(
-                f"step '{self.name}' found {found} at '{site}': expected features [B, C, H, W] "
-                "with a pixel grid, which relations are taken of; use trajectory_distillation"
-            )
-        return features.view(steps, -1, *features.shape[1:]).mean(dim=0)
+
+def smoothed(features: Tensor, steps: int) -> Tensor:
+    """The mean over a window's steps, `[B, C, H, W]`, of `features [steps * B, C, H, W]`."""
+    return features.view(steps, -1, *features.shape[1:]).mean(dim=0)
 
 
 @contextmanager

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
+from torch import nn
 
+from stepquant.models.adapter import DenoiserAdapter
 from stepquant.scheme import Scheme
 from stepquant.session import Session
 
@@ -38,6 +40,12 @@ class Step(BaseModel):
 
     def check(self, scheme: Scheme) -> None:
         """An error where the step cannot work with `scheme`; asked before anything is computed."""
+
+    def check_model(self, model: nn.Module, adapter: DenoiserAdapter, scheduler: Any) -> None:
+        """An error where the step cannot work with the float `model` or the sampler's `scheduler`.
+
+        Asked before anything is sampled.
+        """
 
     def apply(self, session: Session) -> None:
         """Change `session.model`, and say in `session.summary` what was done."""

@@ -11,17 +11,18 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stepquant.calibration.influence import weighted_power
+from stepquant.calibration.influence import check_without_memory, weighted_power
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.methods.layer_optimizer import LayerOptimizer
 from stepquant.methods.step import CORRECTED, Step
+from stepquant.models.adapter import DenoiserAdapter
 from stepquant.session import Session
 
 HELD_OUT = 128  # calibration inputs, spread over the steps
@@ -62,6 +63,11 @@ class TrajectoryDistillation(Step):
     scale_rate: float = Field(0.02, ge=0)
     activation_rate: float = Field(0.02, ge=0)
     influence_exponent: float = Field(0.0, ge=0, le=1)
+
+    def check_model(self, model: nn.Module, adapter: DenoiserAdapter, scheduler: Any) -> None:
+        """What an error does to the image must be followed through the sampler, if it counts."""
+        if self.influence_exponent > 0:
+            check_without_memory(scheduler)
 
     def apply(self, session: Session) -> None:
         """Train; the summary has the held-out losses over time."""
