@@ -23,7 +23,8 @@ class LowRankAdapters(Step):
     beginning (LoftQ, arXiv 2310.08659, of one round; MPQ-DMv2, arXiv 2507.04290, begins alike, but
     its exact rule is not published). The rank is at most the weight's own.
 
-    Deviation: a conv's adapter is one matrix over in-channels and taps together.
+    Deviations: a conv's adapter is one matrix over in-channels and taps together; layers of 8 bits
+    have adapters too.
     """
 
     name = "low_rank_adapters"

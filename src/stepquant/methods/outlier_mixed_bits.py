@@ -63,8 +63,9 @@ class OutlierMixedBits(Step):
     stay as they are; the summary says of each why. One bit is a grid of two levels.
 
     Deviations: the released code searches `j` in 0 and 1 only and leaves activations unquantized in
-    the search; this is the search as printed. What MPQ-DM+ does is not in the released code; one
-    group that nothing pays for agrees with its reported size.
+    the search; this is the search as printed, on the very grids that the layer then keeps. What
+    MPQ-DM+ does is not in the released code; one group that nothing pays for agrees with its
+    reported size.
     """
 
     name = "outlier_mixed_bits"

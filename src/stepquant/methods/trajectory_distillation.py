@@ -45,11 +45,13 @@ class TrajectoryDistillation(Step):
     held-out loss, for far fewer iterations than the paper's.
 
     Deviations: steps are mixed, not in the sampler's order, which had the higher held-out loss on
-    the embedded model (`benchmarks/mixed_bits.py` compares both); the paper's rates of scales are
-    absolute (1e-6 for weights, 5e-4 for activations) and decay linearly; the loss is relative to
-    the prediction's power; the state of the lowest loss on held-out inputs is kept, so that the
-    step never makes it worse. Held out are calibration inputs, or in the self-sampled rounds other
-    trajectories that the model draws itself at the time.
+    the embedded model (`benchmarks/mixed_bits.py` compares both); Adam instead of AdamW; the
+    paper's rates of scales are absolute (1e-6 for weights, 5e-4 for activations) and decay
+    linearly; weight zero points are not trained; the loss is relative to the prediction's power;
+    the state of the lowest task loss on held-out inputs is kept, so that the step never makes it
+    worse: a ratio of sums over all steps, most of which comes from the late ones. Held out are
+    calibration inputs, or in the self-sampled rounds other trajectories that the model draws
+    itself at the time.
     """
 
     name = "trajectory_distillation"
