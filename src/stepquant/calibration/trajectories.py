@@ -60,7 +60,7 @@ class Trajectories:
         others = other.subset(count, seed)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self) + len(others), generator=generator)
-        after = 1 + int(self.trajectory.max()) if len(self) else 0  # other images
+        after = 1 + int(self.trajectory.max())  # other images
         return Trajectories(
             torch.cat([self.sample, others.sample])[order],
             torch.cat([self.timestep, others.timestep])[order],

@@ -30,7 +30,7 @@ class AlignedDistillation(BlockDistillation):
     name = "aligned_distillation"
     rounds: int = Field(2, ge=0)
     later_iterations: int = Field(100, ge=0)
-    own_share: float = Field(0.5, ge=0, le=1)
+    own_share: float = Field(0.5, gt=0, le=1)
 
     def apply(self, session: Session) -> None:
         """Distil round by round; the summary has a list of blocks for each round."""
@@ -40,7 +40,8 @@ class AlignedDistillation(BlockDistillation):
         for number in range(self.rounds + 1):
             step, inputs = self, data
             if number:
-                own = own_inputs(session, self.name, number, round(self.own_share * len(data)))
+                count = max(1, round(self.own_share * len(data)))
+                own = own_inputs(session, self.name, number, count)
                 inputs = own.and_from(data, len(data) - len(own), session.seed + number)
                 step = self.model_copy(update={"iterations": self.later_iterations})
             key = f"{self.name}/round-{number}"

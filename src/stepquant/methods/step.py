@@ -18,6 +18,7 @@ TRAINING = (
     "block_distillation",
     "block_reconstruction",
     "progressive_alignment",
+    "aligned_distillation",
     "trajectory_distillation",
     "relation_distillation",
 )
