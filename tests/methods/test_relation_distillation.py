@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from stepquant.errors import StepQuantError
@@ -144,3 +145,8 @@ def test_features_without_pixels_are_refused(site, found, tiny_session, monkeypa
     monkeypatch.setattr(session.adapter, "relation_site", lambda _: site, raising=False)
     with pytest.raises(StepQuantError, match=f"found {found} at '{site}': expected features"):
         RelationDistillation().check_model(session.float_model, session.adapter, session.scheduler)
+
+
+def test_shuffled_steps_are_refused():
+    with pytest.raises(ValidationError, match="step 'relation_distillation' is shuffled: expected"):
+        RelationDistillation(step_order="shuffled")

@@ -127,6 +127,18 @@ def test_mixed_order_trains_on_each_window_once_in_another_order(tiny_session):
     assert orders[0] != orders[1]
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_shuffled_order_trains_on_every_input_once_with_steps_mixed(window, tiny_session):
+    session = ready(tiny_session)
+    data = session.draw(2, 99)
+    step = TrajectoryDistillation(batch=2, window=window, step_order="shuffled")
+    windows = list(step._windows(data, 1))
+    assert [len(index) for index in windows[:-1]] == [2 * window] * (len(windows) - 1)
+    assert len(windows) == -(-5 // window)  # as many updates as in the other orders
+    assert torch.equal(torch.cat(windows).sort().values, torch.arange(len(data)))
+    assert any(len(data.timestep[index].unique()) > window for index in windows)
+
+
 def test_every_round_draws_other_images_than_calibration(tiny_session):
     session = ready(tiny_session)
     seeds = []

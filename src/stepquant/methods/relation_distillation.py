@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -64,6 +64,15 @@ class RelationDistillation(TrajectoryDistillation):
     relation_weight: float = Field(1.0, ge=0)
     temperature: float = Field(0.1, gt=0)
     relation: Literal["cosine", "l2"] = "cosine"
+
+    @model_validator(mode="after")
+    def _consecutive(self) -> RelationDistillation:
+        if self.step_order == "shuffled":
+            raise StepQuantError(
+                f"step_order of step '{self.name}' is shuffled: expected mixed or sampler, because "
+                "features are averaged over consecutive steps of an image"
+            )
+        return self
 
     @torch.no_grad()
     def check_model(self, model: nn.Module, adapter: DenoiserAdapter, scheduler: Any) -> None:

@@ -35,7 +35,8 @@ class TrajectoryDistillation(Step):
 
     `rounds`: how often `batch` new images are drawn and their steps trained on. `window`: how many
     consecutive steps of each image go into one optimizer step. `step_order`: "mixed" shuffles the
-    windows of a round; "sampler" walks the steps as the sampler does, as EfficientDM trains.
+    windows of a round; "sampler" walks the steps as the sampler does, as EfficientDM trains;
+    "shuffled" takes `batch * window` inputs of any steps and images of the round into each.
     `self_sampled`: the share of rounds, at the end, whose trajectories the quantized model draws
     itself: it then learns on the inputs that it meets, its own errors included (the exposure bias
     that TCAQ-DM's progressive reconstruction is for; not in EfficientDM).
@@ -59,7 +60,7 @@ class TrajectoryDistillation(Step):
     rounds: int = Field(40, ge=0)
     batch: int = Field(8, ge=1)
     window: int = Field(1, ge=1)
-    step_order: Literal["sampler", "mixed"] = "mixed"
+    step_order: Literal["sampler", "mixed", "shuffled"] = "mixed"
     self_sampled: float = Field(0.0, ge=0, le=1)
     weight_rate: float = Field(0.02, ge=0)
     scale_rate: float = Field(0.02, ge=0)
@@ -170,11 +171,19 @@ class TrajectoryDistillation(Step):
             training.optimizer.step()
 
     def _windows(self, data: Trajectories, seed: int) -> Iterator[Tensor]:
-        """Indices of each optimizer step, `[window * B]`: step by step, the same images in each."""
+        """Indices of each optimizer step, `[window * B]`.
+
+        Step by step, the same images in each; where shuffled, any inputs of the round.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        if self.step_order == "shuffled":
+            yield from torch.randperm(len(data), generator=generator).split(
+                self.window * self.batch
+            )
+            return
         rows = [(data.timestep == step).nonzero().flatten() for step in data.timesteps]
         starts = list(range(0, len(rows), self.window))
         if self.step_order == "mixed":
-            generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(starts), generator=generator)
             starts = [starts[index] for index in order.tolist()]
         for start in starts:
