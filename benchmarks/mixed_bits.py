@@ -7,7 +7,8 @@ that it stands on, that with TRD, and the smoothing alone; adapters that begin w
 hold of the quantization error; TRD's relations of pixels against plain L2 on the same features, and
 against no term at all on the same windows; the base trained in the sampler's order. For each seed:
 OMQ by kurtosis, magnitude and chance. Every row trains with equally many samples and updates.
-Writes `mixed_bits.jsonl` and `mixed_bits.md`.
+Writes `mixed_bits.jsonl` and `mixed_bits.md`, with what moving a group of channels does to the
+layers' own error before training.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ def means(records: list[dict[str, Any]]) -> str:
             str(len(found)),
             f"{statistics.mean(found):.2f} ({min(found):.2f} to {max(found):.2f})",
         ]
-        if label is not None:
+        if label is None:
+            cells += [""] * 4
+        else:
             summaries = [record["quantize"]["summary"] for record in of_label]
             trained = [summary.get(TASK) or summary[RELATION] for summary in summaries]
             mixed = [s["outlier_mixed_bits"] for s in summaries if "outlier_mixed_bits" in s]
@@ -102,6 +105,30 @@ def means(records: list[dict[str, Any]]) -> str:
                 f"{statistics.mean(row['loss_after'] for row in trained):.4f}",
                 f"{statistics.mean(layers):.4f}" if layers else "",
             ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def selections(records: list[dict[str, Any]]) -> str:
+    """A markdown table of what mixing does to the layers' own errors, before any training."""
+    lines = [
+        "| steps | seed | layers with mixed bits | error with one group moved, over that of uniform"
+        " bits | error kept, over that of uniform bits |",
+        "|---|---|---|---|---|",
+    ]
+    for record in records:
+        made = record.get("quantize", {}).get("summary", {}).get("outlier_mixed_bits")
+        if made is None:
+            continue
+        errors = [row["errors"] for row in made["layers"]]
+        mixed = sum(min(row) < row[0] for row in errors)
+        cells = [
+            record["extra"]["label"],
+            str(record["seed"]),
+            f"{mixed} of {len(errors)}",
+            f"{statistics.mean(row[1] / row[0] for row in errors):.3f}",
+            f"{statistics.mean(min(row) / row[0] for row in errors):.3f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -130,7 +157,8 @@ def main() -> None:
     records = read_cells(args.cells, cells)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_lines(records, args.out.with_suffix(".jsonl"))
-    text = means(records) + "\n## Every cell\n\n" + table(records)
+    text = means(records) + "\n## What mixing does to the layers' own errors\n\n"
+    text += selections(records) + "\n## Every cell\n\n" + table(records)
     args.out.with_suffix(".md").write_text(text)
     print(text)
 
