@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from diffusers import DDPMPipeline
@@ -152,21 +150,6 @@ def test_a_subset_of_more_than_there_is_holds_everything_shuffled():
     chosen = whole.subset(1000, seed=0).sample.flatten()
     assert torch.equal(chosen.sort().values, whole.sample.flatten())
     assert not torch.equal(chosen, whole.sample.flatten())
-
-
-def test_inputs_of_two_are_put_together_without_mixing_up_their_images():
-    ours, theirs = numbered(steps=5, per_step=2), numbered(steps=5, per_step=4)
-    shifted = replace(theirs, sample=theirs.sample + 100)
-    both = ours.and_from(shifted, 7, seed=2)
-    assert len(both) == 10 + 7
-    values = both.sample.flatten()
-    mine = values < 100
-    assert torch.equal(values[mine].sort().values, ours.sample.flatten())
-    assert not torch.equal(values[mine], ours.sample.flatten())  # shuffled
-    others = values[~mine].long() - 100
-    assert torch.equal(both.timestep[~mine], theirs.timestep[others])
-    assert torch.equal(both.timestep[mine], ours.timestep[values[mine].long()])
-    assert not set(both.trajectory[mine].tolist()) & set(both.trajectory[~mine].tolist())
 
 
 def test_trajectories_survive_being_stored(captured):

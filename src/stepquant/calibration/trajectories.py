@@ -55,19 +55,6 @@ class Trajectories:
             self.sample[chosen], self.timestep[chosen], self.trajectory[chosen], self.timesteps
         )
 
-    def and_from(self, other: Trajectories, count: int, seed: int) -> Trajectories:
-        """These inputs and `count` of `other`, of the same steps, shuffled."""
-        others = other.subset(count, seed)
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self) + len(others), generator=generator)
-        after = 1 + int(self.trajectory.max())  # other images
-        return Trajectories(
-            torch.cat([self.sample, others.sample])[order],
-            torch.cat([self.timestep, others.timestep])[order],
-            torch.cat([self.trajectory, others.trajectory + after])[order],
-            self.timesteps,
-        )
-
     def to_tensors(self) -> dict[str, Tensor]:
         """For a safetensors file."""
         return {name: getattr(self, name).contiguous() for name in self.__dataclass_fields__}

@@ -1,7 +1,6 @@
 """One file per idea of a paper; each is a step of a recipe."""
 
 from stepquant.methods.adaptive_softmax import AdaptiveSoftmax
-from stepquant.methods.aligned_distillation import AlignedDistillation
 from stepquant.methods.bias_correction import BiasCorrection
 from stepquant.methods.bit_allocation import BitAllocation
 from stepquant.methods.block_distillation import BlockDistillation
@@ -30,7 +29,6 @@ STEPS: dict[str, type[Step]] = {
         BlockDistillation,
         BlockReconstruction,
         ProgressiveAlignment,
-        AlignedDistillation,
         LowRankAdapters,
         TrajectoryDistillation,
         RelationDistillation,
@@ -41,7 +39,6 @@ STEPS: dict[str, type[Step]] = {
 __all__ = [
     "STEPS",
     "AdaptiveSoftmax",
-    "AlignedDistillation",
     "BiasCorrection",
     "BitAllocation",
     "BlockDistillation",

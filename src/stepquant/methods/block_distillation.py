@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from stepquant.calibration.capture import BlockData
 from stepquant.calibration.observe import quant_layers
-from stepquant.calibration.trajectories import Trajectories
 from stepquant.methods.block_training import (
     GuardedBlock,
     is_check,
@@ -61,13 +60,10 @@ class BlockDistillation(Step):
     def apply(self, session: Session) -> None:
         """Distil all blocks; the summary has the held-out loss of each, before and after."""
         session.ensure_ranges()
-        self.distil(session, self.name, training_inputs(session, self.name, self.samples))
-
-    def distil(self, session: Session, key: str, data: Trajectories) -> None:
-        """Distil all blocks on `data`; the summary goes to `key`."""
-        session.summary[key] = train_blocks(
+        data = training_inputs(session, self.name, self.samples)
+        session.summary[self.name] = train_blocks(
             session,
-            key,
+            self.name,
             "distilling blocks",
             data,
             self.batch,

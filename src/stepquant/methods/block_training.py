@@ -20,7 +20,6 @@ from stepquant.session import Session
 
 BYTES_OF_TARGETS = 512 << 20  # float-chain outputs that are kept at once
 CHECKS = 8  # of the held-out loss, evenly over the training
-FIRST_SEED = 4_000_000  # of images that the quantized model draws, after the session's own
 
 # (block's name, block, its data, generator) -> held-out loss (before, after)
 TrainBlock = Callable[[str, nn.Module, BlockData, torch.Generator], tuple[float, float]]
@@ -38,23 +37,6 @@ def training_inputs(session: Session, step: str, samples: int) -> Trajectories:
             "to train on and one held out; raise calibration.trajectories or calibration.steps"
         )
     return data
-
-
-def own_inputs(session: Session, step: str, number: int, samples: int) -> Trajectories:
-    """`samples` inputs that the model meets on its own trajectories, before round `number`, from 1.
-
-    As many images are drawn as the calibration has, others in each round.
-    """
-    key = f"{step}/trajectories-{number}"
-    kept = session.work.load(key)
-    if kept is not None:
-        return Trajectories(**kept)
-    images = int(session.trajectories.trajectory.max()) + 1
-    seed = session.seed + FIRST_SEED + (number - 1) * images
-    drawn = session.draw(images, seed, session.model).subset(samples, session.seed)
-    tensors = drawn.to_tensors()
-    session.work.save(key, tensors)
-    return Trajectories(**tensors)
 
 
 def train_blocks(

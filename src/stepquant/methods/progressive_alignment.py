@@ -13,14 +13,17 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from stepquant.calibration.trajectories import Trajectories
 from stepquant.methods.block_reconstruction import (
     ROUNDED,
     BlockReconstruction,
     unrounded_weights,
 )
-from stepquant.methods.block_training import own_inputs, training_inputs
+from stepquant.methods.block_training import training_inputs
 from stepquant.methods.step import CORRECTED
 from stepquant.session import Session
+
+FIRST_SEED = 4_000_000  # of the images drawn here, after the session's own
 
 
 class ProgressiveAlignment(BlockReconstruction):
@@ -50,9 +53,22 @@ class ProgressiveAlignment(BlockReconstruction):
         for number in range(self.rounds + 1):
             step = self
             if number:
-                data = own_inputs(session, self.name, number, self.samples)
+                data = self._own_inputs(session, number)
                 step = self.model_copy(update={"iterations": self.later_iterations})
             key = f"{self.name}/round-{number}"
             step.reconstruct(session, key, data, weights)
             rounds.append(session.summary.pop(key))
         session.summary[self.name] = rounds
+
+    def _own_inputs(self, session: Session, number: int) -> Trajectories:
+        """Inputs that the model meets on its own trajectories, drawn before round `number`."""
+        key = f"{self.name}/trajectories-{number}"
+        kept = session.work.load(key)
+        if kept is not None:
+            return Trajectories(**kept)
+        images = int(session.trajectories.trajectory.max()) + 1
+        seed = session.seed + FIRST_SEED + (number - 1) * images
+        drawn = session.draw(images, seed, session.model).subset(self.samples, session.seed)
+        tensors = drawn.to_tensors()
+        session.work.save(key, tensors)
+        return Trajectories(**tensors)

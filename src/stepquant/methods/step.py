@@ -18,7 +18,6 @@ TRAINING = (
     "block_distillation",
     "block_reconstruction",
     "progressive_alignment",
-    "aligned_distillation",
     "trajectory_distillation",
     "relation_distillation",
 )
