@@ -143,7 +143,7 @@ def outliers(model: str) -> str:
     """A sentence on how heavy the tails of the float weights are, out-channel by out-channel."""
     denoiser = denoiser_of(open_pipeline(model))
     rows = [m.weight for m in denoiser.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    found = torch.cat([kurtosis(weight) for weight in rows])
+    found = torch.cat([kurtosis(weight) for weight in rows]).double()
     low, middle, high = found.quantile(torch.tensor([0.1, 0.5, 0.99]).double()).tolist()
     return (
         f"Kurtosis of the float weights over out-channels: median {middle:.2f}, a tenth below "
