@@ -177,7 +177,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, error):
     monkeypatch.setattr(api, "quantize", full)
     sentence = refused("quantize", "any", "--out", tmp_path / "out", "--json", path)
     assert sentence == (
-        "no space left on the disk: free some, or write to another disk; finished blocks are kept, "
+        "no space left on the disk: free some, or write to another disk; finished work is kept, "
         "go on with --resume"
     )
     assert tree(tmp_path) == {"record.json": b"old"}
@@ -275,7 +275,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.splitlines()[-1] == (
-        "interrupted; finished blocks are kept, go on with --resume"
+        "interrupted; finished work is kept, go on with --resume"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["packed.work"]
     assert "--resume" in refused(*command)
@@ -314,6 +314,6 @@ def test_ctrl_c_in_a_real_process(float_folder, tmp_path):
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
     assert stdout == ""
-    assert stderr.splitlines()[-1] == "interrupted; finished blocks are kept, go on with --resume"
+    assert stderr.splitlines()[-1] == "interrupted; finished work is kept, go on with --resume"
     assert "Traceback" not in stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]

@@ -198,7 +198,7 @@ def test_layers_whose_bits_stay_uniform_are_named_with_the_reason(tiny_session):
         assert layers[name].channel_bits.unique().tolist() == [layers[name].weight_bits], name
     small = [name for name, layer in layers.items() if layer.out_channels < 20]
     assert session.reporter.lines == [
-        f"{len(small)} layers with fewer than 20 out-channels keep uniform bits: {', '.join(small)}"
+        f"bits stay uniform where a layer has fewer than 20 out-channels: {', '.join(small)}"
     ]
 
 

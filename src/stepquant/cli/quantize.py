@@ -10,7 +10,7 @@ import typer
 from stepquant.cli.options import Json, Model, Quiet, parse_settings
 from stepquant.cli.session import talk
 
-KEPT = "; finished blocks are kept, go on with --resume"
+KEPT = "; finished work is kept, go on with --resume"
 
 
 def quantize(

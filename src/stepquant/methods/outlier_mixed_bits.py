@@ -118,8 +118,8 @@ class OutlierMixedBits(Step):
         small = [name for name in uniform if self._is_small(layers[name])]
         if small:
             session.reporter.line(
-                f"{len(small)} layers with fewer than {self.groups} out-channels keep uniform "
-                f"bits: {', '.join(small)}"
+                f"bits stay uniform where a layer has fewer than {self.groups} out-channels: "
+                f"{', '.join(small)}"
             )
         session.summary[self.name] = {
             "layers": [
