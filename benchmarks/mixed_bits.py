@@ -3,10 +3,10 @@
     python benchmarks/mixed_bits.py
 
 At W2A4 `strict`: EfficientDM's base, with OMQ, with TRD, and with both; OMQ without the smoothing
-that it stands on, that with TRD, and the smoothing alone; adapters that begin with what they can
-hold of the quantization error; TRD's relations of pixels against plain L2 on the same features, and
-against no term at all on the same windows; the base trained in the sampler's order. For each seed:
-OMQ by kurtosis, magnitude and chance. Every row trains with equally many samples and updates.
+that it stands on, that with TRD, and the smoothing alone; TRD's relations of pixels against plain
+L2 on the same features, and against no term at all on the same windows; the base trained in the
+sampler's order; OMQ by measured error. For each seed: OMQ by kurtosis, magnitude and chance. Every
+row trains with equally many samples and updates.
 Writes `mixed_bits.jsonl` and `mixed_bits.md`, with what moving a group of channels does to the
 layers' own error before training.
 """
@@ -26,6 +26,7 @@ from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.recipe import load_recipe, parse_recipe
 from stepquant.sampling import denoiser_of
 from stepquant.sources import open_pipeline
+from stepquant.workfolder import atomic_write
 
 OMQ = ["smoothing", "temporal_quantizer", "outlier_mixed_bits", "low_rank_adapters"]
 APART = 10_000  # image i is drawn from `seed + i`: nearer seeds would share most images
@@ -178,7 +179,7 @@ def main() -> None:
     text = means(records) + "\n## What mixing does to the layers' own errors\n\n"
     text += f"{outliers(args.model)}\n{selections(records)}\n"
     text += "## Every cell\n\n" + table(records)
-    args.out.with_suffix(".md").write_text(text)
+    atomic_write(args.out.with_suffix(".md"), lambda partial: partial.write_text(text))
     print(text)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stepquant.errors import StepQuantError
+from stepquant.progress import Reporter
 
 TINY = {
     "calibration.trajectories": 2,
@@ -26,6 +27,17 @@ SMALL = {
     "sample_size": 8,
 }
 BLOCKS = 9
+
+
+class Lines(Reporter):
+    """Shows nothing and keeps the lines."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

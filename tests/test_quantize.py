@@ -7,9 +7,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from quantize_runs import FAST, SMALL, TINY, left, tree
+from quantize_runs import FAST, SMALL, TINY, Lines, left, tree
 from stepquant.calibration.observe import quant_layers
-from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.runtime.packed import PackedLayer
 from stepquant.sampling import sample_images
@@ -191,14 +190,6 @@ def test_the_seed_decides_everything(tiny_pipeline, tmp_path):
 
 
 def test_layers_that_stay_float_are_announced_and_kept(tiny_pipeline, tmp_path):
-    class Lines(Reporter):
-        def __init__(self):
-            super().__init__(quiet=True)
-            self.lines = []
-
-        def line(self, text):
-            self.lines.append(text)
-
     pipeline, reporter = tiny_pipeline(**SMALL), Lines()
     conv = pipeline.unet.mid_block.resnets[0].conv1
     conv.padding_mode = "circular"

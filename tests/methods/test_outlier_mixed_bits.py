@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from quantize_runs import Lines
 from stepquant.calibration.capture import capture_inputs
 from stepquant.calibration.ranges import search_weight_range
 from stepquant.errors import StepQuantError
@@ -16,7 +17,6 @@ from stepquant.methods.outlier_mixed_bits import (
     kurtosis,
     sum_over_bits,
 )
-from stepquant.progress import Reporter
 from stepquant.scheme import Scheme
 from stepquant.workfolder import WorkFolder
 
@@ -164,17 +164,6 @@ def test_extra_groups_raise_the_mean(tiny_session):
     for record in session.summary["outlier_mixed_bits"]["layers"]:
         out = session.layers()[record["layer"]].out_channels
         assert record["mean_bits"] == pytest.approx(2 + (out // 10) / out)
-
-
-class Lines(Reporter):
-    """Keeps the lines."""
-
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.lines = []
-
-    def line(self, text):
-        self.lines.append(text)
 
 
 def test_layers_whose_bits_stay_uniform_are_named_with_the_reason(tiny_session):
