@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibration.replay import readers, replaying
 from stepquant.calibration.trajectories import Trajectories
 
 
@@ -35,13 +36,19 @@ class BlockData:
 
     def batch(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], Tensor, Tensor]:
         """`(args, kwargs, target, timestep)` of the samples `index`."""
-
-        def pick(value: Any) -> Any:
-            return value[index] if isinstance(value, Tensor) else value
-
-        args = tuple(pick(value) for value in self.args)
-        kwargs = {key: pick(value) for key, value in self.kwargs.items()}
+        args, kwargs = pick(self.args, self.kwargs, index)
         return args, kwargs, self.target[index], self.timestep[index]
+
+
+def pick(
+    args: tuple[Any, ...], kwargs: dict[str, Any], index: Tensor | slice
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's inputs for the samples `index`."""
+
+    def one(value: Any) -> Any:
+        return value[index] if isinstance(value, Tensor) else value
+
+    return tuple(one(value) for value in args), {key: one(value) for key, value in kwargs.items()}
 
 
 def _join(values: list[Any]) -> Any:
@@ -50,19 +57,32 @@ def _join(values: list[Any]) -> Any:
 
 @torch.no_grad()
 def capture_inputs(
-    model: nn.Module, block: str, data: Trajectories, batch: int
+    model: nn.Module,
+    block: str,
+    data: Trajectories,
+    batch: int,
+    outputs: Mapping[str, Tensor] | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of `block` while `model` sees `data`, joined over batches."""
+    """Arguments of `block` while `model` sees `data`, joined over batches.
+
+    `outputs`: what blocks before it give for `data`, `[N, ...]`, which then do not run again.
+    """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((args, kwargs))
         raise _StopForward
 
-    with _hook(model.get_submodule(block).register_forward_pre_hook(record, with_kwargs=True)):
+    with (
+        _hook(model.get_submodule(block).register_forward_pre_hook(record, with_kwargs=True)),
+        replaying(model, outputs or {}) as stands_in,
+    ):
         for start in range(0, len(data), batch):
+            part = slice(start, start + batch)
+            for stand_in in stands_in:
+                stand_in.part = part
             try:
-                model(data.sample[start : start + batch], data.timestep[start : start + batch])
+                model(data.sample[part], data.timestep[part])
             except _StopForward:
                 continue
     args = tuple(_join([call[0][i] for call in calls]) for i in range(len(calls[0][0])))
@@ -107,6 +127,33 @@ def execution_order(model: nn.Module, blocks: list[str], data: Trajectories) -> 
         for handle in handles:
             handle.remove()
     return list(dict.fromkeys(order))
+
+
+def last_readers(model: nn.Module, order: list[str], data: Trajectories) -> dict[str, int]:
+    """The position in `order` of the last of these blocks that reads each one's output, or -1.
+
+    Only for blocks whose output can be replayed: one tensor, from one call in a forward.
+    """
+    calls: dict[str, list[Any]] = {name: [] for name in order}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, _a, y, name=name: calls[name].append(y)
+        )
+        for name in order
+    ]
+    call = (data.sample[:1], data.timestep[:1])
+    with torch.no_grad():
+        try:
+            model(*call)
+        finally:
+            for handle in handles:
+                handle.remove()
+    single = {name: found[0] for name, found in calls.items() if len(found) == 1}
+    outputs = {name: y for name, y in single.items() if isinstance(y, Tensor)}
+    return {
+        name: max((order.index(reader) for reader in found), default=-1)
+        for name, found in readers(model, order, outputs, *call).items()
+    }
 
 
 @contextmanager
