@@ -37,7 +37,8 @@ class Session:
 
     `model` is quantized in place by the steps; `float_model` stays as it was. `summary` collects,
     step by step, what a user should see (plain JSON values). `draw` samples more trajectories;
-    `scheduler` is the sampler's, set to the calibrated steps.
+    `scheduler` is the sampler's, set to the calibrated steps. `common_ranges`: all rows of a table
+    start from the range of all steps together.
     """
 
     float_model: nn.Module
@@ -53,6 +54,7 @@ class Session:
     reporter: Reporter
     work: WorkFolder
     ranges_ready: bool = False
+    common_ranges: bool = False
     samples_per_step: int = 64
     gradients: Tensor | None = None  # once they were asked for
     spectra: dict[float, Tensor] = field(default_factory=dict)
@@ -111,6 +113,7 @@ class Session:
                 self.seed,
                 self.samples_per_step,
                 self.reporter,
+                self.common_ranges,
             )
             self.work.save("ranges", dict(self.model.state_dict()))
         else:

@@ -72,3 +72,25 @@ def test_it_comes_before_the_ranges(tiny_session):
     session.ensure_ranges()
     with pytest.raises(StepQuantError, match="step 'temporal_quantizer' comes after one that"):
         TemporalQuantizer().apply(session)
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_rows_may_start_from_the_range_of_all_steps(method, tiny_session):
+    def tables(*steps):
+        session = tiny_session(weights=4, activations=4, steps=4)
+        session.activation_ranges = method
+        for step in steps:
+            step.apply(session)
+        session.ensure_ranges()
+        return {
+            (name, index): (quantizer.scale.detach(), quantizer.zero_point.detach())
+            for name, layer in session.layers().items()
+            for index, quantizer in enumerate(layer.activation_quantizers)
+        }
+
+    static, common = tables(), tables(TemporalQuantizer(start="common"))
+    assert static.keys() == common.keys()
+    for key, pair in common.items():
+        for table, single in zip(pair, static[key], strict=True):
+            assert len(table) == 4 and len(single) == 1
+            assert torch.equal(table, single.expand(4))

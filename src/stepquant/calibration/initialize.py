@@ -31,44 +31,47 @@ def initialize_weights(layer: QuantLayer, method: str) -> None:
 
 @torch.no_grad()
 def initialize_activations(
-    quantizer: ActivationQuantizer, observation: Observation, method: str
+    quantizer: ActivationQuantizer, observation: Observation, method: str, common: bool = False
 ) -> None:
-    """Set each row of `quantizer` by "minmax" or "mse"; one row takes all steps together."""
+    """Set each row of `quantizer` by "minmax" or "mse".
+
+    A single row takes all steps together; `common`: all rows do.
+    """
     low = torch.stack(observation.low).amin(dim=1)  # [T]
     high = torch.stack(observation.high).amax(dim=1)
-    scale, zero_point = _find_grids(quantizer, observation, low, high, method)
+    common = common or quantizer.steps == 1
+    scale, zero_point = _find_grids(quantizer.bits, observation, low, high, method, common)
     quantizer.scale.data.copy_(scale)
     quantizer.zero_point.data.copy_(zero_point)
 
 
 @torch.no_grad()
 def initialize_probabilities(
-    quantizer: ProbabilityQuantizer, observation: Observation, method: str
+    quantizer: ProbabilityQuantizer, observation: Observation, method: str, common: bool = False
 ) -> None:
     """Set each row of `quantizer` to a uniform grid from zero, by "minmax" or "mse".
 
     "minmax" covers the largest probability; "mse" searches the grid's end for the least error.
+    A single row takes all steps together; `common`: all rows do.
     """
     high = torch.stack(observation.high)[:, 0]  # [T]
-    scale, _ = _find_grids(quantizer, observation, torch.zeros_like(high), high, method)
+    low = torch.zeros_like(high)
+    common = common or quantizer.steps == 1
+    scale, _ = _find_grids(quantizer.bits, observation, low, high, method, common)
     quantizer.scale.data.copy_(scale)
 
 
 def _find_grids(
-    quantizer: ActivationQuantizer | ProbabilityQuantizer,
-    observation: Observation,
-    low: Tensor,
-    high: Tensor,
-    method: str,
+    bits: int, observation: Observation, low: Tensor, high: Tensor, method: str, common: bool
 ) -> tuple[Tensor, Tensor]:
-    """`(scale, zero_point)` of each row of `quantizer`, for values from `low [T]` to `high [T]`."""
+    """`(scale, zero_point)` of values from `low [T]` to `high [T]`, `[T]`; `[1]` if `common`."""
     values, weights = torch.stack(observation.values), torch.stack(observation.weights)  # [T, n]
-    if quantizer.steps == 1:
+    if common:
         low, high = low.amin().view(1), high.amax().view(1)
         values, weights = values.view(1, -1), weights.view(1, -1)
     if method == "minmax":
-        return range_to_grid(low, high, quantizer.bits)
-    return search_activation_range(values, low, high, quantizer.bits, weights=weights)
+        return range_to_grid(low, high, bits)
+    return search_activation_range(values, low, high, bits, weights=weights)
 
 
 def initialize_ranges(
@@ -79,20 +82,25 @@ def initialize_ranges(
     seed: int,
     per_step: int,
     reporter: Reporter,
+    common: bool = False,
 ) -> None:
-    """First ranges of all quantizers from float activations; then the model quantizes."""
+    """First ranges of all quantizers from float activations; then the model quantizes.
+
+    `common`: all rows of a table get the range of all steps together.
+    """
     layers = quant_layers(model)
     observations = observe(model, trajectories, per_step, seed, reporter)
     with reporter.task("searching ranges", total=len(layers)) as task:
         for name, layer in layers.items():
             initialize_weights(layer, weights)
             for index, quantizer in enumerate(layer.activation_quantizers):
-                initialize_activations(quantizer, observations[name, index], activations)
+                initialize_activations(quantizer, observations[name, index], activations, common)
             layer.quantizing = True
             task.advance(note=name)
     for name, attention in quant_attention(model).items():
         for index, quantizer in enumerate(attention.activation_quantizers):
             assert isinstance(quantizer, ActivationQuantizer)
-            initialize_activations(quantizer, observations[name, index], activations)
-        initialize_probabilities(attention.probabilities, observations[name, 3], activations)
+            initialize_activations(quantizer, observations[name, index], activations, common)
+        seen = observations[name, 3]
+        initialize_probabilities(attention.probabilities, seen, activations, common)
         attention.quantizing = True

@@ -8,6 +8,8 @@ batch get no gradient and, under a lazy optimizer, do not move.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from stepquant.methods.step import Step
 from stepquant.session import Session
 
@@ -17,16 +19,19 @@ class TemporalQuantizer(Step):
 
     Attention's queries, keys, values and probabilities included, where they are quantized.
 
-    The rows are initialised step by step when ranges are first needed, by the recipe's range
-    method, and trained by block distillation.
+    `start`: "own" initialises each row from its own step's activations, by the recipe's range
+    method; "common" gives all rows the range of all steps together, as EfficientDM (ICLR 2024)
+    starts, from where training moves each. Steps that train, train the rows.
     """
 
     name = "temporal_quantizer"
     needs_ranges = False
+    start: Literal["own", "common"] = "own"
 
     def apply(self, session: Session) -> None:
         """Resize all activation tables to the step grid."""
         session.require_no_ranges(self.name)
+        session.common_ranges = self.start == "common"
         steps = len(session.context.grid)
         for layer in session.layers().values():
             for quantizer in layer.activation_quantizers:
