@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.trajectories import Trajectories
+from stepquant.calibration.trajectories import Trajectories, predict
+from stepquant.errors import StepQuantError
 
 
 class _StopForward(Exception):
@@ -21,8 +22,9 @@ class _StopForward(Exception):
 class BlockData:
     """What a block is trained on.
 
-    `args`, `kwargs`: its inputs, each tensor `[N, ...]`, anything else as it was in the first
-    call. `target`: the output to match, `[N, ...]`. `timestep [N]`.
+    `args`, `kwargs`: its inputs, each tensor `[N, ...]`, anything else (tensors without a batch
+    dimension too) as it was in the first call. `target`: the output to match, `[N, ...]`, as
+    `joined_output` gives it. `timestep [N]`.
     """
 
     args: tuple[Any, ...]
@@ -37,15 +39,41 @@ class BlockData:
         """`(args, kwargs, target, timestep)` of the samples `index`."""
 
         def pick(value: Any) -> Any:
-            return value[index] if isinstance(value, Tensor) else value
+            return value[index] if _has_rows(value, len(self)) else value
 
         args = tuple(pick(value) for value in self.args)
         kwargs = {key: pick(value) for key, value in self.kwargs.items()}
         return args, kwargs, self.target[index], self.timestep[index]
 
 
-def _join(values: list[Any]) -> Any:
-    return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
+def joined_output(output: Any) -> Tensor:
+    """What a block gives as one tensor: itself, or of several all values, `[N, values]`.
+
+    Blocks of some transformers give the tokens of the text and those of the image.
+    """
+    if isinstance(output, Tensor):
+        return output
+    entries = output if isinstance(output, tuple | list) else (getattr(output, "sample", None),)
+    tensors = [entry for entry in entries if isinstance(entry, Tensor)]
+    if not tensors:
+        raise StepQuantError(
+            f"a block gives {type(output).__name__} without a tensor: expected a tensor, or a "
+            "tuple of tensors; choose other blocks"
+        )
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat([tensor.flatten(1) for tensor in tensors], dim=1)
+
+
+def _has_rows(value: Any, count: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
+
+
+def _join(values: list[Any], counts: list[int]) -> Any:
+    """One argument of calls with `counts` samples: joined if it has a row for each sample."""
+    if all(_has_rows(value, count) for value, count in zip(values, counts, strict=True)):
+        return torch.cat(values)
+    return values[0]
 
 
 @torch.no_grad()
@@ -54,6 +82,7 @@ def capture_inputs(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of `block` while `model` sees `data`, joined over batches."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    counts: list[int] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((args, kwargs))
@@ -61,12 +90,14 @@ def capture_inputs(
 
     with _hook(model.get_submodule(block).register_forward_pre_hook(record, with_kwargs=True)):
         for start in range(0, len(data), batch):
+            part = data.take(slice(start, start + batch))
+            counts.append(len(part))
             try:
-                model(data.sample[start : start + batch], data.timestep[start : start + batch])
+                predict(model, part)
             except _StopForward:
                 continue
-    args = tuple(_join([call[0][i] for call in calls]) for i in range(len(calls[0][0])))
-    kwargs = {key: _join([call[1][key] for call in calls]) for key in calls[0][1]}
+    args = tuple(_join([call[0][i] for call in calls], counts) for i in range(len(calls[0][0])))
+    kwargs = {key: _join([call[1][key] for call in calls], counts) for key in calls[0][1]}
     return args, kwargs
 
 
@@ -78,13 +109,13 @@ def capture_outputs(
     outputs: dict[str, list[Tensor]] = {block: [] for block in blocks}
     handles = [
         model.get_submodule(block).register_forward_hook(
-            lambda _m, _a, y, block=block: outputs[block].append(y.clone())
+            lambda _m, _a, y, block=block: outputs[block].append(joined_output(y).clone())
         )
         for block in blocks
     ]
     try:
         for start in range(0, len(data), batch):
-            model(data.sample[start : start + batch], data.timestep[start : start + batch])
+            predict(model, data.take(slice(start, start + batch)))
     finally:
         for handle in handles:
             handle.remove()
@@ -102,7 +133,7 @@ def execution_order(model: nn.Module, blocks: list[str], data: Trajectories) -> 
         for block in blocks
     ]
     try:
-        model(data.sample[:1], data.timestep[:1])
+        predict(model, data.take(slice(0, 1)))
     finally:
         for handle in handles:
             handle.remove()

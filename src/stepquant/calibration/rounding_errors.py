@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.ranges import search_activation_range
-from stepquant.calibration.trajectories import Trajectories
+from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.numerics import fake_quantize, range_to_grid
 from stepquant.quantizers import QuantLayer
 from stepquant.quantizers.weight import GridSearch
@@ -54,7 +54,7 @@ def input_grids(
     ]
     try:
         for index in range(len(data)):
-            model(data.sample[index : index + 1], data.timestep[index : index + 1])
+            predict(model, data.take(slice(index, index + 1)))
     finally:
         for handle in handles:
             handle.remove()

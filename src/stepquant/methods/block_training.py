@@ -13,6 +13,7 @@ from stepquant.calibration.capture import (
     capture_inputs,
     capture_outputs,
     execution_order,
+    joined_output,
 )
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
@@ -126,7 +127,8 @@ class GuardedBlock:
         """The loss on the samples `index`; an error that names the block where it is not finite."""
         args, kwargs, target, timestep = self._data.batch(index)
         self._context.set_timestep(timestep)
-        loss = (self.block(*args, **kwargs) - target).square().mean() / self._power
+        output = joined_output(self.block(*args, **kwargs))
+        loss = (output - target).square().mean() / self._power
         if not torch.isfinite(loss):
             raise StepQuantError(
                 f"the loss of block '{self._name}' is {loss.item()} in step '{self._step}': "

@@ -28,11 +28,11 @@ def scale_weight(layer: QuantLayer, factors: Tensor) -> None:
 
 
 def fold_into_producer(producer: torch.nn.Module, factors: Tensor) -> None:
-    """Divide the producer's output channels by `factors`, through its weight and bias."""
-    weight = producer.weight.data
+    """Divide the producer's (first) output channels by `factors`, through its weight and bias."""
+    weight = producer.weight.data[: len(factors)]
     weight.div_(factors.view(-1, *(1,) * (weight.dim() - 1)))
     if producer.bias is not None:
-        producer.bias.data.div_(factors)
+        producer.bias.data[: len(factors)].div_(factors)
 
 
 def input_range(observation: Observation, factors: Tensor | None = None) -> float:

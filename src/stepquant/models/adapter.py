@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import nn
 
 from stepquant.errors import StepQuantError
+from stepquant.models.inputs import Inputs
 from stepquant.models.unet2d import UNet2DAdapter
 
 
@@ -39,16 +40,25 @@ class DenoiserAdapter(Protocol):
         """`(producer, consumers)` pairs for which an equivalent scaling folds exactly.
 
         The producer's output channel `k` is divided by `s[k]`, through its weight and bias, and
-        every consumer's weight is multiplied with `s[k]` along in-channel `k`.
+        every consumer's weight is multiplied with `s[k]` along in-channel `k`. A producer with more
+        output channels than the consumers have in-channels is divided in its first ones: the linear
+        half of a GEGLU.
         """
         ...
 
     def relation_site(self, model: nn.Module) -> str:
-        """The module that gives the last features before the output layers, `[B, C, H, W]`."""
+        """The module that gives the last features before the output layers.
+
+        `[B, C, H, W]`, or a transformer's tokens `[B, P, C]`; of a tuple the last.
+        """
         ...
 
     def attention_sites(self, model: nn.Module) -> list[str]:
         """Attention modules, whose products stay float in the runtime."""
+        ...
+
+    def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
+        """Random arguments of the config's sizes, the same at each call, in the middle of time."""
         ...
 
 

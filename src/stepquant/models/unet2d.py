@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
+
+from stepquant.models.inputs import MIDDLE, Inputs, random_sample
 
 BLOCKS = (ResnetBlock2D, Attention, Downsample2D, Upsample2D, TimestepEmbedding)
 
@@ -71,6 +74,12 @@ class UNet2DAdapter:
     def relation_site(self, model: nn.Module) -> str:
         """The last decoder stage."""
         return f"up_blocks.{len(model.up_blocks) - 1}"
+
+    def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
+        """A sample at one timestep for the batch; class labels where it has any."""
+        classes = model.config.num_class_embeds
+        conditions = {} if classes is None else {"class_labels": torch.arange(batch) % classes}
+        return random_sample(model, batch), torch.tensor(MIDDLE), conditions
 
     def attention_sites(self, model: nn.Module) -> list[str]:
         """Every attention module."""
