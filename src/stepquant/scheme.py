@@ -103,13 +103,14 @@ class Scheme(BaseModel):
         left_float: dict[str, str] = {}
         outer = adapter.input_output_layers(model)
         exempt: set[str] = set()
+        kept = adapter.float_layers(model)
         if self.protocol == "paper:mpq-dm":
             outer = outer | adapter.time_embedding_layers(model)
             exempt = adapter.shortcut_and_downsampling_layers(model)
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear | nn.Conv2d):
                 continue
-            reason = why_unsupported(module)
+            reason = why_unsupported(module) or kept.get(name)
             if name in exempt:
                 reason = f"protocol {self.protocol}"
             if reason:

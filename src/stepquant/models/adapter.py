@@ -7,8 +7,13 @@ from typing import Protocol
 from torch import nn
 
 from stepquant.errors import StepQuantError
+from stepquant.models.dit import DiTAdapter
+from stepquant.models.flux import FluxAdapter
 from stepquant.models.inputs import Inputs
+from stepquant.models.pixart import PixArtAdapter
+from stepquant.models.sd3 import SD3Adapter
 from stepquant.models.unet2d import UNet2DAdapter
+from stepquant.models.unet2d_condition import UNet2DConditionAdapter
 
 
 class DenoiserAdapter(Protocol):
@@ -34,6 +39,10 @@ class DenoiserAdapter(Protocol):
 
     def skip_splits(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
         """Layers with concatenated inputs: the in-channels of each part."""
+        ...
+
+    def float_layers(self, model: nn.Module) -> dict[str, str]:
+        """Layers that must stay float, each with the reason."""
         ...
 
     def folds(self, model: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
@@ -63,7 +72,15 @@ class DenoiserAdapter(Protocol):
 
 
 ADAPTERS: dict[str, DenoiserAdapter] = {
-    adapter.architecture: adapter for adapter in (UNet2DAdapter(),)
+    adapter.architecture: adapter
+    for adapter in (
+        UNet2DAdapter(),
+        UNet2DConditionAdapter(),
+        DiTAdapter(),
+        PixArtAdapter(),
+        SD3Adapter(),
+        FluxAdapter(),
+    )
 }
 
 

@@ -1,0 +1,38 @@
+"""diffusers' `DiTTransformer2DModel`: class-conditional DiT (Peebles and Xie, ICCV 2023)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from torch import nn
+
+from stepquant.models.base import DiffusersAdapter, Folds, value_folds
+from stepquant.models.inputs import MIDDLE, Inputs, random_sample
+
+
+class DiTAdapter(DiffusersAdapter):
+    """Each transformer block is a unit, with its time and class embedding in it.
+
+    The embedding of the first block is used once more by the output layers.
+    """
+
+    architecture = "DiTTransformer2DModel"
+    units = (BasicTransformerBlock,)
+    outer = ("pos_embed.proj", "proj_out_2")
+
+    def folds(self, model: nn.Module) -> Folds:
+        """V into the output projection.
+
+        The norms have no weights, and what modulates them is shared by all tokens but not by all
+        steps: their scaling stays in the quantizer, as does that behind GELU.
+        """
+        return value_folds(model, self.attention_sites(model))
+
+    def relation_site(self, model: nn.Module) -> str:
+        """The last transformer block: tokens."""
+        return f"transformer_blocks.{len(model.transformer_blocks) - 1}"
+
+    def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
+        """A sample with a timestep and a class for each image."""
+        labels = torch.arange(batch) % model.config.num_embeds_ada_norm
+        return random_sample(model, batch), torch.full((batch,), MIDDLE), {"class_labels": labels}

@@ -1,0 +1,144 @@
+"""Every architecture from a float pipeline to images of the packed one on disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from architectures import ARCHITECTURES, build, session
+from quantize_runs import refused
+from stepquant.api import evaluate, inspect, quantize, sample
+from stepquant.bench import bench, set_backend
+from stepquant.calibration.trajectories import predict
+from stepquant.models.adapter import adapter_for
+from stepquant.runtime.packed import PackedLayer
+
+STEPS = 3
+FEW = {
+    "calibration.trajectories": 2,
+    "ranges.weights": "minmax",
+    "ranges.activations": "minmax",
+}
+TRAINING = {
+    "block_distillation.iterations": 2,
+    "block_distillation.samples": 16,
+    "block_distillation.batch": 4,
+}
+RECIPES = {"minmax": FEW, "dilatequant": {**FEW, **TRAINING}}
+RUNS = [(name, recipe, bits) for name in ARCHITECTURES for recipe in RECIPES for bits in (8, 4)]
+PRODUCTS = {"sd", "sdxl", "dit", "pixart"}  # whose attention has the plain processor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run(name, recipe, bits, out=None, **changes):
+    settings = {**RECIPES[recipe], "scheme.attention_bits": bits}
+    arguments = {**ARCHITECTURES[name].arguments, **changes}
+    return quantize(build(name), recipe, bits, bits, out, STEPS, settings, **arguments)
+
+
+def draw(name, model, num=3, **changes):
+    return sample(model, num, STEPS, **{**ARCHITECTURES[name].arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "bits"),
+    RUNS,
+    ids=lambda value: f"w{value}a{value}"[-4:] if value in (4, 8) else value,
+)
+def test_quantize_save_load_sample(name, recipe, bits, tmp_path):
+    result = run(name, recipe, bits, tmp_path / "out")
+    component = ARCHITECTURES[name].component
+    packed = getattr(result.pipeline, component)
+    float_model = getattr(build(name), component)
+
+    layers = {n for n, m in packed.named_modules() if isinstance(m, PackedLayer)}
+    plain = {
+        n
+        for n, m in float_model.named_modules()
+        if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)
+    }
+    assert layers == plain
+    assert result.record["left_float"] == {}
+    assert (result.record["attention_float"] == []) == (name in PRODUCTS)
+    assert result.record["times_smaller"] > 1
+
+    images = draw(name, result.pipeline)
+    assert bool(images.isfinite().all()) and images.std() > 0.02
+    assert torch.equal(draw(name, tmp_path / "out"), images)
+
+    # The float model on its own trajectories: what the packed one should give, and what it does.
+    data = session(name).trajectories
+    with torch.no_grad():
+        wanted, simulated = predict(float_model, data), predict(result.simulation, data)
+        set_backend(packed, "reference")
+        found = predict(packed, data)
+    assert torch.equal(found, simulated)
+    error = float((found - wanted).square().mean() / wanted.square().mean())
+    assert error < (0.02 if bits == 8 else 1.0)
+
+
+def test_other_prompts_give_other_images():
+    images = [draw("sd", build("sd"), prompts=text) for text in ("a cat", "boat")]
+    assert not torch.allclose(*images, atol=1e-3)
+
+
+def test_images_follow_their_prompts_whatever_the_batch():
+    pipeline = build("sd")
+    whole, single = draw("sd", pipeline), draw("sd", pipeline, batch=1)
+    torch.testing.assert_close(whole, single, rtol=1e-3, atol=1e-3)
+
+
+def test_guidance_doubles_the_inputs_of_calibration():
+    """The record says how the model was calibrated; so do the trajectories."""
+    guided, plain = (run("dit", "minmax", 8, guidance=scale, labels=[1, 2]) for scale in (4.0, 1.0))
+    assert guided.record["provenance"]["conditioning"] == {"labels": [1, 2], "guidance": 4.0}
+    assert plain.record["provenance"]["conditioning"]["guidance"] == 1.0
+    tables = [result.pipeline.transformer.proj_out_2.act_scale for result in (guided, plain)]
+    assert not torch.equal(*tables)
+
+
+def test_flow_is_calibrated_with_its_own_scheduler():
+    result = run("flux", "minmax", 8)
+    assert result.record["recipe"]["calibration"]["scheduler"] is None
+    assert "FlowMatchEulerDiscreteScheduler" in result.record["provenance"]["sampler"]
+    grid = result.pipeline.transformer.step_grid
+    assert bool((grid <= 1).all()) and len(grid) == STEPS
+
+
+def test_ddim_that_is_asked_for_is_refused_where_flow_is_matched():
+    message = refused(
+        lambda: quantize(
+            build("sd3"),
+            "minmax",
+            settings={"calibration.scheduler": "ddim"},
+            **ARCHITECTURES["sd3"].arguments,
+        )
+    )
+    assert "scheduler 'ddim' is for a model that predicts noise" in message
+
+
+def test_a_text_pipeline_asks_for_prompts():
+    message = refused(lambda: quantize(build("sd"), "minmax"))
+    assert "StableDiffusionPipeline draws images of prompts and got none" in message
+    assert "--prompt" in message
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_the_other_verbs_take_conditions_too(name):
+    arguments, pipeline = ARCHITECTURES[name].arguments, build(name)
+    packed = run(name, "minmax", 8).pipeline
+    record = evaluate(packed, pipeline, num=2, steps=STEPS, **arguments)
+    assert len(record["noise_error"]) == STEPS
+    assert all(0 < row["relative_mse"] < 0.1 for row in record["noise_error"])
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    rows = inspect(pipeline, steps=STEPS, num=1, **arguments)["layers"]
+    assert {row["layer"] for row in rows} >= {
+        layer
+        for block in [adapter_for(getattr(pipeline, ARCHITECTURES[name].component))]
+        for layer in block.input_output_layers(getattr(pipeline, ARCHITECTURES[name].component))
+    }
+    timed = bench(packed, pipeline, batch=(1,), repeats=1)
+    assert len(timed["rows"]) == 2
