@@ -10,10 +10,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepquant.bench import bench
+from stepquant.checkpoint.module import load_module
 from stepquant.conditioning import Conditioning
 from stepquant.demo import demo
 from stepquant.inspection import inspect
 from stepquant.judge import evaluate
+from stepquant.modules import DenoiserPipeline, general_adapter
 from stepquant.progress import Reporter
 from stepquant.quantize import Quantized, quantize
 from stepquant.recipe import load_recipe, recipe_names
@@ -21,12 +23,15 @@ from stepquant.sampling import AUTO, sample_images
 from stepquant.sources import open_pipeline as load
 
 __all__ = [
+    "DenoiserPipeline",
     "Quantized",
     "bench",
     "demo",
     "evaluate",
+    "general_adapter",
     "inspect",
     "load",
+    "load_module",
     "load_recipe",
     "quantize",
     "recipe_names",

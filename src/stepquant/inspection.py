@@ -17,7 +17,7 @@ from stepquant.conditioning import Conditioning
 from stepquant.inspection_plots import check_plots, write_plots
 from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.methods.weight_dilation import dilation_factors
-from stepquant.models.adapter import adapter_for
+from stepquant.models.adapter import adapter_of
 from stepquant.models.attention import PRODUCTS
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
@@ -120,7 +120,7 @@ def inspect_float(
     trajectories = capture_trajectories(
         pipeline, num, steps, seed, scheduler, reporter=reporter, conditioning=conditioning
     )
-    adapter = adapter_for(denoiser)
+    adapter = adapter_of(pipeline, denoiser)
     context = StepContext(trajectories.grid())
     simulation, left_float = simulate(denoiser, adapter, Scheme(), context)
     seen = observe(simulation, trajectories, num, seed, reporter)

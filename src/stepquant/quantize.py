@@ -22,7 +22,7 @@ from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeli
 from stepquant.conditioning import Conditioning
 from stepquant.errors import StepQuantError
 from stepquant.evaluate import peak_memory_mb, reset_peak_memory
-from stepquant.models.adapter import DenoiserAdapter, adapter_for
+from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
 from stepquant.quantizers.step_grid import timestep_position
@@ -33,7 +33,7 @@ from stepquant.sampling import (
     check_seed,
     clipping_remark,
     denoiser_name,
-    matches_flow,
+    needs_own_scheduler,
     set_scheduler,
 )
 from stepquant.session import Session, check_finite_weights, float_products, simulate
@@ -88,6 +88,7 @@ def quantize(
     labels: int | Sequence[int] | None = None,
     guidance: float | None = None,
     call: Mapping[str, Any] | None = None,
+    adapter: DenoiserAdapter | None = None,
 ) -> Quantized:
     """Quantize the denoiser of `model` by `recipe` and save the packed pipeline to `out`.
 
@@ -98,7 +99,8 @@ def quantize(
     `prompts`, `labels`: what the calibration images are of, one after another and over again; a
     pipeline that draws images of texts needs prompts, one that draws images of classes takes all
     of them unless told otherwise. `guidance`: scale of classifier-free guidance, else the
-    pipeline's. `call`: further arguments of the pipeline, such as `height`.
+    pipeline's. `call`: further arguments of the pipeline, such as `height`. `adapter`: what the
+    denoiser consists of, where stepquant does not know its architecture (`general_adapter`).
 
     Raises StepQuantError for anything in the input that is not as expected.
     """
@@ -118,10 +120,12 @@ def quantize(
     pipeline = open_pipeline(model)
     component = denoiser_name(pipeline)
     float_model = getattr(pipeline, component)
-    adapter = check_denoiser(float_model, f"{component} of '{type(pipeline).__name__}'")
+    check_denoiser(float_model, f"{component} of '{type(pipeline).__name__}'")
+    adapter = adapter or adapter_of(pipeline, float_model)
     # What the scheme, the sampler and the weights have wrong is told before any work is kept.
     check_finite_weights(float_model)
     resolved.scheme.layer_bits(float_model, adapter)
+    adapter.blocks(float_model)
     for step in resolved.steps:
         step.check(resolved.scheme)
     resolved, remark = _own_scheduler(pipeline, resolved, settings)
@@ -205,20 +209,20 @@ def quantize(
     return Quantized(result, simulation, record)
 
 
-def check_denoiser(denoiser: nn.Module, what: str) -> DenoiserAdapter:
-    """The adapter of a denoiser that can be quantized; otherwise an error that names `what`."""
+def check_denoiser(denoiser: nn.Module, what: str) -> None:
+    """An error that names `what` where a denoiser is not a float one that is ready to run."""
     timestep_position(denoiser)
-    adapter = adapter_for(denoiser)
     if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
         raise StepQuantError(f"the {what} is quantized already: expected a float model")
-    if denoiser.dtype != torch.float32:
+    first = next((p for p in denoiser.parameters() if p.is_floating_point()), torch.empty(0))
+    if first.dtype != torch.float32:
         raise StepQuantError(
-            f"the {what} holds {denoiser.dtype}: expected "
+            f"the {what} holds {first.dtype}: expected "
             "torch.float32; convert the pipeline with .to(torch.float32) or name its folder"
         )
-    if denoiser.device.type != "cpu":
+    if first.device.type != "cpu":
         raise StepQuantError(
-            f"the {what} is on {denoiser.device}: expected "
+            f"the {what} is on {first.device}: expected "
             "the CPU, where quantization runs; call .to('cpu') first, and move the result"
         )
     if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in denoiser.modules()):
@@ -226,7 +230,6 @@ def check_denoiser(denoiser: nn.Module, what: str) -> DenoiserAdapter:
             f"the {what} is in training mode and has dropout: "
             "expected a model that gives the same output twice; call .eval() on it first"
         )
-    return adapter
 
 
 def pack(
@@ -284,7 +287,8 @@ def reference_layers(model: nn.Module) -> dict[str, str]:
 def _scheduler(sampler: DiffusionPipeline, steps: int) -> Any:
     """A copy of the sampler's scheduler, set to `steps` steps."""
     scheduler = copy.deepcopy(sampler.scheduler)
-    if not matches_flow(scheduler):  # whose timesteps may depend on the size of the image
+    # Timesteps of flow matching may depend on the size of the image.
+    if not needs_own_scheduler(sampler):
         scheduler.set_timesteps(steps)
     return scheduler
 
@@ -299,11 +303,11 @@ def _own_scheduler(
     """
     key = "calibration.scheduler"
     asked = key in (settings or {}) or recipe.calibration.scheduler != "ddim"
-    if asked or not matches_flow(pipeline.scheduler):
+    if asked or not needs_own_scheduler(pipeline):
         return recipe, None
     own = type(pipeline.scheduler).__name__
     return recipe.override({key: None}), (
-        f"the pipeline matches flow: calibrating with its own {own} instead of ddim"
+        f"calibrating with the pipeline's own {own}: ddim is for models that predict noise"
     )
 
 

@@ -23,7 +23,7 @@ SCHEDULERS = {
     "flow-euler": "FlowMatchEulerDiscreteScheduler",
 }
 AUTO = "auto"  # ddim, or for flow matching the pipeline's own
-DENOISERS = ("unet", "transformer")
+DENOISERS = ("unet", "transformer", "denoiser")
 LARGEST_SEED = 2**48  # multiples of it are drawn from as well
 
 
@@ -34,7 +34,7 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
             return name
     raise StepQuantError(
         f"{type(pipeline).__name__} has the components {sorted(pipeline.components)}: expected a "
-        f"denoiser called {' or '.join(DENOISERS)}"
+        f"denoiser called {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}"
     )
 
 
@@ -48,11 +48,16 @@ def matches_flow(scheduler: Any) -> bool:
     return type(scheduler).__name__.startswith("FlowMatch")
 
 
+def needs_own_scheduler(pipeline: DiffusionPipeline) -> bool:
+    """Whether DDIM cannot draw with `pipeline`: it matches flow, or has a sampler of its own."""
+    return matches_flow(pipeline.scheduler) or getattr(pipeline.scheduler, "owns_sampling", False)
+
+
 def resolve_scheduler(pipeline: DiffusionPipeline, name: str | None) -> str | None:
-    """`name`, or what "auto" stands for: ddim; the pipeline's own, None, where it matches flow."""
+    """`name`, or what "auto" stands for: ddim, or None, the pipeline's own, where it needs that."""
     if name != AUTO:
         return name
-    return None if matches_flow(pipeline.scheduler) else "ddim"
+    return None if needs_own_scheduler(pipeline) else "ddim"
 
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
@@ -63,6 +68,11 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
         return
     if name not in SCHEDULERS:
         raise StepQuantError(f"unknown scheduler '{name}': expected one of {', '.join(SCHEDULERS)}")
+    if getattr(pipeline.scheduler, "owns_sampling", False):
+        raise StepQuantError(
+            f"scheduler '{name}' was asked for where the user's own function draws: expected own, "
+            "or a DenoiserPipeline without draw"
+        )
     kind = getattr(diffusers, SCHEDULERS[name])
     flow = matches_flow(pipeline.scheduler)
     if flow != kind.__name__.startswith("FlowMatch"):
@@ -101,6 +111,7 @@ def check_scales_input(pipeline: DiffusionPipeline) -> None:
     call = inspect.unwrap(type(pipeline).__call__)
     if (
         hasattr(pipeline.scheduler, "is_scale_input_called")
+        and not getattr(pipeline, "scales_input", False)
         and "scale_model_input" not in call.__code__.co_names
     ):
         raise StepQuantError(

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from stepquant.errors import StepQuantError
 from stepquant.models.adapter import DenoiserAdapter
@@ -109,6 +110,8 @@ class Scheme(BaseModel):
             exempt = adapter.shortcut_and_downsampling_layers(model)
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear | nn.Conv2d):
+                if isinstance(module, _ConvNd):
+                    left_float[name] = f"layer of the class {type(module).__name__}"
                 continue
             reason = why_unsupported(module) or kept.get(name)
             if name in exempt:
@@ -131,6 +134,9 @@ class Scheme(BaseModel):
 
 def why_unsupported(module: nn.Linear | nn.Conv2d) -> str | None:
     """Why a layer cannot be quantized and stays float, or None."""
+    plain = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+    if type(module).forward is not plain.forward:  # it may compute anything
+        return f"layer of the class {type(module).__name__}"
     if isinstance(module, nn.Conv2d):
         if module.groups != 1:
             return f"grouped conv ({module.groups} groups)"

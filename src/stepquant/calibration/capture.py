@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +12,27 @@ from torch import Tensor, nn
 
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.errors import StepQuantError
+from stepquant.models.calling import tensors_in
 
 
 class _StopForward(Exception):
     """Raised by a hook once the block's input is known; the rest of the forward is not needed."""
 
 
+@dataclass(frozen=True)
+class Shared:
+    """A tensor that a block gets for all samples together, such as a table of positions."""
+
+    tensor: Tensor
+
+
 @dataclass
 class BlockData:
     """What a block is trained on.
 
-    `args`, `kwargs`: its inputs, each tensor `[N, ...]`, anything else (tensors without a batch
-    dimension too) as it was in the first call. `target`: the output to match, `[N, ...]`, as
-    `joined_output` gives it. `timestep [N]`.
+    `args`, `kwargs`: its inputs, each tensor `[N, ...]`, in tuples and dictionaries too; tensors
+    without a row for each sample are `Shared`, and anything else is as it was in the first call.
+    `target`: the output to match, `[N, ...]`, as `joined_output` gives it. `timestep [N]`.
     """
 
     args: tuple[Any, ...]
@@ -39,7 +47,9 @@ class BlockData:
         """`(args, kwargs, target, timestep)` of the samples `index`."""
 
         def pick(value: Any) -> Any:
-            return value[index] if _has_rows(value, len(self)) else value
+            if isinstance(value, Shared):
+                return value.tensor
+            return value[index] if isinstance(value, Tensor) else _inside(value, pick)
 
         args = tuple(pick(value) for value in self.args)
         kwargs = {key: pick(value) for key, value in self.kwargs.items()}
@@ -53,8 +63,7 @@ def joined_output(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    entries = output if isinstance(output, tuple | list) else (getattr(output, "sample", None),)
-    tensors = [entry for entry in entries if isinstance(entry, Tensor)]
+    tensors = tensors_in(output)  # diffusers' output classes are dictionaries
     if not tensors:
         raise StepQuantError(
             f"a block gives {type(output).__name__} without a tensor: expected a tensor, or a "
@@ -65,15 +74,29 @@ def joined_output(output: Any) -> Tensor:
     return torch.cat([tensor.flatten(1) for tensor in tensors], dim=1)
 
 
-def _has_rows(value: Any, count: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
+def _inside(value: Any, change: Callable[[Any], Any]) -> Any:
+    """`value` with `change` made to what a tuple, list or dictionary holds."""
+    if isinstance(value, dict):
+        return {key: change(entry) for key, entry in value.items()}
+    if type(value) in (tuple, list):  # not torch.Size, which is a tuple
+        return type(value)(change(entry) for entry in value)
+    return value
 
 
 def _join(values: list[Any], counts: list[int]) -> Any:
-    """One argument of calls with `counts` samples: joined if it has a row for each sample."""
-    if all(_has_rows(value, count) for value, count in zip(values, counts, strict=True)):
-        return torch.cat(values)
-    return values[0]
+    """One argument of calls with `counts` samples: joined if it has a row for each sample.
+
+    The last call only tells by its number of samples what has rows, and is left out.
+    """
+    first = values[0]
+    if isinstance(first, Tensor):
+        rows = all(v.dim() > 0 and len(v) == n for v, n in zip(values, counts, strict=True))
+        return torch.cat(values[:-1]) if rows else Shared(first)
+    if isinstance(first, dict):
+        return {key: _join([value[key] for value in values], counts) for key in first}
+    if type(first) in (tuple, list):
+        return type(first)(_join(list(entries), counts) for entries in zip(*values, strict=True))
+    return first
 
 
 @torch.no_grad()
@@ -89,8 +112,9 @@ def capture_inputs(
         raise _StopForward
 
     with _hook(model.get_submodule(block).register_forward_pre_hook(record, with_kwargs=True)):
-        for start in range(0, len(data), batch):
-            part = data.take(slice(start, start + batch))
+        starts = [slice(start, start + batch) for start in range(0, len(data), batch)]
+        for rows in (*starts, slice(0, min(len(data), 2 if batch == 1 else 1))):
+            part = data.take(rows)
             counts.append(len(part))
             try:
                 predict(model, part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -91,5 +91,13 @@ def adapter_for(model: nn.Module) -> DenoiserAdapter:
             return ADAPTERS[kind.__name__]
     raise StepQuantError(
         f"no adapter for the architecture {type(model).__name__}: expected one of "
-        f"{', '.join(ADAPTERS)}; add one in stepquant.models"
+        f"{', '.join(ADAPTERS)}; for any other, quantize(pipeline, "
+        "adapter=general_adapter(pipeline)), or DenoiserPipeline around a module of your own "
+        "(docs/python.md has the ten lines)"
     )
+
+
+def adapter_of(pipeline: Any, denoiser: nn.Module) -> DenoiserAdapter:
+    """The adapter that `pipeline` brings for its `denoiser`, or the architecture's."""
+    own = getattr(pipeline, "denoiser_adapter", None)
+    return adapter_for(denoiser) if own is None else own

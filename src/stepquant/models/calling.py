@@ -47,3 +47,14 @@ def prediction_in(output: Any, denoiser: nn.Module) -> Tensor:
             "as a tensor, as the first entry of a tuple or as the attribute 'sample'"
         )
     return found
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in `value`: itself, or those in a tuple, list or dictionary, nested too."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, tuple | list):
+        return []
+    return [tensor for entry in value for tensor in tensors_in(entry)]
