@@ -13,6 +13,7 @@ from stepquant.api import evaluate, inspect, quantize, sample
 from stepquant.bench import bench, set_backend
 from stepquant.calibration.trajectories import predict
 from stepquant.models.adapter import adapter_for
+from stepquant.recipe import load_recipe, recipe_names
 from stepquant.runtime.packed import PackedLayer
 
 STEPS = 3
@@ -142,3 +143,55 @@ def test_the_other_verbs_take_conditions_too(name):
     }
     timed = bench(packed, pipeline, batch=(1,), repeats=1)
     assert len(timed["rows"]) == 2
+
+
+SHORT = {
+    "iterations": 2,
+    "later_iterations": 1,
+    "rounds": 1,
+    "samples": 16,
+    "samples_per_step": 4,
+}
+OTHERS = [
+    pytest.param(name, recipe, marks=pytest.mark.slow if name in ("sd", "sdxl", "sd3") else ())
+    for name in ARCHITECTURES
+    for recipe in recipe_names()
+    if recipe not in RECIPES
+]
+
+
+def shortened(recipe):
+    """Settings with which `recipe` does all of its steps, each of them as little as it can."""
+    settings = dict(FEW)
+    for entry in load_recipe(recipe).to_dict()["steps"]:
+        for step, values in entry.items():
+            settings |= {f"{step}.{key}": value for key, value in SHORT.items() if key in values}
+            if "batch" in values:
+                settings[f"{step}.batch"] = 2
+    if recipe == "tcaq-dm":
+        settings["scheme.attention_bits"] = 8
+    return settings
+
+
+@pytest.mark.parametrize(("name", "recipe"), OTHERS)
+def test_the_other_recipes_end_in_a_checkpoint_that_computes_what_they_made(name, recipe, tmp_path):
+    architecture = ARCHITECTURES[name]
+    result = quantize(
+        build(name),
+        recipe,
+        4,
+        4,
+        tmp_path / "out",
+        STEPS,
+        shortened(recipe),
+        **architecture.arguments,
+    )
+    images = draw(name, result.pipeline)
+    assert bool(images.isfinite().all())
+    assert torch.equal(draw(name, tmp_path / "out"), images)
+    packed, data = getattr(result.pipeline, architecture.component), session(name).trajectories
+    set_backend(packed, "reference")
+    with torch.no_grad():
+        assert torch.equal(predict(packed, data), predict(result.simulation, data))
+    names = [step for entry in result.record["recipe"]["steps"] for step in entry]
+    assert list(result.record["summary"]) == names
