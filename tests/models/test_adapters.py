@@ -18,6 +18,7 @@ from stepquant.methods.smoothing import Smoothing
 from stepquant.methods.weight_dilation import WeightDilation
 from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import call_denoiser
+from stepquant.models.modulation import fold_into_modulation
 
 # (blocks, folds): counted by hand in the architecture's definition
 COUNTS = {
@@ -29,7 +30,10 @@ COUNTS = {
     "sd3": (2 + 2 + 1 + 1 + 2, 1),
     "flux": (2 + 3 + 1 + 1 + 2, 0),
 }
-PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+# DiT: two norms of each block, one at the end. SD3: four of the first block and its second
+# attention, three of the last block, whose text ends there, one at the end. Flux: four of the
+# double block, one of the single one, one at the end.
+MODULATIONS = {"sd": 0, "sdxl": 0, "dit": 5, "pixart": 0, "sd3": 5 + 3 + 1, "flux": 4 + 1 + 1}
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -114,6 +118,39 @@ def test_every_fold_leaves_the_prediction_alone(model, adapter, inputs):
             weight.mul_(factors.view(1, -1, *(1,) * (weight.dim() - 2)))
         found = predict(changed, inputs)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=producer)
+
+
+@torch.no_grad()
+def test_every_modulation_leaves_the_prediction_alone(model, adapter, inputs):
+    """By what the norm's consumers read: a random factor for each channel, taken back by them."""
+    expected = predict(model, inputs)
+    for entry in adapter.modulations(model):
+        changed = copy.deepcopy(model)
+        channels = changed.get_submodule(entry.consumers[0]).weight.shape[1]
+        factors = torch.rand(channels, generator=torch.Generator().manual_seed(0)) * 3 + 0.2
+        seen = {}
+        for when, one in (("before", model), ("after", changed)):
+            handle = one.get_submodule(entry.consumers[-1]).register_forward_pre_hook(
+                lambda _m, args, when=when, seen=seen: seen.update({when: args[0]})
+            )
+            if when == "after":
+                linear = changed.get_submodule(entry.linear)
+                fold_into_modulation(linear, entry.shift, entry.scale, factors)
+                for consumer in entry.consumers:
+                    changed.get_submodule(consumer).weight.mul_(factors)
+            found = predict(one, inputs)
+            handle.remove()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=str(entry))
+        torch.testing.assert_close(seen["after"] * factors, seen["before"], rtol=1e-4, atol=1e-4)
+
+
+def test_modulations_are_as_many_as_the_architecture_has(name, model, adapter):
+    found = adapter.modulations(model)
+    assert len(found) == MODULATIONS[name]
+    consumers = [consumer for entry in found for consumer in entry.consumers]
+    assert len(consumers) == len(set(consumers))
+    folded = [consumer for _, group in adapter.folds(model) for consumer in group]
+    assert not set(consumers) & set(folded)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from stepquant.errors import StepQuantError
 from stepquant.models.dit import DiTAdapter
 from stepquant.models.flux import FluxAdapter
 from stepquant.models.inputs import Inputs
+from stepquant.models.modulation import Modulation
 from stepquant.models.pixart import PixArtAdapter
 from stepquant.models.sd3 import SD3Adapter
 from stepquant.models.unet2d import UNet2DAdapter
@@ -53,6 +54,10 @@ class DenoiserAdapter(Protocol):
         output channels than the consumers have in-channels is divided in its first ones: the linear
         half of a GEGLU.
         """
+        ...
+
+    def modulations(self, model: nn.Module) -> list[Modulation]:
+        """Modulated norms, into whose linear layer an equivalent scaling folds exactly."""
         ...
 
     def relation_site(self, model: nn.Module) -> str:

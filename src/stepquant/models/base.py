@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import nn
 
+from stepquant.models.modulation import Modulation
 from stepquant.models.surgery import outermost_modules
 
 Folds = list[tuple[str, tuple[str, ...]]]
@@ -51,13 +52,23 @@ class DiffusersAdapter:
         """None beyond those that no layer class takes."""
         return {}
 
+    def modulations(self, model: nn.Module) -> list[Modulation]:
+        """None: no norm is modulated by a linear layer of its own."""
+        return []
+
     def attention_sites(self, model: nn.Module) -> list[str]:
         """Every `Attention`."""
         return [name for name, module in model.named_modules() if isinstance(module, Attention)]
 
 
+def projections(attention: str, added: bool = False) -> tuple[str, ...]:
+    """q, k and v of an attention; of the text in joint attention with `added`."""
+    kinds = "add_{}_proj" if added else "to_{}"
+    return tuple(f"{attention}.{kinds.format(letter)}" for letter in "qkv")
+
+
 def value_folds(model: nn.Module, sites: list[str]) -> Folds:
-    """V into the output projection, which is linear in v; not where several v's are joined."""
+    """Values into the output projection, which is linear in v; not where several v's are joined."""
     folds: Folds = []
     for name in sites:
         attention = model.get_submodule(name)

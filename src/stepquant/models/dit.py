@@ -6,8 +6,9 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
-from stepquant.models.base import DiffusersAdapter, Folds, value_folds
+from stepquant.models.base import DiffusersAdapter, Folds, projections, value_folds
 from stepquant.models.inputs import MIDDLE, Inputs, random_sample
+from stepquant.models.modulation import Modulation, norm_modulations
 
 
 class DiTAdapter(DiffusersAdapter):
@@ -21,12 +22,18 @@ class DiTAdapter(DiffusersAdapter):
     outer = ("pos_embed.proj", "proj_out_2")
 
     def folds(self, model: nn.Module) -> Folds:
-        """V into the output projection.
-
-        The norms have no weights, and what modulates them is shared by all tokens but not by all
-        steps: their scaling stays in the quantizer, as does that behind GELU.
-        """
+        """Values into the output projection. Behind GELU, a scaling stays in the quantizer."""
         return value_folds(model, self.attention_sites(model))
+
+    def modulations(self, model: nn.Module) -> list[Modulation]:
+        """Both norms of each block, and the last one before the output."""
+        found = [Modulation("proj_out_1", 0, 1, ("proj_out_2",))]
+        for b in range(len(model.transformer_blocks)):
+            block = f"transformer_blocks.{b}"
+            found += norm_modulations(
+                model, f"{block}.norm1", projections(f"{block}.attn1"), (f"{block}.ff.net.0.proj",)
+            )
+        return found
 
     def relation_site(self, model: nn.Module) -> str:
         """The last transformer block: tokens."""

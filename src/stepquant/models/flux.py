@@ -11,8 +11,9 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import nn
 
-from stepquant.models.base import DiffusersAdapter, Folds
+from stepquant.models.base import DiffusersAdapter, Folds, projections
 from stepquant.models.inputs import TOKENS, Inputs, noise
+from stepquant.models.modulation import Modulation, norm_modulations
 
 SIDE = 32  # tokens of a picture of 512 pixels; the config does not name a size
 
@@ -43,8 +44,26 @@ class FluxAdapter(DiffusersAdapter):
         }
 
     def folds(self, model: nn.Module) -> Folds:
-        """None: norms have no weights, values of text and image feed both output projections."""
+        """None: values of text and image feed both output projections."""
         return []
+
+    def modulations(self, model: nn.Module) -> list[Modulation]:
+        """The norms of each block, for image and text, and the last one before the output."""
+        found = norm_modulations(model, "norm_out", ("proj_out",))
+        for b in range(len(model.transformer_blocks)):
+            name = f"transformer_blocks.{b}"
+            for text, norm, ff in ((False, "norm1", "ff"), (True, "norm1_context", "ff_context")):
+                found += norm_modulations(
+                    model,
+                    f"{name}.{norm}",
+                    projections(f"{name}.attn", added=text),
+                    (f"{name}.{ff}.net.0.proj",),
+                )
+        for b in range(len(model.single_transformer_blocks)):
+            name = f"single_transformer_blocks.{b}"
+            both = (*projections(f"{name}.attn"), f"{name}.proj_mlp")
+            found += norm_modulations(model, f"{name}.norm", both)
+        return found
 
     def attention_sites(self, model: nn.Module) -> list[str]:
         """Every `FluxAttention`."""

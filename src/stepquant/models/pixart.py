@@ -11,6 +11,7 @@ from torch import nn
 
 from stepquant.models.dit import DiTAdapter
 from stepquant.models.inputs import MIDDLE, TOKENS, Inputs, noise, random_sample
+from stepquant.models.modulation import Modulation
 
 
 class PixArtAdapter(DiTAdapter):
@@ -22,6 +23,10 @@ class PixArtAdapter(DiTAdapter):
     architecture = "PixArtTransformer2DModel"
     units = (BasicTransformerBlock, TimestepEmbedding, PixArtAlphaTextProjection)
     outer = ("pos_embed.proj", "proj_out")
+
+    def modulations(self, model: nn.Module) -> list[Modulation]:
+        """None: one linear layer modulates the norms of all blocks."""
+        return []
 
     def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
         """A sample with a timestep for each image, a prompt's embedding, and the picture's size."""

@@ -7,8 +7,9 @@ from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding
 from torch import nn
 
-from stepquant.models.base import DiffusersAdapter, Folds, value_folds
+from stepquant.models.base import DiffusersAdapter, Folds, projections, value_folds
 from stepquant.models.inputs import MIDDLE, TOKENS, Inputs, noise, random_sample
+from stepquant.models.modulation import Modulation, norm_modulations
 
 
 class SD3Adapter(DiffusersAdapter):
@@ -22,11 +23,33 @@ class SD3Adapter(DiffusersAdapter):
     outer = ("pos_embed.proj", "proj_out")
 
     def folds(self, model: nn.Module) -> Folds:
-        """V into the output projection, in the image's own attention of 3.5 only.
+        """Values into the output projection, in the image's own attention of 3.5 only.
 
         In joint attention the values of text and image feed both output projections.
         """
         return value_folds(model, self.attention_sites(model))
+
+    def modulations(self, model: nn.Module) -> list[Modulation]:
+        """The norms of each block, for image and text, and the last one before the output.
+
+        Where 3.5 has a second attention, it reads the same norm under a modulation of its own.
+        """
+        found = norm_modulations(model, "norm_out", ("proj_out",))
+        for b, block in enumerate(model.transformer_blocks):
+            name = f"transformer_blocks.{b}"
+            found += norm_modulations(
+                model, f"{name}.norm1", projections(f"{name}.attn"), (f"{name}.ff.net.0.proj",)
+            )
+            if block.use_dual_attention:
+                own = projections(f"{name}.attn2")
+                found.append(Modulation(f"{name}.norm1.linear", 6, 7, own))
+            found += norm_modulations(
+                model,
+                f"{name}.norm1_context",
+                projections(f"{name}.attn", added=True),
+                (f"{name}.ff_context.net.0.proj",),
+            )
+        return found
 
     def relation_site(self, model: nn.Module) -> str:
         """The last joint block: image tokens."""
