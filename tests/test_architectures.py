@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from architectures import ARCHITECTURES, build, session
-from quantize_runs import refused
+from quantize_runs import refused, tree
 from stepquant.api import evaluate, inspect, quantize, sample
 from stepquant.bench import bench, set_backend
 from stepquant.calibration.trajectories import predict
 from stepquant.models.adapter import adapter_for
+from stepquant.progress import Reporter
 from stepquant.recipe import load_recipe, recipe_names
 from stepquant.runtime.packed import PackedLayer
 
@@ -34,10 +37,10 @@ PRODUCTS = {"sd", "sdxl", "dit", "pixart"}  # whose attention has the plain proc
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def run(name, recipe, bits, out=None, **changes):
+def run(name, recipe, bits, out=None, model=None, **changes):
     settings = {**RECIPES[recipe], "scheme.attention_bits": bits}
     arguments = {**ARCHITECTURES[name].arguments, **changes}
-    return quantize(build(name), recipe, bits, bits, out, STEPS, settings, **arguments)
+    return quantize(model or build(name), recipe, bits, bits, out, STEPS, settings, **arguments)
 
 
 def draw(name, model, num=3, **changes):
@@ -143,6 +146,60 @@ def test_the_other_verbs_take_conditions_too(name):
     }
     timed = bench(packed, pipeline, batch=(1,), repeats=1)
     assert len(timed["rows"]) == 2
+
+
+@pytest.mark.parametrize("name", ["sd", "dit", "flux"])
+def test_an_interrupted_run_ends_with_the_same_bytes(name, tmp_path, monkeypatch):
+    """Conditions are kept with the trajectories."""
+
+    class Interrupting(Reporter):
+        def line(self, text):
+            pass
+
+        @contextmanager
+        def task(self, description, total):
+            if description == "distilling blocks":
+                raise KeyboardInterrupt
+            with super().task(description, total) as task:
+                yield task
+
+    pipeline = build(name)
+    run(name, "dilatequant", 4, tmp_path / "whole", model=pipeline)
+    with pytest.raises(KeyboardInterrupt):
+        run(name, "dilatequant", 4, tmp_path / "out", model=pipeline, reporter=Interrupting(True))
+    monkeypatch.setattr("stepquant.quantize.capture_trajectories", None)  # they are there
+    if name != "dit":
+        message = refused(
+            lambda: run(
+                name, "dilatequant", 4, tmp_path / "out", model=pipeline, resume=True, prompts="x"
+            )
+        )
+        assert "conditioning" in message or "job" in message
+    run(name, "dilatequant", 4, tmp_path / "out", model=pipeline, resume=True)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "steps"),
+    [("sd", "dpm-solver++", 5), ("sd", "euler", 4), ("dit", "ddim", 7), ("flux", "flow-euler", 5)],
+)
+def test_other_samplers_and_step_counts_than_the_calibrated_ones(name, scheduler, steps):
+    pipeline, packed = build(name), run(name, "minmax", 8).pipeline
+    arguments = ARCHITECTURES[name].arguments
+    images, wanted = (sample(p, 2, steps, 0, scheduler, **arguments) for p in (packed, pipeline))
+    assert 0 < float((images - wanted).abs().mean()) < 0.05
+
+
+def test_diffusers_loads_the_whole_pipeline_by_itself(tmp_path):
+    result = run("sd", "minmax", 4, tmp_path / "out")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"prompt": ["a cat"], "num_inference_steps": 3, "output_type": "np"}
+    images = [
+        one(**call, generator=torch.Generator().manual_seed(0)).images
+        for one in (pipeline, result.pipeline)
+    ]
+    assert (images[0] == images[1]).all()
 
 
 SHORT = {

@@ -53,7 +53,9 @@ class Conditioning:
         condition or argument, or has fewer classes.
         """
         what, known = type(pipeline).__name__, _parameters(pipeline)
-        open_ended = any(kind == inspect.Parameter.VAR_KEYWORD for kind in known.values())
+        # Where a pipeline names its arguments, further ones are taken without a word, and dropped.
+        named = {"prompt", "class_labels", "batch_size"} & set(known)
+        open_ended = not named and inspect.Parameter.VAR_KEYWORD in known.values()
         chosen = range(first, first + count)
         found: dict[str, Any] = dict(self.call)
         if self.guidance is not None:
