@@ -5,9 +5,11 @@ import torch
 from pydantic import ConfigDict
 from torch import nn
 
-from stepquant.calibration.capture import BlockData
+from stepquant.calibration.capture import BlockData, capture_inputs
+from stepquant.calibration.observe import quant_layers
 from stepquant.errors import StepQuantError
 from stepquant.methods import BlockDistillation, TemporalQuantizer
+from stepquant.methods.block_training import train_blocks, training_inputs
 from stepquant.workfolder import WorkFolder
 
 TINY = {"iterations": 16, "batch": 8, "samples": 32}
@@ -367,3 +369,23 @@ def test_finished_blocks_are_taken_from_the_work_folder(tiny_session, tmp_path, 
     ):
         assert a["block"] == b["block"]
         assert a["loss_after"] == pytest.approx(b["loss_after"])
+
+
+def test_each_block_gets_what_the_whole_chain_gives(tiny_session):
+    """Finished blocks are replayed; what a block is trained on is that of a plain forward."""
+    session = ready(tiny_session, **SMALL)
+    data = training_inputs(session, "test", 16)
+    compared = []
+
+    def train(name, block, examples, _generator):
+        args, kwargs = capture_inputs(session.model, name, data, 8)
+        assert kwargs.keys() == examples.kwargs.keys()
+        for found, expected in zip(examples.args, args, strict=True):
+            assert torch.equal(found, expected), name
+        for layer in quant_layers(block).values():
+            layer.weight.data.mul_(1.01)  # as training would
+        compared.append(name)
+        return 1.0, 1.0
+
+    train_blocks(session, "test", "testing", data, 4, train)
+    assert len(compared) == 9

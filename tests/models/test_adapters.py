@@ -10,8 +10,10 @@ from torch import nn
 
 from architectures import ARCHITECTURES, build, session
 from stepquant.bench import denoiser_call
+from stepquant.calibration.capture import execution_order, last_readers
 from stepquant.calibration.trajectories import predict
 from stepquant.errors import StepQuantError
+from stepquant.methods.block_distillation import BlockDistillation
 from stepquant.methods.channel_reparameterization import ChannelReparameterization
 from stepquant.methods.relation_distillation import RelationDistillation
 from stepquant.methods.smoothing import Smoothing
@@ -257,3 +259,21 @@ def test_embeddings_of_other_unets_are_told():
     unet.register_to_config(addition_embed_type="text_image")
     with pytest.raises(StepQuantError, match="embeddings of the kind 'text_image'"):
         adapter_for(unet).random_inputs(unet, 1)
+
+
+def test_blocks_that_run_once_are_trained_as_if_the_whole_chain_ran(name, monkeypatch, one_thread):
+    """Their outputs are replayed: of text and image, and of a block whose parts are used again."""
+    step = BlockDistillation(iterations=2, samples=16, batch=4)
+    replayed, whole = session(name), session(name)
+    order = execution_order(
+        replayed.float_model,
+        replayed.adapter.blocks(replayed.float_model),
+        replayed.trajectories,
+    )
+    assert set(last_readers(replayed.float_model, order, replayed.trajectories)) == set(order)
+    step.apply(replayed)
+    monkeypatch.setattr("stepquant.methods.block_training.last_readers", lambda *_: {})
+    step.apply(whole)
+    assert replayed.summary == whole.summary
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, replayed.model.state_dict()[key]), key

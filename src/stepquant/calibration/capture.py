@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,20 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibration.nested import join, pick
+from stepquant.calibration.replay import readers, replaying
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.errors import StepQuantError
-from stepquant.models.calling import tensors_in
+from stepquant.models.calling import named_arguments, tensors_in
 
 
 class _StopForward(Exception):
     """Raised by a hook once the block's input is known; the rest of the forward is not needed."""
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A tensor that a block gets for all samples together, such as a table of positions."""
-
-    tensor: Tensor
 
 
 @dataclass
@@ -45,14 +40,7 @@ class BlockData:
 
     def batch(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], Tensor, Tensor]:
         """`(args, kwargs, target, timestep)` of the samples `index`."""
-
-        def pick(value: Any) -> Any:
-            if isinstance(value, Shared):
-                return value.tensor
-            return value[index] if isinstance(value, Tensor) else _inside(value, pick)
-
-        args = tuple(pick(value) for value in self.args)
-        kwargs = {key: pick(value) for key, value in self.kwargs.items()}
+        args, kwargs = pick((self.args, self.kwargs), index)
         return args, kwargs, self.target[index], self.timestep[index]
 
 
@@ -74,36 +62,18 @@ def joined_output(output: Any) -> Tensor:
     return torch.cat([tensor.flatten(1) for tensor in tensors], dim=1)
 
 
-def _inside(value: Any, change: Callable[[Any], Any]) -> Any:
-    """`value` with `change` made to what a tuple, list or dictionary holds."""
-    if isinstance(value, dict):
-        return {key: change(entry) for key, entry in value.items()}
-    if type(value) in (tuple, list):  # not torch.Size, which is a tuple
-        return type(value)(change(entry) for entry in value)
-    return value
-
-
-def _join(values: list[Any], counts: list[int]) -> Any:
-    """One argument of calls with `counts` samples: joined if it has a row for each sample.
-
-    The last call only tells by its number of samples what has rows, and is left out.
-    """
-    first = values[0]
-    if isinstance(first, Tensor):
-        rows = all(v.dim() > 0 and len(v) == n for v, n in zip(values, counts, strict=True))
-        return torch.cat(values[:-1]) if rows else Shared(first)
-    if isinstance(first, dict):
-        return {key: _join([value[key] for value in values], counts) for key in first}
-    if type(first) in (tuple, list):
-        return type(first)(_join(list(entries), counts) for entries in zip(*values, strict=True))
-    return first
-
-
 @torch.no_grad()
 def capture_inputs(
-    model: nn.Module, block: str, data: Trajectories, batch: int
+    model: nn.Module,
+    block: str,
+    data: Trajectories,
+    batch: int,
+    outputs: Mapping[str, Any] | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of `block` while `model` sees `data`, joined over batches."""
+    """Arguments of `block` while `model` sees `data`, joined over batches.
+
+    `outputs`: what blocks before it give for `data`, `[N, ...]`, which then do not run again.
+    """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     counts: list[int] = []
 
@@ -111,17 +81,21 @@ def capture_inputs(
         calls.append((args, kwargs))
         raise _StopForward
 
-    with _hook(model.get_submodule(block).register_forward_pre_hook(record, with_kwargs=True)):
-        starts = [slice(start, start + batch) for start in range(0, len(data), batch)]
-        for rows in (*starts, slice(0, min(len(data), 2 if batch == 1 else 1))):
-            part = data.take(rows)
+    with (
+        _hook(model.get_submodule(block).register_forward_pre_hook(record, with_kwargs=True)),
+        replaying(model, outputs or {}) as stands_in,
+    ):
+        chunks = [slice(start, start + batch) for start in range(0, len(data), batch)]
+        for chunk in (*chunks, slice(0, min(len(data), 2 if batch == 1 else 1))):
+            for stand_in in stands_in:
+                stand_in.part = chunk
+            part = data.take(chunk)
             counts.append(len(part))
             try:
                 predict(model, part)
             except _StopForward:
                 continue
-    args = tuple(_join([call[0][i] for call in calls], counts) for i in range(len(calls[0][0])))
-    kwargs = {key: _join([call[1][key] for call in calls], counts) for key in calls[0][1]}
+    args, kwargs = join(calls, counts)
     return args, kwargs
 
 
@@ -162,6 +136,42 @@ def execution_order(model: nn.Module, blocks: list[str], data: Trajectories) -> 
         for handle in handles:
             handle.remove()
     return list(dict.fromkeys(order))
+
+
+def last_readers(model: nn.Module, order: list[str], data: Trajectories) -> dict[str, int]:
+    """The position in `order` of the last of these blocks that reads each one's output, or -1.
+
+    Only for blocks whose output can be replayed: tensors, from one call in a forward.
+    """
+    calls: dict[str, list[Any]] = {name: [] for name in order}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, _a, y, name=name: calls[name].append(y)
+        )
+        for name in order
+    ]
+    one = data.take(slice(0, 1))
+    named = named_arguments(model, one.conditions.arguments()) | {"timestep": one.timestep}
+    with torch.no_grad():
+        try:
+            model(one.sample, **named)
+        finally:
+            for handle in handles:
+                handle.remove()
+    single = {name: found[0] for name, found in calls.items() if len(found) == 1}
+    outputs = {name: y for name, y in single.items() if _replayable(y)}
+    return {
+        name: max((order.index(reader) for reader in found), default=-1)
+        for name, found in readers(model, order, outputs, one.sample, **named).items()
+    }
+
+
+def _replayable(output: Any) -> bool:
+    """Whether the output for one sample is a tensor with a row for it, or a tuple of such."""
+    entries = output if type(output) is tuple else (output,)
+    return all(
+        e is None or (isinstance(e, Tensor) and e.dim() > 0 and len(e) == 1) for e in entries
+    )
 
 
 @contextmanager

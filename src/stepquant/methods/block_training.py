@@ -14,7 +14,9 @@ from stepquant.calibration.capture import (
     capture_outputs,
     execution_order,
     joined_output,
+    last_readers,
 )
+from stepquant.calibration.nested import inside, pick
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.session import Session
@@ -65,15 +67,18 @@ def train_blocks(
     records = []
     targets: dict[str, Tensor] = {}
     inputs_from = float_model if float_inputs else model
+    # What finished blocks give, so that none of them runs again for each block behind it.
+    outputs: dict[str, Any] = {}
+    last = last_readers(float_model, names, data)
     with session.reporter.task(doing, total=len(names)) as task:
         for index, name in enumerate(names):
             block = model.get_submodule(name)
             piece = f"{key}/{index:03d}-{name}"
             kept = session.work.load(piece)
+            args, kwargs = capture_inputs(inputs_from, name, data, 2 * batch, outputs)
             if kept is None:
                 if name not in targets:
                     targets = _targets(float_model, names[index:], data, 2 * batch)
-                args, kwargs = capture_inputs(inputs_from, name, data, 2 * batch)
                 examples = BlockData(args, kwargs, targets.pop(name), data.timestep)
                 generator = torch.Generator().manual_seed(session.seed * 1009 + index)
                 losses = train(name, block, examples, generator)
@@ -82,9 +87,51 @@ def train_blocks(
                 losses = tuple(kept.pop("losses").tolist())
                 block.load_state_dict(kept)
                 targets.pop(name, None)
+            if name in last:
+                block = inputs_from.get_submodule(name)
+                outputs[name] = _run(session, block, args, kwargs, data.timestep, 2 * batch)
+            for done, y in outputs.items():
+                if last[done] <= index:  # only its shape is read from here on
+                    outputs[done] = _forgotten(y, len(data))
             records.append({"block": name, "loss_before": losses[0], "loss_after": losses[1]})
             task.advance(note=f"{name} loss {losses[0]:.2e} -> {losses[1]:.2e}")
     return records
+
+
+@torch.no_grad()
+def _run(
+    session: Session,
+    block: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    timestep: Tensor,
+    batch: int,
+) -> Any:
+    """What `block` gives for its inputs at `timestep [N]`, `batch` at once, `[N, ...]`."""
+    outputs = []
+    for start in range(0, len(timestep), batch):
+        part = slice(start, start + batch)
+        session.context.set_timestep(timestep[part])
+        own_args, own_kwargs = pick((args, kwargs), part)
+        outputs.append(block(*own_args, **own_kwargs))
+    return _cat(outputs)
+
+
+def _cat(outputs: list[Any]) -> Any:
+    """Tensors `[n, ...]` joined to `[N, ...]`, in tuples too."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(outputs)
+    if isinstance(first, tuple):
+        return tuple(_cat(list(entries)) for entries in zip(*outputs, strict=True))
+    return first
+
+
+def _forgotten(output: Any, count: int) -> Any:
+    """Of the same shapes, with the values of the first sample only."""
+    if isinstance(output, Tensor):
+        return output[:1].expand(count, *output.shape[1:])
+    return inside(output, lambda entry: _forgotten(entry, count))
 
 
 def _targets(
