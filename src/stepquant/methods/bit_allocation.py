@@ -47,8 +47,10 @@ def allocate_bits(
     for number, table in enumerate(errors):
         exact = table.double().T.numpy()  # [C_out, widths]
         for channel, row in enumerate(exact):
+            gain = np.inf
             for start, stop in hull_segments(row):
-                gain = (row[start] - row[stop]) / ((stop - start) * columns[number])
+                # Not more than the step before, even by rounding: it cannot be taken before that.
+                gain = min(gain, (row[start] - row[stop]) / ((stop - start) * columns[number]))
                 steps.append((-gain, number, channel, start, stop))
     chosen = [np.zeros(table.shape[1], dtype=np.int64) for table in errors]
     left = budget - sum(
@@ -69,9 +71,10 @@ def hull_segments(errors: np.ndarray) -> list[tuple[int, int]]:
         here = corners[-1]
         ahead = np.arange(here + 1, len(errors))
         slopes = (errors[ahead] - errors[here]) / (ahead - here)
-        best = int(slopes.argmin())
-        if slopes[best] >= 0:
+        if slopes.min() >= 0:
             break
+        # Of slopes that differ by rounding only, the nearest: a longer jump may not be affordable.
+        best = int((slopes <= slopes.min() * (1 - 1e-12)).argmax())
         corners.append(int(ahead[best]))
     return list(itertools.pairwise(corners))
 
