@@ -124,6 +124,12 @@ def test_ddim_that_is_asked_for_is_refused_where_flow_is_matched():
     assert "scheduler 'ddim' is for a model that predicts noise" in message
 
 
+def test_a_class_embedding_that_drops_labels_is_refused():
+    pipeline = build("dit")
+    pipeline.transformer.train()
+    assert "is in training mode and has dropout" in refused(lambda: quantize(pipeline, "minmax"))
+
+
 def test_a_text_pipeline_asks_for_prompts():
     message = refused(lambda: quantize(build("sd"), "minmax"))
     assert "StableDiffusionPipeline draws images of prompts and got none" in message

@@ -25,7 +25,7 @@ from stepquant.evaluate import peak_memory_mb, reset_peak_memory
 from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
-from stepquant.quantizers.step_grid import timestep_position
+from stepquant.readiness import check_denoiser
 from stepquant.recipe import Calibration, Recipe, load_recipe
 from stepquant.runtime.pack import pack_model
 from stepquant.runtime.packed import PackedLayer
@@ -207,29 +207,6 @@ def quantize(
         record["times_smaller"] = record["float32_bytes"] / record["checkpoint_bytes"]
         work.remove()
     return Quantized(result, simulation, record)
-
-
-def check_denoiser(denoiser: nn.Module, what: str) -> None:
-    """An error that names `what` where a denoiser is not a float one that is ready to run."""
-    timestep_position(denoiser)
-    if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
-        raise StepQuantError(f"the {what} is quantized already: expected a float model")
-    first = next((p for p in denoiser.parameters() if p.is_floating_point()), torch.empty(0))
-    if first.dtype != torch.float32:
-        raise StepQuantError(
-            f"the {what} holds {first.dtype}: expected "
-            "torch.float32; convert the pipeline with .to(torch.float32) or name its folder"
-        )
-    if first.device.type != "cpu":
-        raise StepQuantError(
-            f"the {what} is on {first.device}: expected "
-            "the CPU, where quantization runs; call .to('cpu') first, and move the result"
-        )
-    if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in denoiser.modules()):
-        raise StepQuantError(
-            f"the {what} is in training mode and has dropout: "
-            "expected a model that gives the same output twice; call .eval() on it first"
-        )
 
 
 def pack(
