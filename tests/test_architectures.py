@@ -187,7 +187,13 @@ def test_an_interrupted_run_ends_with_the_same_bytes(name, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("name", "scheduler", "steps"),
-    [("sd", "dpm-solver++", 5), ("sd", "euler", 4), ("dit", "ddim", 7), ("flux", "flow-euler", 5)],
+    [
+        ("sd", "dpm-solver++", 5),
+        ("sd", "euler", 4),
+        ("sd", "lcm", 4),
+        ("dit", "ddim", 7),
+        ("flux", "flow-euler", 5),
+    ],
 )
 def test_other_samplers_and_step_counts_than_the_calibrated_ones(name, scheduler, steps):
     pipeline, packed = build(name), run(name, "minmax", 8).pipeline

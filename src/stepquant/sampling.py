@@ -20,6 +20,7 @@ SCHEDULERS = {
     "ddpm": "DDPMScheduler",
     "dpm-solver++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
+    "lcm": "LCMScheduler",
     "flow-euler": "FlowMatchEulerDiscreteScheduler",
 }
 AUTO = "auto"  # ddim, or for flow matching the pipeline's own

@@ -32,8 +32,8 @@ Scheduler = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="ddim, ddpm, dpm-solver++, euler, flow-euler, own: the pipeline's, or auto: ddim, and "
-        "where flow is matched own.",
+        help="ddim, ddpm, dpm-solver++, euler, lcm, flow-euler, own: the pipeline's, or auto: "
+        "ddim, and where flow is matched own.",
     ),
 ]
 Prompt = Annotated[
