@@ -158,6 +158,23 @@ def test_nested_arguments_come_back_nested():
     assert torch.equal(again["added_cond_kwargs"]["text_embeds"], texts)
 
 
+def test_tuples_of_tensors_come_back_as_tuples():
+    cosine, sine = torch.randn(5, 4), torch.randn(5, 4)  # of tokens
+    residuals = [torch.randn(2, 3, 4) for _ in range(11)]  # of samples, more than ten
+    given = {
+        "rotary": (cosine, sine),
+        "residuals": residuals,
+        "sizes": (8, 8),
+        "pair": (None, sine),
+    }
+    found = Conditions.from_tensors(recorded((given, 2)).take(torch.tensor([1])).to_tensors())
+    again = found.arguments()
+    assert all(torch.equal(a, b) for a, b in zip(again["rotary"], (cosine, sine), strict=True))
+    assert all(torch.equal(a, b[1:]) for a, b in zip(again["residuals"], residuals, strict=True))
+    assert again["sizes"] == [8, 8]  # plain values are kept as JSON keeps them
+    assert again["pair"][0] is None and torch.equal(again["pair"][1], sine)
+
+
 def test_equal_rows_are_kept_once():
     text = torch.randn(2, 7, 5)
     calls = [({"text": torch.cat([text[:1], text[1:]])}, 2) for _ in range(10)]

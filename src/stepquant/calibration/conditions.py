@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from stepquant.errors import StepQuantError
+from stepquant.models.calling import tensors_in
 
 # Positions of tokens, the same for all samples: a batch may have as many samples as tokens.
 WITHOUT_BATCH = ("img_ids", "txt_ids")
 SEPARATOR = "."  # between the names of nested arguments
+POSITION = "#"  # before the number of an entry of a tuple
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Conditions:
     `values`: by name, the distinct values of an argument `[U, ...]`, and `rows`, `[N]` (int64),
     which of them each input has: an embedding that is the same at all steps is there once.
     `shared`: tensors without a batch dimension, the same for all inputs. `constants`: what is not
-    a tensor. The names of nested arguments are joined by dots, as `added_cond_kwargs.time_ids`.
+    a tensor. The names of nested arguments are joined by dots, as `added_cond_kwargs.time_ids` and,
+    in a tuple, `image_rotary_emb.#0`.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -49,7 +52,7 @@ class Conditions:
             for parent in parents:
                 place = place.setdefault(parent, {})
             place[last] = value
-        return nested
+        return _with_tuples(nested)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """For a safetensors file; nothing, where there are no conditions."""
@@ -118,7 +121,7 @@ class ConditionRecorder:
         except TypeError:
             self._fail(
                 f"got {type(value).__name__} as '{name}'",
-                "tensors, numbers, texts, None, and lists of these, in dictionaries or alone",
+                "tensors, numbers, texts, None, and tuples and dictionaries of these",
             )
         if self._constants.setdefault(name, value) != value:
             self._fail(f"got {value!r} as '{name}' after {self._constants[name]!r}", "one value")
@@ -165,11 +168,26 @@ class ConditionRecorder:
 
 
 def _flat(arguments: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries under dotted names; an empty one stays, as forwards may ask for it."""
+    """Nested dictionaries under dotted names; an empty one stays, as forwards may ask for it.
+
+    Tuples and lists too, where there are tensors in them.
+    """
     flat: dict[str, Any] = {}
     for name, value in arguments.items():
+        if isinstance(value, tuple | list) and tensors_in(value):
+            value = {f"{POSITION}{index}": entry for index, entry in enumerate(value)}
         if isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{name}{SEPARATOR}")
         else:
             flat[prefix + name] = value
     return flat
+
+
+def _with_tuples(value: Any) -> Any:
+    """`value` with tuples again for dictionaries of positions; a list comes back as one, too."""
+    if not isinstance(value, dict):
+        return value
+    entries = {name: _with_tuples(entry) for name, entry in value.items()}
+    if entries and all(name.startswith(POSITION) for name in entries):
+        return tuple(entries[f"{POSITION}{index}"] for index in range(len(entries)))
+    return entries
