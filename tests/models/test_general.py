@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import AuraFlowTransformer2DModel, SanaTransformer2DModel
 from torch import nn
 
 from plain_denoiser import SHAPE, denoiser
@@ -183,3 +184,62 @@ def test_a_module_without_a_timestep_is_told():
 
     message = refused(lambda: quantize(DenoiserPipeline(Timeless(), SHAPE), "minmax"))
     assert "arguments (sample, t): expected one called 'timestep'" in message
+
+
+def sana():
+    return SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+        patch_size=1,
+    )
+
+
+def aura_flow():
+    return AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=256,
+    )
+
+
+def of_texts(denoiser, noise, steps, generators):
+    """Flow along straight paths, each image with a text of its own."""
+    x, texts = noise, torch.randn(8, 6, 16, generator=torch.Generator().manual_seed(0))
+    for t in torch.linspace(1000, 0, steps + 1)[:-1]:
+        text = {"encoder_hidden_states": texts[: len(x)], "return_dict": False}
+        x = x - denoiser(x, timestep=t.expand(len(x)), **text)[0] / steps
+    return x[:, :3].sigmoid()
+
+
+@pytest.mark.parametrize(
+    ("model", "blocks", "left_float"),
+    [
+        (sana, ["transformer_blocks.0", "transformer_blocks.1"], 2),  # its depthwise convs
+        (aura_flow, ["joint_transformer_blocks.0", "single_transformer_blocks.0"], 0),
+    ],
+)
+def test_architectures_of_diffusers_without_an_adapter(model, blocks, left_float, one_thread):
+    torch.manual_seed(0)
+    pipeline = DenoiserPipeline(model().eval(), (4, 8, 8), draw=of_texts)
+    result = quantize(pipeline, "dilatequant", 8, 8, steps=3, settings=FAST)
+    trained = [row["block"] for row in result.record["summary"]["block_distillation"]]
+    assert [name for name in trained if "blocks" in name] == blocks
+    assert len(result.record["left_float"]) == left_float
+    images, near = (sample(p, 4, 3) for p in (pipeline, result.pipeline))
+    assert 0 < float((images - near).abs().mean()) < 0.02 < float(images.std())
