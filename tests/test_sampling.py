@@ -9,6 +9,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     ScoreSdeVePipeline,
 )
 from torch import nn
@@ -21,6 +22,7 @@ from stepquant.sampling import (
     clipping_remark,
     denoiser_name,
     denoiser_of,
+    resolve_scheduler,
     sample_images,
     set_scheduler,
 )
@@ -103,7 +105,7 @@ def test_none_is_the_schedule_of_the_pipeline(tiny_pipeline):
     assert not torch.allclose(own, sample_images(pipeline, 2, 3, scheduler="ddim"), atol=0.01)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "flow-euler"])
 def test_a_named_scheduler_keeps_the_noise_schedule(tiny_pipeline, name):
     pipeline = tiny_pipeline()
     pipeline.scheduler = DDPMScheduler(beta_end=0.013, num_train_timesteps=321)
@@ -148,6 +150,25 @@ def test_a_scheduler_that_the_pipeline_does_not_serve_is_refused(pipeline):
     own = DDPMPipeline(pipeline.unet, EulerDiscreteScheduler())
     with pytest.raises(StepQuantError, match="scales the denoiser's input"):
         sample_images(own, 1, 2, scheduler=None)
+
+
+def test_a_scheduler_of_the_other_kind_of_model_is_refused(tiny_pipeline):
+    pipeline = tiny_pipeline()
+    with pytest.raises(StepQuantError, match="'flow-euler' is for a model that predicts flow"):
+        set_scheduler(pipeline, "flow-euler")
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with pytest.raises(StepQuantError, match="'ddim' is for a model that predicts noise"):
+        set_scheduler(pipeline, "ddim")
+    set_scheduler(pipeline, "flow-euler")
+    assert pipeline.scheduler.config.shift == 3.0
+
+
+def test_auto_is_ddim_and_for_flow_the_pipelines_own(tiny_pipeline):
+    pipeline = tiny_pipeline()
+    assert resolve_scheduler(pipeline, "auto") == "ddim"
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    assert resolve_scheduler(pipeline, "auto") is None
+    assert resolve_scheduler(pipeline, "flow-euler") == "flow-euler"
 
 
 def test_a_ddim_scheduler_that_clips_is_remarked_on(pipeline):

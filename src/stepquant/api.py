@@ -1,21 +1,37 @@
 """The public functions, one for each verb of the command line."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
 from stepquant.bench import bench
+from stepquant.checkpoint.module import load_module
+from stepquant.conditioning import Conditioning
 from stepquant.demo import demo
 from stepquant.inspection import inspect
 from stepquant.judge import evaluate
+from stepquant.modules import DenoiserPipeline, general_adapter
+from stepquant.progress import Reporter
 from stepquant.quantize import Quantized, quantize
 from stepquant.recipe import load_recipe, recipe_names
-from stepquant.sampling import sample_images
+from stepquant.sampling import AUTO, sample_images
 from stepquant.sources import open_pipeline as load
 
 __all__ = [
+    "DenoiserPipeline",
     "Quantized",
     "bench",
     "demo",
     "evaluate",
+    "general_adapter",
     "inspect",
     "load",
+    "load_module",
     "load_recipe",
     "quantize",
     "recipe_names",
@@ -23,9 +39,29 @@ __all__ = [
 ]
 
 
-def sample(model, num=16, steps=50, seed=0, scheduler="ddim", batch=64, reporter=None, **call):  # type: ignore[no-untyped-def]
+def sample(
+    model: str | Path | DiffusionPipeline,
+    num: int = 16,
+    steps: int = 50,
+    seed: int = 0,
+    scheduler: str | None = AUTO,
+    batch: int = 64,
+    reporter: Reporter | None = None,
+    *,
+    prompts: str | Sequence[str] | None = None,
+    labels: int | Sequence[int] | None = None,
+    guidance: float | None = None,
+    call: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Tensor:
     """Images of `model` (name, folder, hub id or pipeline), float32 `[num, C, H, W]` in [0, 1].
 
-    Image `i` starts from the noise of seed `seed + i`; see `stepquant.sampling.sample_images`.
+    Image `i` starts from the noise of seed `seed + i` and is of prompt, or class label, number `i`,
+    over and over again; see `stepquant.sampling.sample_images`. `guidance`: scale of
+    classifier-free guidance, else the pipeline's. `call`, and any other argument by name, goes to
+    the pipeline.
     """
-    return sample_images(load(model), num, steps, seed, scheduler, batch, reporter, **call)
+    conditioning = Conditioning.of(prompts, labels, guidance, {**(call or {}), **more})
+    return sample_images(
+        load(model), num, steps, seed, scheduler, batch, reporter, conditioning=conditioning
+    )

@@ -12,7 +12,8 @@ from torch import nn
 
 from stepquant.errors import StepQuantError
 from stepquant.evaluate import measure_latency, peak_memory_mb
-from stepquant.models.inputs import random_sample
+from stepquant.models.adapter import DenoiserAdapter, adapter_for, adapter_of
+from stepquant.models.calling import named_arguments
 from stepquant.progress import Reporter
 from stepquant.runtime.packed import PackedLayer
 from stepquant.sampling import check_count, denoiser_of
@@ -33,20 +34,41 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def denoiser_call(
-    model: nn.Module, batch: int, timestep: int, compiled: bool = False
+    model: nn.Module,
+    batch: int,
+    timestep: int | None = None,
+    compiled: bool = False,
+    adapter: DenoiserAdapter | None = None,
 ) -> Callable[[], object]:
-    """A call of the denoiser on random input of its own sample size, without arguments."""
-    sample = random_sample(model, batch)
-    sample = sample.to(next(model.buffers(), next(model.parameters())).device)
-    at = torch.tensor(timestep)
+    """A call of the denoiser on random input of its own sizes, without arguments.
+
+    `timestep`: for all samples; None is one in the middle. Gives what the denoiser returns.
+    """
+    device = next(model.buffers(), next(model.parameters())).device
+    sample, at, conditions = (adapter or adapter_for(model)).random_inputs(model, batch)
+    sample, arguments = sample.to(device), moved(named_arguments(model, conditions), device)
+    if timestep is not None:
+        at = torch.full_like(at, timestep)
     # Compile the module's call as a whole: one graph, whatever the step.
     target = torch.compile(model, dynamic=False) if compiled else model
 
     def call() -> object:
         with torch.no_grad():
-            return target(sample, at, return_dict=False)
+            return target(sample, timestep=at, **arguments)
 
     return call
+
+
+def moved(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """`arguments` with all tensors, nested ones too, on `device`."""
+    return {
+        name: moved(value, device)
+        if isinstance(value, dict)
+        else value.to(device)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in arguments.items()
+    }
 
 
 def bench(
@@ -66,7 +88,8 @@ def bench(
     reporter = reporter or Reporter(quiet=True)
     for size in batch:
         check_count(size, "batch size")
-    candidate, reference = denoiser_of(open_pipeline(model)), denoiser_of(open_pipeline(against))
+    ours, theirs = open_pipeline(model), open_pipeline(against)
+    candidate, reference = denoiser_of(ours), denoiser_of(theirs)
     if not is_packed(candidate):
         raise StepQuantError(
             f"'{model}' has no packed layer: expected a folder that stepquant quantize wrote"
@@ -74,16 +97,19 @@ def bench(
     if is_packed(reference):
         raise StepQuantError(f"'{against}' is quantized: expected the float model to compare with")
     set_backend(candidate, backend)
+    adapter = adapter_of(theirs, reference)
     rows = []
     with reporter.task("timing", total=len(batch)) as task:
         for size in batch:
             calls = {
-                "float32": denoiser_call(reference, size, 500),
-                "quantized": denoiser_call(candidate, size, 500),
+                "float32": denoiser_call(reference, size, adapter=adapter),
+                "quantized": denoiser_call(candidate, size, adapter=adapter),
             }
             if compiled:
-                calls["float32 compiled"] = denoiser_call(reference, size, 500, compiled=True)
-                calls["quantized compiled"] = denoiser_call(candidate, size, 500, compiled=True)
+                for label, denoiser in (("float32", reference), ("quantized", candidate)):
+                    calls[f"{label} compiled"] = denoiser_call(
+                        denoiser, size, compiled=True, adapter=adapter
+                    )
             timings = measure_latency(calls, repeats)
             for name, timing in timings.items():
                 rows.append(

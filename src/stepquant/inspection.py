@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ from torch import nn
 from stepquant.calibration.observe import observe
 from stepquant.calibration.trajectories import capture_trajectories
 from stepquant.checkpoint.validate import packed_attention
+from stepquant.conditioning import Conditioning
 from stepquant.inspection_plots import check_plots, write_plots
 from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.methods.weight_dilation import dilation_factors
-from stepquant.models.adapter import adapter_for
+from stepquant.models.adapter import adapter_of
 from stepquant.models.attention import PRODUCTS
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
 from stepquant.runtime.packed import PackedLayer
-from stepquant.sampling import denoiser_of
+from stepquant.sampling import AUTO, denoiser_of
 from stepquant.scheme import Scheme
 from stepquant.session import simulate
 from stepquant.sources import open_pipeline
@@ -30,17 +32,23 @@ def inspect(
     model: str | Path | DiffusionPipeline,
     plots: str | Path | None = None,
     steps: int = 50,
-    scheduler: str | None = "ddim",
+    scheduler: str | None = AUTO,
     num: int = 8,
     seed: int = 0,
     reporter: Reporter | None = None,
+    *,
+    prompts: str | Sequence[str] | None = None,
+    labels: int | Sequence[int] | None = None,
+    guidance: float | None = None,
+    call: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Layer by layer, what makes a denoiser hard to quantize, or how it was quantized.
 
     A float model is sampled (`num` images): each layer's activation range at every step, the share
     of in-channels that Weight Dilation can scale, and the kurtosis of its weights. A packed model
     shows bits, bytes, kernels and its step tables. With `plots`, pictures go to that new folder
-    (needs the extra [evaluate]).
+    (needs the extra [evaluate]). `prompts`, `labels`, `guidance`, `call`: what the float model's
+    images are drawn of, as in `quantize`.
     """
     reporter = reporter or Reporter(quiet=True)
     if plots is not None:
@@ -50,7 +58,10 @@ def inspect(
     if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
         record = inspect_packed(denoiser)
     else:
-        record = inspect_float(pipeline, denoiser, steps, scheduler, num, seed, reporter)
+        conditioning = Conditioning.of(prompts, labels, guidance, call)
+        record = inspect_float(
+            pipeline, denoiser, steps, scheduler, num, seed, reporter, conditioning
+        )
     if plots is not None:
         record["plots"] = [str(path) for path in write_plots(record, plots)]
     return record
@@ -103,10 +114,13 @@ def inspect_float(
     num: int,
     seed: int,
     reporter: Reporter,
+    conditioning: Conditioning | None = None,
 ) -> dict[str, Any]:
     """Ranges by step, unsaturated share and kurtosis of a float denoiser."""
-    trajectories = capture_trajectories(pipeline, num, steps, seed, scheduler, reporter=reporter)
-    adapter = adapter_for(denoiser)
+    trajectories = capture_trajectories(
+        pipeline, num, steps, seed, scheduler, reporter=reporter, conditioning=conditioning
+    )
+    adapter = adapter_of(pipeline, denoiser)
     context = StepContext(trajectories.grid())
     simulation, left_float = simulate(denoiser, adapter, Scheme(), context)
     seen = observe(simulation, trajectories, num, seed, reporter)

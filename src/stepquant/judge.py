@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepquant.calibration.trajectories import capture_trajectories
+from stepquant.calibration.trajectories import capture_trajectories, predict
+from stepquant.conditioning import Conditioning
 from stepquant.errors import StepQuantError
 from stepquant.evaluate import (
     frechet_distance,
@@ -20,7 +22,7 @@ from stepquant.evaluate import (
     paired_ssim,
 )
 from stepquant.progress import Reporter
-from stepquant.sampling import denoiser_of, sample_images
+from stepquant.sampling import AUTO, denoiser_of, resolve_scheduler, sample_images
 from stepquant.sources import default_features, open_pipeline
 
 
@@ -29,13 +31,18 @@ def evaluate(
     against: str | Path | DiffusionPipeline,
     num: int = 1024,
     steps: int = 50,
-    scheduler: str | None = "ddim",
+    scheduler: str | None = AUTO,
     features: str | None = None,
     seed: int = 0,
     batch: int = 64,
     images: Tensor | None = None,
     float_images: Tensor | None = None,
     reporter: Reporter | None = None,
+    *,
+    prompts: str | Sequence[str] | None = None,
+    labels: int | Sequence[int] | None = None,
+    guidance: float | None = None,
+    call: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """How far `model`'s images are from those of the float model `against`, as JSON values.
 
@@ -43,7 +50,8 @@ def evaluate(
     prediction at each step (on the float model's own trajectories), and, where a feature network
     is named (or known for an embedded model), the Fréchet distance `fd_<features>` to the training
     data and to the float model's samples, each with a bootstrap interval. Images `[num, C, H, W]`
-    that exist already can be handed over.
+    that exist already can be handed over. `prompts`, `labels`, `guidance`, `call`: what images are
+    drawn of, as in `quantize`.
     """
     reporter = reporter or Reporter(quiet=True)
     candidate, reference = open_pipeline(model), open_pipeline(against)
@@ -54,11 +62,14 @@ def evaluate(
                 f"number of images is {num}: expected at least 2 for a Fréchet distance"
             )
         load_features(name)  # a wrong name is told before the sampling
+    scheduler = resolve_scheduler(reference, scheduler)
+    conditioning = Conditioning.of(prompts, labels, guidance, call)
+    conditioning.check(reference)
     settings = (num, steps, seed, scheduler, batch, reporter)
     if float_images is None:
-        float_images = sample_images(reference, *settings)
+        float_images = sample_images(reference, *settings, conditioning=conditioning)
     if images is None:
-        images = sample_images(candidate, *settings)
+        images = sample_images(candidate, *settings, conditioning=conditioning)
     record: dict[str, Any] = {
         "num": len(images),
         "steps": steps,
@@ -66,7 +77,15 @@ def evaluate(
         "seed": seed,
         "paired_psnr_db": paired_psnr(float_images, images),
         "paired_ssim": paired_ssim(float_images, images),
-        "noise_error": noise_error(candidate, reference, steps, scheduler, seed, reporter=reporter),
+        "noise_error": noise_error(
+            candidate,
+            reference,
+            steps,
+            scheduler,
+            seed,
+            reporter=reporter,
+            conditioning=conditioning,
+        ),
     }
     if name is not None:
         record.update(distances(images, float_images, name))
@@ -103,18 +122,25 @@ def noise_error(
     seed: int,
     num: int = 16,
     reporter: Reporter | None = None,
+    conditioning: Conditioning | None = None,
 ) -> list[dict[str, float]]:
     """Relative squared error of the noise prediction at each step, on `num` float trajectories."""
     reporter = reporter or Reporter(quiet=True)
     trajectories = capture_trajectories(
-        reference, num, steps, seed + 2_000_000, scheduler, reporter=reporter
+        reference,
+        num,
+        steps,
+        seed + 2_000_000,
+        scheduler,
+        reporter=reporter,
+        conditioning=conditioning,
     )
     ours, theirs = denoiser_of(candidate), denoiser_of(reference)
     outputs: tuple[list[Tensor], list[Tensor]] = ([], [])
     with reporter.task("comparing noise predictions", total=len(trajectories.timesteps)) as task:
-        for row, timestep in enumerate(trajectories.timesteps):
-            sample = trajectories.at_step(row)  # [num, C, H, W]
-            outputs[0].append(theirs(sample, timestep, return_dict=False)[0])
-            outputs[1].append(ours(sample, timestep, return_dict=False)[0])
+        for row in range(len(trajectories.timesteps)):
+            inputs = trajectories.step(row)
+            outputs[0].append(predict(theirs, inputs))
+            outputs[1].append(predict(ours, inputs))
             task.advance()
     return [dict(error) for error in noise_prediction_error(*outputs, trajectories.timesteps)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,16 +19,23 @@ from stepquant import __version__
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories, drawer
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
+from stepquant.conditioning import Conditioning
 from stepquant.errors import StepQuantError
 from stepquant.evaluate import peak_memory_mb, reset_peak_memory
-from stepquant.models.adapter import DenoiserAdapter, adapter_for
+from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
-from stepquant.quantizers.step_grid import timestep_position
+from stepquant.readiness import check_denoiser
 from stepquant.recipe import Calibration, Recipe, load_recipe
 from stepquant.runtime.pack import pack_model
 from stepquant.runtime.packed import PackedLayer
-from stepquant.sampling import check_seed, clipping_remark, denoiser_name, set_scheduler
+from stepquant.sampling import (
+    check_seed,
+    clipping_remark,
+    denoiser_name,
+    needs_own_scheduler,
+    set_scheduler,
+)
 from stepquant.session import Session, check_finite_weights, float_products, simulate
 from stepquant.sources import float32_bytes, open_pipeline, weight_file_bytes
 from stepquant.workfolder import WorkFolder, fingerprint
@@ -75,6 +83,12 @@ def quantize(
     seed: int = 0,
     resume: bool = False,
     reporter: Reporter | None = None,
+    *,
+    prompts: str | Sequence[str] | None = None,
+    labels: int | Sequence[int] | None = None,
+    guidance: float | None = None,
+    call: Mapping[str, Any] | None = None,
+    adapter: DenoiserAdapter | None = None,
 ) -> Quantized:
     """Quantize the denoiser of `model` by `recipe` and save the packed pipeline to `out`.
 
@@ -82,6 +96,11 @@ def quantize(
     for. `settings`: recipe values by dotted name, as `{"block_distillation.iterations": 300}`.
     Unfinished work is kept beside `out` (`OUT.work`); with `resume` it is taken up, and the
     checkpoint comes out byte for byte as if nothing had happened. Without `out` nothing is saved.
+    `prompts`, `labels`: what the calibration images are of, one after another and over again; a
+    pipeline that draws images of texts needs prompts, one that draws images of classes takes all
+    of them unless told otherwise. `guidance`: scale of classifier-free guidance, else the
+    pipeline's. `call`: further arguments of the pipeline, such as `height`. `adapter`: what the
+    denoiser consists of, where stepquant does not know its architecture (`general_adapter`).
 
     Raises StepQuantError for anything in the input that is not as expected.
     """
@@ -101,19 +120,26 @@ def quantize(
     pipeline = open_pipeline(model)
     component = denoiser_name(pipeline)
     float_model = getattr(pipeline, component)
-    adapter = check_denoiser(float_model, f"{component} of '{type(pipeline).__name__}'")
+    check_denoiser(float_model, f"{component} of '{type(pipeline).__name__}'")
+    adapter = adapter or adapter_of(pipeline, float_model)
     # What the scheme, the sampler and the weights have wrong is told before any work is kept.
     check_finite_weights(float_model)
     resolved.scheme.layer_bits(float_model, adapter)
+    adapter.blocks(float_model)
     for step in resolved.steps:
         step.check(resolved.scheme)
+    resolved, remark = _own_scheduler(pipeline, resolved, settings)
+    if remark is not None:
+        reporter.line(remark)
+    conditioning = Conditioning.of(prompts, labels, guidance, call)
+    conditioning.check(pipeline)
     sampler = copy.copy(pipeline)
     set_scheduler(sampler, resolved.calibration.scheduler)
     for step in resolved.steps:
         step.check_model(float_model, adapter, sampler.scheduler)
     reset_peak_memory()
     started = time.monotonic()
-    provenance = provenance_of(seed, pipeline, resolved.calibration)
+    provenance = provenance_of(seed, pipeline, resolved.calibration, conditioning)
     job = {
         "recipe": resolved.to_dict(),
         "provenance": provenance,
@@ -124,7 +150,7 @@ def quantize(
     remark = clipping_remark(sampler.scheduler)
     if remark is not None:
         reporter.line(remark)
-    trajectories = _trajectories(pipeline, resolved, seed, reporter, work)
+    trajectories = _trajectories(pipeline, resolved, seed, reporter, work, conditioning)
     context = StepContext(trajectories.grid())
     simulation, left_float = simulate(float_model, adapter, resolved.scheme, context)
     for name, reason in left_float.items():
@@ -139,7 +165,9 @@ def quantize(
         context=context,
         trajectories=trajectories,
         scheduler=_scheduler(sampler, resolved.calibration.steps),
-        draw=drawer(pipeline, resolved.calibration.steps, resolved.calibration.scheduler),
+        draw=drawer(
+            pipeline, resolved.calibration.steps, resolved.calibration.scheduler, conditioning
+        ),
         weight_ranges=resolved.ranges.weights,
         activation_ranges=resolved.ranges.activations,
         seed=seed,
@@ -181,30 +209,6 @@ def quantize(
     return Quantized(result, simulation, record)
 
 
-def check_denoiser(denoiser: nn.Module, what: str) -> DenoiserAdapter:
-    """The adapter of a denoiser that can be quantized; otherwise an error that names `what`."""
-    timestep_position(denoiser)
-    adapter = adapter_for(denoiser)
-    if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
-        raise StepQuantError(f"the {what} is quantized already: expected a float model")
-    if denoiser.dtype != torch.float32:
-        raise StepQuantError(
-            f"the {what} holds {denoiser.dtype}: expected "
-            "torch.float32; convert the pipeline with .to(torch.float32) or name its folder"
-        )
-    if denoiser.device.type != "cpu":
-        raise StepQuantError(
-            f"the {what} is on {denoiser.device}: expected "
-            "the CPU, where quantization runs; call .to('cpu') first, and move the result"
-        )
-    if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in denoiser.modules()):
-        raise StepQuantError(
-            f"the {what} is in training mode and has dropout: "
-            "expected a model that gives the same output twice; call .eval() on it first"
-        )
-    return adapter
-
-
 def pack(
     simulation: nn.Module, recipe: Recipe, left_float: dict[str, str], provenance: dict[str, Any]
 ) -> nn.Module:
@@ -221,13 +225,15 @@ def pack(
 
 
 def provenance_of(
-    seed: int, pipeline: DiffusionPipeline, calibration: Calibration
+    seed: int, pipeline: DiffusionPipeline, calibration: Calibration, conditioning: Conditioning
 ) -> dict[str, Any]:
     """What a checkpoint says of its making; nothing that differs between two equal runs."""
     packages = ("torch", "diffusers", "numpy")
     sampler = copy.copy(pipeline)
     set_scheduler(sampler, calibration.scheduler)
+    conditions = conditioning.describe()
     return {
+        **({"conditioning": conditions} if conditions else {}),
         "seed": seed,
         "sampler": f"{type(sampler.scheduler).__name__}, {calibration.steps} steps",
         "pipeline": type(pipeline).__name__,
@@ -258,16 +264,41 @@ def reference_layers(model: nn.Module) -> dict[str, str]:
 def _scheduler(sampler: DiffusionPipeline, steps: int) -> Any:
     """A copy of the sampler's scheduler, set to `steps` steps."""
     scheduler = copy.deepcopy(sampler.scheduler)
-    scheduler.set_timesteps(steps)
+    # Timesteps of flow matching may depend on the size of the image.
+    if not needs_own_scheduler(sampler):
+        scheduler.set_timesteps(steps)
     return scheduler
 
 
+def _own_scheduler(
+    pipeline: DiffusionPipeline, recipe: Recipe, settings: dict[str, Any] | None
+) -> tuple[Recipe, str | None]:
+    """The recipe with the pipeline's scheduler where its ddim cannot be meant, and a remark.
+
+    DDIM is for models that predict noise; a recipe has it for want of anything better. What the
+    caller asks for by name is left, and refused later.
+    """
+    key = "calibration.scheduler"
+    asked = key in (settings or {}) or recipe.calibration.scheduler != "ddim"
+    if asked or not needs_own_scheduler(pipeline):
+        return recipe, None
+    own = type(pipeline.scheduler).__name__
+    return recipe.override({key: None}), (
+        f"calibrating with the pipeline's own {own}: ddim is for models that predict noise"
+    )
+
+
 def _trajectories(
-    pipeline: DiffusionPipeline, recipe: Recipe, seed: int, reporter: Reporter, work: WorkFolder
+    pipeline: DiffusionPipeline,
+    recipe: Recipe,
+    seed: int,
+    reporter: Reporter,
+    work: WorkFolder,
+    conditioning: Conditioning,
 ) -> Trajectories:
     kept = work.load("trajectories")
     if kept is not None:
-        return Trajectories(**kept)
+        return Trajectories.from_tensors(kept)
     calibration = recipe.calibration
     try:
         captured = capture_trajectories(
@@ -277,10 +308,11 @@ def _trajectories(
             seed + 1_000_000,
             calibration.scheduler,
             reporter=reporter,
+            conditioning=conditioning,
         )
     except StepQuantError:
         work.remove()  # nothing is kept yet, and the next try may be another job
         raise
     tensors = captured.to_tensors()
     work.save("trajectories", tensors)
-    return Trajectories(**tensors)  # in the memory layout that a resumed run reads back
+    return Trajectories.from_tensors(tensors)  # in the memory layout that a resumed run reads back

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from stepquant.conditioning import Conditioning, takes_prompts
 from stepquant.errors import StepQuantError
 from stepquant.progress import Reporter
 
@@ -19,8 +20,11 @@ SCHEDULERS = {
     "ddpm": "DDPMScheduler",
     "dpm-solver++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
 }
-DENOISERS = ("unet", "transformer")
+AUTO = "auto"  # ddim, or for flow matching the pipeline's own
+DENOISERS = ("unet", "transformer", "denoiser")
 LARGEST_SEED = 2**48  # multiples of it are drawn from as well
 
 
@@ -31,7 +35,7 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
             return name
     raise StepQuantError(
         f"{type(pipeline).__name__} has the components {sorted(pipeline.components)}: expected a "
-        f"denoiser called {' or '.join(DENOISERS)}"
+        f"denoiser called {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}"
     )
 
 
@@ -40,14 +44,45 @@ def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
     return getattr(pipeline, denoiser_name(pipeline))
 
 
+def matches_flow(scheduler: Any) -> bool:
+    """Whether `scheduler` walks the straight paths of flow matching instead of removing noise."""
+    return type(scheduler).__name__.startswith("FlowMatch")
+
+
+def needs_own_scheduler(pipeline: DiffusionPipeline) -> bool:
+    """Whether DDIM cannot draw with `pipeline`: it matches flow, or has a sampler of its own."""
+    return matches_flow(pipeline.scheduler) or getattr(pipeline.scheduler, "owns_sampling", False)
+
+
+def resolve_scheduler(pipeline: DiffusionPipeline, name: str | None) -> str | None:
+    """`name`, or what "auto" stands for: ddim, or None, the pipeline's own, where it needs that."""
+    if name != AUTO:
+        return name
+    return None if needs_own_scheduler(pipeline) else "ddim"
+
+
 def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
     """Give the pipeline the scheduler `name` with its own noise schedule; None copies its own."""
+    name = resolve_scheduler(pipeline, name)
     if name is None:
         pipeline.scheduler = copy.copy(pipeline.scheduler)  # sampling sets its steps
         return
     if name not in SCHEDULERS:
         raise StepQuantError(f"unknown scheduler '{name}': expected one of {', '.join(SCHEDULERS)}")
-    pipeline.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipeline.scheduler.config)
+    if getattr(pipeline.scheduler, "owns_sampling", False):
+        raise StepQuantError(
+            f"scheduler '{name}' was asked for where the user's own function draws: expected own, "
+            "or a DenoiserPipeline without draw"
+        )
+    kind = getattr(diffusers, SCHEDULERS[name])
+    flow = matches_flow(pipeline.scheduler)
+    if flow != kind.__name__.startswith("FlowMatch"):
+        raise StepQuantError(
+            f"scheduler '{name}' is for a model that predicts {'noise' if flow else 'flow'}, and "
+            f"{type(pipeline.scheduler).__name__} for one that predicts "
+            f"{'flow' if flow else 'noise'}: expected one of its kind; try own, the pipeline's"
+        )
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
 
 
 def clipping_remark(scheduler: Any) -> str | None:
@@ -77,6 +112,7 @@ def check_scales_input(pipeline: DiffusionPipeline) -> None:
     call = inspect.unwrap(type(pipeline).__call__)
     if (
         hasattr(pipeline.scheduler, "is_scale_input_called")
+        and not getattr(pipeline, "scales_input", False)
         and "scale_model_input" not in call.__code__.co_names
     ):
         raise StepQuantError(
@@ -99,17 +135,22 @@ def sample_images(
     num: int,
     steps: int,
     seed: int = 0,
-    scheduler: str | None = "ddim",
+    scheduler: str | None = AUTO,
     batch: int = 64,
     reporter: Reporter | None = None,
     first: int = 0,
+    *,
+    conditioning: Conditioning | None = None,
+    decode: bool = True,
     **call: Any,
 ) -> Tensor:
     """`num` images, float32 `[num, C, H, W]` in [0, 1].
 
     Image `i` starts from the noise of generator `seed + first + i`, so that two models sampled
-    with the same seed can be compared image by image, and the batch size changes nothing.
-    `call` goes to the pipeline (prompts, labels, guidance).
+    with the same seed can be compared image by image, and the batch size changes nothing. It has
+    condition number `first + i` of `conditioning`; `call` goes to the pipeline as well. Without
+    `decode` an empty tensor is returned, and latents stay latents where the pipeline can leave
+    them: for whoever watches the denoiser.
     """
     check_count(num, "number of images")
     check_count(steps, "number of sampling steps")
@@ -125,6 +166,9 @@ def sample_images(
             "was trained with"
         )
     check_scales_input(pipeline)
+    conditioning = conditioning or Conditioning()
+    conditioning.check(pipeline)
+    latent = not decode and takes_prompts(pipeline) and getattr(pipeline, "vae", None) is not None
     pipeline.set_progress_bar_config(disable=True)
     images = []
     with reporter.task(f"sampling {num} images", total=num) as task:
@@ -134,12 +178,15 @@ def sample_images(
                 torch.Generator().manual_seed(seed + first + start + i) for i in range(count)
             ]
             result = pipeline(
-                batch_size=count,
                 generator=generators,
                 num_inference_steps=steps,
-                output_type="np",
+                output_type="latent" if latent else "np",
+                **conditioning.arguments(pipeline, first + start, count),
                 **call,
             )
-            images.append(torch.from_numpy(result.images).permute(0, 3, 1, 2))
+            if decode:
+                images.append(torch.from_numpy(result.images).permute(0, 3, 1, 2))
             task.advance(count)
+    if not decode:
+        return torch.empty(0)
     return torch.cat(images).contiguous().to(torch.float32)

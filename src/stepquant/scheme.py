@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from stepquant.errors import StepQuantError
 from stepquant.models.adapter import DenoiserAdapter
@@ -103,13 +104,16 @@ class Scheme(BaseModel):
         left_float: dict[str, str] = {}
         outer = adapter.input_output_layers(model)
         exempt: set[str] = set()
+        kept = adapter.float_layers(model)
         if self.protocol == "paper:mpq-dm":
             outer = outer | adapter.time_embedding_layers(model)
             exempt = adapter.shortcut_and_downsampling_layers(model)
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear | nn.Conv2d):
+                if isinstance(module, _ConvNd):
+                    left_float[name] = f"layer of the class {type(module).__name__}"
                 continue
-            reason = why_unsupported(module)
+            reason = why_unsupported(module) or kept.get(name)
             if name in exempt:
                 reason = f"protocol {self.protocol}"
             if reason:
@@ -130,6 +134,9 @@ class Scheme(BaseModel):
 
 def why_unsupported(module: nn.Linear | nn.Conv2d) -> str | None:
     """Why a layer cannot be quantized and stays float, or None."""
+    plain = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+    if type(module).forward is not plain.forward:  # it may compute anything
+        return f"layer of the class {type(module).__name__}"
     if isinstance(module, nn.Conv2d):
         if module.groups != 1:
             return f"grouped conv ({module.groups} groups)"

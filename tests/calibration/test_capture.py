@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from stepquant.calibration.capture import (
     BlockData,
@@ -9,6 +10,7 @@ from stepquant.calibration.capture import (
     capture_outputs,
     execution_order,
 )
+from stepquant.calibration.trajectories import Trajectories
 
 NAMES = ["conv_in", "down_blocks.0.resnets.0", "up_blocks.0.resnets.0", "mid_block.attentions.0"]
 
@@ -133,3 +135,36 @@ def test_a_batch_picks_the_same_samples_of_everything():
     assert kwargs["scale"] == 2.0
     assert target.tolist() == [23.0, 20.0]
     assert timestep.tolist() == [33.0, 30.0]
+
+
+class Mixed(nn.Module):
+    """A block that is given a table of as many rows as there are samples, and gives two tensors."""
+
+    def forward(self, x, pair, *, table):
+        return x + pair[0], [table.sum() * pair[1]]
+
+
+class WithTable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed = Mixed()
+
+    def forward(self, sample, timestep):
+        table = torch.arange(4.0).view(4, 1)
+        return self.mixed(sample, (sample * 2, sample * 3), table=table)[0]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+def test_tables_are_told_from_samples_whatever_the_batch(batch):
+    model = WithTable()
+    sample = torch.arange(8.0).view(4, 2)
+    data = Trajectories(sample, torch.zeros(4), torch.arange(4), torch.zeros(1))
+    args, kwargs = capture_inputs(model, "mixed", data, batch)
+    examples = BlockData(args, kwargs, sample, data.timestep)
+    (x, (double, triple)), named, _, _ = examples.batch(torch.tensor([3, 0]))
+    assert torch.equal(x, sample[[3, 0]])
+    assert torch.equal(double, 2 * x) and torch.equal(triple, 3 * x)
+    assert torch.equal(named["table"], torch.arange(4.0).view(4, 1))
+    output = capture_outputs(model, ["mixed"], data, batch)["mixed"]
+    assert output.shape == (4, 4)  # both tensors that the block gives
+    assert torch.equal(output, torch.cat([3 * sample, 18 * sample], dim=1))

@@ -121,7 +121,7 @@ def test_evaluate_tells_the_distance_to_the_float_model(float_folder, packed_fol
     assert result.exit_code == 0, result.stderr
     arguments, results = checked(tmp_path / "record.json", "evaluate")
     assert arguments["against"] == str(float_folder)
-    assert arguments["scheduler"] == results["scheduler"] == "ddim"
+    assert (arguments["scheduler"], results["scheduler"]) == ("auto", "ddim")
     assert 10 < results["paired_psnr_db"] <= 100
     assert -1 <= results["paired_ssim"] <= 1
     assert len(results["noise_error"]) == 2

@@ -54,6 +54,12 @@ def test_the_hull_jumps_over_widths_that_save_little_by_themselves():
     assert hull_segments(np.array([10.0, 9.5, 2.0, 1.0])) == [(0, 2), (2, 3)]
     assert hull_segments(np.array([10.0, 11.0, 12.0])) == []
     assert hull_segments(np.array([10.0, 4.0, 4.0, 5.0])) == [(0, 1)]
+    # Twice the same gain, of which the second comes out larger by rounding.
+    assert hull_segments(np.array([25.0, 16.0, 8.0 - 1e-15, 0.0 - 4e-15])) == [
+        (0, 1),
+        (1, 2),
+        (2, 3),
+    ]
 
 
 falls = st.lists(st.floats(0.01, 10.0), min_size=3, max_size=3).map(

@@ -64,28 +64,28 @@ def window_of(session, rows):
     data = session.trajectories
     members = [(data.timestep == data.timesteps[row]).nonzero().flatten() for row in rows]
     index = torch.cat(members)
-    return data.sample[index], data.timestep[index]
+    return data.take(index)
 
 
-def outputs(model, site, sample, timestep):
+def outputs(model, site, inputs):
     with output_of(model.get_submodule(site)) as found, torch.no_grad():
-        model(sample, timestep)
+        model(inputs.sample, inputs.timestep)
     return found[0]
 
 
 @pytest.mark.parametrize("rows", [[0], [1, 2], [0, 1, 2]], ids=str)
 def test_the_term_is_that_of_features_averaged_over_the_window(rows, tiny_session):
     session = ready(tiny_session)
-    sample, timestep = window_of(session, rows)
+    inputs = window_of(session, rows)
     site = session.adapter.relation_site(session.float_model)
     smoothed = [
-        torch.stack(outputs(model, site, sample, timestep).chunk(len(rows))).mean(dim=0)
+        torch.stack(outputs(model, site, inputs).chunk(len(rows))).mean(dim=0)
         for model in (session.model, session.float_model)
     ]
     expected = 3.0 * relation_loss(*smoothed, 0.2)
     step = RelationDistillation(relation_weight=3.0, temperature=0.2)
     with torch.no_grad():
-        _, term = step.losses(session, sample, timestep)
+        _, term = step.losses(session, inputs)
     torch.testing.assert_close(term, expected)
 
 
@@ -94,7 +94,7 @@ def test_the_gradient_of_the_term_is_alive(relation, tiny_session):
     """The released code detaches the student's features, and so trains nothing with them."""
     session = ready(tiny_session)
     step = RelationDistillation(relation=relation)
-    _, term = step.losses(session, *window_of(session, [0, 1]))
+    _, term = step.losses(session, window_of(session, [0, 1]))
     term.backward()
     for name, layer in session.layers().items():
         before_the_site = not name.startswith("conv_out")

@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stepquant.calibration.trajectories import predict
 from stepquant.errors import StepQuantError
 from stepquant.methods import (
     LowRankAdapters,
     TemporalQuantizer,
     TrajectoryDistillation,
 )
-from stepquant.methods.trajectory_distillation import predict
 from stepquant.workfolder import WorkFolder
 
 TINY = {"rounds": 4, "batch": 2}
@@ -25,8 +25,8 @@ def ready(tiny_session, **options):
 def held_out_loss(session):
     data = session.trajectories
     with torch.no_grad():
-        target = predict(session.float_model, data.sample, data.timestep)
-        found = predict(session.model, data.sample, data.timestep)
+        target = predict(session.float_model, data)
+        found = predict(session.model, data)
     return float((found - target).square().sum() / target.square().sum())
 
 
@@ -86,14 +86,11 @@ def test_errors_count_by_their_influence(tiny_session):
     weighted = TrajectoryDistillation(influence_exponent=0.5)
     errors, powers = [], []
     for row, count in enumerate(counts.tolist()):
-        sample = data.at_step(row)
-        timestep = data.timesteps[row].expand(len(sample))
-        (ours, _), (theirs, _) = (
-            step.losses(session, sample, timestep) for step in (weighted, plain)
-        )
+        inputs = data.step(row)
+        (ours, _), (theirs, _) = (step.losses(session, inputs) for step in (weighted, plain))
         assert float(ours) == pytest.approx(float(theirs) * count / 8, rel=1e-4)
-        target = predict(session.float_model, sample, timestep)
-        found = predict(session.model, sample, timestep)
+        target = predict(session.float_model, inputs)
+        found = predict(session.model, inputs)
         errors.append(count * float((found - target).square().sum()))
         powers.append(count * float(target.square().sum()))
     held_out = weighted._held_out_loss(session, own=False)

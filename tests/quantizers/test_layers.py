@@ -229,3 +229,8 @@ def test_a_static_layer_gets_a_row_for_each_step_with_its_bias(context):
     layer.activation_quantizers[0].scale.data.fill_(0.25)
     layer.set_step_bias(torch.zeros(5, 4))
     assert layer.activation_quantizers[0].scale.tolist() == [0.25] * 5
+
+
+def test_a_simulated_linear_tells_its_sizes_as_the_layer_did(simulate):
+    layer = simulate(nn.Linear(5, 3))
+    assert (layer.in_features, layer.out_features) == (5, 3)

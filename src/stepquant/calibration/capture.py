@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibration.nested import join, pick
 from stepquant.calibration.replay import readers, replaying
-from stepquant.calibration.trajectories import Trajectories
+from stepquant.calibration.trajectories import Trajectories, predict
+from stepquant.errors import StepQuantError
+from stepquant.models.calling import named_arguments, tensors_in
 
 
 class _StopForward(Exception):
@@ -22,8 +25,9 @@ class _StopForward(Exception):
 class BlockData:
     """What a block is trained on.
 
-    `args`, `kwargs`: its inputs, each tensor `[N, ...]`, anything else as it was in the first
-    call. `target`: the output to match, `[N, ...]`. `timestep [N]`.
+    `args`, `kwargs`: its inputs, each tensor `[N, ...]`, in tuples and dictionaries too; tensors
+    without a row for each sample are `Shared`, and anything else is as it was in the first call.
+    `target`: the output to match, `[N, ...]`, as `joined_output` gives it. `timestep [N]`.
     """
 
     args: tuple[Any, ...]
@@ -36,23 +40,26 @@ class BlockData:
 
     def batch(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], Tensor, Tensor]:
         """`(args, kwargs, target, timestep)` of the samples `index`."""
-        args, kwargs = pick(self.args, self.kwargs, index)
+        args, kwargs = pick((self.args, self.kwargs), index)
         return args, kwargs, self.target[index], self.timestep[index]
 
 
-def pick(
-    args: tuple[Any, ...], kwargs: dict[str, Any], index: Tensor | slice
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A block's inputs for the samples `index`."""
+def joined_output(output: Any) -> Tensor:
+    """What a block gives as one tensor: itself, or of several all values, `[N, values]`.
 
-    def one(value: Any) -> Any:
-        return value[index] if isinstance(value, Tensor) else value
-
-    return tuple(one(value) for value in args), {key: one(value) for key, value in kwargs.items()}
-
-
-def _join(values: list[Any]) -> Any:
-    return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
+    Blocks of some transformers give the tokens of the text and those of the image.
+    """
+    if isinstance(output, Tensor):
+        return output
+    tensors = tensors_in(output)  # diffusers' output classes are dictionaries
+    if not tensors:
+        raise StepQuantError(
+            f"a block gives {type(output).__name__} without a tensor: expected a tensor, or a "
+            "tuple of tensors; choose other blocks"
+        )
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat([tensor.flatten(1) for tensor in tensors], dim=1)
 
 
 @torch.no_grad()
@@ -61,13 +68,14 @@ def capture_inputs(
     block: str,
     data: Trajectories,
     batch: int,
-    outputs: Mapping[str, Tensor] | None = None,
+    outputs: Mapping[str, Any] | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of `block` while `model` sees `data`, joined over batches.
 
     `outputs`: what blocks before it give for `data`, `[N, ...]`, which then do not run again.
     """
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    counts: list[int] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((args, kwargs))
@@ -77,16 +85,17 @@ def capture_inputs(
         _hook(model.get_submodule(block).register_forward_pre_hook(record, with_kwargs=True)),
         replaying(model, outputs or {}) as stands_in,
     ):
-        for start in range(0, len(data), batch):
-            part = slice(start, start + batch)
+        chunks = [slice(start, start + batch) for start in range(0, len(data), batch)]
+        for chunk in (*chunks, slice(0, min(len(data), 2 if batch == 1 else 1))):
             for stand_in in stands_in:
-                stand_in.part = part
+                stand_in.part = chunk
+            part = data.take(chunk)
+            counts.append(len(part))
             try:
-                model(data.sample[part], data.timestep[part])
+                predict(model, part)
             except _StopForward:
                 continue
-    args = tuple(_join([call[0][i] for call in calls]) for i in range(len(calls[0][0])))
-    kwargs = {key: _join([call[1][key] for call in calls]) for key in calls[0][1]}
+    args, kwargs = join(calls, counts)
     return args, kwargs
 
 
@@ -98,13 +107,13 @@ def capture_outputs(
     outputs: dict[str, list[Tensor]] = {block: [] for block in blocks}
     handles = [
         model.get_submodule(block).register_forward_hook(
-            lambda _m, _a, y, block=block: outputs[block].append(y.clone())
+            lambda _m, _a, y, block=block: outputs[block].append(joined_output(y).clone())
         )
         for block in blocks
     ]
     try:
         for start in range(0, len(data), batch):
-            model(data.sample[start : start + batch], data.timestep[start : start + batch])
+            predict(model, data.take(slice(start, start + batch)))
     finally:
         for handle in handles:
             handle.remove()
@@ -122,7 +131,7 @@ def execution_order(model: nn.Module, blocks: list[str], data: Trajectories) -> 
         for block in blocks
     ]
     try:
-        model(data.sample[:1], data.timestep[:1])
+        predict(model, data.take(slice(0, 1)))
     finally:
         for handle in handles:
             handle.remove()
@@ -132,7 +141,7 @@ def execution_order(model: nn.Module, blocks: list[str], data: Trajectories) -> 
 def last_readers(model: nn.Module, order: list[str], data: Trajectories) -> dict[str, int]:
     """The position in `order` of the last of these blocks that reads each one's output, or -1.
 
-    Only for blocks whose output can be replayed: one tensor, from one call in a forward.
+    Only for blocks whose output can be replayed: tensors, from one call in a forward.
     """
     calls: dict[str, list[Any]] = {name: [] for name in order}
     handles = [
@@ -141,19 +150,28 @@ def last_readers(model: nn.Module, order: list[str], data: Trajectories) -> dict
         )
         for name in order
     ]
-    call = (data.sample[:1], data.timestep[:1])
+    one = data.take(slice(0, 1))
+    named = named_arguments(model, one.conditions.arguments()) | {"timestep": one.timestep}
     with torch.no_grad():
         try:
-            model(*call)
+            model(one.sample, **named)
         finally:
             for handle in handles:
                 handle.remove()
     single = {name: found[0] for name, found in calls.items() if len(found) == 1}
-    outputs = {name: y for name, y in single.items() if isinstance(y, Tensor)}
+    outputs = {name: y for name, y in single.items() if _replayable(y)}
     return {
         name: max((order.index(reader) for reader in found), default=-1)
-        for name, found in readers(model, order, outputs, *call).items()
+        for name, found in readers(model, order, outputs, one.sample, **named).items()
     }
+
+
+def _replayable(output: Any) -> bool:
+    """Whether the output for one sample is a tensor with a row for it, or a tuple of such."""
+    entries = output if type(output) is tuple else (output,)
+    return all(
+        e is None or (isinstance(e, Tensor) and e.dim() > 0 and len(e) == 1) for e in entries
+    )
 
 
 @contextmanager

@@ -9,13 +9,14 @@ random signs at the image, `(v · e)²` is, in the mean, the squared change of t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
-from stepquant.calibration.trajectories import Trajectories
+from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.errors import StepQuantError
 from stepquant.progress import Reporter
 
@@ -47,17 +48,25 @@ def image_gradients(
     signs, an independent one for each value.
     """
     check_without_memory(scheduler)
+    if trajectories.guided:
+        raise StepQuantError(
+            "the sampler mixes several predictions of an image at each step, which the influence "
+            "of a step is not followed through: expected no classifier-free guidance; calibrate "
+            "with guidance 1, or use an influence_exponent of 0 and errors_of: prediction"
+        )
     steps = len(trajectories.timesteps)
     generator = torch.Generator().manual_seed(seed)
     found: list[Tensor] = []
     gradient: Tensor | None = None
     with reporter.task("following steps back from the image", total=steps) as task:
         for row in reversed(range(steps)):
-            x = trajectories.at_step(row, images).clone().requires_grad_()
-            timestep = trajectories.timesteps[row]
+            inputs = trajectories.step(row, images)
+            x = inputs.sample.clone().requires_grad_()
+            timestep = trajectories.timesteps[row].long()
             with torch.enable_grad():
-                prediction = model(x, timestep, return_dict=False)[0]
-                after = scheduler.step(prediction, timestep.long(), x).prev_sample
+                prediction = predict(model, replace(inputs, sample=x))
+                # Behind the noise a model may predict its variance, which the sampler leaves out.
+                after = scheduler.step(prediction[:, : x.shape[1]], timestep, x).prev_sample
             if gradient is None:
                 gradient = torch.randint(0, 2, after.shape, generator=generator) * 2.0 - 1.0
             v, gradient = torch.autograd.grad(after, (prediction, x), gradient)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.trajectories import Trajectories
+from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.errors import StepQuantError
 from stepquant.progress import Reporter
 from stepquant.quantizers import QuantAttention, QuantLayer
@@ -121,7 +121,7 @@ def observe_probabilities(
     try:
         with reporter.task("observing probabilities", total=steps) as task:
             for step in range(steps):
-                model(trajectories.at_step(step, per_step), trajectories.timesteps[step])
+                predict(model, trajectories.step(step, per_step))
                 task.advance()
     finally:
         for handle in handles:
@@ -150,9 +150,10 @@ def observe(
     seen |= {(name, i): Observation() for name in attention for i in range(4)}
     generator = torch.Generator().manual_seed(seed)
     step = 0
+    now: dict[tuple[str, int], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
 
     def add(name: str, index: int, tensor: Tensor, channels: Tensor) -> None:
-        """Add `tensor`, which is `channels [*, C]` in another shape."""
+        """Note `tensor`, which is `channels [*, C]` in another shape, for this step."""
         low, high = channels.amin(dim=0), channels.amax(dim=0)
         if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise StepQuantError(
@@ -161,9 +162,7 @@ def observe(
                 "the float model and its dtype"
             )
         values, weights = tails_and_draw(tensor.reshape(-1), generator)
-        seen[name, index].add(
-            len(trajectories.timesteps), low=low, high=high, values=values, weights=weights
-        )
+        now.setdefault((name, index), []).append((low, high, values, weights))
 
     def look(name: str, layer: QuantLayer, args: tuple[Tensor, ...]) -> None:
         for index, part in enumerate(layer.input_parts(args[0])):
@@ -186,7 +185,17 @@ def observe(
     try:
         with reporter.task(description, total=len(trajectories.timesteps)) as task:
             for step in range(len(trajectories.timesteps)):
-                model(trajectories.at_step(step, per_step), trajectories.timesteps[step])
+                predict(model, trajectories.step(step, per_step))
+                for key, calls in now.items():  # of a layer that the model uses twice, both
+                    lows, highs, values, weights = zip(*calls, strict=True)
+                    seen[key].add(
+                        len(trajectories.timesteps),
+                        low=torch.stack(lows).amin(dim=0),
+                        high=torch.stack(highs).amax(dim=0),
+                        values=torch.cat(values),
+                        weights=torch.cat(weights),
+                    )
+                now.clear()
                 task.advance()
     finally:
         for handle in handles:

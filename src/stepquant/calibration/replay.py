@@ -9,24 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibration.nested import inside, pick
+from stepquant.models.calling import tensors_in
 from stepquant.models.surgery import replace_modules
 
 
 class Replay(nn.Module):
-    """Stands in for a block and gives `output [N, ...]`, of the samples in `part`.
+    """Stands in for a block and gives `output`, `[N, ...]` or a tuple, of the samples in `part`.
 
     All else that a model may ask of its block (dtype, settings) is the block's own.
     """
 
-    def __init__(self, block: nn.Module, output: Tensor) -> None:
+    def __init__(self, block: nn.Module, output: Any) -> None:
         super().__init__()
         self.block = block
         self.output = output
         self.part = slice(None)
 
-    def forward(self, *_args: Any, **_kwargs: Any) -> Tensor:
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         """What was recorded, whatever the input."""
-        return self.output[self.part]
+        return pick(self.output, self.part)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -36,7 +38,7 @@ class Replay(nn.Module):
 
 
 @contextmanager
-def replaying(model: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[list[Replay]]:
+def replaying(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[list[Replay]]:
     """`model` with each of the blocks `outputs` replaced by what it gave; the stand-ins.
 
     Whoever calls the model says first, by `part` of each stand-in, which samples it gets.
@@ -58,12 +60,13 @@ def replaying(model: nn.Module, outputs: Mapping[str, Tensor]) -> Iterator[list[
 
 @torch.no_grad()
 def readers(
-    model: nn.Module, names: list[str], outputs: Mapping[str, Tensor], *call: Any
+    model: nn.Module, names: list[str], outputs: Mapping[str, Any], *call: Any, **named: Any
 ) -> dict[str, set[str]]:
     """For each block of `outputs`, those of `names` that read it without a replayed one between.
 
-    `model(*call)` is one forward, `outputs` what some of its blocks give in it. With these replayed
-    little runs but the glue between blocks; who reads a block's output is found by making it NaN.
+    `model(*call, **named)` is one forward, `outputs` what some of its blocks give in it. With these
+    replayed little runs but the glue between blocks; who reads a block's output is found by making
+    it NaN.
     """
     found: dict[str, set[str]] = {}
     with replaying(model, outputs) as stands_in:
@@ -77,18 +80,24 @@ def readers(
                 kwargs: dict[str, Any],
                 reached: set[str] = reached,
             ) -> None:
-                values = (*args, *kwargs.values())
-                if any(isinstance(v, Tensor) and bool(v.isnan().any()) for v in values):
+                if any(bool(value.isnan().any()) for value in tensors_in((args, kwargs))):
                     reached.add(blocks[module])
 
             clean = source.output
-            source.output = torch.full_like(clean, torch.nan)
+            source.output = spoiled(clean)
             handles = [m.register_forward_pre_hook(look, with_kwargs=True) for m in blocks]
             try:
-                model(*call)
+                model(*call, **named)
             finally:
                 source.output = clean
                 for handle in handles:
                     handle.remove()
             found[blocks[source]] = reached
     return found
+
+
+def spoiled(output: Any) -> Any:
+    """`output` with NaN for every value."""
+    if isinstance(output, Tensor):
+        return torch.full_like(output, torch.nan)
+    return inside(output, spoiled)

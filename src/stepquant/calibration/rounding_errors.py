@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.ranges import search_activation_range
-from stepquant.calibration.trajectories import Trajectories
+from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.numerics import fake_quantize, range_to_grid
 from stepquant.quantizers import QuantLayer
 from stepquant.quantizers.weight import GridSearch
@@ -39,6 +39,7 @@ def input_grids(
     At each of `widths` bits, by "minmax", or by "mse" on `SEARCHED` values of each sample.
     """
     seen: dict[str, list[list[Tensor]]] = {name: [] for name in layers}
+    now: dict[str, list[Tensor]] = {}
 
     def look(name: str, layer: QuantLayer, args: tuple[Tensor, ...]) -> None:
         found = []
@@ -46,7 +47,7 @@ def input_grids(
             flat = part.reshape(-1)
             ends = torch.stack([flat.amin(), flat.amax()])
             found.append(torch.cat([ends, flat[:: -(-flat.numel() // SEARCHED)]]))
-        seen[name].append(found)
+        now[name] = found  # of a layer that the model uses twice, what it gets last
 
     handles = [
         layer.register_forward_pre_hook(lambda q, args, name=name: look(name, q, args))
@@ -54,7 +55,9 @@ def input_grids(
     ]
     try:
         for index in range(len(data)):
-            model(data.sample[index : index + 1], data.timestep[index : index + 1])
+            predict(model, data.take(slice(index, index + 1)))
+            for name, found in now.items():
+                seen[name].append(found)
     finally:
         for handle in handles:
             handle.remove()

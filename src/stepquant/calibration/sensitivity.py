@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.trajectories import Trajectories
+from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.errors import StepQuantError
 from stepquant.progress import Reporter
 from stepquant.quantizers import QuantLayer
@@ -103,10 +103,9 @@ def output_errors(
 
 
 def _prediction(model: nn.Module, data: Trajectories, part: Tensor) -> Tensor:
-    timestep = data.timestep[part]
-    y: Tensor = model(data.sample[part], timestep, return_dict=False)[0]
+    y = predict(model, data.take(part))
     if not torch.isfinite(y).all():
-        bad = timestep[~torch.isfinite(y).flatten(1).all(dim=1)]
+        bad = data.timestep[part][~torch.isfinite(y).flatten(1).all(dim=1)]
         raise StepQuantError(
             f"the prediction at timestep {bad[0].item():g} holds NaN or infinity: expected "
             "finite numbers; check the float model"

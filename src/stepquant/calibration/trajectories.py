@@ -3,42 +3,80 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from stepquant.calibration.conditions import ConditionRecorder, Conditions
 from stepquant.errors import StepQuantError
+from stepquant.models.calling import argument_names, call_denoiser
 from stepquant.progress import Reporter
 from stepquant.quantizers.step_grid import StepGrid, timestep_position
-from stepquant.sampling import check_count, denoiser_name, denoiser_of, sample_images
+from stepquant.sampling import (
+    Conditioning,
+    check_count,
+    denoiser_name,
+    denoiser_of,
+    sample_images,
+)
+
+TENSORS = ("sample", "timestep", "trajectory", "timesteps")
 
 
 @dataclass(frozen=True)
 class Trajectories:
     """`N` inputs of the denoiser along sampling trajectories.
 
-    `sample [N, C, H, W]` and `timestep [N]` are what the denoiser was called with, `trajectory
-    [N]` (int64) says from which image. `timesteps [T]` are the distinct steps, in sampling order.
+    `sample [N, C, H, W]` (or `[N, tokens, C]`) and `timestep [N]` are what the denoiser was called
+    with, `trajectory [N]` (int64) says from which image. `timesteps [T]` are the distinct steps, in
+    sampling order. `conditions` are the further arguments. With classifier-free guidance an image
+    has two inputs at each step.
     """
 
     sample: Tensor
     timestep: Tensor
     trajectory: Tensor
     timesteps: Tensor
+    conditions: Conditions = field(default_factory=Conditions)
 
     def __len__(self) -> int:
         return self.sample.shape[0]
+
+    @property
+    def guided(self) -> bool:
+        """Whether the sampler asks for more than one prediction of an image at a step."""
+        at_first = self.trajectory[self.rows(0)]
+        return len(at_first) > len(at_first.unique())
 
     def grid(self) -> StepGrid:
         """The step grid of the tables: one row for each step of the sampler."""
         return StepGrid(self.timesteps)
 
+    def rows(self, row: int, limit: int | None = None) -> Tensor:
+        """Indices of the (first `limit`) inputs at step `timesteps[row]`."""
+        return (self.timestep == self.timesteps[row]).nonzero().flatten()[:limit]
+
     def at_step(self, row: int, limit: int | None = None) -> Tensor:
         """The (first `limit`) samples at step `timesteps[row]`."""
-        return self.sample[self.timestep == self.timesteps[row]][:limit]
+        return self.sample[self.rows(row, limit)]
+
+    def step(self, row: int, limit: int | None = None) -> Trajectories:
+        """The (first `limit`) inputs at step `timesteps[row]`."""
+        return self.take(self.rows(row, limit))
+
+    def take(self, index: Tensor | slice) -> Trajectories:
+        """The inputs `index`."""
+        return Trajectories(
+            self.sample[index],
+            self.timestep[index],
+            self.trajectory[index],
+            self.timesteps,
+            self.conditions.take(index),
+        )
 
     def subset(self, count: int, seed: int) -> Trajectories:
         """`count` inputs (all, if there are fewer), spread evenly over the steps, shuffled."""
@@ -50,14 +88,55 @@ class Trajectories:
             members = order[self.timestep[order] == step]
             rank[members] = torch.arange(len(members))
         chosen = order[torch.argsort(rank[order], stable=True)][:count]
-        chosen = chosen[torch.randperm(len(chosen), generator=generator)]
-        return Trajectories(
-            self.sample[chosen], self.timestep[chosen], self.trajectory[chosen], self.timesteps
-        )
+        return self.take(chosen[torch.randperm(len(chosen), generator=generator)])
 
     def to_tensors(self) -> dict[str, Tensor]:
         """For a safetensors file."""
-        return {name: getattr(self, name).contiguous() for name in self.__dataclass_fields__}
+        tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
+        return {**tensors, **self.conditions.to_tensors()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Trajectories:
+        """What `to_tensors` gave."""
+        conditions = Conditions.from_tensors(tensors)
+        return cls(*(tensors[name] for name in TENSORS), conditions)
+
+
+def predict(denoiser: nn.Module, inputs: Trajectories) -> Tensor:
+    """What `denoiser` predicts for `inputs`, `[N, ...]`, in one call."""
+    arguments = inputs.conditions.arguments()
+    return call_denoiser(denoiser, inputs.sample, inputs.timestep, arguments)
+
+
+class _Recorder:
+    """A forward pre-hook that keeps the inputs of every call of a denoiser."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        timestep_position(denoiser)  # an error where there is no such argument
+        self._signature = inspect.signature(denoiser.forward)
+        self._sample = argument_names(denoiser)[0]
+        self.samples: list[Tensor] = []
+        self.timesteps: list[Tensor] = []
+        self.conditions = ConditionRecorder(type(denoiser).__name__)
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
+        extra = bound.pop("kwargs", {}) if "kwargs" in self._signature.parameters else {}
+        arguments = {**bound, **extra}
+        sample, given = arguments.pop(self._sample), arguments.pop("timestep")
+        timestep = torch.as_tensor(given)  # a number, [] or [B]
+        count = sample.shape[0]
+        self.samples.append(sample.detach().clone())
+        self.timesteps.append(timestep.reshape(-1).expand(count).clone())
+        arguments.pop("return_dict", None)
+        self.conditions.add(
+            {name: value for name, value in arguments.items() if not self._is_default(name, value)},
+            count,
+        )
+
+    def _is_default(self, name: str, value: Any) -> bool:
+        parameter = self._signature.parameters.get(name)
+        return value is None and parameter is not None and parameter.default is None
 
 
 def capture_trajectories(
@@ -68,40 +147,73 @@ def capture_trajectories(
     scheduler: str | None,
     batch: int = 64,
     reporter: Reporter | None = None,
+    conditioning: Conditioning | None = None,
+    first: int = 0,
 ) -> Trajectories:
     """Sample `num` images with the float pipeline and keep every input of its denoiser.
 
-    Source: DilateQuant, section 5.1: calibration data come from the float model's own sampler.
-    Deviation: all steps of each trajectory are kept, instead of one random step for each of many
-    more trajectories, which costs `steps` times the sampling.
+    Image `i` starts from the noise of seed `seed + first + i` and has condition number `first + i`
+    of `conditioning`. Source: DilateQuant, section 5.1: calibration data come from the float
+    model's own sampler. Deviation: all steps of each trajectory are kept, instead of one random
+    step for each of many more trajectories, which costs `steps` times the sampling.
     """
     check_count(num, "number of calibration trajectories")
     denoiser = denoiser_of(pipeline)
-    position = timestep_position(denoiser)
-    samples: list[Tensor] = []
-    timesteps: list[Tensor] = []
-
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample = kwargs["sample"] if "sample" in kwargs else args[0]
-        given = kwargs["timestep"] if "timestep" in kwargs else args[position]
-        timestep = torch.as_tensor(given)  # a number, [] or [B]
-        samples.append(sample.detach().clone())
-        timesteps.append(timestep.reshape(-1).expand(sample.shape[0]).clone())
-
-    handle = denoiser.register_forward_pre_hook(record, with_kwargs=True)
+    recorder = _Recorder(denoiser)
+    handle = denoiser.register_forward_pre_hook(recorder, with_kwargs=True)
     try:
-        sample_images(pipeline, num, steps, seed, scheduler, batch, reporter)
+        sample_images(
+            pipeline,
+            num,
+            steps,
+            seed,
+            scheduler,
+            batch,
+            reporter,
+            first,
+            conditioning=conditioning,
+            decode=False,
+        )
     finally:
         handle.remove()
-    per_batch = torch.cat(timesteps)
-    _, first = _unique_in_order(per_batch)
-    # Calls run batch by batch and, inside a batch, step by step.
+    if not recorder.samples:
+        raise StepQuantError("the sampler never called the denoiser: expected at least one step")
+    per_batch = torch.cat(recorder.timesteps)
+    timesteps = per_batch[_first_of_each(per_batch)]
     sizes = [min(batch, num - start) for start in range(0, num, batch)]
+    owner, order = _owners(recorder.samples, per_batch, timesteps, sizes, batch)
+    found = Trajectories(
+        torch.cat(recorder.samples), per_batch, owner, timesteps, recorder.conditions.conditions()
+    )
+    return found.take(order)
+
+
+def _owners(
+    samples: list[Tensor], timestep: Tensor, timesteps: Tensor, sizes: list[int], batch: int
+) -> tuple[Tensor, Tensor]:
+    """`(image of each input, [N]; the inputs batch by batch, step by step, image by image, [N])`.
+
+    Calls run batch by batch and, inside a batch, step by step. Guidance calls with all images
+    several times over, in one call or in one after another: an image's inputs at a step are put
+    side by side, so that the first of a step are of all kinds.
+    """
     calls = len(samples) // len(sizes)
-    owner = [
-        torch.arange(size) + index * batch for index, size in enumerate(sizes) for _ in range(calls)
-    ]
-    return Trajectories(torch.cat(samples), per_batch, torch.cat(owner), per_batch[first])
+    owners, batches = [], []
+    for number, sample in enumerate(samples):
+        index = min(number // max(1, calls), len(sizes) - 1)
+        copies, rest = divmod(len(sample), sizes[index])
+        if rest or calls * len(sizes) != len(samples):
+            raise StepQuantError(
+                f"the sampler called the denoiser {len(samples)} times, once with {len(sample)} "
+                f"samples, for batches of {sizes} images: expected the same number of calls for "
+                "each batch, with each image once or several times"
+            )
+        owners.append((torch.arange(sizes[index]) + index * batch).repeat(copies))
+        batches.append(torch.full((len(sample),), index))
+    owner, of_batch = torch.cat(owners), torch.cat(batches)
+    step = (timestep[:, None] == timesteps[None]).int().argmax(dim=1)
+    key = (of_batch * len(timesteps) + step) * len(owner) + owner
+    return owner, key.argsort(stable=True)
 
 
 class Draw(Protocol):
@@ -112,23 +224,32 @@ class Draw(Protocol):
         ...
 
 
-def drawer(pipeline: DiffusionPipeline, steps: int, scheduler: str | None) -> Draw:
-    """Draws with `pipeline`, or with another denoiser in it; see `capture_trajectories`."""
+def drawer(
+    pipeline: DiffusionPipeline,
+    steps: int,
+    scheduler: str | None,
+    conditioning: Conditioning | None = None,
+) -> Draw:
+    """Draws with `pipeline`, or with another denoiser in it; see `capture_trajectories`.
+
+    The seed chooses the conditions too, so that one draw goes on where the one before has ended.
+    """
 
     def draw(num: int, seed: int, denoiser: nn.Module | None = None) -> Trajectories:
         sampler = pipeline
         if denoiser is not None:
             sampler = copy.copy(pipeline)
             sampler.register_modules(**{denoiser_name(pipeline): denoiser})
-        return capture_trajectories(sampler, num, steps, seed, scheduler)
+        return capture_trajectories(
+            sampler, num, steps, 0, scheduler, conditioning=conditioning, first=seed
+        )
 
     return draw
 
 
-def _unique_in_order(values: Tensor) -> tuple[list[float], Tensor]:
+def _first_of_each(values: Tensor) -> Tensor:
+    """Index of the first of each distinct value, in order."""
     seen: dict[float, int] = {}
     for index, value in enumerate(values.tolist()):
         seen.setdefault(value, index)
-    if not seen:
-        raise StepQuantError("the sampler never called the denoiser: expected at least one step")
-    return list(seen), torch.tensor(list(seen.values()))
+    return torch.tensor(list(seen.values()))

@@ -89,6 +89,8 @@ def check_folder(folder: Path) -> None:
         hint = (
             "; this is one component, so pass the folder above it"
             if (folder / "config.json").is_file()
+            else "; this is a packed module, so build the module and call load_module on it"
+            if (folder / "denoiser" / "config.json").is_file()
             else ""
         )
         raise StepQuantError(

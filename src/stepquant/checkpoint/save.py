@@ -10,12 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from diffusers import ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
 from stepquant.checkpoint.attention_config import AttentionConfig
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.layer_config import LayerConfig
+from stepquant.checkpoint.module import write_module
 from stepquant.checkpoint.plugin import StepQuantQuantizer
 from stepquant.checkpoint.validate import (
     STEP_GRID_NAME,
@@ -45,6 +47,8 @@ def describe_attention(model: nn.Module) -> dict[str, AttentionConfig]:
 def attach_config(model: Any, config: StepQuantConfig) -> Any:
     """Make `save_pretrained` of `model` (a diffusers `ModelMixin`, packed) write a checkpoint.
 
+    Or `save_pipeline`, where it is another module.
+
     `config.layers`, `config.attention` and `config.steps` are taken from the model; the rest is the
     caller's. The model's step context must be attached already (`StepContext.attach`). From here on
     diffusers treats the model as quantized: it moves between devices, but not to another dtype.
@@ -57,17 +61,21 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     config.layers, config.steps = describe_layers(model), len(grid)
     config.attention = describe_attention(model)
     StepQuantConfig.from_dict(config.to_dict())  # as a load will check it
-    model.register_buffer(STEP_GRID_NAME, grid.timesteps.clone().to(model.device))
+    device = next(model.buffers()).device
+    model.register_buffer(STEP_GRID_NAME, grid.timesteps.clone().to(device))
     check_model(model)
     model.hf_quantizer = StepQuantQuantizer(config)
     model.is_quantized = True
     model.quantization_method = config.quant_method
-    model.register_to_config(quantization_config=config)
+    if hasattr(model, "register_to_config"):
+        model.register_to_config(quantization_config=config)
     return model
 
 
 def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[str]) -> Path:
     """Write a diffusers `pipeline`, whose component of that name is packed, as the new `folder`.
+
+    Of a packed module that is not from diffusers, that alone is written (`checkpoint.module`).
 
     Everything goes to a hidden folder beside it first, is flushed to the disk and renamed, so that
     `folder` is either complete or absent. Two equal pipelines get equal bytes. Returns the path.
@@ -91,7 +99,7 @@ def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _write_and_rename(pipeline, folder)
+        _write_and_rename(pipeline, component, folder)
     except (OSError, SafetensorError) as error:
         raise _write_error(folder, error) from error
     return folder
@@ -114,10 +122,13 @@ def _shared_context(model: nn.Module) -> StepContext:
     return next(iter(contexts.values()))
 
 
-def _write_and_rename(pipeline: Any, folder: Path) -> None:
+def _write_and_rename(pipeline: Any, component: nn.Module, folder: Path) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
-        pipeline.save_pretrained(partial, safe_serialization=True)
+        if isinstance(component, ModelMixin):
+            pipeline.save_pretrained(partial, safe_serialization=True)
+        else:
+            write_module(component, partial)
         _forget_origin(partial)
         # mkdtemp and safetensors make theirs private; the folder gets the user's usual modes.
         mask = _umask()

@@ -9,11 +9,17 @@ import typer
 from stepquant.cli.options import (
     Against,
     Batch,
+    Call,
+    Guidance,
     Json,
+    Label,
     Model,
+    Prompt,
+    Prompts,
     Quiet,
     Scheduler,
     Steps,
+    conditions,
     scheduler_name,
 )
 from stepquant.cli.session import talk
@@ -35,9 +41,14 @@ def evaluate(
         ),
     ] = None,
     steps: Steps = 50,
-    scheduler: Scheduler = "ddim",
+    scheduler: Scheduler = "auto",
     seed: Annotated[int, typer.Option(help="Both models draw image i from seed + i.")] = 0,
     batch: Batch = 64,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    label: Label = None,
+    guidance: Guidance = None,
+    call: Call = None,
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -55,6 +66,7 @@ def evaluate(
             seed,
             batch,
             reporter=output.reporter,
+            **conditions(prompt, prompts, label, guidance, call),
         )
         output.results = record
         errors = record["noise_error"]
@@ -66,4 +78,5 @@ def evaluate(
         values["noise_error, mean over steps"] = mean
         values[f"noise_error, worst step ({worst['timestep']})"] = worst["relative_mse"]
         output.table([{"measure": key, "value": value} for key, value in values.items()])
-        output.line(f"{num} images of each model, {scheduler} {steps} steps, seeds from {seed}")
+        used = record["scheduler"] or "own scheduler"
+        output.line(f"{num} images of each model, {used} {steps} steps, seeds from {seed}")

@@ -7,7 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from stepquant.cli.options import Json, Model, Quiet, Scheduler, Steps, scheduler_name
+from stepquant.cli.options import (
+    Call,
+    Guidance,
+    Json,
+    Label,
+    Model,
+    Prompt,
+    Prompts,
+    Quiet,
+    Scheduler,
+    Steps,
+    conditions,
+    scheduler_name,
+)
 from stepquant.cli.session import talk
 
 
@@ -19,8 +32,13 @@ def inspect(
     ] = None,
     num: Annotated[int, typer.Option(help="Images sampled with a float model.")] = 8,
     steps: Steps = 50,
-    scheduler: Scheduler = "ddim",
+    scheduler: Scheduler = "auto",
     seed: Annotated[int, typer.Option(help="Image i starts from the noise of seed + i.")] = 0,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    label: Label = None,
+    guidance: Guidance = None,
+    call: Call = None,
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -29,7 +47,14 @@ def inspect(
         from stepquant import api  # not at the top: see demo.py
 
         record = api.inspect(
-            model, plots, steps, scheduler_name(scheduler), num, seed, output.reporter
+            model,
+            plots,
+            steps,
+            scheduler_name(scheduler),
+            num,
+            seed,
+            output.reporter,
+            **conditions(prompt, prompts, label, guidance, call),
         )
         output.results = record
         show = packed_row if record["packed"] else float_row

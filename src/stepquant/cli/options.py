@@ -30,7 +30,32 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 Steps = Annotated[int, typer.Option(help="Sampling steps.")]
 Scheduler = Annotated[
     str,
-    typer.Option(metavar="NAME", help="ddim, ddpm, dpm-solver++, euler, or own: the pipeline's."),
+    typer.Option(
+        metavar="NAME",
+        help="ddim, ddpm, dpm-solver++, euler, lcm, flow-euler, own: the pipeline's, or auto: "
+        "ddim, and where flow is matched own.",
+    ),
+]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="What to draw; repeat for more, one for each image in turn."),
+]
+Prompts = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Text file with a prompt on each line.")
+]
+Label = Annotated[
+    list[int] | None,
+    typer.Option(metavar="NUMBER", help="Class to draw; repeat for more. Else from all classes."),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(metavar="SCALE", help="Of classifier-free guidance, else the pipeline's."),
+]
+Call = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE", help="Further argument of the pipeline, as height=512; repeat."
+    ),
 ]
 Batch = Annotated[int, typer.Option(help="Images sampled at a time; changes no image.")]
 
@@ -52,21 +77,56 @@ def scheduler_name(text: str) -> str | None:
     return None if text == OWN_SCHEDULER else text
 
 
-def parse_settings(texts: list[str]) -> dict[str, Any]:
+def conditions(
+    prompt: list[str] | None,
+    prompts: Path | None,
+    label: list[int] | None,
+    guidance: float | None,
+    call: list[str] | None,
+) -> dict[str, Any]:
+    """What the verbs of the API take as prompts, labels, guidance and call."""
+    texts = list(prompt or [])
+    if prompts is not None:
+        try:
+            lines = prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise StepQuantError(
+                f"--prompts '{prompts}' cannot be read ({error}): expected a text file in UTF-8 "
+                "with a prompt on each line"
+            ) from error
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise StepQuantError(
+                f"--prompts '{prompts}' holds no prompt: expected one on each line"
+            )
+        texts += found
+    return {
+        "prompts": texts,
+        "labels": label,
+        "guidance": guidance,
+        "call": parse_settings(call or [], "--call", "height=512"),
+    }
+
+
+def parse_settings(
+    texts: list[str],
+    option: str = "--set",
+    example: str = "block_distillation.iterations=300",
+) -> dict[str, Any]:
     """`["step.key=value", ...]` as the API takes it; values are YAML, and the last one counts."""
     settings = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise StepQuantError(
-                f"--set '{text}' is not understood: expected step.key=value, as in "
-                "block_distillation.iterations=300"
+                f"{option} '{text}' is not understood: expected "
+                f"{'step.' if option == '--set' else ''}key=value, as in {example}"
             )
         try:
             settings[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise StepQuantError(
-                f"--set '{text}' has a value that is not YAML: expected a number, a word or a "
+                f"{option} '{text}' has a value that is not YAML: expected a number, a word or a "
                 "list such as [1, 2]"
             ) from error
     return settings

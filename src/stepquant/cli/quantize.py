@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from stepquant.cli.options import Json, Model, Quiet, parse_settings
+from stepquant.cli.options import (
+    Call,
+    Guidance,
+    Json,
+    Label,
+    Model,
+    Prompt,
+    Prompts,
+    Quiet,
+    conditions,
+    parse_settings,
+)
 from stepquant.cli.session import talk
 
 KEPT = "; finished work is kept, go on with --resume"
@@ -39,6 +50,11 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an unfinished run of the same command.")
     ] = False,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    label: Label = None,
+    guidance: Guidance = None,
+    call: Call = None,
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -58,6 +74,7 @@ def quantize(
             seed,
             resume,
             output.reporter,
+            **conditions(prompt, prompts, label, guidance, call),
         ).record
         output.results = {"out": out, **record}
         shown = (

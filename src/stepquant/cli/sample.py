@@ -10,11 +10,17 @@ import typer
 
 from stepquant.cli.options import (
     Batch,
+    Call,
+    Guidance,
     Json,
+    Label,
     Model,
+    Prompt,
+    Prompts,
     Quiet,
     Scheduler,
     Steps,
+    conditions,
     scheduler_name,
 )
 from stepquant.cli.session import talk
@@ -32,9 +38,14 @@ def sample(
         Path | None, typer.Option(metavar="DIR", help="New folder for the images one by one.")
     ] = None,
     steps: Steps = 50,
-    scheduler: Scheduler = "ddim",
+    scheduler: Scheduler = "auto",
     seed: Annotated[int, typer.Option(help="Image i starts from the noise of seed + i.")] = 0,
     batch: Batch = 64,
+    prompt: Prompt = None,
+    prompts: Prompts = None,
+    label: Label = None,
+    guidance: Guidance = None,
+    call: Call = None,
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -49,7 +60,14 @@ def sample(
         if out is not None:
             images.check_new_folder(out)
         drawn = api.sample(
-            model, num, steps, seed, scheduler_name(scheduler), batch, output.reporter
+            model,
+            num,
+            steps,
+            seed,
+            scheduler_name(scheduler),
+            batch,
+            output.reporter,
+            **conditions(prompt, prompts, label, guidance, call),
         )
         files = [] if out is None else images.save_images(drawn, out)
         if grid is not None:

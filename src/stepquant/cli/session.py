@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,19 @@ def sentence_of(error: Exception, kept: str) -> str | None:
 
 
 def keep_libraries_silent(quiet: bool) -> None:
-    """No bars and remarks of diffusers among our own; with `quiet`, no download bars either."""
+    """No bars and remarks of diffusers and transformers among our own.
+
+    With `quiet`, no download bars either.
+    """
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    if find_spec("transformers") is not None:  # diffusers takes text encoders from there
+        from transformers.utils import logging as text_logging
+
+        text_logging.disable_progress_bar()
+        text_logging.set_verbosity_error()
     if quiet:
         from huggingface_hub.utils import disable_progress_bars
 

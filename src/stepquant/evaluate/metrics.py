@@ -28,7 +28,7 @@ CHUNK = 500  # images a pass, which bounds the memory that SSIM needs
 class StepError(TypedDict):
     """One row of `noise_prediction_error`."""
 
-    timestep: int
+    timestep: int | float
     relative_mse: float
 
 
@@ -254,7 +254,7 @@ def paired_ssim(images_a: Tensor, images_b: Tensor) -> float:
 def noise_prediction_error(
     float_outputs: Sequence[Tensor] | Tensor,
     quantized_outputs: Sequence[Tensor] | Tensor,
-    timesteps: Sequence[int] | Tensor,
+    timesteps: Sequence[float] | Tensor,
 ) -> list[StepError]:
     """Mean squared error of the denoiser's output at each step, over the float mean square.
 
@@ -267,14 +267,15 @@ def noise_prediction_error(
         timesteps: the T timesteps that they belong to.
 
     Returns:
-        T rows {"timestep": int, "relative_mse": float}, in the order given: 0 is equal, 1 is as
+        T rows {"timestep": number, "relative_mse": float}, in the order given: 0 is equal, 1 is as
         wrong as an output of zeros.
 
     Raises:
         StepQuantError: lengths or shapes differ, values are not finite, or a float output is zero
             throughout; the sentence names the timestep.
     """
-    steps = [int(step) for step in timesteps]
+    # Those of flow matching are not whole.
+    steps = [int(step) if float(step).is_integer() else float(step) for step in timesteps]
     if not len(float_outputs) == len(quantized_outputs) == len(steps) > 0:
         raise StepQuantError(
             f"there are {len(float_outputs)} float outputs, {len(quantized_outputs)} quantized "

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stepquant.calibration.capture import capture_outputs, execution_order
+from stepquant.calibration.trajectories import predict
 from stepquant.errors import StepQuantError
 from stepquant.methods.step import Step
 from stepquant.quantizers import QuantLayer
@@ -38,7 +39,7 @@ class BiasCorrection(Step):
         """Correct; the summary has the bias that was there, step by step, and its mean square."""
         session.ensure_ranges()
         layer = self._output_layer(session)
-        bias = self._bias(session)
+        bias = self._bias(session, layer.channel_dim)
         layer.set_step_bias(-bias)
         session.summary[self.name] = {
             "mean_square": float(bias.square().mean()),
@@ -51,7 +52,7 @@ class BiasCorrection(Step):
         outer = sorted(session.adapter.input_output_layers(session.float_model))
         name = execution_order(session.float_model, outer, data)[-1]
         result = capture_outputs(session.float_model, [name], data, 1)[name]
-        prediction = session.float_model(data.sample, data.timestep, return_dict=False)[0]
+        prediction = predict(session.float_model, data)
         layer = session.layers().get(name)
         if layer is None or not torch.equal(result, prediction):
             what = "is not quantized" if layer is None else "does not give the prediction itself"
@@ -61,17 +62,17 @@ class BiasCorrection(Step):
             )
         return layer
 
-    def _bias(self, session: Session) -> Tensor:
+    def _bias(self, session: Session, channel_dim: int) -> Tensor:
         """Mean of the quantized less the float prediction, `[T, channels]`."""
         rows = []
-        timesteps = session.trajectories.timesteps
-        with session.reporter.task("measuring bias", total=len(timesteps)) as task:
-            for row, timestep in enumerate(timesteps):
-                sample = session.trajectories.at_step(row, self.samples_per_step)
+        steps = len(session.trajectories.timesteps)
+        with session.reporter.task("measuring bias", total=steps) as task:
+            for row in range(steps):
+                inputs = session.trajectories.step(row, self.samples_per_step)
                 ours, theirs = (
-                    model(sample, timestep, return_dict=False)[0]
-                    for model in (session.model, session.float_model)
+                    predict(model, inputs) for model in (session.model, session.float_model)
                 )
-                rows.append((ours - theirs).transpose(0, 1).flatten(1).mean(dim=1))
+                error = (ours - theirs).movedim(channel_dim, 0)  # a conv's are [B, C, H, W]
+                rows.append(error.flatten(1).mean(dim=1))
                 task.advance()
         return torch.stack(rows)

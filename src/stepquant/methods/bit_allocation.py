@@ -22,7 +22,7 @@ from stepquant.calibration.influence import check_without_memory
 from stepquant.calibration.initialize import weight_search
 from stepquant.calibration.rounding_errors import input_errors, input_grids, weight_error
 from stepquant.calibration.sensitivity import OutputErrors, output_errors
-from stepquant.calibration.trajectories import Trajectories
+from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.errors import StepQuantError
 from stepquant.methods.outlier_mixed_bits import BITS_CHOSEN
 from stepquant.methods.step import Step
@@ -47,8 +47,10 @@ def allocate_bits(
     for number, table in enumerate(errors):
         exact = table.double().T.numpy()  # [C_out, widths]
         for channel, row in enumerate(exact):
+            gain = np.inf
             for start, stop in hull_segments(row):
-                gain = (row[start] - row[stop]) / ((stop - start) * columns[number])
+                # Not more than the step before, even by rounding: it cannot be taken before that.
+                gain = min(gain, (row[start] - row[stop]) / ((stop - start) * columns[number]))
                 steps.append((-gain, number, channel, start, stop))
     chosen = [np.zeros(table.shape[1], dtype=np.int64) for table in errors]
     left = budget - sum(
@@ -69,9 +71,10 @@ def hull_segments(errors: np.ndarray) -> list[tuple[int, int]]:
         here = corners[-1]
         ahead = np.arange(here + 1, len(errors))
         slopes = (errors[ahead] - errors[here]) / (ahead - here)
-        best = int(slopes.argmin())
-        if slopes[best] >= 0:
+        if slopes.min() >= 0:
             break
+        # Of slopes that differ by rounding only, the nearest: a longer jump may not be affordable.
+        best = int((slopes <= slopes.min() * (1 - 1e-12)).argmax())
         corners.append(int(ahead[best]))
     return list(itertools.pairwise(corners))
 
@@ -186,18 +189,17 @@ class BitAllocation(Step):
             alone = torch.arange(len(data))  # no sum over steps: each prediction is for itself
             data = replace(data, trajectory=alone)
             generator = torch.Generator().manual_seed(session.seed)
-            signs = torch.randint(0, 2, data.sample.shape, generator=generator) * 2.0 - 1.0
             with torch.no_grad():
-                y = session.float_model(data.sample, data.timestep, return_dict=False)[0]
-            return data, signs / y.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+                y = predict(session.float_model, data)
+            signs = torch.randint(0, 2, y.shape, generator=generator) * 2.0 - 1.0
+            return data, signs / y.flatten(1).norm(dim=1).view(-1, *(1,) * (y.dim() - 1))
         found = session.image_gradients()  # [T, images, C, H, W]
         steps = found.shape[0]
         images = min(found.shape[1], max(1, self.samples // steps))
-        timesteps = session.trajectories.timesteps
-        by_step = [session.trajectories.at_step(row, images) for row in range(steps)]
-        sample = torch.stack(by_step).transpose(0, 1).flatten(0, 1)  # image by image
+        by_step = [session.trajectories.rows(row, images) for row in range(steps)]
+        index = torch.stack(by_step).transpose(0, 1).flatten()  # image by image
         image = torch.arange(images).repeat_interleave(steps)
-        data = Trajectories(sample, timesteps.repeat(images), image, timesteps)
+        data = replace(session.trajectories.take(index), trajectory=image)
         return data, found[:, :images].transpose(0, 1).flatten(0, 1)
 
     def _measured(

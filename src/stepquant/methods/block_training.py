@@ -13,9 +13,10 @@ from stepquant.calibration.capture import (
     capture_inputs,
     capture_outputs,
     execution_order,
+    joined_output,
     last_readers,
-    pick,
 )
+from stepquant.calibration.nested import inside, pick
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.session import Session
@@ -67,7 +68,7 @@ def train_blocks(
     targets: dict[str, Tensor] = {}
     inputs_from = float_model if float_inputs else model
     # What finished blocks give, so that none of them runs again for each block behind it.
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, Any] = {}
     last = last_readers(float_model, names, data)
     with session.reporter.task(doing, total=len(names)) as task:
         for index, name in enumerate(names):
@@ -91,7 +92,7 @@ def train_blocks(
                 outputs[name] = _run(session, block, args, kwargs, data.timestep, 2 * batch)
             for done, y in outputs.items():
                 if last[done] <= index:  # only its shape is read from here on
-                    outputs[done] = y[:1].expand(len(data), *y.shape[1:])
+                    outputs[done] = _forgotten(y, len(data))
             records.append({"block": name, "loss_before": losses[0], "loss_after": losses[1]})
             task.advance(note=f"{name} loss {losses[0]:.2e} -> {losses[1]:.2e}")
     return records
@@ -105,15 +106,32 @@ def _run(
     kwargs: dict[str, Any],
     timestep: Tensor,
     batch: int,
-) -> Tensor:
+) -> Any:
     """What `block` gives for its inputs at `timestep [N]`, `batch` at once, `[N, ...]`."""
     outputs = []
     for start in range(0, len(timestep), batch):
         part = slice(start, start + batch)
         session.context.set_timestep(timestep[part])
-        own_args, own_kwargs = pick(args, kwargs, part)
+        own_args, own_kwargs = pick((args, kwargs), part)
         outputs.append(block(*own_args, **own_kwargs))
-    return torch.cat(outputs)
+    return _cat(outputs)
+
+
+def _cat(outputs: list[Any]) -> Any:
+    """Tensors `[n, ...]` joined to `[N, ...]`, in tuples too."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(outputs)
+    if isinstance(first, tuple):
+        return tuple(_cat(list(entries)) for entries in zip(*outputs, strict=True))
+    return first
+
+
+def _forgotten(output: Any, count: int) -> Any:
+    """Of the same shapes, with the values of the first sample only."""
+    if isinstance(output, Tensor):
+        return output[:1].expand(count, *output.shape[1:])
+    return inside(output, lambda entry: _forgotten(entry, count))
 
 
 def _targets(
@@ -156,7 +174,8 @@ class GuardedBlock:
         """The loss on the samples `index`; an error that names the block where it is not finite."""
         args, kwargs, target, timestep = self._data.batch(index)
         self._context.set_timestep(timestep)
-        loss = (self.block(*args, **kwargs) - target).square().mean() / self._power
+        output = joined_output(self.block(*args, **kwargs))
+        loss = (output - target).square().mean() / self._power
         if not torch.isfinite(loss):
             raise StepQuantError(
                 f"the loss of block '{self._name}' is {loss.item()} in step '{self._step}': "

@@ -61,8 +61,14 @@ class ChannelReparameterization(Step):
     def apply(self, session: Session) -> None:
         """Scale the chosen layers; the summary has the range change per layer."""
         session.require_no_ranges(self.name)
-        session.summary[self.name] = apply_scaling(
+        records = apply_scaling(
             session,
             lambda _, p: reparameterization_factors(p, self.truncation),
             kind=QuantConv2d if self.layers == "conv" else QuantLayer,
         )
+        if not records:
+            session.reporter.line(
+                f"step '{self.name}' changes nothing: the model has no convolutions; layers: all "
+                "scales linear layers too"
+            )
+        session.summary[self.name] = records

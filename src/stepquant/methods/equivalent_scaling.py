@@ -2,18 +2,20 @@
 
 For factors `s [C_in]`: the weight is multiplied by `s` along its in-channels and the layer's input
 divided by it. The division is folded into the producer where that is exact (a norm without a
-non-linearity behind it, a projection that is linear in the channel), else it becomes a divisor of
-the activation quantizer.
+non-linearity behind it, a projection that is linear in the channel, the layer that modulates a
+norm), else it becomes a divisor of the activation quantizer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from stepquant.calibration.observe import Observation, observe
+from stepquant.models.modulation import fold_into_modulation
 from stepquant.quantizers import QuantLayer
 from stepquant.session import Session
 
@@ -28,11 +30,11 @@ def scale_weight(layer: QuantLayer, factors: Tensor) -> None:
 
 
 def fold_into_producer(producer: torch.nn.Module, factors: Tensor) -> None:
-    """Divide the producer's output channels by `factors`, through its weight and bias."""
-    weight = producer.weight.data
+    """Divide the producer's (first) output channels by `factors`, through its weight and bias."""
+    weight = producer.weight.data[: len(factors)]
     weight.div_(factors.view(-1, *(1,) * (weight.dim() - 1)))
     if producer.bias is not None:
-        producer.bias.data.div_(factors)
+        producer.bias.data[: len(factors)].div_(factors)
 
 
 def input_range(observation: Observation, factors: Tensor | None = None) -> float:
@@ -42,6 +44,20 @@ def input_range(observation: Observation, factors: Tensor | None = None) -> floa
     if factors is not None:
         low, high = low / factors, high / factors
     return float(high.amax().clamp(min=0) - low.amin().clamp(max=0))
+
+
+def foldable(session: Session) -> list[tuple[Callable[[Tensor], None], tuple[str, ...]]]:
+    """For each group of layers that read the same thing, what divides that thing by factors."""
+    model, adapter = session.model, session.adapter
+    found: list[tuple[Callable[[Tensor], None], tuple[str, ...]]] = [
+        (partial(fold_into_producer, model.get_submodule(producer)), consumers)
+        for producer, consumers in adapter.folds(model)
+    ]
+    for entry in adapter.modulations(model):
+        linear = model.get_submodule(entry.linear)
+        fold = partial(fold_into_modulation, linear, entry.shift, entry.scale)
+        found.append((fold, entry.consumers))
+    return found
 
 
 @torch.no_grad()
@@ -61,18 +77,18 @@ def apply_scaling(
     seen = observe(
         session.model, session.trajectories, samples_per_step, session.seed, session.reporter
     )
-    folds = dict(
-        (consumer, (producer, consumers))
-        for producer, consumers in session.adapter.folds(session.model)
+    folds = {
+        consumer: (fold, consumers)
+        for fold, consumers in foldable(session)
         if all(name in layers for name in consumers)
         for consumer in consumers
-    )
+    }
     records: list[dict[str, object]] = []
     done: set[str] = set()
     for name, layer in layers.items():
         if name in done:
             continue
-        producer, group = folds.get(name, (None, (name,)))
+        fold, group = folds.get(name, (None, (name,)))
         done.update(group)
         parts = []
         for index, part_weight in enumerate(layer.weight_parts()):
@@ -86,7 +102,7 @@ def apply_scaling(
                 {
                     "layer": name if len(group) == 1 else "+".join(group),
                     "part": index,
-                    "folded": producer is not None,
+                    "folded": fold is not None,
                     "scaled_share": float((factors != 1).float().mean()),
                     "median_factor": float(factors.median()),
                     "range_before": input_range(seen_part),
@@ -96,8 +112,8 @@ def apply_scaling(
         all_factors = torch.cat(parts)
         for member in group:
             scale_weight(layers[member], all_factors)
-        if producer is not None:
-            fold_into_producer(session.model.get_submodule(producer), all_factors)
+        if fold is not None:
+            fold(all_factors)
         else:
             layer.multiply_channel_scale(all_factors)
     return records

@@ -65,10 +65,10 @@ class ProgressiveAlignment(BlockReconstruction):
         key = f"{self.name}/trajectories-{number}"
         kept = session.work.load(key)
         if kept is not None:
-            return Trajectories(**kept)
+            return Trajectories.from_tensors(kept)
         images = int(session.trajectories.trajectory.max()) + 1
         seed = session.seed + FIRST_SEED + (number - 1) * images
         drawn = session.draw(images, seed, session.model).subset(self.samples, session.seed)
         tensors = drawn.to_tensors()
         session.work.save(key, tensors)
-        return Trajectories(**tensors)
+        return Trajectories.from_tensors(tensors)

@@ -16,24 +16,27 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.methods.trajectory_distillation import TrajectoryDistillation
 from stepquant.models.adapter import DenoiserAdapter
-from stepquant.models.inputs import random_sample
+from stepquant.models.calling import call_denoiser
 from stepquant.session import Session
 
 
 def relations(features: Tensor, temperature: float) -> Tensor:
     """Log-probabilities `[B, P, P]` of each pixel's likeness to all, from `features [B, C, H, W]`.
 
-    Row by row a softmax over cosines; `P = H * W`.
+    Row by row a softmax over cosines; `P = H * W`. Of a transformer's features `[B, P, C]` each
+    token is a pixel.
     """
-    pixels = functional.normalize(features.flatten(2), dim=1)  # [B, C, P]
+    channels_first = features.flatten(2) if features.dim() == 4 else features.transpose(1, 2)
+    pixels = functional.normalize(channels_first, dim=1)  # [B, C, P]
     return functional.log_softmax(pixels.transpose(1, 2) @ pixels / temperature, dim=-1)
 
 
 def relation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Mean over pixels of `KL(teacher || student)` of their relations; features `[B, C, H, W]`."""
+    """Mean over pixels of `KL(teacher || student)` of their relations, of features alike."""
     ours, theirs = relations(student, temperature), relations(teacher, temperature)
     return functional.kl_div(
         ours.flatten(0, 1), theirs.flatten(0, 1), reduction="batchmean", log_target=True
@@ -80,25 +83,25 @@ class RelationDistillation(TrajectoryDistillation):
         super().check_model(model, adapter, scheduler)
         site = adapter.relation_site(model)
         with output_of(model.get_submodule(site)) as found:
-            model(random_sample(model, 1), torch.tensor(0))
+            call_denoiser(model, *adapter.random_inputs(model, 1))
         features = found[0] if found else None
-        if not isinstance(features, Tensor) or features.dim() != 4:
+        if not isinstance(features, Tensor) or features.dim() not in (3, 4):
             what = tuple(features.shape) if isinstance(features, Tensor) else type(features)
             raise StepQuantError(
                 f"step '{self.name}' found {what} at '{site}': expected features [B, C, H, W] "
-                "with a pixel grid, which relations are taken of; use trajectory_distillation"
+                "with a pixel grid or tokens [B, P, C], which relations are taken of; use "
+                "trajectory_distillation"
             )
 
-    def losses(
-        self, session: Session, sample: Tensor, timestep: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def losses(self, session: Session, inputs: Trajectories) -> tuple[Tensor, Tensor | None]:
         """The task loss and the weighted relation term."""
         site = session.adapter.relation_site(session.float_model)
         with (
             output_of(session.model.get_submodule(site)) as student,
             output_of(session.float_model.get_submodule(site)) as teacher,
         ):
-            task, _ = super().losses(session, sample, timestep)
+            task, _ = super().losses(session, inputs)
+        timestep = inputs.timestep
         steps = int((timestep[1:] != timestep[:-1]).sum()) + 1  # the last window may be shorter
         ours, theirs = (smoothed(found[0], steps) for found in (student, teacher))
         if self.relation == "l2":
@@ -109,15 +112,20 @@ class RelationDistillation(TrajectoryDistillation):
 
 
 def smoothed(features: Tensor, steps: int) -> Tensor:
-    """The mean over a window's steps, `[B, C, H, W]`, of `features [steps * B, C, H, W]`."""
+    """The mean over a window's steps, `[B, ...]`, of `features [steps * B, ...]`."""
     return features.view(steps, -1, *features.shape[1:]).mean(dim=0)
 
 
 @contextmanager
 def output_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that holds the outputs of `module`, with their graph, while the context lasts."""
+    """A list that holds the outputs of `module`, with their graph, while the context lasts.
+
+    Of a block that gives text and image tokens, the image's, which are the last.
+    """
     found: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _m, _a, output: found.append(output))
+    handle = module.register_forward_hook(
+        lambda _m, _a, output: found.append(output[-1] if isinstance(output, tuple) else output)
+    )
     try:
         yield found
     finally:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stepquant.calibration.influence import check_without_memory, weighted_power
-from stepquant.calibration.trajectories import Trajectories
+from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.errors import StepQuantError
 from stepquant.methods.layer_optimizer import LayerOptimizer
 from stepquant.methods.step import CORRECTED, Step
@@ -125,18 +125,16 @@ class TrajectoryDistillation(Step):
             ],
         }
 
-    def losses(
-        self, session: Session, sample: Tensor, timestep: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """`(task loss, further term or None)` of a window's inputs, `[window * B, ...]`.
+    def losses(self, session: Session, inputs: Trajectories) -> tuple[Tensor, Tensor | None]:
+        """`(task loss, further term or None)` of a window's `inputs`, `window * B` of them.
 
         The task loss is the squared error of the predicted noise over its mean square, weighted by
         its influence.
         """
         with torch.no_grad():
-            target = predict(session.float_model, sample, timestep)
-        error = predict(session.model, sample, timestep) - target
-        loss = self._power(session, error, timestep).mean() / target.square().mean()
+            target = predict(session.float_model, inputs)
+        error = predict(session.model, inputs) - target
+        loss = self._power(session, error, inputs.timestep).mean() / target.square().mean()
         return loss, None
 
     def _power(self, session: Session, error: Tensor, timestep: Tensor) -> Tensor:
@@ -154,12 +152,12 @@ class TrajectoryDistillation(Step):
             session.model if own else None,
         )
         for window in self._windows(data, session.seed * 7919 + training.rounds):
-            timestep = data.timestep[window]
-            task, term = self.losses(session, data.sample[window], timestep)
+            inputs = data.take(window)
+            task, term = self.losses(session, inputs)
             loss = task if term is None else task + term
             if not torch.isfinite(loss):
                 raise StepQuantError(
-                    f"the loss is {loss.item()} at timestep {timestep[0].item():g} in step "
+                    f"the loss is {loss.item()} at timestep {inputs.timestep[0].item():g} in step "
                     f"'{self.name}': expected a finite number; lower the learning rates or check "
                     "the float model"
                 )
@@ -202,17 +200,12 @@ class TrajectoryDistillation(Step):
         data = data.subset(HELD_OUT, session.seed)
         error = power = 0.0
         for start in range(0, len(data), HELD_OUT // 4):
-            part = slice(start, start + HELD_OUT // 4)
-            target = predict(session.float_model, data.sample[part], data.timestep[part])
-            found = predict(session.model, data.sample[part], data.timestep[part])
-            error += float(self._power(session, found - target, data.timestep[part]).sum())
-            power += float(self._power(session, target, data.timestep[part]).sum())
+            part = data.take(slice(start, start + HELD_OUT // 4))
+            target = predict(session.float_model, part)
+            found = predict(session.model, part)
+            error += float(self._power(session, found - target, part.timestep).sum())
+            power += float(self._power(session, target, part.timestep).sum())
         return error / max(power, 1e-12)
-
-
-def predict(model: nn.Module, sample: Tensor, timestep: Tensor) -> Tensor:
-    """The noise that `model` predicts for `sample [B, C, H, W]` at `timestep [B]`."""
-    return model(sample, timestep, return_dict=False)[0]
 
 
 @dataclass

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from stepquant.errors import StepQuantError
+from stepquant.models.dit import DiTAdapter
+from stepquant.models.flux import FluxAdapter
+from stepquant.models.inputs import Inputs
+from stepquant.models.modulation import Modulation
+from stepquant.models.pixart import PixArtAdapter
+from stepquant.models.sd3 import SD3Adapter
 from stepquant.models.unet2d import UNet2DAdapter
+from stepquant.models.unet2d_condition import UNet2DConditionAdapter
 
 
 class DenoiserAdapter(Protocol):
@@ -35,25 +42,50 @@ class DenoiserAdapter(Protocol):
         """Layers with concatenated inputs: the in-channels of each part."""
         ...
 
+    def float_layers(self, model: nn.Module) -> dict[str, str]:
+        """Layers that must stay float, each with the reason."""
+        ...
+
     def folds(self, model: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
         """`(producer, consumers)` pairs for which an equivalent scaling folds exactly.
 
         The producer's output channel `k` is divided by `s[k]`, through its weight and bias, and
-        every consumer's weight is multiplied with `s[k]` along in-channel `k`.
+        every consumer's weight is multiplied with `s[k]` along in-channel `k`. A producer with more
+        output channels than the consumers have in-channels is divided in its first ones: the linear
+        half of a GEGLU.
         """
         ...
 
+    def modulations(self, model: nn.Module) -> list[Modulation]:
+        """Modulated norms, into whose linear layer an equivalent scaling folds exactly."""
+        ...
+
     def relation_site(self, model: nn.Module) -> str:
-        """The module that gives the last features before the output layers, `[B, C, H, W]`."""
+        """The module that gives the last features before the output layers.
+
+        `[B, C, H, W]`, or a transformer's tokens `[B, P, C]`; of a tuple the last.
+        """
         ...
 
     def attention_sites(self, model: nn.Module) -> list[str]:
         """Attention modules, whose products stay float in the runtime."""
         ...
 
+    def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
+        """Random arguments of the config's sizes, the same at each call, in the middle of time."""
+        ...
+
 
 ADAPTERS: dict[str, DenoiserAdapter] = {
-    adapter.architecture: adapter for adapter in (UNet2DAdapter(),)
+    adapter.architecture: adapter
+    for adapter in (
+        UNet2DAdapter(),
+        UNet2DConditionAdapter(),
+        DiTAdapter(),
+        PixArtAdapter(),
+        SD3Adapter(),
+        FluxAdapter(),
+    )
 }
 
 
@@ -64,5 +96,13 @@ def adapter_for(model: nn.Module) -> DenoiserAdapter:
             return ADAPTERS[kind.__name__]
     raise StepQuantError(
         f"no adapter for the architecture {type(model).__name__}: expected one of "
-        f"{', '.join(ADAPTERS)}; add one in stepquant.models"
+        f"{', '.join(ADAPTERS)}; for any other, quantize(pipeline, "
+        "adapter=general_adapter(pipeline)), or DenoiserPipeline around a module of your own "
+        "(docs/python.md has the ten lines)"
     )
+
+
+def adapter_of(pipeline: Any, denoiser: nn.Module) -> DenoiserAdapter:
+    """The adapter that `pipeline` brings for its `denoiser`, or the architecture's."""
+    own = getattr(pipeline, "denoiser_adapter", None)
+    return adapter_for(denoiser) if own is None else own

@@ -35,3 +35,13 @@ def _replace_children(
                 _replace_children(module, f"{prefix}{child}.", replacement, seen)
         if seen[module] is not module:
             setattr(parent, child, seen[module])
+
+
+def outermost_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
+    """Names of the modules of `kinds` that lie in no other such module."""
+    found: list[str] = []
+    for name, module in model.named_modules():  # parents come before their children
+        inside = any(name.startswith(f"{parent}.") for parent in found)
+        if name and not inside and isinstance(module, kinds):
+            found.append(name)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import TimestepEmbedding
@@ -9,26 +10,21 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-BLOCKS = (ResnetBlock2D, Attention, Downsample2D, Upsample2D, TimestepEmbedding)
+from stepquant.models.base import DiffusersAdapter, Folds, value_folds
+from stepquant.models.inputs import MIDDLE, Inputs, random_sample
+
+UNITS = (ResnetBlock2D, Attention, Downsample2D, Upsample2D, TimestepEmbedding)
 
 
-class UNet2DAdapter:
-    """Blocks, skip splits, folds and attention sites of `UNet2DModel`."""
+class UNet2DAdapter(DiffusersAdapter):
+    """Blocks, skip splits, folds and attention sites of `UNet2DModel`.
+
+    Blocks are resnets, attentions, resamplers and the time embedding.
+    """
 
     architecture = "UNet2DModel"
-
-    def blocks(self, model: nn.Module) -> list[str]:
-        """Resnets, attentions, resamplers, the time embedding; any other layer is its own unit."""
-        units: list[str] = []
-        for name, module in model.named_modules():  # parents come before their children
-            inside = any(name.startswith(f"{unit}.") for unit in units)
-            if not inside and isinstance(module, (*BLOCKS, nn.Conv2d, nn.Linear)):
-                units.append(name)
-        return units
-
-    def input_output_layers(self, model: nn.Module) -> set[str]:
-        """The first and the last conv."""
-        return {"conv_in", "conv_out"}
+    units = UNITS
+    outer = ("conv_in", "conv_out")
 
     def time_embedding_layers(self, model: nn.Module) -> set[str]:
         """Both linears of the time embedding."""
@@ -57,21 +53,22 @@ class UNet2DAdapter:
                 backbone = resnet.out_channels
         return splits
 
-    def folds(self, model: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
+    def folds(self, model: nn.Module) -> Folds:
         """GroupNorm without SiLU into q, k, v; v into the output projection (linear in v)."""
-        folds = []
-        for name in self.attention_sites(model):
-            attention = model.get_submodule(name)
-            projections = tuple(f"{name}.{part}" for part in ("to_q", "to_k", "to_v"))
-            if attention.group_norm is not None:
+        sites = self.attention_sites(model)
+        folds: Folds = []
+        for name in sites:
+            if model.get_submodule(name).group_norm is not None:
+                projections = tuple(f"{name}.{part}" for part in ("to_q", "to_k", "to_v"))
                 folds.append((f"{name}.group_norm", projections))
-            folds.append((f"{name}.to_v", (f"{name}.to_out.0",)))
-        return folds
+        return folds + value_folds(model, sites)
 
     def relation_site(self, model: nn.Module) -> str:
         """The last decoder stage."""
         return f"up_blocks.{len(model.up_blocks) - 1}"
 
-    def attention_sites(self, model: nn.Module) -> list[str]:
-        """Every attention module."""
-        return [name for name, module in model.named_modules() if isinstance(module, Attention)]
+    def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
+        """A sample at one timestep for the batch; class labels where it has any."""
+        classes = model.config.num_class_embeds
+        conditions = {} if classes is None else {"class_labels": torch.arange(batch) % classes}
+        return random_sample(model, batch), torch.tensor(MIDDLE), conditions

@@ -270,6 +270,8 @@ class QuantLinear(QuantLayer):
     ) -> None:
         super().__init__()
         self._setup(layer, weight_bits, activation_bits, context, splits)
+        # As in `nn.Linear`: pipelines of diffusers ask a layer for its sizes.
+        self.in_features, self.out_features = self.in_channels, self.out_channels
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(x, weight, bias)

@@ -1,0 +1,193 @@
+"""What a denoiser is told beside the sample and the timestep, over many inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepquant.errors import StepQuantError
+from stepquant.models.calling import tensors_in
+
+# Positions of tokens, the same for all samples: a batch may have as many samples as tokens.
+WITHOUT_BATCH = ("img_ids", "txt_ids")
+SEPARATOR = "."  # between the names of nested arguments
+POSITION = "#"  # before the number of an entry of a tuple
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Further arguments of `N` inputs: prompts' embeddings, labels, masks, guidance.
+
+    `values`: by name, the distinct values of an argument `[U, ...]`, and `rows`, `[N]` (int64),
+    which of them each input has: an embedding that is the same at all steps is there once.
+    `shared`: tensors without a batch dimension, the same for all inputs. `constants`: what is not
+    a tensor. The names of nested arguments are joined by dots, as `added_cond_kwargs.time_ids` and,
+    in a tuple, `image_rotary_emb.#0`.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, index: Tensor | slice) -> Conditions:
+        """Those of the inputs `index`."""
+        rows = {name: row[index] for name, row in self.rows.items()}
+        return Conditions(self.values, rows, self.shared, self.constants)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for one call with all inputs, nested as the denoiser takes them."""
+        flat: dict[str, Any] = dict(self.constants)
+        flat |= self.shared
+        flat |= {name: value[self.rows[name]] for name, value in self.values.items()}
+        nested: dict[str, Any] = {}
+        for name, value in flat.items():
+            *parents, last = name.split(SEPARATOR)
+            place = nested
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[last] = value
+        return _with_tuples(nested)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """For a safetensors file; nothing, where there are no conditions."""
+        tensors = {f"condition/{name}": value for name, value in self.values.items()}
+        tensors |= {f"condition_row/{name}": row for name, row in self.rows.items()}
+        tensors |= {f"condition_shared/{name}": value for name, value in self.shared.items()}
+        if self.constants:
+            text = json.dumps(self.constants, sort_keys=True).encode()
+            tensors["condition_constants"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Conditions:
+        """What `to_tensors` gave; other names are passed over."""
+        parts: dict[str, dict[str, Tensor]] = {
+            "condition": {},
+            "condition_row": {},
+            "condition_shared": {},
+        }
+        for name, tensor in tensors.items():
+            part, _, key = name.partition("/")
+            if key and part in parts:
+                parts[part][key] = tensor
+        text = tensors.get("condition_constants")
+        constants = {} if text is None else json.loads(bytes(text.tolist()))
+        return cls(*parts.values(), constants)
+
+
+class ConditionRecorder:
+    """Collects the further arguments of call after call."""
+
+    def __init__(self, owner: str) -> None:
+        """`owner`: the denoiser's class, for errors."""
+        self._owner = owner
+        self._distinct: dict[str, list[Tensor]] = {}
+        self._known: dict[str, dict[bytes, int]] = {}
+        self._rows: dict[str, list[int]] = {}
+        self._shared: dict[str, Tensor] = {}
+        self._constants: dict[str, Any] = {}
+        self._names: list[str] | None = None
+
+    def add(self, arguments: dict[str, Any], batch: int) -> None:
+        """The arguments of a call with `batch` samples, without sample and timestep."""
+        flat = _flat(arguments)
+        names = sorted(flat)
+        if self._names is None:
+            self._names = names
+        if names != self._names:
+            self._fail(f"got the arguments {names} after {self._names}", "the same at every call")
+        for name, value in flat.items():
+            if not isinstance(value, Tensor):
+                self._add_constant(name, value)
+            elif name in self._shared or self._is_shared(name, value, batch):
+                self._add_shared(name, value)
+            else:
+                self._add_rows(name, value, batch)
+
+    def _is_shared(self, name: str, value: Tensor, batch: int) -> bool:
+        if name in self._rows:
+            return False
+        return value.dim() == 0 or value.shape[0] != batch or name in WITHOUT_BATCH
+
+    def _add_constant(self, name: str, value: Any) -> None:
+        try:
+            json.dumps(value)
+        except TypeError:
+            self._fail(
+                f"got {type(value).__name__} as '{name}'",
+                "tensors, numbers, texts, None, and tuples and dictionaries of these",
+            )
+        if self._constants.setdefault(name, value) != value:
+            self._fail(f"got {value!r} as '{name}' after {self._constants[name]!r}", "one value")
+
+    def _add_shared(self, name: str, value: Tensor) -> None:
+        kept = self._shared.setdefault(name, value.detach().clone())
+        if kept.shape != value.shape or not torch.equal(kept, value):
+            self._fail(
+                f"got a tensor {list(value.shape)} as '{name}', which changes between calls",
+                "a tensor with one row for each sample, or the same one at every call",
+            )
+
+    def _add_rows(self, name: str, value: Tensor, batch: int) -> None:
+        if value.dim() == 0 or value.shape[0] != batch:
+            self._fail(
+                f"got a tensor {list(value.shape)} as '{name}' for {batch} samples",
+                "a row for each sample, as in the first call",
+            )
+        distinct, known = self._distinct.setdefault(name, []), self._known.setdefault(name, {})
+        for row in value.detach().cpu().contiguous():
+            if distinct and (row.shape, row.dtype) != (distinct[0].shape, distinct[0].dtype):
+                self._fail(
+                    f"got rows {list(row.shape)} of {row.dtype} as '{name}' after "
+                    f"{list(distinct[0].shape)} of {distinct[0].dtype}",
+                    "rows of one shape; pad prompts to one length",
+                )
+            digest = hashlib.blake2b(row.view(-1).view(torch.uint8).numpy().tobytes()).digest()
+            if digest not in known:
+                known[digest] = len(distinct)
+                distinct.append(row.clone())
+            self._rows.setdefault(name, []).append(known[digest])
+
+    def conditions(self) -> Conditions:
+        """All that was added, in order."""
+        return Conditions(
+            {name: torch.stack(rows) for name, rows in self._distinct.items()},
+            {name: torch.tensor(rows) for name, rows in self._rows.items()},
+            self._shared,
+            self._constants,
+        )
+
+    def _fail(self, found: str, expected: str) -> None:
+        raise StepQuantError(f"{self._owner} {found}: expected {expected}")
+
+
+def _flat(arguments: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries under dotted names; an empty one stays, as forwards may ask for it.
+
+    Tuples and lists too, where there are tensors in them.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, tuple | list) and tensors_in(value):
+            value = {f"{POSITION}{index}": entry for index, entry in enumerate(value)}
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}{SEPARATOR}")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _with_tuples(value: Any) -> Any:
+    """`value` with tuples again for dictionaries of positions; a list comes back as one, too."""
+    if not isinstance(value, dict):
+        return value
+    entries = {name: _with_tuples(entry) for name, entry in value.items()}
+    if entries and all(name.startswith(POSITION) for name in entries):
+        return tuple(entries[f"{POSITION}{index}"] for index in range(len(entries)))
+    return entries

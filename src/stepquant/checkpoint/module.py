@@ -1,0 +1,96 @@
+"""Saving and loading a packed denoiser that is no model of diffusers.
+
+A folder `denoiser` with `config.json` and `model.safetensors`: what a diffusers folder has of a
+packed denoiser. There is nothing in it of how the module is built; that is the user's code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stepquant.checkpoint.checksum import CHECKSUM_NAME, checksum, checksum_tensor, tensor_line
+from stepquant.checkpoint.config import StepQuantConfig
+from stepquant.checkpoint.plugin import StepQuantQuantizer
+from stepquant.errors import StepQuantError
+
+COMPONENT = "denoiser"
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+def write_module(model: nn.Module, folder: Path) -> None:
+    """Write `model`, which `attach_config` made ready, to the folder `denoiser` in `folder`."""
+    quantizer: Any = model.hf_quantizer
+    config: StepQuantConfig = quantizer.quantization_config
+    part = folder / COMPONENT
+    part.mkdir()
+    # Clones, because a layer that stands in several places has one tensor under several names.
+    tensors = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
+    lines = [tensor_line(name, tensor) for name, tensor in tensors.items()]
+    tensors[CHECKSUM_NAME] = checksum_tensor(checksum(config.layers_json(), lines))
+    save_file(tensors, part / WEIGHTS_NAME)
+    values = {"_class_name": type(model).__name__, "quantization_config": config.to_dict()}
+    (part / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def load_module(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Put the packed denoiser in `folder` into `model`, a float module of the same build.
+
+    `folder`: what `quantize(..., out=folder)` wrote of a `DenoiserPipeline`. `model` is changed in
+    place and returned, ready to run; all of its tensors are replaced by the file's, bit by bit.
+
+    Raises StepQuantError, naming file, layer or tensor, for a folder that is absent, damaged or of
+    another module.
+    """
+    part = Path(folder).expanduser() / COMPONENT
+    config = _read_config(part / CONFIG_NAME)
+    path = part / WEIGHTS_NAME
+    quantizer = StepQuantQuantizer(config)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StepQuantError(
+            f"'{path}' is not a whole safetensors file ({error}): fetch or write it again"
+        ) from error
+    quantizer.maybe_update_loaded_keys(names, [str(path)])
+    quantizer._process_model_before_weight_loading(model)
+    quantizer.maybe_update_state_dict(tensors)
+    for name, tensor in tensors.items():
+        if name == CHECKSUM_NAME:
+            continue
+        if quantizer.check_if_quantized_param(model, tensor, name, tensors):
+            quantizer.create_quantized_param(model, tensor, name, "cpu", tensors)
+        else:
+            _put(model, name, tensor)
+    quantizer._process_model_after_weight_loading(model)
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    return model.eval()
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a float tensor of `model`, in the file's dtype."""
+    owner_name, _, key = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if key in owner._parameters:
+        owner._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner.register_buffer(key, tensor)
+
+
+def _read_config(path: Path) -> StepQuantConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["quantization_config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StepQuantError(
+            f"'{path}' cannot be read as the config of a packed module ({error!r}): expected a "
+            "folder that quantize wrote of a DenoiserPipeline"
+        ) from error
+    return StepQuantConfig.from_dict(values)

@@ -1,0 +1,60 @@
+"""The one way in which denoisers are called, whatever their arguments are called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from stepquant.errors import StepQuantError
+
+
+def argument_names(denoiser: nn.Module) -> list[str]:
+    """Names of the arguments of `denoiser.forward`, in order; the first is the sample."""
+    return list(inspect.signature(denoiser.forward).parameters)
+
+
+def call_denoiser(
+    denoiser: nn.Module,
+    sample: Tensor,
+    timestep: Tensor,
+    conditions: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """The prediction `[B, ...]` for `sample [B, ...]` at `timestep`, `[]` or `[B]`.
+
+    `conditions`: the other arguments by name. The sample goes first, under whatever name; a
+    denoiser of diffusers is asked for a tuple.
+    """
+    given = named_arguments(denoiser, conditions or {})
+    return prediction_in(denoiser(sample, timestep=timestep, **given), denoiser)
+
+
+def named_arguments(denoiser: nn.Module, conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given by name beside the timestep."""
+    plain = "return_dict" in argument_names(denoiser)
+    return {**conditions, **({"return_dict": False} if plain else {})}
+
+
+def prediction_in(output: Any, denoiser: nn.Module) -> Tensor:
+    """The tensor in what `denoiser` returned: itself, the first of a tuple, or `.sample`."""
+    found = output[0] if isinstance(output, tuple) and output else output
+    found = getattr(found, "sample", found) if not isinstance(found, Tensor) else found
+    if not isinstance(found, Tensor):
+        raise StepQuantError(
+            f"{type(denoiser).__name__} returned {type(output).__name__}: expected the prediction "
+            "as a tensor, as the first entry of a tuple or as the attribute 'sample'"
+        )
+    return found
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in `value`: itself, or those in a tuple, list or dictionary, nested too."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, tuple | list):
+        return []
+    return [tensor for entry in value for tensor in tensors_in(entry)]

@@ -1,0 +1,45 @@
+"""diffusers' `DiTTransformer2DModel`: class-conditional DiT (Peebles and Xie, ICCV 2023)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from torch import nn
+
+from stepquant.models.base import DiffusersAdapter, Folds, projections, value_folds
+from stepquant.models.inputs import MIDDLE, Inputs, random_sample
+from stepquant.models.modulation import Modulation, norm_modulations
+
+
+class DiTAdapter(DiffusersAdapter):
+    """Each transformer block is a unit, with its time and class embedding in it.
+
+    The embedding of the first block is used once more by the output layers.
+    """
+
+    architecture = "DiTTransformer2DModel"
+    units = (BasicTransformerBlock,)
+    outer = ("pos_embed.proj", "proj_out_2")
+
+    def folds(self, model: nn.Module) -> Folds:
+        """Values into the output projection. Behind GELU, a scaling stays in the quantizer."""
+        return value_folds(model, self.attention_sites(model))
+
+    def modulations(self, model: nn.Module) -> list[Modulation]:
+        """Both norms of each block, and the last one before the output."""
+        found = [Modulation("proj_out_1", 0, 1, ("proj_out_2",))]
+        for b in range(len(model.transformer_blocks)):
+            block = f"transformer_blocks.{b}"
+            found += norm_modulations(
+                model, f"{block}.norm1", projections(f"{block}.attn1"), (f"{block}.ff.net.0.proj",)
+            )
+        return found
+
+    def relation_site(self, model: nn.Module) -> str:
+        """The last transformer block: tokens."""
+        return f"transformer_blocks.{len(model.transformer_blocks) - 1}"
+
+    def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
+        """A sample with a timestep and a class for each image."""
+        labels = torch.arange(batch) % model.config.num_embeds_ada_norm
+        return random_sample(model, batch), torch.full((batch,), MIDDLE), {"class_labels": labels}

@@ -1,0 +1,92 @@
+"""diffusers' `FluxTransformer2DModel`: FLUX.1 (Black Forest Labs, 2024)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch import nn
+
+from stepquant.models.base import DiffusersAdapter, Folds, projections
+from stepquant.models.inputs import TOKENS, Inputs, noise
+from stepquant.models.modulation import Modulation, norm_modulations
+
+SIDE = 32  # tokens of a picture of 512 pixels; the config does not name a size
+
+
+class FluxAdapter(DiffusersAdapter):
+    """Each block, double or single, is a unit. Timesteps run from 0 to 1.
+
+    Attention is of a class of its own, whose products stay float.
+    """
+
+    architecture = "FluxTransformer2DModel"
+    units = (
+        FluxTransformerBlock,
+        FluxSingleTransformerBlock,
+        TimestepEmbedding,
+        PixArtAlphaTextProjection,
+    )
+    outer = ("x_embedder", "proj_out")
+
+    def skip_splits(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+        """The output of each single block, which takes attention and MLP side by side."""
+        return {
+            f"single_transformer_blocks.{b}.proj_out": (
+                block.proj_out.in_features - block.mlp_hidden_dim,
+                block.mlp_hidden_dim,
+            )
+            for b, block in enumerate(model.single_transformer_blocks)
+        }
+
+    def folds(self, model: nn.Module) -> Folds:
+        """None: values of text and image feed both output projections."""
+        return []
+
+    def modulations(self, model: nn.Module) -> list[Modulation]:
+        """The norms of each block, for image and text, and the last one before the output."""
+        found = norm_modulations(model, "norm_out", ("proj_out",))
+        for b in range(len(model.transformer_blocks)):
+            name = f"transformer_blocks.{b}"
+            for text, norm, ff in ((False, "norm1", "ff"), (True, "norm1_context", "ff_context")):
+                found += norm_modulations(
+                    model,
+                    f"{name}.{norm}",
+                    projections(f"{name}.attn", added=text),
+                    (f"{name}.{ff}.net.0.proj",),
+                )
+        for b in range(len(model.single_transformer_blocks)):
+            name = f"single_transformer_blocks.{b}"
+            both = (*projections(f"{name}.attn"), f"{name}.proj_mlp")
+            found += norm_modulations(model, f"{name}.norm", both)
+        return found
+
+    def attention_sites(self, model: nn.Module) -> list[str]:
+        """Every `FluxAttention`."""
+        return [name for name, module in model.named_modules() if isinstance(module, FluxAttention)]
+
+    def relation_site(self, model: nn.Module) -> str:
+        """The last block: image tokens."""
+        if len(model.single_transformer_blocks) == 0:
+            return f"transformer_blocks.{len(model.transformer_blocks) - 1}"
+        return f"single_transformer_blocks.{len(model.single_transformer_blocks) - 1}"
+
+    def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
+        """Tokens of a picture of 512 pixels at a time for each, and a prompt's two embeddings."""
+        config = model.config
+        rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+        places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).float()
+        conditions = {
+            "encoder_hidden_states": noise(batch, TOKENS, config.joint_attention_dim),
+            "pooled_projections": noise(batch, config.pooled_projection_dim),
+            "img_ids": places.flatten(0, 1),
+            "txt_ids": torch.zeros(TOKENS, 3),
+        }
+        if config.guidance_embeds:
+            conditions["guidance"] = torch.full((batch,), 3.5)
+        sample = noise(batch, SIDE * SIDE, config.in_channels)
+        return sample, torch.full((batch,), 0.5), conditions

@@ -1,0 +1,64 @@
+"""diffusers' `SD3Transformer2DModel`: Stable Diffusion 3 and 3.5 (Esser et al. 2024)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention import JointTransformerBlock
+from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding
+from torch import nn
+
+from stepquant.models.base import DiffusersAdapter, Folds, projections, value_folds
+from stepquant.models.inputs import MIDDLE, TOKENS, Inputs, noise, random_sample
+from stepquant.models.modulation import Modulation, norm_modulations
+
+
+class SD3Adapter(DiffusersAdapter):
+    """Each joint block of text and image tokens is a unit.
+
+    The products of joint attention stay float: its processor is not the plain one.
+    """
+
+    architecture = "SD3Transformer2DModel"
+    units = (JointTransformerBlock, TimestepEmbedding, PixArtAlphaTextProjection)
+    outer = ("pos_embed.proj", "proj_out")
+
+    def folds(self, model: nn.Module) -> Folds:
+        """Values into the output projection, in the image's own attention of 3.5 only.
+
+        In joint attention the values of text and image feed both output projections.
+        """
+        return value_folds(model, self.attention_sites(model))
+
+    def modulations(self, model: nn.Module) -> list[Modulation]:
+        """The norms of each block, for image and text, and the last one before the output.
+
+        Where 3.5 has a second attention, it reads the same norm under a modulation of its own.
+        """
+        found = norm_modulations(model, "norm_out", ("proj_out",))
+        for b, block in enumerate(model.transformer_blocks):
+            name = f"transformer_blocks.{b}"
+            found += norm_modulations(
+                model, f"{name}.norm1", projections(f"{name}.attn"), (f"{name}.ff.net.0.proj",)
+            )
+            if block.use_dual_attention:
+                own = projections(f"{name}.attn2")
+                found.append(Modulation(f"{name}.norm1.linear", 6, 7, own))
+            found += norm_modulations(
+                model,
+                f"{name}.norm1_context",
+                projections(f"{name}.attn", added=True),
+                (f"{name}.ff_context.net.0.proj",),
+            )
+        return found
+
+    def relation_site(self, model: nn.Module) -> str:
+        """The last joint block: image tokens."""
+        return f"transformer_blocks.{len(model.transformer_blocks) - 1}"
+
+    def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
+        """A sample with a timestep for each image, and a prompt's two embeddings."""
+        conditions = {
+            "encoder_hidden_states": noise(batch, TOKENS, model.config.joint_attention_dim),
+            "pooled_projections": noise(batch, model.config.pooled_projection_dim),
+        }
+        return random_sample(model, batch), torch.full((batch,), float(MIDDLE)), conditions

@@ -1,0 +1,137 @@
+"""Denoisers that are not from diffusers: a sampler around any module, and its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor, nn
+
+from stepquant.calibration.trajectories import capture_trajectories
+from stepquant.conditioning import Conditioning
+from stepquant.errors import StepQuantError
+from stepquant.models.calling import call_denoiser
+from stepquant.models.general import ModuleAdapter
+from stepquant.models.inputs import Inputs
+
+# (denoiser, noise [B, C, H, W], steps, a generator for each image) -> images [B, C, H, W] in [0, 1]
+DrawImages = Callable[[nn.Module, Tensor, int, list[torch.Generator]], Tensor]
+
+
+class OwnSampler(SchedulerMixin, ConfigMixin):
+    """Stands where a scheduler would: the user's function draws."""
+
+    owns_sampling = True
+
+    @register_to_config
+    def __init__(self) -> None:
+        """Nothing to set."""
+
+
+class DenoiserPipeline(DiffusionPipeline):
+    """A pipeline around any module whose `forward` takes a sample and a `timestep`.
+
+    `shape`: of one sample, `(C, H, W)`. `scheduler`: one of diffusers; by default DDIM on a linear
+    schedule of 1000 steps, without clipping. `draw`: a function that draws images with a sampler of
+    its own instead, `draw(denoiser, noise, steps, generators)`: `noise [B, C, H, W]`, a generator
+    for each image, images `[B, C, H, W]` in [0, 1]; it calls `denoiser` as often as it likes, with
+    any further arguments. `blocks`, `float_layers`: patterns of names, see `ModuleAdapter`.
+
+    The whole of stepquant takes it as it takes a pipeline of diffusers, but that it is not saved:
+    a quantized denoiser is, and `load_module` puts it into a module that the user builds anew.
+    """
+
+    scales_input = True  # as the scheduler says, at each step
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        shape: Sequence[int],
+        scheduler: Any = None,
+        draw: DrawImages | None = None,
+        blocks: Sequence[str] = (),
+        float_layers: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        if len(shape) != 3 or min(shape) < 1:
+            raise StepQuantError(
+                f"the shape of a sample is {tuple(shape)}: expected (channels, height, width)"
+            )
+        if scheduler is not None and draw is not None:
+            raise StepQuantError(
+                "a scheduler and a function that draws were given: expected one of the two"
+            )
+        if scheduler is None:
+            scheduler = DDIMScheduler(clip_sample=False) if draw is None else OwnSampler()
+        self.register_modules(denoiser=denoiser, scheduler=scheduler)
+        self.shape, self.draw = tuple(shape), draw
+        self.patterns = (tuple(blocks), tuple(float_layers))
+
+    @property
+    def denoiser_adapter(self) -> ModuleAdapter:
+        """What the denoiser consists of, as far as that can be told."""
+        return general_adapter(self, *self.patterns)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int,
+        generator: list[torch.Generator],
+        num_inference_steps: int = 50,
+        output_type: str = "np",
+    ) -> ImagePipelineOutput:
+        """Images `[B, H, W, C]` in [0, 1], each from the noise of its generator."""
+        del output_type  # arrays in any case
+        noise = torch.cat([torch.randn(1, *self.shape, generator=one) for one in generator])
+        noise = noise.to(next(self.denoiser.parameters(), noise).device)
+        draw = self.draw or self._walk
+        images = draw(self.denoiser, noise, num_inference_steps, generator)
+        if not isinstance(images, Tensor) or images.shape[0] != batch_size or images.dim() != 4:
+            what = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise StepQuantError(
+                f"the function that draws gave {what}: expected images [{batch_size}, C, H, W]"
+            )
+        return ImagePipelineOutput(images=images.float().cpu().permute(0, 2, 3, 1).numpy())
+
+    def _walk(
+        self, denoiser: nn.Module, x: Tensor, steps: int, generators: list[torch.Generator]
+    ) -> Tensor:
+        """Images by the scheduler's steps."""
+        scheduler = self.scheduler
+        scheduler.set_timesteps(steps)
+        x = x * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(x, t)
+            prediction = call_denoiser(denoiser, scaled, t.expand(len(x)))
+            x = scheduler.step(prediction, t, x, generator=generators).prev_sample
+        return (x / 2 + 0.5).clamp(0, 1)
+
+
+def general_adapter(
+    pipeline: DiffusionPipeline,
+    blocks: Sequence[str] = (),
+    float_layers: Sequence[str] = (),
+    *,
+    prompts: str | Sequence[str] | None = None,
+    labels: int | Sequence[int] | None = None,
+    guidance: float | None = None,
+    call: Mapping[str, Any] | None = None,
+) -> ModuleAdapter:
+    """An adapter for the denoiser of a pipeline whose architecture stepquant does not know.
+
+    Its arguments are those of the first call when one image is drawn. `blocks`, `float_layers`:
+    patterns of names, see `ModuleAdapter`; the rest as in `quantize`, which takes the adapter as
+    `adapter=`.
+    """
+    conditioning = Conditioning.of(prompts, labels, guidance, call)
+    seen = capture_trajectories(pipeline, 1, 1, 0, None, conditioning=conditioning)
+
+    def example(batch: int) -> Inputs:
+        inputs = seen.take(torch.zeros(batch, dtype=torch.int64))
+        return inputs.sample, inputs.timestep, inputs.conditions.arguments()
+
+    return ModuleAdapter(example, blocks, float_layers)

@@ -1,0 +1,43 @@
+"""What a denoiser must be before it can be quantized."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from stepquant.errors import StepQuantError
+from stepquant.quantizers.step_grid import timestep_position
+from stepquant.runtime.packed import PackedLayer
+
+
+def check_denoiser(denoiser: nn.Module, what: str) -> None:
+    """An error that names `what` where a denoiser is not a float one that is ready to run."""
+    timestep_position(denoiser)
+    if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
+        raise StepQuantError(f"the {what} is quantized already: expected a float model")
+    first = next((p for p in denoiser.parameters() if p.is_floating_point()), torch.empty(0))
+    if first.dtype != torch.float32:
+        raise StepQuantError(
+            f"the {what} holds {first.dtype}: expected "
+            "torch.float32; convert the pipeline with .to(torch.float32) or name its folder"
+        )
+    if first.device.type != "cpu":
+        raise StepQuantError(
+            f"the {what} is on {first.device}: expected "
+            "the CPU, where quantization runs; call .to('cpu') first, and move the result"
+        )
+    # Class embeddings of diffusers drop labels by a probability of their own.
+    if any(
+        module.training and (module.p if isinstance(module, nn.Dropout) else drops(module)) > 0
+        for module in denoiser.modules()
+    ):
+        raise StepQuantError(
+            f"the {what} is in training mode and has dropout: "
+            "expected a model that gives the same output twice; call .eval() on it first"
+        )
+
+
+def drops(module: nn.Module) -> float:
+    """The probability with which a class embedding drops its label in training."""
+    probability = getattr(module, "dropout_prob", 0.0)
+    return probability if isinstance(probability, int | float) else 0.0

@@ -1,0 +1,78 @@
+"""What steps that no shipped recipe has do, or say, on other architectures than `UNet2DModel`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from architectures import session
+from quantize_runs import Lines, refused
+from stepquant.calibration.trajectories import predict
+from stepquant.methods.adaptive_softmax import AdaptiveSoftmax
+from stepquant.methods.bias_correction import BiasCorrection
+from stepquant.methods.bit_allocation import BitAllocation
+from stepquant.methods.channel_reparameterization import ChannelReparameterization
+from stepquant.methods.temporal_quantizer import TemporalQuantizer
+from stepquant.runtime.pack import pack_model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_bias_correction_takes_the_mean_error_off(name):
+    """Of Flux the channels of tokens, which come last."""
+    corrected = session(name, 3, 4)
+    corrected.ensure_ranges()
+    before = errors(corrected)
+    BiasCorrection(samples_per_step=8).apply(corrected)
+    after = errors(corrected)
+    assert float(after.abs().max()) < 0.3 * float(before.abs().max())
+    data = corrected.trajectories
+    expected = predict(corrected.model, data)
+    packed = pack_model(corrected.model)
+    torch.testing.assert_close(predict(packed, data), expected, rtol=1e-3, atol=1e-3)
+
+
+def errors(current):
+    """Mean error of each channel at each step, `[T, C]`."""
+    rows = []
+    for row in range(3):
+        inputs = current.trajectories.step(row)
+        error = predict(current.model, inputs) - predict(current.float_model, inputs)
+        channels = error.flatten(2).mean(dim=(0, 2)) if error.dim() == 4 else error.mean(dim=(0, 1))
+        rows.append(channels)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3"])
+def test_bias_correction_is_refused_where_patches_are_put_together_last(name):
+    message = refused(lambda: BiasCorrection().apply(session(name)))
+    assert "does not give the prediction itself" in message
+
+
+@pytest.mark.parametrize("name", ["sd", "dit"])
+def test_the_influence_of_a_step_is_not_followed_through_guidance(name):
+    guided = session(name)
+    guided.scheduler.set_timesteps(3)
+    assert "expected no classifier-free guidance" in refused(guided.image_gradients)
+
+
+@pytest.mark.parametrize("name", ["sd", "dit", "flux"])
+def test_bits_are_allocated_by_the_error_of_the_prediction(name):
+    allocated = session(name, 4, 8)
+    TemporalQuantizer().apply(allocated)
+    BitAllocation(errors_of="prediction", samples=4).apply(allocated)
+    summary = allocated.summary["bit_allocation"]
+    for rows in (summary["weights"], summary["activations"]):
+        assert sum(row["error"] for row in rows) <= sum(row["uniform_error"] for row in rows)
+    with torch.no_grad():
+        assert bool(predict(allocated.model, allocated.trajectories).isfinite().all())
+
+
+def test_steps_that_find_nothing_to_do_say_so():
+    empty = session("flux")
+    empty.reporter = Lines()
+    ChannelReparameterization().apply(empty)
+    AdaptiveSoftmax().apply(empty)
+    assert "the model has no convolutions" in empty.reporter.lines[0]
+    assert "the model has no quantized attention" in empty.reporter.lines[1]
+    assert empty.summary["channel_reparameterization"] == []
