@@ -8,9 +8,9 @@ from stepquant.calibration.capture import (
     capture_inputs,
     capture_outputs,
     execution_order,
-    last_readers,
 )
-from stepquant.calibration.replay import Replay, readers, replaying
+from stepquant.calibration.replay import Replay, readers, replayable_blocks, replaying
+from stepquant.calibration.trajectories import Trajectories
 
 
 class Skip(nn.Module):
@@ -94,7 +94,8 @@ def test_skip_connections_are_read_until_the_decoder(tiny_session):
     session = tiny_session()
     model, data = session.float_model, session.trajectories
     order = execution_order(model, session.adapter.blocks(model), data)
-    last = last_readers(model, order, data)
+    found = replayable_blocks(model, order, data)
+    last = {name: block.last for name, block in found.items()}
     assert set(last) == set(order)
     resnets = [name for name in order if name.startswith("up_blocks")]
     # The first conv's output is the last skip connection to be read, and the time embedding's
@@ -103,3 +104,59 @@ def test_skip_connections_are_read_until_the_decoder(tiny_session):
     assert last["time_embedding"] == last["conv_in"]
     assert last["conv_out"] == -1
     assert all(last[name] > index for index, name in enumerate(order[:-1]))
+
+
+class Writing(nn.Module):
+    """Glue that writes into a block's output, and a block that writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = (nn.Linear(4, 4) for _ in range(3))
+        self.writer = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x += timestep[:, None]
+        skip = self.first(x)
+        return self.head(torch.cat([self.second(self.writer(skip)), skip], dim=1))
+
+
+def test_what_writes_into_tensors_is_replayed_with_the_same_values():
+    torch.manual_seed(0)
+    model, order = Writing(), ["stem", "first", "writer", "second", "head"]
+    steps = torch.tensor([1.0, 2.0, 3.0])
+    data = Trajectories(torch.randn(3, 4), steps, torch.arange(3), steps)
+    found = replayable_blocks(model, order, data)
+    assert set(found) == {"stem", "first", "second", "head"}  # the skip is read after the writer
+    assert order[found["first"].last] == "head"
+    outputs = capture_outputs(model, order, data, 2)
+    for index, name in enumerate(order):
+        before = {known: outputs[known] for known in order[:index] if known in found}
+        for _ in range(2):  # what is replayed is the same the second time
+            (replayed,), _ = capture_inputs(model, name, data, 2, before)
+            (plain,), _ = capture_inputs(model, name, data, 2)
+            assert torch.equal(replayed, plain), name
+
+
+class Indices(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.largest = Largest()
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        values, _ = self.largest(self.first(x))
+        return self.second(values.expand(-1, 4))
+
+
+class Largest(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(x.max(dim=1, keepdim=True))
+
+
+def test_whole_numbers_are_not_replayed():
+    data = Trajectories(torch.randn(2, 4), torch.zeros(2), torch.arange(2), torch.zeros(1))
+    found = replayable_blocks(Indices(), ["first", "largest", "second"], data)
+    assert {name: block.last for name, block in found.items()} == {"first": 2, "second": -1}
+    assert found["first"].nbytes == 16

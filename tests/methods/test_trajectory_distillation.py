@@ -136,6 +136,16 @@ def test_shuffled_order_trains_on_every_input_once_with_steps_mixed(window, tiny
     assert any(len(data.timestep[index].unique()) > window for index in windows)
 
 
+def test_with_guidance_there_are_as_many_updates_of_twice_the_inputs(tiny_session):
+    session = ready(tiny_session)
+    data = session.draw(2, 99)
+    guided = data.take(torch.arange(len(data)).repeat_interleave(2))
+    for order in ("shuffled", "mixed"):
+        step = TrajectoryDistillation(batch=2, window=2, step_order=order)
+        sizes = [len(index) for index in step._windows(guided, 1)]
+        assert sorted(sizes, reverse=True) == [8, 8, 4], order
+
+
 def test_every_round_draws_other_images_than_calibration(tiny_session):
     session = ready(tiny_session)
     seeds = []

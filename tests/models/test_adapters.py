@@ -10,7 +10,8 @@ from torch import nn
 
 from architectures import ARCHITECTURES, build, session
 from stepquant.bench import denoiser_call
-from stepquant.calibration.capture import execution_order, last_readers
+from stepquant.calibration.capture import execution_order
+from stepquant.calibration.replay import replayable_blocks
 from stepquant.calibration.trajectories import predict
 from stepquant.errors import StepQuantError
 from stepquant.methods.block_distillation import BlockDistillation
@@ -270,9 +271,9 @@ def test_blocks_that_run_once_are_trained_as_if_the_whole_chain_ran(name, monkey
         replayed.adapter.blocks(replayed.float_model),
         replayed.trajectories,
     )
-    assert set(last_readers(replayed.float_model, order, replayed.trajectories)) == set(order)
+    assert set(replayable_blocks(replayed.float_model, order, replayed.trajectories)) == set(order)
     step.apply(replayed)
-    monkeypatch.setattr("stepquant.methods.block_training.last_readers", lambda *_: {})
+    monkeypatch.setattr("stepquant.methods.block_training.replayable_blocks", lambda *_: {})
     step.apply(whole)
     assert replayed.summary == whole.summary
     for key, value in whole.model.state_dict().items():

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.nested import join, pick
-from stepquant.calibration.replay import readers, replaying
+from stepquant.calibration.replay import replaying
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.errors import StepQuantError
-from stepquant.models.calling import named_arguments, tensors_in
+from stepquant.models.calling import tensors_in
 
 
 class _StopForward(Exception):
@@ -136,42 +136,6 @@ def execution_order(model: nn.Module, blocks: list[str], data: Trajectories) -> 
         for handle in handles:
             handle.remove()
     return list(dict.fromkeys(order))
-
-
-def last_readers(model: nn.Module, order: list[str], data: Trajectories) -> dict[str, int]:
-    """The position in `order` of the last of these blocks that reads each one's output, or -1.
-
-    Only for blocks whose output can be replayed: tensors, from one call in a forward.
-    """
-    calls: dict[str, list[Any]] = {name: [] for name in order}
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda _m, _a, y, name=name: calls[name].append(y)
-        )
-        for name in order
-    ]
-    one = data.take(slice(0, 1))
-    named = named_arguments(model, one.conditions.arguments()) | {"timestep": one.timestep}
-    with torch.no_grad():
-        try:
-            model(one.sample, **named)
-        finally:
-            for handle in handles:
-                handle.remove()
-    single = {name: found[0] for name, found in calls.items() if len(found) == 1}
-    outputs = {name: y for name, y in single.items() if _replayable(y)}
-    return {
-        name: max((order.index(reader) for reader in found), default=-1)
-        for name, found in readers(model, order, outputs, one.sample, **named).items()
-    }
-
-
-def _replayable(output: Any) -> bool:
-    """Whether the output for one sample is a tensor with a row for it, or a tuple of such."""
-    entries = output if type(output) is tuple else (output,)
-    return all(
-        e is None or (isinstance(e, Tensor) and e.dim() > 0 and len(e) == 1) for e in entries
-    )
 
 
 @contextmanager

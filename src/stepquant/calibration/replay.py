@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.nested import inside, pick
-from stepquant.models.calling import tensors_in
+from stepquant.calibration.trajectories import Trajectories
+from stepquant.models.calling import named_arguments, tensors_in
 from stepquant.models.surgery import replace_modules
 
 
@@ -27,8 +29,8 @@ class Replay(nn.Module):
         self.part = slice(None)
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        """What was recorded, whatever the input."""
-        return pick(self.output, self.part)
+        """What was recorded, whatever the input: a copy, which the model may write into."""
+        return copied(pick(self.output, self.part))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -96,8 +98,87 @@ def readers(
     return found
 
 
+def copied(output: Any) -> Any:
+    """`output` with a copy of each tensor."""
+    return output.clone() if isinstance(output, Tensor) else inside(output, copied)
+
+
 def spoiled(output: Any) -> Any:
     """`output` with NaN for every value."""
     if isinstance(output, Tensor):
         return torch.full_like(output, torch.nan)
     return inside(output, spoiled)
+
+
+@dataclass(frozen=True)
+class Replayable:
+    """A block whose output can be recorded once and given again.
+
+    `last`: position of the last block that reads it, -1 where none does. `nbytes`: of one sample's.
+    """
+
+    last: int
+    nbytes: int
+
+
+@torch.no_grad()
+def replayable_blocks(
+    model: nn.Module, order: list[str], data: Trajectories
+) -> dict[str, Replayable]:
+    """Those of the blocks `order` (as a forward calls them) that can be replayed.
+
+    They give float tensors with a row for each sample, are called once in a forward, and do not
+    write into what they are given: whoever else reads that would miss it.
+    """
+    calls: dict[str, list[Any]] = {name: [] for name in order}
+    written: set[str] = set()
+    handles = []
+    for name in order:
+        before: list[int] = []
+
+        def remember(_m: nn.Module, args: Any, kwargs: Any, before: list[int] = before) -> None:
+            before[:] = [tensor._version for tensor in tensors_in((args, kwargs))]
+
+        def compare(
+            _m: nn.Module,
+            args: Any,
+            kwargs: Any,
+            output: Any,
+            name: str = name,
+            before: list[int] = before,
+        ) -> None:
+            calls[name].append(output)
+            if before != [tensor._version for tensor in tensors_in((args, kwargs))]:
+                written.add(name)
+
+        block = model.get_submodule(name)
+        handles += [
+            block.register_forward_pre_hook(remember, with_kwargs=True),
+            block.register_forward_hook(compare, with_kwargs=True),
+        ]
+    one = data.take(slice(0, 1))
+    named = named_arguments(model, one.conditions.arguments()) | {"timestep": one.timestep}
+    try:
+        model(one.sample, **named)
+    finally:
+        for handle in handles:
+            handle.remove()
+    single = {name: found[0] for name, found in calls.items() if len(found) == 1}
+    outputs = {name: y for name, y in single.items() if name not in written and _has_float_rows(y)}
+    return {
+        name: Replayable(
+            max((order.index(reader) for reader in found), default=-1),
+            sum(tensor.nbytes for tensor in tensors_in(outputs[name])),
+        )
+        for name, found in readers(model, order, outputs, one.sample, **named).items()
+    }
+
+
+def _has_float_rows(output: Any) -> bool:
+    """Whether the output for one sample is a float tensor with a row for it, or a tuple of such."""
+    entries = output if type(output) is tuple else (output,)
+    return all(
+        e is None
+        or (isinstance(e, Tensor) and e.is_floating_point() and e.dim() > 0 and len(e) == 1)
+        for e in entries
+    )

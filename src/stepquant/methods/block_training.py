@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,14 +14,15 @@ from stepquant.calibration.capture import (
     capture_outputs,
     execution_order,
     joined_output,
-    last_readers,
 )
 from stepquant.calibration.nested import inside, pick
+from stepquant.calibration.replay import Replayable, replayable_blocks
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.session import Session
 
 BYTES_OF_TARGETS = 512 << 20  # float-chain outputs that are kept at once
+BYTES_OF_OUTPUTS = 4 << 30  # of finished blocks; where they would take more, blocks run again
 CHECKS = 8  # of the held-out loss, evenly over the training
 
 # (block's name, block, its data, generator) -> held-out loss (before, after)
@@ -69,7 +70,9 @@ def train_blocks(
     inputs_from = float_model if float_inputs else model
     # What finished blocks give, so that none of them runs again for each block behind it.
     outputs: dict[str, Any] = {}
-    last = last_readers(float_model, names, data)
+    replayable = replayable_blocks(float_model, names, data)
+    if most_kept(names, replayable) * len(data) > BYTES_OF_OUTPUTS:
+        replayable = {}
     with session.reporter.task(doing, total=len(names)) as task:
         for index, name in enumerate(names):
             block = model.get_submodule(name)
@@ -87,15 +90,27 @@ def train_blocks(
                 losses = tuple(kept.pop("losses").tolist())
                 block.load_state_dict(kept)
                 targets.pop(name, None)
-            if name in last:
+            if name in replayable:
                 block = inputs_from.get_submodule(name)
                 outputs[name] = _run(session, block, args, kwargs, data.timestep, 2 * batch)
             for done, y in outputs.items():
-                if last[done] <= index:  # only its shape is read from here on
+                if replayable[done].last <= index:  # only its shape is read from here on
                     outputs[done] = _forgotten(y, len(data))
             records.append({"block": name, "loss_before": losses[0], "loss_after": losses[1]})
             task.advance(note=f"{name} loss {losses[0]:.2e} -> {losses[1]:.2e}")
     return records
+
+
+def most_kept(order: list[str], replayable: Mapping[str, Replayable]) -> int:
+    """Bytes for each sample of the outputs that are kept at once, at the most."""
+    return max(
+        sum(
+            replayable[name].nbytes
+            for name in order[: index + 1]
+            if name in replayable and replayable[name].last > index
+        )
+        for index in range(len(order))
+    )
 
 
 @torch.no_grad()
@@ -130,7 +145,7 @@ def _cat(outputs: list[Any]) -> Any:
 def _forgotten(output: Any, count: int) -> Any:
     """Of the same shapes, with the values of the first sample only."""
     if isinstance(output, Tensor):
-        return output[:1].expand(count, *output.shape[1:])
+        return output[:1].clone().expand(count, *output.shape[1:])
     return inside(output, lambda entry: _forgotten(entry, count))
 
 

@@ -175,9 +175,9 @@ class TrajectoryDistillation(Step):
         """
         generator = torch.Generator().manual_seed(seed)
         if self.step_order == "shuffled":
-            yield from torch.randperm(len(data), generator=generator).split(
-                self.window * self.batch
-            )
+            per_step = len(data) // len(data.timesteps)  # with guidance two of each image
+            order = torch.randperm(len(data), generator=generator)
+            yield from order.split(self.window * per_step)
             return
         rows = [(data.timestep == step).nonzero().flatten() for step in data.timesteps]
         starts = list(range(0, len(rows), self.window))

@@ -75,7 +75,7 @@ class _FakeQuantize(torch.autograd.Function):
         zero = torch.round(2 * zero_point) / 2 if halves else torch.round(zero_point)
         free = round_shifted(x * (1.0 / scale), zero, halves)
         code = clamp_codes(free, bits)
-        inside = free == code
+        inside = free == code if any(ctx.needs_input_grad) else None
         y = code.sub_(zero).mul_(scale)  # `dequantize`
         ctx.save_for_backward(x, scale, inside, y)
         return y
