@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from architectures import build
 from lora_files import ALPHA, RANK, kohya, matrices, of, processors
@@ -118,6 +119,40 @@ def test_every_layer_of_stable_diffusion_xl_and_both_text_encoders():
     found = read(named, pipeline)
     for component, entry in tensors.items():
         check(found, component, entry, 1.0)
+
+
+def test_kohyas_names_of_stable_diffusion_xl():
+    """It trains on another layout of the UNet, numbered blocks; and two text encoders."""
+    pipeline = build("sdxl")
+    block = "up_blocks.0.attentions.0"
+    tensors = matrices(
+        pipeline.unet, [f"{block}.transformer_blocks.0.attn1.to_q", f"{block}.proj_in"]
+    )
+    first = matrices(pipeline.text_encoder, ["encoder.layers.0.mlp.fc1"])
+    second = matrices(pipeline.text_encoder_2, ["text_model.encoder.layers.1.self_attn.q_proj"])
+    alpha = torch.tensor(ALPHA)
+    numbered = {key.replace(block, "output_blocks.0.1"): value for key, value in tensors.items()}
+    named = kohya(numbered, "lora_unet_", alpha) | kohya(second, "lora_te2_", alpha)
+    found = read(named | kohya(first, "lora_te1_text_model_", alpha), pipeline)
+    check(found, "unet", tensors, ALPHA / RANK)
+    check(found, "text_encoder", first, ALPHA / RANK)
+    check(found, "text_encoder_2", second, ALPHA / RANK)
+
+
+def test_kohyas_names_of_flux_with_joined_projections():
+    """Diffusers splits them and multiplies alpha in: the products are what counts."""
+    pipeline = build("flux")
+    attention = pipeline.transformer.transformer_blocks[0].attn
+    joined = nn.ModuleDict({"qkv": nn.Linear(attention.to_q.in_features, 3 * 16)})
+    tensors = matrices(joined, ["qkv"])
+    prefix = "lora_unet_double_blocks_0_img_attn_"
+    found = read(kohya(tensors, prefix, torch.tensor(ALPHA)), pipeline, "transformer")
+    names = [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"]
+    assert sorted(name for _, name in found) == sorted(names)
+    A, B = tensors.values()
+    for name, rows in zip(names, (ALPHA / RANK * B @ A).chunk(3), strict=True):
+        weights = found["transformer", name][1]
+        torch.testing.assert_close(weights.factor * weights.B @ weights.A, rows)
 
 
 def test_alpha_of_pefts_settings(sd, unet_tensors, tmp_path):
