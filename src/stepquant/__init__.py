@@ -1,10 +1,12 @@
 """stepquant: low-bit diffusion models that are smaller on disk and run in integer arithmetic.
 
-Importing it teaches diffusers to load stepquant checkpoints with `from_pretrained`.
+Importing it teaches diffusers, and transformers if it is installed, to load stepquant checkpoints
+with `from_pretrained`.
 """
 
-from stepquant.checkpoint.plugin import register
+from stepquant.checkpoint import plugin, weight_only_components
 
 __version__ = "0.1.0"
 
-register()
+plugin.register()
+weight_only_components.register()

@@ -15,6 +15,7 @@ from stepquant.conditioning import Conditioning
 from stepquant.demo import demo
 from stepquant.inspection import inspect
 from stepquant.judge import evaluate
+from stepquant.lora import load_lora, lora_scales, set_lora_scales, unload_lora
 from stepquant.modules import DenoiserPipeline, general_adapter
 from stepquant.progress import Reporter
 from stepquant.quantize import Quantized, quantize
@@ -31,11 +32,15 @@ __all__ = [
     "general_adapter",
     "inspect",
     "load",
+    "load_lora",
     "load_module",
     "load_recipe",
+    "lora_scales",
     "quantize",
     "recipe_names",
     "sample",
+    "set_lora_scales",
+    "unload_lora",
 ]
 
 

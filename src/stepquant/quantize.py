@@ -19,6 +19,7 @@ from stepquant import __version__
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories, drawer
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
+from stepquant.components import add_file_sizes, check_components, quantize_components
 from stepquant.conditioning import Conditioning
 from stepquant.errors import StepQuantError
 from stepquant.evaluate import peak_memory_mb, reset_peak_memory
@@ -89,6 +90,7 @@ def quantize(
     guidance: float | None = None,
     call: Mapping[str, Any] | None = None,
     adapter: DenoiserAdapter | None = None,
+    components: Mapping[str, str] | None = None,
 ) -> Quantized:
     """Quantize the denoiser of `model` by `recipe` and save the packed pipeline to `out`.
 
@@ -101,6 +103,8 @@ def quantize(
     of them unless told otherwise. `guidance`: scale of classifier-free guidance, else the
     pipeline's. `call`: further arguments of the pipeline, such as `height`. `adapter`: what the
     denoiser consists of, where stepquant does not know its architecture (`general_adapter`).
+    `components`: others that get 8-bit weights, dequantized on use, as
+    `{"text_encoder": "w8", "vae": "w8"}`; calibration is done with the float ones.
 
     Raises StepQuantError for anything in the input that is not as expected.
     """
@@ -120,6 +124,8 @@ def quantize(
     pipeline = open_pipeline(model)
     component = denoiser_name(pipeline)
     float_model = getattr(pipeline, component)
+    components = dict(components or {})
+    check_components(pipeline, component, components)
     check_denoiser(float_model, f"{component} of '{type(pipeline).__name__}'")
     adapter = adapter or adapter_of(pipeline, float_model)
     # What the scheme, the sampler and the weights have wrong is told before any work is kept.
@@ -140,6 +146,8 @@ def quantize(
     reset_peak_memory()
     started = time.monotonic()
     provenance = provenance_of(seed, pipeline, resolved.calibration, conditioning)
+    if components:
+        provenance["components"] = components
     job = {
         "recipe": resolved.to_dict(),
         "provenance": provenance,
@@ -182,6 +190,7 @@ def quantize(
     packed = pack(simulation, resolved, left_float, provenance)
     result = copy.copy(pipeline)
     result.register_modules(**{component: packed})
+    others = quantize_components(result, components)
     record = {
         "recipe": resolved.to_dict(),
         "bits": resolved.scheme.label,
@@ -196,6 +205,7 @@ def quantize(
             name for name in adapter.attention_sites(float_model) if name not in session.attention()
         ],
         "reference_layers": reference_layers(packed),
+        "components": others,
         "summary": session.summary,
         "provenance": provenance,
     }
@@ -203,6 +213,7 @@ def quantize(
         remove_partial(target)
         if not target.exists():
             save_pipeline(result, component, target)
+        add_file_sizes(others, target)
         record["checkpoint_bytes"] = weight_file_bytes(target, component)
         record["times_smaller"] = record["float32_bytes"] / record["checkpoint_bytes"]
         work.remove()

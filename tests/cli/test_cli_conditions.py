@@ -47,6 +47,27 @@ def test_prompts_come_from_options_and_a_file(folders, prompts, tmp_path):
     assert result.exit_code == 0, result.stderr
 
 
+def test_other_components_with_8_bit_weights(folders, prompts, tmp_path):
+    common = ("--prompts", prompts, "--component=text_encoder=w8", "--component=vae=w8")
+    file = tmp_path / "record"
+    result = run(
+        "quantize", folders / "sd", *FEW, *common, "--json", file, "--out", tmp_path / "out"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "vae: weights of w8" in result.stdout
+    components = record(file)["results"]["components"]
+    assert components.keys() == {"text_encoder", "vae"}
+    assert components["vae"]["checkpoint_bytes"] < components["vae"]["float32_bytes"]
+    for wrong, words in (
+        ("--component=vae", "--component 'vae' is not understood: expected key=value"),
+        ("--component=vae=w4", "'vae' is to be 'w4': expected 'w8'"),
+    ):
+        message = refused(
+            "quantize", folders / "sd", *FEW, *common[:2], wrong, "--out", tmp_path / "other"
+        )
+        assert words in message
+
+
 def test_labels_and_guidance_of_a_class_conditional_model(folders, tmp_path):
     common = ("--label=207", "--label=3", "--guidance=1.5")
     file = tmp_path / "record"

@@ -110,6 +110,22 @@ def test_it_combines_with_dilation(tiny_session):
     assert difference(session) <= 1e-4
 
 
+@pytest.mark.parametrize("step", [Smoothing, WeightDilation])
+def test_without_folding_each_layer_divides_its_own_input(tiny_session, step):
+    session = tiny_session()
+    step(fold=False).apply(session)
+    assert difference(session) <= 1e-4
+    assert not any(record["folded"] for record in session.summary[step.name])
+    for name, module in session.float_model.named_modules():
+        scaled = session.model.get_submodule(name)
+        if isinstance(module, torch.nn.GroupNorm):
+            assert torch.equal(scaled.weight, module.weight)
+    values = "mid_block.attentions.0.to_v"  # its rows are divided where scalings are folded
+    layer = session.layers()[values]
+    weight = layer.weight * layer.inverse_channel_scale
+    torch.testing.assert_close(weight, session.float_model.get_submodule(values).weight)
+
+
 def test_it_comes_before_the_ranges(tiny_session):
     session = tiny_session()
     session.ensure_ranges()

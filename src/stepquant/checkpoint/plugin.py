@@ -23,6 +23,7 @@ from stepquant.errors import StepQuantError
 from stepquant.models.attention import ProductsProcessor
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
+from stepquant.runtime.lora_branch import named_branches
 from stepquant.runtime.packed import PackedLayer
 
 
@@ -200,6 +201,11 @@ class StepQuantQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: Any) -> Any:
         """Float layers with the weights that the codes stand for; activations stay float."""
         dtype = model.dtype
+        for name, _, lora, _ in named_branches(model):
+            raise StepQuantError(
+                f"the layer '{name}' has a branch of the LoRA '{lora}', which a dequantized layer "
+                "would lose: expected a model without LoRA; call unload_lora first"
+            )
         replace_modules(
             model,
             lambda _, module: (

@@ -55,6 +55,14 @@ def quantize(
     label: Label = None,
     guidance: Guidance = None,
     call: Call = None,
+    component: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--component",
+            metavar="NAME=w8",
+            help="8-bit weights for another component, such as text_encoder or vae; repeat.",
+        ),
+    ] = None,
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -74,6 +82,7 @@ def quantize(
             seed,
             resume,
             output.reporter,
+            components=parse_settings(component or [], "--component", "text_encoder=w8"),
             **conditions(prompt, prompts, label, guidance, call),
         ).record
         output.results = {"out": out, **record}
@@ -94,4 +103,7 @@ def quantize(
         ):
             if record[key]:
                 output.line(f"{len(record[key])} {text}: {', '.join(record[key])}")
+        for name, part in record["components"].items():
+            smaller = part["float32_bytes"] / part["checkpoint_bytes"]
+            output.line(f"{name}: weights of {part['bits']}, {smaller:.2f} times smaller")
         output.line(f"written to {out}")

@@ -13,8 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepquant.methods.equivalent_scaling import apply_scaling
-from stepquant.methods.step import Step
+from stepquant.methods.equivalent_scaling import ScalingStep, apply_scaling
 from stepquant.quantizers import QuantConv2d, QuantLayer
 from stepquant.session import Session
 
@@ -46,17 +45,18 @@ def reparameterization_factors(p: Tensor, truncation: float) -> Tensor:
     return r.to(p.dtype).clamp(1.0, truncation)
 
 
-class ChannelReparameterization(Step):
+class ChannelReparameterization(ScalingStep):
     """Even out the activation ranges of in-channels over all steps; weights are not looked at.
 
     `truncation`: upper bound of the ratios. `layers`: "conv" scales convolutions only, as the
-    paper does; "all" scales linear layers too, which is a deviation.
+    paper does; "all" scales linear layers too, which is a deviation. `fold`: see
+    `ScalingStep`.
     """
 
     name = "channel_reparameterization"
-    needs_ranges = False
     truncation: float = Field(DEFAULT_TRUNCATION, ge=1.0)
     layers: Literal["conv", "all"] = "conv"
+    fold: bool = True
 
     def apply(self, session: Session) -> None:
         """Scale the chosen layers; the summary has the range change per layer."""
@@ -65,6 +65,7 @@ class ChannelReparameterization(Step):
             session,
             lambda _, p: reparameterization_factors(p, self.truncation),
             kind=QuantConv2d if self.layers == "conv" else QuantLayer,
+            fold=self.fold,
         )
         if not records:
             session.reporter.line(

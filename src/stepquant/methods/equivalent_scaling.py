@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stepquant.calibration.observe import Observation, observe
+from stepquant.methods.step import Step
 from stepquant.models.modulation import fold_into_modulation
 from stepquant.quantizers import QuantLayer
 from stepquant.session import Session
@@ -22,6 +23,17 @@ from stepquant.session import Session
 # (weights of all consumers of one input part, concatenated over out-channels: [C_out, C_part, ...],
 #  largest |input| per step and in-channel [T, C_part]) -> factors [C_part]
 Factors = Callable[[Tensor, Tensor], Tensor]
+
+
+class ScalingStep(Step):
+    """A step that scales before ranges are taken. Each has a last setting `fold`.
+
+    `fold`: whether the division goes into other layers where that is exact. Without, each layer
+    divides its own input, at the price of one multiplication, and all layers see and give what
+    those of the float model do: a LoRA of the float model then fits.
+    """
+
+    needs_ranges = False
 
 
 def scale_weight(layer: QuantLayer, factors: Tensor) -> None:
@@ -66,20 +78,22 @@ def apply_scaling(
     factors_of: Factors,
     samples_per_step: int = 8,
     kind: type[QuantLayer] = QuantLayer,
+    fold: bool = True,
 ) -> list[dict[str, object]]:
     """Scale every layer of one kind (by default: all); a summary record for each input part.
 
     A record holds the layer, part, whether the scaling was folded, the share of in-channels with a
     factor other than 1, the median factor, and the activation range before and after (over the
-    calibration samples, all steps together).
+    calibration samples, all steps together). Without `fold` every layer divides its own input, and
+    no other layer is touched.
     """
     layers = {name: layer for name, layer in session.layers().items() if isinstance(layer, kind)}
     seen = observe(
         session.model, session.trajectories, samples_per_step, session.seed, session.reporter
     )
     folds = {
-        consumer: (fold, consumers)
-        for fold, consumers in foldable(session)
+        consumer: (divide, consumers)
+        for divide, consumers in (foldable(session) if fold else ())
         if all(name in layers for name in consumers)
         for consumer in consumers
     }
@@ -88,7 +102,7 @@ def apply_scaling(
     for name, layer in layers.items():
         if name in done:
             continue
-        fold, group = folds.get(name, (None, (name,)))
+        divide, group = folds.get(name, (None, (name,)))
         done.update(group)
         parts = []
         for index, part_weight in enumerate(layer.weight_parts()):
@@ -102,7 +116,7 @@ def apply_scaling(
                 {
                     "layer": name if len(group) == 1 else "+".join(group),
                     "part": index,
-                    "folded": fold is not None,
+                    "folded": divide is not None,
                     "scaled_share": float((factors != 1).float().mean()),
                     "median_factor": float(factors.median()),
                     "range_before": input_range(seen_part),
@@ -112,8 +126,8 @@ def apply_scaling(
         all_factors = torch.cat(parts)
         for member in group:
             scale_weight(layers[member], all_factors)
-        if fold is not None:
-            fold(all_factors)
+        if divide is not None:
+            divide(all_factors)
         else:
             layer.multiply_channel_scale(all_factors)
     return records

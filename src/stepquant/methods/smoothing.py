@@ -6,8 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepquant.methods.equivalent_scaling import apply_scaling
-from stepquant.methods.step import Step
+from stepquant.methods.equivalent_scaling import ScalingStep, apply_scaling
 from stepquant.session import Session
 
 
@@ -22,19 +21,22 @@ def smoothing_factors(W: Tensor, X_max: Tensor, alpha: float) -> Tensor:
     return torch.where((X_max > 0) & (W_max > 0), s, torch.ones_like(s))
 
 
-class Smoothing(Step):
+class Smoothing(ScalingStep):
     """Balance activation and weight ranges per in-channel, for comparison with Weight Dilation.
 
-    `alpha`: how much of the difficulty moves from activations to weights.
+    `alpha`: how much of the difficulty moves from activations to weights. `fold`: see
+    `ScalingStep`.
     """
 
     name = "smoothing"
-    needs_ranges = False
     alpha: float = Field(0.5, ge=0.0, le=1.0)
+    fold: bool = True
 
     def apply(self, session: Session) -> None:
         """Scale all layers; the summary has the range change per layer."""
         session.require_no_ranges(self.name)
         session.summary[self.name] = apply_scaling(
-            session, lambda W, p: smoothing_factors(W, p.amax(dim=0), self.alpha)
+            session,
+            lambda W, p: smoothing_factors(W, p.amax(dim=0), self.alpha),
+            fold=self.fold,
         )

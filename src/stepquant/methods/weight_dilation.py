@@ -11,8 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepquant.methods.equivalent_scaling import apply_scaling
-from stepquant.methods.step import Step
+from stepquant.methods.equivalent_scaling import ScalingStep, apply_scaling
 from stepquant.session import Session
 
 
@@ -49,19 +48,21 @@ def shrink_until_kept(W: Tensor, s: Tensor, W_max: Tensor, W_min: Tensor) -> Ten
     return s
 
 
-class WeightDilation(Step):
+class WeightDilation(ScalingStep):
     """Dilate the in-channels of every layer; 1/s is folded where that is exact.
 
-    `max_factor`: upper bound of the factors.
+    `max_factor`: upper bound of the factors. `fold`: see `ScalingStep`.
     """
 
     name = "weight_dilation"
-    needs_ranges = False
     max_factor: float = Field(100.0, ge=1.0)
+    fold: bool = True
 
     def apply(self, session: Session) -> None:
         """Scale all layers; the summary has the unsaturated share and range change per layer."""
         session.require_no_ranges(self.name)
         session.summary[self.name] = apply_scaling(
-            session, lambda W, _: dilation_factors(W, self.max_factor)
+            session,
+            lambda W, _: dilation_factors(W, self.max_factor),
+            fold=self.fold,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,14 @@ from stepquant.quantizers.activation import spread_rows
 from stepquant.quantizers.step_grid import StepContext
 from stepquant.runtime import kernels
 from stepquant.runtime.spec import LayerSpec
+
+
+class Branches(Protocol):
+    """Float branches beside a layer (`runtime.lora_branch`)."""
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y`, what the layer gave for `x`, with all branches."""
+        ...
 
 
 class PackedLayer(nn.Module):
@@ -38,6 +46,7 @@ class PackedLayer(nn.Module):
     bias: Tensor | None
     step_bias: Tensor | None
     act_channel_scale: Tensor | None
+    lora: Branches | None
 
     def __init__(
         self,
@@ -70,6 +79,7 @@ class PackedLayer(nn.Module):
         channel_scale = torch.ones(spec.in_channels) if has_channel_scale else None
         self.register_buffer("act_channel_scale", channel_scale)
         self._prepared: list[_PreparedPart] | None = None
+        self.lora = None  # a module where there is something, see `runtime.lora_branch`
 
     def part_specs(self) -> list[LayerSpec]:
         """The spec of each input part."""
@@ -153,6 +163,10 @@ class PackedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Float in, float out, integers between; the result has the dtype of `x`."""
+        y = self._quantized(x)
+        return y if self.lora is None else self.lora.add_to(y, x)
+
+    def _quantized(self, x: Tensor) -> Tensor:
         if self._prepared is None:
             self.prepare()
         rows = self.context.rows.to(x.device)

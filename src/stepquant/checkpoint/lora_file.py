@@ -1,0 +1,152 @@
+"""Reading the tensors of a LoRA, from a file, a folder, the hub or memory, and what scales them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stepquant.checkpoint.load import HUB_ID, PICKLE_SUFFIXES
+from stepquant.errors import StepQuantError
+
+USUAL_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+PEFT_CONFIG = "adapter_config.json"  # beside the tensors, where peft itself wrote them
+HEADER_KEY = "lora_adapter_metadata"  # in the file's header, where diffusers wrote them
+# Kinds of adapters that are no plain product of two matrices, by what their keys contain.
+OTHER_KINDS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "oft_": "OFT",
+    "lora_mid": "a LoRA with a core tensor (CP decomposition)",
+}
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """Tensors under the names in the file, and the configs of peft by component ("" for any)."""
+
+    label: str
+    tensors: dict[str, Tensor]
+    configs: dict[str, dict[str, Any]]
+
+
+def read_lora_file(
+    source: str | os.PathLike[str] | Mapping[str, Tensor], weight_name: str | None = None
+) -> LoraFile:
+    """The LoRA in `source`: a safetensors file, a folder with one, a hub id, or tensors by name.
+
+    `weight_name`: which file of a folder or a hub repository. Raises StepQuantError for what is
+    absent, damaged, pickled, empty, not finite, or an adapter of another kind than LoRA.
+    """
+    if isinstance(source, Mapping):
+        label, tensors, configs = "the LoRA given as tensors", dict(source), {}
+    else:
+        path = _find(source, weight_name)
+        label = f"the LoRA '{path}'"
+        tensors, header = _read(path)
+        configs = _configs(path, header)
+    if not tensors:
+        raise StepQuantError(f"{label} holds no tensor: expected pairs of lora_A and lora_B")
+    for key, tensor in list(tensors.items()):
+        for part, kind in OTHER_KINDS.items():
+            if part in key:
+                raise StepQuantError(
+                    f"{label} has the key '{key}', so it is {kind}: expected a plain LoRA, of two "
+                    "matrices for each layer"
+                )
+        if key.endswith(".alpha") and isinstance(tensor, Tensor):
+            tensors[key] = tensor = tensor.float()  # kohya's may be a whole number
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise StepQuantError(
+                f"{label} has {found} under '{key}': expected a floating-point tensor"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise StepQuantError(
+                f"{label} has numbers that are not finite in '{key}': the file is damaged or its "
+                "training diverged, so take another one"
+            )
+    return LoraFile(label, tensors, configs)
+
+
+def _find(source: str | os.PathLike[str], weight_name: str | None) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = path / (weight_name or _only_weights(path))
+    elif "/" in str(source) and not path.exists() and HUB_ID.fullmatch(str(source)):
+        path = _fetch(str(source), weight_name)
+    if path.suffix in PICKLE_SUFFIXES:
+        raise StepQuantError(
+            f"'{path}' is a pickle: pickle files are refused because loading one can run any "
+            "code; expected a LoRA as safetensors"
+        )
+    if not path.is_file():
+        raise StepQuantError(
+            f"the LoRA '{path}' does not exist: expected a safetensors file, a folder with one, or "
+            "a hub id like 'org/name'"
+        )
+    return path
+
+
+def _only_weights(folder: Path) -> str:
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    usual = [name for name in USUAL_NAMES if name in names]
+    if len(names) == 1 or usual:
+        return (usual or names)[0]
+    found = f"the safetensors files {', '.join(names)}" if names else "no safetensors file"
+    raise StepQuantError(
+        f"the folder '{folder}' has {found}: expected one, or one called "
+        f"{USUAL_NAMES[0]}; say which with weight_name"
+    )
+
+
+def _fetch(source: str, weight_name: str | None) -> Path:
+    name = weight_name or USUAL_NAMES[0]
+    try:
+        return Path(hf_hub_download(source, name))
+    except (OSError, ValueError) as error:
+        raise StepQuantError(
+            f"'{source}' is no local file or folder, and '{name}' of a hub repository of that name "
+            f"could not be fetched ({type(error).__name__}): check spelling and network, say "
+            "which file with weight_name, or pass the path of a file"
+        ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise StepQuantError(
+            f"'{path}' is not a whole safetensors file ({error}): fetch or write it again"
+        ) from error
+
+
+def _configs(path: Path, header: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What peft was configured with, from the header or from the file beside."""
+    where, text = f"the header of '{path}'", header.get(HEADER_KEY)
+    beside = path.parent / PEFT_CONFIG
+    try:
+        if text is None and beside.is_file():
+            where, text = f"'{beside}'", beside.read_text(encoding="utf-8")
+            return {"": dict(json.loads(text))}
+        configs: dict[str, dict[str, Any]] = {}
+        for key, value in dict(json.loads(text or "{}")).items():
+            component, _, setting = key.partition(".")
+            configs.setdefault(component, {})[setting] = value
+        return configs
+    except (OSError, ValueError, TypeError) as error:
+        raise StepQuantError(
+            f"{where} cannot be read as the settings of a LoRA ({error}): expected JSON as peft "
+            "writes it"
+        ) from error

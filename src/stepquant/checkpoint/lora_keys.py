@@ -1,0 +1,228 @@
+"""From the names in a LoRA's file to the layers of a pipeline.
+
+Names differ by trainer. diffusers knows most of them and rewrites them (`lora_state_dict` of the
+pipeline's class); what comes out is brought to one form here: `component.layer.lora_A.weight`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import StateDictType
+from torch import Tensor, nn
+
+from stepquant.checkpoint.lora_file import LoraFile
+from stepquant.errors import StepQuantError
+from stepquant.runtime.lora_branch import Layer
+from stepquant.runtime.packed import PackedLayer
+
+PEFT_PREFIX = "base_model.model."
+MATRIX = re.compile(r"(?P<layer>.+)\.lora_(?P<which>[AB])(\.[^.]+)?\.weight")
+CONVERSION_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """Of one layer: `A [r, C_in, ...]`, `B [C_out, r, ...]`, and `factor`, alpha over r."""
+
+    A: Tensor
+    B: Tensor
+    factor: float
+
+
+def lora_layers(
+    file: LoraFile, pipeline: Any, denoiser: str
+) -> dict[tuple[str, str], tuple[Layer, LoraWeights]]:
+    """`(component, layer's name)` -> the layer and what the LoRA has for it.
+
+    `denoiser`: the component that names without a component mean. Raises StepQuantError, naming
+    the key, for a layer that `pipeline` does not have, a shape that does not fit, a matrix without
+    its partner, and settings that change the result in a way that is not known here.
+    """
+    tensors, alphas = _converted(file, pipeline, denoiser)
+    pairs: dict[tuple[str, str], dict[str, Tensor]] = {}
+    keys: dict[tuple[str, str, str], str] = {}
+    for key, tensor in tensors.items():
+        component, name = _component(key, tensors, pipeline, denoiser)
+        found = MATRIX.fullmatch(_peft_name(name, component == denoiser, pipeline, component))
+        if found is None:
+            raise StepQuantError(
+                f"{file.label} has the key '{key}': expected names that end with lora_A.weight or "
+                "lora_B.weight, or those of kohya's trainer for this pipeline"
+            )
+        pairs.setdefault((component, found["layer"]), {})[found["which"]] = tensor
+        keys[component, found["layer"], found["which"]] = key
+    scales = {
+        _alpha_place(key, tensors, pipeline, denoiser): (key, alpha)
+        for key, alpha in alphas.items()
+    }
+    layers: dict[tuple[str, str], tuple[Layer, LoraWeights]] = {}
+    for (component, name), pair in pairs.items():
+        key = next(keys[component, name, which] for which in pair)
+        layer = _layer(file.label, key, pipeline, component, name)
+        if len(pair) != 2:
+            raise StepQuantError(
+                f"{file.label} has the key '{key}' without its partner: expected lora_A and "
+                f"lora_B of the layer '{name}'; the file is incomplete"
+            )
+        for which in "AB":
+            _check_shape(
+                file.label, keys[component, name, which], which, pair[which], pair["B"], layer
+            )
+        rank = pair["A"].shape[0]
+        config = file.configs.get(component, file.configs.get("", {}))
+        _, alpha = scales.pop((component, name), ("", None))
+        factor = _factor(file.label, config, name, rank, alpha)
+        layers[component, name] = (layer, LoraWeights(pair["A"], pair["B"], factor))
+    for key, _ in scales.values():
+        raise StepQuantError(
+            f"{file.label} has '{key}' without the matrices of that layer: expected lora_A and "
+            "lora_B beside it; the file is incomplete"
+        )
+    return layers
+
+
+def models_of(pipeline: Any) -> dict[str, Any]:
+    """The modules of a pipeline by the component's name, taken out of what `torch.compile` wraps.
+
+    Not by its `components`, which a pipeline of one's own may not have in order.
+    """
+    parts = {name: part for name, part in vars(pipeline).items() if isinstance(part, nn.Module)}
+    return {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}
+
+
+def _converted(
+    file: LoraFile, pipeline: Any, denoiser: str
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Tensors under the names of diffusers or peft, and alphas by name."""
+    tensors = dict(file.tensors)
+    if all(key.startswith(PEFT_PREFIX) for key in tensors):
+        model = models_of(pipeline)[denoiser]
+        bare = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
+        # Other trainers use the prefix too, before names that diffusers rewrites.
+        if next(iter(bare)).partition(".lora_")[0] in dict(model.named_modules()):
+            return bare, {}
+    if not hasattr(pipeline, "lora_state_dict"):
+        return tensors, {}
+    more = {"unet_config": pipeline.unet.config} if denoiser == "unet" else {}
+    try:
+        found = pipeline.lora_state_dict(
+            tensors, return_alphas=True, return_lora_metadata=True, **more
+        )
+    except CONVERSION_ERRORS as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
+        raise StepQuantError(
+            f"{file.label}, with keys like '{next(iter(file.tensors))}', cannot be read for "
+            f"{type(pipeline).__name__} ({first}): expected a LoRA that was trained for this "
+            "kind of pipeline"
+        ) from error
+    converted, *rest, _ = found
+    alphas = {key: float(value) for key, value in (rest[0] or {}).items()} if rest else {}
+    return dict(converted), alphas
+
+
+def _component(
+    key: str, tensors: Mapping[str, Tensor], pipeline: Any, denoiser: str
+) -> tuple[str, str]:
+    """The component that `key` belongs to, and the rest of the name."""
+    parts = models_of(pipeline)
+    first, _, rest = key.partition(".")
+    if first in parts:
+        return first, rest
+    if any(name.partition(".")[0] in parts for name in tensors):
+        return first, rest  # then all must say whose they are; `_layer` tells that this one is not
+    return denoiser, key
+
+
+def _peft_name(name: str, of_denoiser: bool, pipeline: Any, component: str) -> str:
+    """`name` in the form of peft, `layer.lora_A.weight`."""
+    if ".lora_A." not in name and ".lora_B." not in name:
+        if not of_denoiser:  # this type's table has the newer names as well
+            (name,) = convert_state_dict_to_peft({name: None}, StateDictType.DIFFUSERS_OLD)
+        (name,) = convert_unet_state_dict_to_peft({name: None})
+    model = models_of(pipeline).get(component)
+    if not of_denoiser and not hasattr(model, "text_model"):  # older files have the prefix
+        name = name.removeprefix("text_model.")
+    return name.replace(".processor.", ".")
+
+
+def _alpha_place(
+    key: str, tensors: Mapping[str, Tensor], pipeline: Any, denoiser: str
+) -> tuple[str, str]:
+    """The component and layer that an alpha belongs to."""
+    component, name = _component(key.removesuffix(".alpha"), tensors, pipeline, denoiser)
+    name = _peft_name(name, component == denoiser, pipeline, component)
+    return component, name.partition(".lora_")[0]
+
+
+def _layer(label: str, key: str, pipeline: Any, component: str, name: str) -> Layer:
+    model = models_of(pipeline).get(component)
+    if model is None:
+        raise StepQuantError(
+            f"{label} has the key '{key}', for the component '{component}' that "
+            f"{type(pipeline).__name__} does not have: expected a LoRA for this kind of pipeline"
+        )
+    layer = dict(model.named_modules()).get(name)
+    kinds = (PackedLayer, nn.Linear, nn.Conv2d)
+    if layer is None:
+        example = next((n for n, m in model.named_modules() if isinstance(m, kinds)), "none")
+        raise StepQuantError(
+            f"{label} has the key '{key}', but {type(model).__name__} has no layer '{name}': "
+            f"expected names of its linear and conv layers, such as '{example}'; the LoRA is for "
+            "another model"
+        )
+    plain = isinstance(layer, kinds) and getattr(layer, "groups", 1) == 1
+    if not plain or getattr(layer, "padding_mode", "zeros") != "zeros":
+        raise StepQuantError(
+            f"{label} has the key '{key}', but '{name}' of {type(model).__name__} is "
+            f"{type(layer).__name__}: expected a linear layer, or a conv of one group with zero "
+            "padding"
+        )
+    return layer  # type: ignore[return-value]
+
+
+def _check_shape(label: str, key: str, which: str, tensor: Tensor, B: Tensor, layer: Layer) -> None:
+    spec: Any = layer.spec if isinstance(layer, PackedLayer) else layer
+    linear = isinstance(layer, nn.Linear) or getattr(spec, "kind", "") == "linear"
+    rank = B.shape[1] if B.dim() > 1 else 0
+    if linear:
+        sizes = (layer.in_features, layer.out_features)
+        wanted = (rank, sizes[0]) if which == "A" else (sizes[1], rank)
+    else:
+        out = (spec.out_channels, rank, 1, 1)
+        wanted = (rank, spec.in_channels, *spec.kernel_size) if which == "A" else out
+    if tuple(tensor.shape) != wanted or rank < 1:
+        raise StepQuantError(
+            f"{label} has the shape {list(tensor.shape)} under '{key}': expected {list(wanted)}, "
+            "as the layer has it; the LoRA is for a model of other sizes"
+        )
+
+
+def _factor(
+    label: str, config: dict[str, Any], layer: str, rank: int, alpha: float | None
+) -> float:
+    """`alpha / r`, or 1 where nothing says otherwise, as everywhere in diffusers."""
+    if config and alpha is not None:
+        raise StepQuantError(
+            f"{label} has alphas both as tensors and in its settings: expected one of the two"
+        )
+    for setting in ("use_dora", "lora_bias", "modules_to_save", "layer_replication"):
+        if config.get(setting):
+            raise StepQuantError(
+                f"{label} was trained with {setting}={config[setting]!r}: expected a plain LoRA, "
+                "of two matrices for each layer"
+            )
+    if alpha is None and "lora_alpha" in config:
+        alpha = float(config["lora_alpha"])
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+                alpha = float(value)
+                break
+    if alpha is None:
+        return 1.0
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,0 +1,170 @@
+"""LoRA on a quantized pipeline: loaded as float branches beside its layers, scaled, unloaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from stepquant.checkpoint.lora_file import read_lora_file
+from stepquant.checkpoint.lora_keys import lora_layers, models_of
+from stepquant.errors import StepQuantError
+from stepquant.methods import STEPS, Step
+from stepquant.methods.equivalent_scaling import ScalingStep
+from stepquant.models.adapter import ADAPTERS, adapter_of
+from stepquant.runtime.lora_branch import LoraBranch, attach_branch, detach_branch, named_branches
+from stepquant.runtime.packed import PackedConv2d, PackedLayer
+from stepquant.sampling import denoiser_name
+
+NAME = re.compile(r"\w[\w-]*")
+
+
+def load_lora(
+    pipeline: DiffusionPipeline,
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    scale: float = 1.0,
+    name: str = "default",
+    weight_name: str | None = None,
+) -> list[str]:
+    """Let the LoRA in `source` add `scale * B(A(x))` to the layers that it was trained for.
+
+    `pipeline`: with a packed denoiser. `source`: a safetensors file of diffusers, peft or kohya's
+    trainer, a folder with one, a hub id, or tensors by name; `weight_name` says which file of
+    several. `name`: what it is called afterwards; several can be loaded beside each other. The
+    packed layers stay as they are: the branch is computed in float32 from the layer's float input.
+    Layers of text encoders that the LoRA has are served too. Saving writes the model without it.
+    Returns the names of the layers, each with its component in front.
+
+    Raises StepQuantError, and changes nothing, for a LoRA that does not fit the pipeline, naming
+    the key, and for one of layers whose inputs or outputs the recipe has scaled in other layers.
+    """
+    component = denoiser_name(pipeline)
+    denoiser = models_of(pipeline)[component]
+    if not any(isinstance(module, PackedLayer) for module in denoiser.modules()):
+        raise StepQuantError(
+            f"{component} of {type(pipeline).__name__} is not quantized: expected a packed "
+            "denoiser; a float one takes pipeline.load_lora_weights"
+        )
+    _check_scale(scale)
+    if NAME.fullmatch(name) is None:
+        raise StepQuantError(
+            f"the LoRA is to be called '{name}': expected letters, digits, '_' and '-'"
+        )
+    if name in lora_scales(pipeline):
+        raise StepQuantError(
+            f"a LoRA called '{name}' is loaded already: expected another name; unload it first or "
+            "give this one a name of its own"
+        )
+    file = read_lora_file(source, weight_name)
+    layers = lora_layers(file, pipeline, component)
+    scaled = _scaled_layers(pipeline, denoiser)
+    for (part, layer_name), (layer, _) in layers.items():
+        _check_ready(file.label, pipeline, part, layer_name, layer)
+        if part == component and layer_name in scaled:
+            step = scaled[layer_name]
+            raise StepQuantError(
+                f"{file.label} is for the layer '{layer_name}', whose input or output the step "
+                f"'{step}' of the recipe has divided in its neighbours: expected a checkpoint "
+                f"without that; quantize again with --set {step}.fold=false"
+            )
+    for layer, weights in layers.values():
+        A, B = (matrix.detach().float().clone() for matrix in (weights.A, weights.B))
+        attach_branch(layer, name, LoraBranch(A, B, weights.factor, float(scale)))
+    return [f"{part}.{layer_name}" for part, layer_name in layers]
+
+
+def unload_lora(pipeline: DiffusionPipeline, name: str | None = None) -> list[str]:
+    """Take the LoRA `name` away, or all of them: the model is bit for bit what it was before.
+
+    Returns the names of those that were taken away. Raises StepQuantError if `name` is not loaded.
+    """
+    if name is not None:
+        _check_loaded(pipeline, name)
+    found = []
+    for _, layer, lora, _ in _branches(pipeline):
+        if name in (None, lora):
+            detach_branch(layer, lora)  # type: ignore[arg-type]
+            found.append(lora)
+    return list(dict.fromkeys(found))
+
+
+def set_lora_scales(pipeline: DiffusionPipeline, scales: Mapping[str, float]) -> None:
+    """Set the scales of loaded LoRAs by name; with 0 one costs nothing. Others stay as they are."""
+    for name, scale in scales.items():
+        _check_loaded(pipeline, name)
+        _check_scale(scale)
+    for _, _, lora, branch in _branches(pipeline):
+        if lora in scales:
+            branch.scale = float(scales[lora])
+
+
+def lora_scales(pipeline: DiffusionPipeline) -> dict[str, float]:
+    """The loaded LoRAs by name, in the order of loading, each with its scale."""
+    return {lora: branch.scale for _, _, lora, branch in _branches(pipeline)}
+
+
+def _branches(pipeline: DiffusionPipeline) -> list[tuple[str, nn.Module, str, LoraBranch]]:
+    return [found for model in models_of(pipeline).values() for found in named_branches(model)]
+
+
+def _check_loaded(pipeline: DiffusionPipeline, name: str) -> None:
+    loaded = list(lora_scales(pipeline))
+    if name not in loaded:
+        raise StepQuantError(
+            f"no LoRA called '{name}' is loaded: expected one of {', '.join(loaded) or 'none'}"
+        )
+
+
+def _check_scale(scale: float) -> None:
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not number or not abs(scale) < float("inf"):
+        raise StepQuantError(f"the scale of a LoRA is {scale!r}: expected a finite number")
+
+
+def _check_ready(
+    label: str, pipeline: DiffusionPipeline, component: str, name: str, layer: nn.Module
+) -> None:
+    """A branch can be put beside the layer as it is now, and will be computed."""
+    if any(tensor.is_meta for tensor in layer.state_dict().values()):
+        raise StepQuantError(
+            f"the layer '{name}' of {component} has its tensors offloaded: expected them in "
+            "memory; load the LoRA before enable_sequential_cpu_offload"
+        )
+    model = getattr(pipeline, component)
+    compiled = hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
+    if compiled and not isinstance(layer, PackedLayer):
+        # A compiled graph does not look for new hooks.
+        raise StepQuantError(
+            f"{label} is for the layer '{name}' of {component}, which is float and compiled "
+            "already: expected it as it was loaded; load the LoRA before torch.compile"
+        )
+
+
+def _scaled_layers(pipeline: DiffusionPipeline, denoiser: Any) -> dict[str, str]:
+    """Layers whose inputs or outputs are not those of the float model, each with the step.
+
+    A step with equivalent scaling divides what one layer gives and multiplies the weights of those
+    that read it. A LoRA was trained on the undivided numbers, and the factors are not kept.
+    """
+    own = getattr(pipeline, "denoiser_adapter", None)
+    if own is None and not any(kind.__name__ in ADAPTERS for kind in type(denoiser).__mro__):
+        return {}  # quantized with a general adapter, which folds nothing
+    adapter = adapter_of(pipeline, denoiser)
+    groups = [(producer, consumers) for producer, consumers in adapter.folds(denoiser)]
+    groups += [(entry.linear, entry.consumers) for entry in adapter.modulations(denoiser)]
+    layers = dict(denoiser.named_modules())
+    found: dict[str, str] = {}
+    for entry in denoiser.hf_quantizer.quantization_config.recipe.get("steps", []):
+        for step, settings in entry.items():
+            scales = issubclass(STEPS.get(step, Step), ScalingStep)
+            if not scales or settings.get("fold") is False:
+                continue
+            for producer, consumers in groups:
+                convs = all(isinstance(layers[name], PackedConv2d) for name in consumers)
+                if convs or settings.get("layers") != "conv":
+                    found.update({name: step for name in (producer, *consumers)})
+    return found

@@ -1,0 +1,116 @@
+"""Low-rank float branches beside a layer: `y + scale * B(A(x))` (LoRA, Hu et al. 2021).
+
+A branch is never in a state dict, so a model with branches saves the same bytes as without.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from stepquant.runtime.packed import PackedLayer
+
+Layer = PackedLayer | nn.Linear | nn.Conv2d
+PREFIX = "of_"  # a LoRA may be called like an attribute of nn.Module
+
+
+class LoraBranch(nn.Module):
+    """What one LoRA adds to one layer.
+
+    `A`: float32 `[r, C_in]`, or `[r, C_in, kh, kw]` with the stride, padding and dilation of the
+    layer. `B`: float32 `[C_out, r]`, or `[C_out, r, 1, 1]`. `factor`: of the file, `alpha / r`.
+    `scale`: the user's, which may be set at any time; a branch with scale 0 is not computed.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, A: Tensor, B: Tensor, factor: float, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("A", A, persistent=False)
+        self.register_buffer("B", B, persistent=False)
+        self.factor, self.scale = factor, scale
+        self.window: tuple[Any, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`scale * factor * B(A(x))` in the dtype of `A`."""
+        x = x.to(self.A.dtype)
+        if self.A.dim() == 2:
+            y = F.linear(F.linear(x, self.A), self.B)
+        else:
+            y = F.conv2d(F.conv2d(x, self.A, None, *self.window), self.B)
+        return y * (self.scale * self.factor)
+
+
+class LoraBranches(nn.ModuleDict):
+    """The branches of one layer, by the name of their LoRA."""
+
+    handle: RemovableHandle | None = None  # of the hook, on a layer that is not packed
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y`, what the layer gave for `x`, with all branches; in the dtype of `y`."""
+        for branch in self.values():
+            assert isinstance(branch, LoraBranch)
+            if branch.scale != 0:
+                y = y + branch(x).to(y.dtype)
+        return y
+
+
+def attach_branch(layer: Layer, name: str, branch: LoraBranch) -> None:
+    """Let `branch` add to what `layer` gives. Its tensors go to the device of the layer.
+
+    A packed layer asks for its branches itself. A float layer gets a forward hook, as torch has it.
+    """
+    if isinstance(layer, PackedLayer):
+        device = layer.weight_packed.device
+        spec = layer.spec
+        branch.window = (spec.stride, spec.padding, spec.dilation)
+    else:
+        device = layer.weight.device
+        if isinstance(layer, nn.Conv2d):
+            branch.window = (layer.stride, layer.padding, layer.dilation)
+    branches = branches_of(layer)
+    if branches is None:
+        branches = LoraBranches()
+        layer.lora = branches
+        if not isinstance(layer, PackedLayer):
+            branches.handle = layer.register_forward_hook(_add_branches)
+    branches[PREFIX + name] = branch.to(device)
+
+
+def detach_branch(layer: Layer, name: str) -> None:
+    """Take the branch `name` away; without the last one the layer is as it was."""
+    branches = branches_of(layer)
+    assert branches is not None
+    del branches[PREFIX + name]
+    if len(branches) > 0:
+        return
+    if branches.handle is not None:
+        branches.handle.remove()
+    del layer.lora
+    if isinstance(layer, PackedLayer):
+        layer.lora = None
+
+
+def branches_of(layer: nn.Module) -> LoraBranches | None:
+    """The branches of a layer, or None."""
+    found = getattr(layer, "lora", None)
+    return found if isinstance(found, LoraBranches) else None
+
+
+def named_branches(model: nn.Module) -> list[tuple[str, nn.Module, str, LoraBranch]]:
+    """`(layer's name, layer, LoRA's name, branch)` of all branches in `model`."""
+    return [
+        (layer_name, layer, key.removeprefix(PREFIX), branch)
+        for layer_name, layer in model.named_modules()
+        for key, branch in (branches_of(layer) or {}).items()
+        if isinstance(branch, LoraBranch)
+    ]
+
+
+def _add_branches(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    branches = branches_of(layer)
+    return y if branches is None else branches.add_to(y, inputs[0])
