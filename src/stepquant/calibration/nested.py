@@ -6,12 +6,13 @@ none, and may be as long as there are samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from stepquant.models.calling import inside
 
 
 @dataclass(frozen=True)
@@ -19,15 +20,6 @@ class Shared:
     """A tensor that is there for all samples together."""
 
     tensor: Tensor
-
-
-def inside(value: Any, change: Callable[[Any], Any]) -> Any:
-    """`value` with `change` made to what a tuple, list or dictionary holds."""
-    if isinstance(value, dict):
-        return {key: change(entry) for key, entry in value.items()}
-    if type(value) in (tuple, list):  # not torch.Size, which is a tuple
-        return type(value)(change(entry) for entry in value)
-    return value
 
 
 def pick(value: Any, index: Tensor | slice) -> Any:

@@ -127,7 +127,9 @@ class _Recorder:
         timestep = torch.as_tensor(given)  # a number, [] or [B]
         count = sample.shape[0]
         self.samples.append(sample.detach().clone())
-        self.timesteps.append(timestep.reshape(-1).expand(count).clone())
+        self.timesteps.append(
+            timestep.reshape(-1).expand(count).cpu().clone()
+        )  # it is counted with
         arguments.pop("return_dict", None)
         self.conditions.add(
             {name: value for name, value in arguments.items() if not self._is_default(name, value)},
