@@ -89,6 +89,12 @@ def test_other_prompts_give_other_images():
     assert not torch.allclose(*images, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_negative_prompt_is_one_for_all_images(name):
+    images = draw(name, build(name), call={"negative_prompt": "fog"}, num=2)
+    assert not torch.allclose(images, draw(name, build(name), num=2), atol=1e-3)
+
+
 def test_images_follow_their_prompts_whatever_the_batch():
     pipeline = build("sd")
     whole, single = draw("sd", pipeline), draw("sd", pipeline, batch=1)
