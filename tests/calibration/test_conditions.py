@@ -5,6 +5,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from stepquant.api import inspect, sample
 from stepquant.calibration.conditions import ConditionRecorder, Conditions
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories, predict
 from stepquant.conditioning import Conditioning
@@ -89,6 +90,28 @@ def test_with_guidance_an_image_has_both_inputs_at_each_step(unet, passes):
         assert labels[at].tolist() == [4, 2, 4, 0, 4, 2]
         pairs = found.sample[at].unflatten(0, (3, 2))
         assert torch.equal(pairs[:, 0], pairs[:, 1])
+
+
+@pytest.mark.parametrize("passes", [1, 2], ids=["one pass", "two passes"])
+def test_the_first_images_of_a_step_come_with_all_their_inputs(unet, passes):
+    found = captured(unet, passes)
+    for row in range(3):
+        assert found.step(row, 2).trajectory.tolist() == [0, 0, 1, 1]
+        assert len(found.step(row, 3)) == len(found.step(row)) == 6
+
+
+def test_inspection_sees_all_inputs_of_its_images(unet):
+    pipeline, conditions = guided(unet), {"labels": [2, 0], "guidance": 3.0}
+    record = inspect(pipeline, steps=3, num=3, **conditions)
+    batches = []
+    handle = unet.conv_in.register_forward_pre_hook(lambda _m, args: batches.append(args[0]))
+    try:
+        sample(pipeline, 3, 3, **conditions)
+    finally:
+        handle.remove()
+    (layer,) = [layer for layer in record["layers"] if layer["layer"] == "conv_in"]
+    assert layer["low"] == pytest.approx([float(x.min()) for x in batches], rel=1e-4)
+    assert layer["high"] == pytest.approx([float(x.max()) for x in batches], rel=1e-4)
 
 
 def test_one_and_two_passes_are_the_same_inputs(unet):

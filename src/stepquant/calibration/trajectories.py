@@ -56,17 +56,20 @@ class Trajectories:
         """The step grid of the tables: one row for each step of the sampler."""
         return StepGrid(self.timesteps)
 
-    def rows(self, row: int, limit: int | None = None) -> Tensor:
-        """Indices of the (first `limit`) inputs at step `timesteps[row]`."""
-        return (self.timestep == self.timesteps[row]).nonzero().flatten()[:limit]
+    def rows(self, row: int, images: int | None = None) -> Tensor:
+        """Indices of the inputs (of the first `images`) at step `timesteps[row]`.
 
-    def at_step(self, row: int, limit: int | None = None) -> Tensor:
-        """The (first `limit`) samples at step `timesteps[row]`."""
-        return self.sample[self.rows(row, limit)]
+        With guidance all inputs of an image: half of them would be of half of the images, or of
+        one kind.
+        """
+        found = (self.timestep == self.timesteps[row]).nonzero().flatten()
+        owners = self.trajectory[found]
+        first = list(dict.fromkeys(owners.tolist()))[:images]
+        return found[torch.isin(owners, torch.tensor(first))]
 
-    def step(self, row: int, limit: int | None = None) -> Trajectories:
-        """The (first `limit`) inputs at step `timesteps[row]`."""
-        return self.take(self.rows(row, limit))
+    def step(self, row: int, images: int | None = None) -> Trajectories:
+        """The inputs (of the first `images`) at step `timesteps[row]`."""
+        return self.take(self.rows(row, images))
 
     def take(self, index: Tensor | slice) -> Trajectories:
         """The inputs `index`."""
