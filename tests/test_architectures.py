@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from architectures import ARCHITECTURES, build, session
+from architectures import ARCHITECTURES, SMALL, build, pixart, session
 from quantize_runs import refused, tree
 from stepquant.api import evaluate, inspect, quantize, sample
 from stepquant.bench import bench, set_backend
@@ -82,6 +82,21 @@ def test_quantize_save_load_sample(name, recipe, bits, tmp_path):
     assert torch.equal(found, simulated)
     error = float((found - wanted).square().mean() / wanted.square().mean())
     assert error < (0.02 if bits == 8 else 1.0)
+
+
+def test_pixart_that_is_told_the_size_of_the_picture_is_trained(tmp_path):
+    """Its embeddings of sizes get two rows for each sample, and are no blocks."""
+    torch.manual_seed(0)
+    pipeline = pixart(sizes=True)
+    call = {**ARCHITECTURES["pixart"].call, **SMALL}
+    result = run("pixart", "dilatequant", 4, tmp_path / "out", model=pipeline, call=call)
+    blocks = [row["block"] for row in result.record["summary"]["block_distillation"]]
+    assert "adaln_single.emb.timestep_embedder" in blocks
+    assert not any("resolution" in name or "aspect" in name for name in blocks)
+    packed = result.pipeline.transformer.adaln_single.emb.resolution_embedder
+    assert isinstance(packed.linear_1, PackedLayer)
+    images = draw("pixart", result.pipeline, call=call)
+    assert torch.equal(draw("pixart", tmp_path / "out", call=call), images)
 
 
 def test_other_prompts_give_other_images():
