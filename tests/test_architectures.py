@@ -175,35 +175,54 @@ def test_the_other_verbs_take_conditions_too(name):
     assert len(timed["rows"]) == 2
 
 
-@pytest.mark.parametrize("name", ["sd", "dit", "flux"])
-def test_an_interrupted_run_ends_with_the_same_bytes(name, tmp_path, monkeypatch):
-    """Conditions are kept with the trajectories."""
+class Interrupting(Reporter):
+    """Presses Ctrl-C once `after` blocks are distilled."""
 
-    class Interrupting(Reporter):
-        def line(self, text):
-            pass
+    def __init__(self, after):
+        super().__init__(quiet=True)
+        self.after = after
 
-        @contextmanager
-        def task(self, description, total):
-            if description == "distilling blocks":
+    @contextmanager
+    def task(self, description, total):
+        with super().task(description, total) as task:
+            advance = task.advance
+
+            def press(count=1, note=""):
+                advance(count, note)
+                self.after -= description == "distilling blocks"
+                if self.after == 0 and description == "distilling blocks":
+                    raise KeyboardInterrupt
+
+            task.advance = press
+            if description == "distilling blocks" and self.after == 0:
                 raise KeyboardInterrupt
-            with super().task(description, total) as task:
-                yield task
+            yield task
 
-    pipeline = build(name)
-    run(name, "dilatequant", 4, tmp_path / "whole", model=pipeline)
+
+@pytest.mark.parametrize("after", [0, 3], ids=["before the blocks", "after three"])
+@pytest.mark.parametrize("name", ["sd", "dit", "flux"])
+def test_an_interrupted_run_ends_with_the_same_bytes(name, after, tmp_path, monkeypatch):
+    """Conditions are kept with the trajectories; each run opens its pipeline anew."""
+    out = tmp_path / "out"
+    run(name, "dilatequant", 4, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(name, "dilatequant", 4, tmp_path / "out", model=pipeline, reporter=Interrupting(True))
+        run(name, "dilatequant", 4, out, reporter=Interrupting(after))
+    trained = out.with_name("out.work") / "block_distillation"
+    assert len(list(trained.glob("*.safetensors"))) == after
     monkeypatch.setattr("stepquant.quantize.capture_trajectories", None)  # they are there
     if name != "dit":
-        message = refused(
-            lambda: run(
-                name, "dilatequant", 4, tmp_path / "out", model=pipeline, resume=True, prompts="x"
-            )
-        )
-        assert "conditioning" in message or "job" in message
-    run(name, "dilatequant", 4, tmp_path / "out", model=pipeline, resume=True)
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+        message = refused(lambda: run(name, "dilatequant", 4, out, resume=True, prompts="x"))
+        assert "holds the work of another job" in message
+    run(name, "dilatequant", 4, out, resume=True)
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_sampling_leaves_tokenizers_as_they_were(tmp_path):
+    pipeline = build("sd")
+    pipeline.tokenizer.save_pretrained(tmp_path / "before")
+    draw("sd", pipeline, num=1)
+    pipeline.tokenizer.save_pretrained(tmp_path / "after")
+    assert tree(tmp_path / "before") == tree(tmp_path / "after")
 
 
 @pytest.mark.parametrize(

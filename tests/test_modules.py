@@ -6,7 +6,13 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import nn
 
 from architectures import ARCHITECTURES, build
@@ -119,6 +125,35 @@ def test_a_function_of_ones_own_may_draw(tmp_path):
 def test_an_image_does_not_depend_on_the_batch():
     whole, single = (sample(pipeline(scheduler=DDPMScheduler()), 3, 3, batch=b) for b in (3, 1))
     torch.testing.assert_close(whole, single, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind", [FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler]
+)
+def test_schedulers_without_noise_or_scales_of_their_own_draw_too(kind):
+    images, other = (sample(pipeline(scheduler=kind()), 2, 3, seed, None) for seed in (0, 5))
+    assert bool(images.isfinite().all())
+    assert not torch.equal(images, other)
+
+
+def test_flow_of_ones_own_is_quantized_with_its_scheduler():
+    own = pipeline(scheduler=FlowMatchEulerDiscreteScheduler())
+    result = quantize(own, "minmax", 8, 8, steps=3, settings=FAST_MINMAX)
+    images, near = (sample(p, 2, 3) for p in (own, result.pipeline))
+    assert 0 < float((images - near).abs().mean()) < 0.02
+
+
+def test_its_components_are_denoiser_and_scheduler():
+    own = pipeline()
+    assert own.components == {"denoiser": own.denoiser, "scheduler": own.scheduler}
+
+
+def test_a_defect_in_the_users_code_is_seen_as_it_is():
+    def broken(denoiser, noise, steps, generators):
+        return denoiser.no_such_part(noise)
+
+    with pytest.raises(AttributeError, match="no_such_part"):
+        quantize(pipeline(draw=broken), "minmax")
 
 
 def test_schedulers_that_scale_the_input_are_asked_to():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,11 @@ class DenoiserPipeline(DiffusionPipeline):
         self.patterns = (tuple(blocks), tuple(float_layers))
 
     @property
-    def denoiser_adapter(self) -> ModuleAdapter:
+    def components(self) -> dict[str, Any]:
+        """Denoiser and scheduler; diffusers would take the other arguments for components, too."""
+        return {"denoiser": self.denoiser, "scheduler": self.scheduler}
+
+    def make_adapter(self) -> ModuleAdapter:
         """What the denoiser consists of, as far as that can be told."""
         return general_adapter(self, *self.patterns)
 
@@ -103,11 +108,15 @@ class DenoiserPipeline(DiffusionPipeline):
         """Images by the scheduler's steps."""
         scheduler = self.scheduler
         scheduler.set_timesteps(steps)
-        x = x * scheduler.init_noise_sigma
+        # As in diffusers' own pipelines: not every scheduler draws, scales noise or scales input.
+        draws = "generator" in inspect.signature(scheduler.step).parameters
+        more: dict[str, Any] = {"generator": generators} if draws else {}
+        x = x * getattr(scheduler, "init_noise_sigma", 1.0)
         for t in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(x, t)
+            scales = hasattr(scheduler, "scale_model_input")
+            scaled = scheduler.scale_model_input(x, t) if scales else x
             prediction = call_denoiser(denoiser, scaled, t.expand(len(x)))
-            x = scheduler.step(prediction, t, x, generator=generators).prev_sample
+            x = scheduler.step(prediction, t, x, **more).prev_sample
         return (x / 2 + 0.5).clamp(0, 1)
 
 

@@ -129,6 +129,24 @@ def check_seed(seed: int) -> int:
     return seed
 
 
+def with_own_tokenizers(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A copy of `pipeline` with copies of its tokenizers.
+
+    Tokenizing leaves its padding and truncation in the tokenizer, which a checkpoint would hold
+    where it was sampled for, and not where a resumed run had no need to.
+    """
+    pipeline = copy.copy(pipeline)
+    parts = {name: getattr(pipeline, name, None) for name in pipeline.config}
+    found = {
+        name: copy.deepcopy(part)
+        for name, part in parts.items()
+        # transformers, where it has its class from, may be absent.
+        if any(kind.__name__ == "PreTrainedTokenizerBase" for kind in type(part).__mro__)
+    }
+    pipeline.register_modules(**found)
+    return pipeline
+
+
 @torch.no_grad()
 def sample_images(
     pipeline: DiffusionPipeline,
@@ -157,7 +175,7 @@ def sample_images(
     check_count(batch, "batch size")
     check_seed(seed)
     reporter = reporter or Reporter(quiet=True)
-    pipeline = copy.copy(pipeline)  # its scheduler is replaced, the caller's is not
+    pipeline = with_own_tokenizers(pipeline)
     set_scheduler(pipeline, scheduler)
     trained = pipeline.scheduler.config.get("num_train_timesteps", steps)
     if steps > trained:
