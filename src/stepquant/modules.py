@@ -21,6 +21,7 @@ from stepquant.models.inputs import Inputs
 
 # (denoiser, noise [B, C, H, W], steps, a generator for each image) -> images [B, C, H, W] in [0, 1]
 DrawImages = Callable[[nn.Module, Tensor, int, list[torch.Generator]], Tensor]
+SURVEY_STEPS = 2  # some samplers have no timestep for one step alone
 
 
 class OwnSampler(SchedulerMixin, ConfigMixin):
@@ -137,7 +138,7 @@ def general_adapter(
     `adapter=`.
     """
     conditioning = Conditioning.of(prompts, labels, guidance, call)
-    seen = capture_trajectories(pipeline, 1, 1, 0, None, conditioning=conditioning)
+    seen = capture_trajectories(pipeline, 1, SURVEY_STEPS, 0, None, conditioning=conditioning)
 
     def example(batch: int) -> Inputs:
         inputs = seen.take(torch.zeros(batch, dtype=torch.int64))

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from stepquant.api import inspect, sample
+from stepquant.api import DenoiserPipeline, inspect, sample
 from stepquant.calibration.conditions import ConditionRecorder, Conditions
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories, predict
 from stepquant.conditioning import Conditioning
@@ -211,11 +211,57 @@ def test_negative_zero_is_not_zero():
     assert torch.signbit(found.arguments()["x"]).flatten().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("name", ["img_ids", "table"])
-def test_a_tensor_without_a_batch_dimension_is_shared(name):
-    positions = torch.randn(4 if name == "img_ids" else 3, 3)  # as many tokens as samples
-    found = recorded(({name: positions}, 4), ({name: positions}, 4)).take(torch.tensor([5]))
-    assert torch.equal(found.arguments()[name], positions)
+@pytest.mark.parametrize("tokens", [3, 4])
+def test_a_tensor_without_a_batch_dimension_is_shared(tokens):
+    positions = torch.randn(tokens, 3)  # as many tokens as samples, too
+    recorder = ConditionRecorder("Denoiser", by_sample=("label",))
+    for _ in range(2):
+        recorder.add({"ids": positions, "label": torch.arange(4)}, 4)
+    found = recorder.conditions().take(torch.tensor([5])).arguments()
+    assert torch.equal(found["ids"], positions)
+    assert found["label"].tolist() == [1]
+
+
+class Tabled(torch.nn.Module):
+    """A denoiser with a table of four positions, for a dictionary of conditions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 1, 1)
+
+    def forward(self, x, timestep, **cond):
+        assert cond["table"].shape == (4, 2) and len(cond["label"]) == len(x)
+        return self.conv(x) * cond["label"].view(-1, 1, 1, 1)
+
+
+def with_table(denoiser, noise, steps, generators):
+    table = torch.arange(8.0).view(4, 2)
+    for t in range(steps, 0, -1):
+        label = torch.arange(len(noise)) + 1.0
+        noise = noise - denoiser(noise, timestep=torch.tensor(t), table=table, label=label)
+    return noise.sigmoid()
+
+
+@pytest.mark.parametrize("num", [1, 4, 6])
+def test_a_table_as_long_as_the_batch_is_no_row_of_a_sample(num):
+    """And arguments behind two stars, however these are called, are given by name again."""
+    pipeline = DenoiserPipeline(Tabled().eval(), (1, 4, 4), draw=with_table)
+    found = capture_trajectories(pipeline, num, 2, 0, None, batch=4)
+    assert found.conditions.shared["table"].shape == (4, 2)
+    labels = found.take(found.trajectory.argsort(stable=True)).conditions.arguments()["label"]
+    assert labels.tolist() == [1.0 + image % 4 for image in range(num) for _ in range(2)]
+    for count in (1, 2):
+        assert len(predict(pipeline.denoiser, found.take(slice(0, count)))) == count
+
+
+def test_arguments_without_names_are_refused():
+    class Starred(Tabled):
+        def forward(self, x, timestep, *more):
+            return self.conv(x)
+
+    pipeline = DenoiserPipeline(Starred().eval(), (1, 4, 4))
+    with pytest.raises(StepQuantError, match=r"Starred.forward takes '\*more': expected arguments"):
+        capture_trajectories(pipeline, 1, 2, 0, None)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +271,9 @@ def test_a_tensor_without_a_batch_dimension_is_shared(name):
         ([({"a": 1}, 2), ({"a": 2}, 2)], "got 2 as 'a' after 1"),
         ([({"a": object()}, 2)], "got object as 'a'"),
         ([({"a": 1}, 2), ({"b": 1}, 2)], r"got the arguments \['b'\] after \['a'\]"),
+        ([({"a": 1}, 2), ({}, 2)], "guidance in two passes too; give those that a pass leaves"),
+        ([({"a": {5: torch.ones(2)}}, 2)], "a dictionary with the key 5 in 'a'"),
+        ([({"a": {"b.c": 1}}, 2)], "a dictionary with the key 'b.c' in 'a'"),
         ([({"a": torch.ones(2, 3)}, 2), ({"a": torch.ones(2, 4)}, 2)], "pad prompts to one"),
         ([({"a": torch.ones(2, 3)}, 2), ({"a": torch.ones(1, 3)}, 2)], "for 2 samples"),
     ],
