@@ -32,6 +32,7 @@ from stepquant.api import (
 from stepquant.bench import set_backend
 from stepquant.checkpoint.save import save_pipeline
 from stepquant.errors import StepQuantError
+from stepquant.progress import Reporter
 from stepquant.runtime.packed import PackedLayer
 
 LAYERS = 2 + 1 + 4 + 2 + 1
@@ -40,6 +41,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def pipeline(module=None, **changes):
     return DenoiserPipeline(module or denoiser(), SHAPE, **changes)
+
+
+class Stopping(Reporter):
+    def task(self, description, total):
+        if description == "distilling blocks":
+            raise KeyboardInterrupt
+        return super().task(description, total)
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +213,27 @@ def test_a_scheduler_is_refused_where_the_users_function_draws():
 def test_a_function_that_gives_no_images_is_told():
     own = pipeline(draw=lambda denoiser, noise, steps, generators: None)
     assert "gave NoneType: expected images [1, C, H, W]" in refused(lambda: sample(own, 1, 1))
+
+
+def test_a_model_of_diffusers_in_a_pipeline_of_ones_own_loads_as_a_module(tiny_unet, tmp_path):
+    """No class of diffusers can build the pipeline, so that its folder would be of no use."""
+    own = DenoiserPipeline(tiny_unet(), (1, 16, 16))
+    result = quantize(own, "minmax", 4, 8, tmp_path / "out", 2, FAST_MINMAX)
+    assert list(tree(tmp_path / "out")) == ["denoiser/config.json", "denoiser/model.safetensors"]
+    again = load_module(tiny_unet(), tmp_path / "out")
+    images = sample(result.pipeline, 2, 2)
+    assert torch.equal(sample(DenoiserPipeline(again, (1, 16, 16)), 2, 2), images)
+
+
+@pytest.mark.parametrize("changes", [{"float_layers": ["time.*"]}, {"blocks": ["body.0"]}])
+def test_a_run_with_other_blocks_or_float_layers_is_not_resumed(tmp_path, changes):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(pipeline(), "dilatequant", 4, 8, out, 2, FAST, reporter=Stopping(quiet=True))
+    other = pipeline(**changes)
+    assert "holds the work of another job" in refused(
+        lambda: quantize(other, "dilatequant", 4, 8, out, 2, FAST, resume=True)
+    )
 
 
 def test_a_folder_of_a_module_says_how_to_load_it(packed):

@@ -48,6 +48,7 @@ class DenoiserPipeline(DiffusionPipeline):
     """
 
     scales_input = True  # as the scheduler says, at each step
+    saves_denoiser_only = True
 
     def __init__(
         self,

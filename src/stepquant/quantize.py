@@ -124,8 +124,8 @@ def quantize(
     adapter = adapter or adapter_of(pipeline, float_model)
     # What the scheme, the sampler and the weights have wrong is told before any work is kept.
     check_finite_weights(float_model)
-    resolved.scheme.layer_bits(float_model, adapter)
-    adapter.blocks(float_model)
+    _, left_float = resolved.scheme.layer_bits(float_model, adapter)
+    blocks = adapter.blocks(float_model)
     for step in resolved.steps:
         step.check(resolved.scheme)
     resolved, remark = _own_scheduler(pipeline, resolved, settings)
@@ -145,6 +145,10 @@ def quantize(
         "provenance": provenance,
         "model": fingerprint(dict(float_model.state_dict())),
         "scheduler": json.loads(sampler.scheduler.to_json_string()),
+        "blocks": blocks,
+        "left_float": left_float,
+        "skip_splits": adapter.skip_splits(float_model),
+        "shape": getattr(pipeline, "shape", None),  # of a sample, where the user's code says it
     }
     work = WorkFolder(work_path, job, resume)
     remark = clipping_remark(sampler.scheduler)
