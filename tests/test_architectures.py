@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,6 +144,38 @@ def test_ddim_that_is_asked_for_is_refused_where_flow_is_matched():
         )
     )
     assert "scheduler 'ddim' is for a model that predicts noise" in message
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        ("efficientdm", {"trajectory_distillation.influence_exponent": 0.5}),
+        (str(Path(__file__).parent / "recipes" / "allocated.yaml"), {}),
+    ],
+    ids=["influence", "allocation"],
+)
+def test_influence_with_guidance_is_refused_before_anything_is_trained(recipe, settings, tmp_path):
+    stages = []
+
+    class Noting(Reporter):
+        def task(self, description, total):
+            stages.append(description)
+            return super().task(description, total)
+
+    message = refused(
+        lambda: quantize(
+            build("dit"),
+            recipe,
+            out=tmp_path / "out",
+            steps=STEPS,
+            settings={**settings, "calibration.trajectories": 2},
+            guidance=4.0,
+            reporter=Noting(True),
+        )
+    )
+    assert "expected no classifier-free guidance" in message
+    assert {stage.split()[0] for stage in stages} == {"sampling"}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_class_embedding_that_drops_labels_is_refused():

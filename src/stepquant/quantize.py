@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant import __version__
+from stepquant.calibration.influence import check_unguided
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories, drawer
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
@@ -314,6 +315,8 @@ def _trajectories(
             reporter=reporter,
             conditioning=conditioning,
         )
+        if any(step.needs_influence for step in recipe.steps):
+            check_unguided(captured)
     except StepQuantError:
         work.remove()  # nothing is kept yet, and the next try may be another job
         raise
