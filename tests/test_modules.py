@@ -193,6 +193,19 @@ def test_a_diffusers_pipeline_of_unknown_architecture_takes_the_general_adapter(
     assert set(adapter.input_output_layers(build("sd").unet)) == {"conv_in", "conv_out"}
 
 
+def test_other_verbs_take_an_adapter_too(monkeypatch):
+    """Of an architecture that has none of its own."""
+    monkeypatch.setattr("stepquant.models.adapter.ADAPTERS", {})
+    arguments, own = ARCHITECTURES["sd"].arguments, build("sd")
+    adapter = general_adapter(own, **arguments)
+    packed = quantize(own, "minmax", settings=FAST_MINMAX, steps=2, adapter=adapter, **arguments)
+    assert "no adapter for" in refused(lambda: inspect(own, steps=2, num=1, **arguments))
+    record = inspect(own, steps=2, num=1, adapter=adapter, **arguments)
+    assert len(record["layers"]) > 10
+    timed = bench(packed.pipeline, own, batch=(1,), repeats=1, adapter=adapter)
+    assert len(timed["rows"]) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

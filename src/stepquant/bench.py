@@ -68,11 +68,13 @@ def bench(
     compiled: bool = False,
     repeats: int = 20,
     reporter: Reporter | None = None,
+    adapter: DenoiserAdapter | None = None,
 ) -> dict[str, Any]:
     """Milliseconds of one denoiser call of `model` and of the float model `against`.
 
     Medians of interleaved runs with 10th and 90th percentile for each batch size, and how many
     times faster. `compiled` adds both under `torch.compile` (the first calls take minutes).
+    `adapter`: as in `quantize`, for an architecture that stepquant does not know.
     """
     reporter = reporter or Reporter(quiet=True)
     for size in batch:
@@ -86,7 +88,7 @@ def bench(
     if is_packed(reference):
         raise StepQuantError(f"'{against}' is quantized: expected the float model to compare with")
     set_backend(candidate, backend)
-    adapter = adapter_of(theirs, reference)
+    adapter = adapter or adapter_of(theirs, reference)
     rows = []
     with reporter.task("timing", total=len(batch)) as task:
         for size in batch:
