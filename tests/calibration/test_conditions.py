@@ -254,6 +254,22 @@ def test_a_table_as_long_as_the_batch_is_no_row_of_a_sample(num):
         assert len(predict(pipeline.denoiser, found.take(slice(0, count)))) == count
 
 
+@pytest.mark.parametrize(("num", "batch"), [(1, 64), (3, 1)])
+def test_a_table_of_one_row_is_no_row_of_a_lone_sample(num, batch):
+    def draw(denoiser, noise, steps, generators):
+        for t in range(steps, 0, -1):
+            noise = noise - denoiser(noise, timestep=torch.tensor(t), table=torch.ones(1, 2))
+        return noise.sigmoid()
+
+    class Net(Tabled):
+        def forward(self, x, timestep, table):
+            return self.conv(x)
+
+    pipeline = DenoiserPipeline(Net().eval(), (1, 4, 4), draw=draw)
+    found = capture_trajectories(pipeline, num, 2, 0, None, batch=batch)
+    assert found.conditions.shared["table"].shape == (1, 2)
+
+
 def test_arguments_without_names_are_refused():
     class Starred(Tabled):
         def forward(self, x, timestep, *more):

@@ -67,7 +67,7 @@ class Trajectories:
         found = (self.timestep == self.timesteps[row]).nonzero().flatten()
         owners = self.trajectory[found]
         first = list(dict.fromkeys(owners.tolist()))[:images]
-        return found[torch.isin(owners, torch.tensor(first))]
+        return found[torch.isin(owners, torch.tensor(first, dtype=owners.dtype))]
 
     def step(self, row: int, images: int | None = None) -> Trajectories:
         """The inputs (of the first `images`) at step `timesteps[row]`."""
@@ -180,7 +180,7 @@ def capture_trajectories(
     check_count(num, "number of calibration trajectories")
     denoiser = denoiser_of(pipeline)
 
-    def draw(count: int, hook: Callable[..., None], shown: Reporter | None) -> None:
+    def draw(count: int, size: int, hook: Callable[..., None], shown: Reporter | None) -> None:
         handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             sample_images(
@@ -189,7 +189,7 @@ def capture_trajectories(
                 steps,
                 seed,
                 scheduler,
-                batch,
+                size,
                 shown,
                 first,
                 conditioning=conditioning,
@@ -205,10 +205,11 @@ def capture_trajectories(
         raise _Seen
 
     # What has rows is told by another number of images: a table may be as long as there are images.
+    other_count = 1 if min(num, batch) > 1 else 2
     with suppress(_Seen):
-        draw(1 if min(num, batch) > 1 else 2, look, None)
+        draw(other_count, other_count, look, None)
     recorder = _Recorder(denoiser, other.conditions.by_sample())
-    draw(num, recorder, reporter)
+    draw(num, batch, recorder, reporter)
     if not recorder.samples:
         raise StepQuantError("the sampler never called the denoiser: expected at least one step")
     per_batch = torch.cat(recorder.timesteps)
