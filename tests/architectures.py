@@ -178,18 +178,19 @@ def dit() -> DiffusionPipeline:
     return DiTPipeline(transformer=with_weights(transformer), vae=vae(4), scheduler=scheduler())
 
 
-def pixart() -> DiffusionPipeline:
+def pixart(sizes: bool = False) -> DiffusionPipeline:
+    """PixArt-alpha of 512 pixels; of 1024 with `sizes`, which the picture's size is told."""
     transformer = PixArtTransformer2DModel(
-        num_attention_heads=2,
+        num_attention_heads=3 if sizes else 2,
         attention_head_dim=8,
         in_channels=4,
         out_channels=8,
         num_layers=2,
-        sample_size=8,
+        sample_size=128 if sizes else 8,  # by which the pipeline knows
         patch_size=2,
-        cross_attention_dim=16,
+        cross_attention_dim=24 if sizes else 16,
         caption_channels=WIDTH,
-        use_additional_conditions=False,
+        use_additional_conditions=sizes,
     )
     return PixArtAlphaPipeline(
         tokenizer=t5_tokenizer(),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from architectures import ARCHITECTURES, build, session
+from architectures import ARCHITECTURES, SMALL, build, pixart, session
 from quantize_runs import refused, tree
 from stepquant.api import evaluate, inspect, quantize, sample
 from stepquant.bench import bench, set_backend
@@ -84,9 +85,30 @@ def test_quantize_save_load_sample(name, recipe, bits, tmp_path):
     assert error < (0.02 if bits == 8 else 1.0)
 
 
+def test_pixart_that_is_told_the_size_of_the_picture_is_trained(tmp_path):
+    """Its embeddings of sizes get two rows for each sample, and are no blocks."""
+    torch.manual_seed(0)
+    pipeline = pixart(sizes=True)
+    call = {**ARCHITECTURES["pixart"].call, **SMALL}
+    result = run("pixart", "dilatequant", 4, tmp_path / "out", model=pipeline, call=call)
+    blocks = [row["block"] for row in result.record["summary"]["block_distillation"]]
+    assert "adaln_single.emb.timestep_embedder" in blocks
+    assert not any("resolution" in name or "aspect" in name for name in blocks)
+    packed = result.pipeline.transformer.adaln_single.emb.resolution_embedder
+    assert isinstance(packed.linear_1, PackedLayer)
+    images = draw("pixart", result.pipeline, call=call)
+    assert torch.equal(draw("pixart", tmp_path / "out", call=call), images)
+
+
 def test_other_prompts_give_other_images():
     images = [draw("sd", build("sd"), prompts=text) for text in ("a cat", "boat")]
     assert not torch.allclose(*images, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_negative_prompt_is_one_for_all_images(name):
+    images = draw(name, build(name), call={"negative_prompt": "fog"}, num=2)
+    assert not torch.allclose(images, draw(name, build(name), num=2), atol=1e-3)
 
 
 def test_images_follow_their_prompts_whatever_the_batch():
@@ -124,6 +146,38 @@ def test_ddim_that_is_asked_for_is_refused_where_flow_is_matched():
     assert "scheduler 'ddim' is for a model that predicts noise" in message
 
 
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        ("efficientdm", {"trajectory_distillation.influence_exponent": 0.5}),
+        (str(Path(__file__).parent / "recipes" / "allocated.yaml"), {}),
+    ],
+    ids=["influence", "allocation"],
+)
+def test_influence_with_guidance_is_refused_before_anything_is_trained(recipe, settings, tmp_path):
+    stages = []
+
+    class Noting(Reporter):
+        def task(self, description, total):
+            stages.append(description)
+            return super().task(description, total)
+
+    message = refused(
+        lambda: quantize(
+            build("dit"),
+            recipe,
+            out=tmp_path / "out",
+            steps=STEPS,
+            settings={**settings, "calibration.trajectories": 2},
+            guidance=4.0,
+            reporter=Noting(True),
+        )
+    )
+    assert "expected no classifier-free guidance" in message
+    assert {stage.split()[0] for stage in stages} == {"sampling"}
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_class_embedding_that_drops_labels_is_refused():
     pipeline = build("dit")
     pipeline.transformer.train()
@@ -154,35 +208,54 @@ def test_the_other_verbs_take_conditions_too(name):
     assert len(timed["rows"]) == 2
 
 
-@pytest.mark.parametrize("name", ["sd", "dit", "flux"])
-def test_an_interrupted_run_ends_with_the_same_bytes(name, tmp_path, monkeypatch):
-    """Conditions are kept with the trajectories."""
+class Interrupting(Reporter):
+    """Presses Ctrl-C once `after` blocks are distilled."""
 
-    class Interrupting(Reporter):
-        def line(self, text):
-            pass
+    def __init__(self, after):
+        super().__init__(quiet=True)
+        self.after = after
 
-        @contextmanager
-        def task(self, description, total):
-            if description == "distilling blocks":
+    @contextmanager
+    def task(self, description, total):
+        with super().task(description, total) as task:
+            advance = task.advance
+
+            def press(count=1, note=""):
+                advance(count, note)
+                self.after -= description == "distilling blocks"
+                if self.after == 0 and description == "distilling blocks":
+                    raise KeyboardInterrupt
+
+            task.advance = press
+            if description == "distilling blocks" and self.after == 0:
                 raise KeyboardInterrupt
-            with super().task(description, total) as task:
-                yield task
+            yield task
 
-    pipeline = build(name)
-    run(name, "dilatequant", 4, tmp_path / "whole", model=pipeline)
+
+@pytest.mark.parametrize("after", [0, 3], ids=["before the blocks", "after three"])
+@pytest.mark.parametrize("name", ["sd", "dit", "flux"])
+def test_an_interrupted_run_ends_with_the_same_bytes(name, after, tmp_path, monkeypatch):
+    """Conditions are kept with the trajectories; each run opens its pipeline anew."""
+    out = tmp_path / "out"
+    run(name, "dilatequant", 4, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(name, "dilatequant", 4, tmp_path / "out", model=pipeline, reporter=Interrupting(True))
+        run(name, "dilatequant", 4, out, reporter=Interrupting(after))
+    trained = out.with_name("out.work") / "block_distillation"
+    assert len(list(trained.glob("*.safetensors"))) == after
     monkeypatch.setattr("stepquant.quantize.capture_trajectories", None)  # they are there
     if name != "dit":
-        message = refused(
-            lambda: run(
-                name, "dilatequant", 4, tmp_path / "out", model=pipeline, resume=True, prompts="x"
-            )
-        )
-        assert "conditioning" in message or "job" in message
-    run(name, "dilatequant", 4, tmp_path / "out", model=pipeline, resume=True)
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+        message = refused(lambda: run(name, "dilatequant", 4, out, resume=True, prompts="x"))
+        assert "holds the work of another job" in message
+    run(name, "dilatequant", 4, out, resume=True)
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_sampling_leaves_tokenizers_as_they_were(tmp_path):
+    pipeline = build("sd")
+    pipeline.tokenizer.save_pretrained(tmp_path / "before")
+    draw("sd", pipeline, num=1)
+    pipeline.tokenizer.save_pretrained(tmp_path / "after")
+    assert tree(tmp_path / "before") == tree(tmp_path / "after")
 
 
 @pytest.mark.parametrize(

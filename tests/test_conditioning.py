@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from stepquant.api import sample
 from stepquant.conditioning import Conditioning
 from stepquant.errors import StepQuantError
 
@@ -25,7 +29,7 @@ class OfClasses:
 
 
 class OfTexts:
-    def __call__(self, prompt, height=None, guidance_scale=7.5):
+    def __call__(self, prompt, height=None, guidance_scale=7.5, negative_prompt=None):
         """Draws images of texts."""
 
 
@@ -77,3 +81,77 @@ def test_a_record_tells_prompts_apart_without_holding_them():
     assert one["prompts_sha256"] != other["prompts_sha256"]
     assert Conditioning().describe() == {}
     assert Conditioning.of(labels=[2], guidance=1.5).describe() == {"labels": [2], "guidance": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("prompt", "x", "use prompts"),
+        ("prompt_embeds", torch.ones(1), "use prompts"),
+        ("class_labels", [5], "use labels"),
+        ("batch_size", 2, "use num"),
+        ("num_images_per_prompt", 2, "use num"),
+        ("generator", None, "use seed"),
+        ("latents", None, "use seed"),
+        ("num_inference_steps", 3, "use steps"),
+        ("output_type", "pil", "images come as arrays"),
+        ("return_dict", False, "images come as arrays"),
+    ],
+)
+def test_what_is_decided_elsewhere_is_refused_in_the_call(tiny_pipeline, name, value, instead):
+    with pytest.raises(StepQuantError, match=f"the call has a '{name}': expected none.*{instead}"):
+        Conditioning.of(call={name: value})
+    with pytest.raises(StepQuantError, match=f"the call has a '{name}'"):
+        sample(tiny_pipeline(), 1, call={name: value})
+
+
+def test_two_scales_of_guidance_are_refused():
+    with pytest.raises(StepQuantError, match=r"is 2\.0 and the call has the guidance_scale"):
+        Conditioning.of(guidance=2.0, call={"guidance_scale": 3.0})
+    found = Conditioning.of(prompts="a", call={"guidance_scale": 3.0}).arguments(OfTexts(), 0, 1)
+    assert found["guidance_scale"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("negative", "told"), [("fog", ["fog"] * 3), (["x", "y"], ["y", "x", "y"])]
+)
+def test_a_negative_prompt_is_there_for_each_image(negative, told):
+    found = Conditioning.of(prompts=["a", "b"], call={"negative_prompt": negative})
+    assert found.arguments(OfTexts(), 1, 3)["negative_prompt"] == told
+
+
+@pytest.mark.parametrize(
+    "labels", [[1, 3], torch.tensor([1, 3]), np.array([1, 3]), range(1, 4, 2), np.int64([1, 3])]
+)
+def test_labels_may_lie_in_a_tensor_or_an_array(labels):
+    conditioning = Conditioning.of(labels=labels)
+    assert conditioning.labels == (1, 3)
+    assert conditioning.describe() == {"labels": [1, 3]}
+    assert Conditioning.of(labels=torch.tensor(0)).labels == (0,)
+
+
+def test_labels_that_are_no_whole_numbers_are_refused():
+    with pytest.raises(StepQuantError, match=r"class label is 1\.5: expected a whole number"):
+        Conditioning.of(labels=torch.tensor([1.5]))
+
+
+CONTENTS = {
+    "tensor": lambda at: torch.arange(5000).where(torch.arange(5000) != 2500, at),
+    "array": lambda at: np.where(np.arange(5000) == 2500, at, 0),
+    "image": lambda at: Image.new("L", (4, 4), at),
+    "nested": lambda at: {"scales": [torch.full((3,), float(at))]},
+}
+
+
+@pytest.mark.parametrize("make", CONTENTS.values(), ids=CONTENTS.keys())
+def test_a_record_tells_arguments_apart_by_their_contents(make):
+    one, same, other = (Conditioning.of(call={"x": make(at)}).describe() for at in (1, 1, 2))
+    assert one == same != other
+    assert len(str(one)) < 200
+
+
+def test_a_function_is_recorded_by_its_name_and_an_unknown_thing_refused():
+    described = Conditioning.of(call={"x": sample}).describe()["call"]
+    assert described == {"x": "stepquant.api.sample"}
+    with pytest.raises(StepQuantError, match="'x' of the call is a Plain, of which a record"):
+        Conditioning.of(call={"x": Plain()}).describe()

@@ -6,7 +6,13 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import nn
 
 from architectures import ARCHITECTURES, build
@@ -26,6 +32,7 @@ from stepquant.api import (
 from stepquant.bench import set_backend
 from stepquant.checkpoint.save import save_pipeline
 from stepquant.errors import StepQuantError
+from stepquant.progress import Reporter
 from stepquant.runtime.packed import PackedLayer
 
 LAYERS = 2 + 1 + 4 + 2 + 1
@@ -34,6 +41,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def pipeline(module=None, **changes):
     return DenoiserPipeline(module or denoiser(), SHAPE, **changes)
+
+
+class Stopping(Reporter):
+    def task(self, description, total):
+        if description == "distilling blocks":
+            raise KeyboardInterrupt
+        return super().task(description, total)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +135,35 @@ def test_an_image_does_not_depend_on_the_batch():
     torch.testing.assert_close(whole, single, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "kind", [FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler]
+)
+def test_schedulers_without_noise_or_scales_of_their_own_draw_too(kind):
+    images, other = (sample(pipeline(scheduler=kind()), 2, 3, seed, None) for seed in (0, 5))
+    assert bool(images.isfinite().all())
+    assert not torch.equal(images, other)
+
+
+def test_flow_of_ones_own_is_quantized_with_its_scheduler():
+    own = pipeline(scheduler=FlowMatchEulerDiscreteScheduler())
+    result = quantize(own, "minmax", 8, 8, steps=3, settings=FAST_MINMAX)
+    images, near = (sample(p, 2, 3) for p in (own, result.pipeline))
+    assert 0 < float((images - near).abs().mean()) < 0.02
+
+
+def test_its_components_are_denoiser_and_scheduler():
+    own = pipeline()
+    assert own.components == {"denoiser": own.denoiser, "scheduler": own.scheduler}
+
+
+def test_a_defect_in_the_users_code_is_seen_as_it_is():
+    def broken(denoiser, noise, steps, generators):
+        return denoiser.no_such_part(noise)
+
+    with pytest.raises(AttributeError, match="no_such_part"):
+        quantize(pipeline(draw=broken), "minmax")
+
+
 def test_schedulers_that_scale_the_input_are_asked_to():
     images = sample(pipeline(scheduler=EulerDiscreteScheduler()), 2, 3, scheduler=None)
     assert bool(images.isfinite().all())
@@ -150,6 +193,19 @@ def test_a_diffusers_pipeline_of_unknown_architecture_takes_the_general_adapter(
     assert set(adapter.input_output_layers(build("sd").unet)) == {"conv_in", "conv_out"}
 
 
+def test_other_verbs_take_an_adapter_too(monkeypatch):
+    """Of an architecture that has none of its own."""
+    monkeypatch.setattr("stepquant.models.adapter.ADAPTERS", {})
+    arguments, own = ARCHITECTURES["sd"].arguments, build("sd")
+    adapter = general_adapter(own, **arguments)
+    packed = quantize(own, "minmax", settings=FAST_MINMAX, steps=2, adapter=adapter, **arguments)
+    assert "no adapter for" in refused(lambda: inspect(own, steps=2, num=1, **arguments))
+    record = inspect(own, steps=2, num=1, adapter=adapter, **arguments)
+    assert len(record["layers"]) > 10
+    timed = bench(packed.pipeline, own, batch=(1,), repeats=1, adapter=adapter)
+    assert len(timed["rows"]) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -170,6 +226,27 @@ def test_a_scheduler_is_refused_where_the_users_function_draws():
 def test_a_function_that_gives_no_images_is_told():
     own = pipeline(draw=lambda denoiser, noise, steps, generators: None)
     assert "gave NoneType: expected images [1, C, H, W]" in refused(lambda: sample(own, 1, 1))
+
+
+def test_a_model_of_diffusers_in_a_pipeline_of_ones_own_loads_as_a_module(tiny_unet, tmp_path):
+    """No class of diffusers can build the pipeline, so that its folder would be of no use."""
+    own = DenoiserPipeline(tiny_unet(), (1, 16, 16))
+    result = quantize(own, "minmax", 4, 8, tmp_path / "out", 2, FAST_MINMAX)
+    assert list(tree(tmp_path / "out")) == ["denoiser/config.json", "denoiser/model.safetensors"]
+    again = load_module(tiny_unet(), tmp_path / "out")
+    images = sample(result.pipeline, 2, 2)
+    assert torch.equal(sample(DenoiserPipeline(again, (1, 16, 16)), 2, 2), images)
+
+
+@pytest.mark.parametrize("changes", [{"float_layers": ["time.*"]}, {"blocks": ["body.0"]}])
+def test_a_run_with_other_blocks_or_float_layers_is_not_resumed(tmp_path, changes):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(pipeline(), "dilatequant", 4, 8, out, 2, FAST, reporter=Stopping(quiet=True))
+    other = pipeline(**changes)
+    assert "holds the work of another job" in refused(
+        lambda: quantize(other, "dilatequant", 4, 8, out, 2, FAST, resume=True)
+    )
 
 
 def test_a_folder_of_a_module_says_how_to_load_it(packed):

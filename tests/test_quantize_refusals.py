@@ -10,6 +10,7 @@ from torch import nn
 from quantize_runs import FAST_MINMAX, SMALL, left, refused, tree
 from stepquant.models.unet2d import UNet2DAdapter
 from stepquant.quantize import quantize
+from stepquant.readiness import check_denoiser
 from stepquant.recipe import parse_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,6 +94,26 @@ def test_half_precision_is_refused(tiny_pipeline, tmp_path):
     sentence = refused(lambda: quantize(pipeline, "minmax", out=tmp_path / "out", steps=2))
     assert "holds torch.bfloat16: expected torch.float32" in sentence
     assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "has"),
+    [
+        (nn.Dropout2d(0.1), "dropout"),
+        (nn.AlphaDropout(0.1), "dropout"),
+        (nn.BatchNorm2d(1), "batch norms"),
+        (nn.SyncBatchNorm(1), "batch norms"),
+    ],
+    ids=["dropout2d", "alpha dropout", "batch norm", "synchronized batch norm"],
+)
+def test_layers_that_are_other_in_training_are_refused_in_training_mode(tiny_unet, layer, has):
+    unet = tiny_unet(**SMALL)
+    unet.extra = layer
+    check_denoiser(unet.eval(), "unet")
+    unet.train()
+    assert f"the unet is in training mode and has {has}" in refused(
+        lambda: check_denoiser(unet, "unet")
+    )
 
 
 def test_a_model_that_drops_out_is_refused_until_it_is_set_to_evaluate(tiny_pipeline):

@@ -8,6 +8,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     ScoreSdeVePipeline,
@@ -22,6 +23,7 @@ from stepquant.sampling import (
     clipping_remark,
     denoiser_name,
     denoiser_of,
+    needs_own_scheduler,
     resolve_scheduler,
     sample_images,
     set_scheduler,
@@ -224,3 +226,23 @@ class Scaling(DDPMPipeline):
 def test_a_scheduler_that_the_pipeline_serves_is_taken(pipeline):
     check_scales_input(Scaling(pipeline.unet, EulerDiscreteScheduler()))
     check_scales_input(DDPMPipeline(pipeline.unet, pipeline.scheduler))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"prediction_type": "flow_prediction", "use_flow_sigmas": True}, {"use_flow_sigmas": True}],
+)
+def test_a_solver_that_was_told_to_match_flow_is_the_pipelines_own(tiny_pipeline, settings):
+    """As Sana has it."""
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = DPMSolverMultistepScheduler(flow_shift=3.0, **settings)
+    assert needs_own_scheduler(pipeline)
+    assert resolve_scheduler(pipeline, "auto") is None
+    set_scheduler(pipeline, "dpm-solver++")
+    assert pipeline.scheduler.config.flow_shift == 3.0
+    with pytest.raises(StepQuantError, match="'ddim' is for a model that predicts noise"):
+        set_scheduler(pipeline, "ddim")
+    with pytest.raises(StepQuantError, match="'flow-euler' was asked for in the place of DPM"):
+        set_scheduler(pipeline, "flow-euler")
+    images = sample_images(pipeline, 1, 3)
+    assert bool(images.isfinite().all())

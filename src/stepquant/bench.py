@@ -13,7 +13,7 @@ from torch import nn
 from stepquant.errors import StepQuantError
 from stepquant.evaluate import measure_latency, peak_memory_mb
 from stepquant.models.adapter import DenoiserAdapter, adapter_for, adapter_of
-from stepquant.models.calling import named_arguments
+from stepquant.models.calling import named_arguments, on_device
 from stepquant.progress import Reporter
 from stepquant.runtime.packed import PackedLayer
 from stepquant.sampling import check_count, denoiser_of
@@ -46,9 +46,10 @@ def denoiser_call(
     """
     device = next(model.buffers(), next(model.parameters())).device
     sample, at, conditions = (adapter or adapter_for(model)).random_inputs(model, batch)
-    sample, arguments = sample.to(device), moved(named_arguments(model, conditions), device)
     if timestep is not None:
         at = torch.full_like(at, timestep)
+    # Before the clock runs: what is timed is the denoiser, not the way to its device.
+    sample, at, arguments = on_device((sample, at, named_arguments(model, conditions)), device)
     # Compile the module's call as a whole: one graph, whatever the step.
     target = torch.compile(model, dynamic=False) if compiled else model
 
@@ -59,18 +60,6 @@ def denoiser_call(
     return call
 
 
-def moved(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """`arguments` with all tensors, nested ones too, on `device`."""
-    return {
-        name: moved(value, device)
-        if isinstance(value, dict)
-        else value.to(device)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in arguments.items()
-    }
-
-
 def bench(
     model: str | Path | DiffusionPipeline,
     against: str | Path | DiffusionPipeline,
@@ -79,11 +68,13 @@ def bench(
     compiled: bool = False,
     repeats: int = 20,
     reporter: Reporter | None = None,
+    adapter: DenoiserAdapter | None = None,
 ) -> dict[str, Any]:
     """Milliseconds of one denoiser call of `model` and of the float model `against`.
 
     Medians of interleaved runs with 10th and 90th percentile for each batch size, and how many
     times faster. `compiled` adds both under `torch.compile` (the first calls take minutes).
+    `adapter`: as in `quantize`, for an architecture that stepquant does not know.
     """
     reporter = reporter or Reporter(quiet=True)
     for size in batch:
@@ -97,7 +88,7 @@ def bench(
     if is_packed(reference):
         raise StepQuantError(f"'{against}' is quantized: expected the float model to compare with")
     set_backend(candidate, backend)
-    adapter = adapter_of(theirs, reference)
+    adapter = adapter or adapter_of(theirs, reference)
     rows = []
     with reporter.task("timing", total=len(batch)) as task:
         for size in batch:

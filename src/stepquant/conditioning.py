@@ -5,14 +5,31 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from stepquant.errors import StepQuantError
+
+# Arguments of pipelines that are decided elsewhere, each with what a user gives instead.
+RESERVED = {
+    "prompt": "prompts (--prompt, --prompts)",
+    "prompt_embeds": "prompts (--prompt, --prompts)",
+    "class_labels": "labels (--label)",
+    "batch_size": "num, and batch for how many at a time",
+    "num_images_per_prompt": "num, and a prompt several times in prompts",
+    "generator": "seed",
+    "latents": "seed, from which each image's noise is drawn",
+    "num_inference_steps": "steps",
+    "output_type": "nothing: images come as arrays",
+    "return_dict": "nothing: images come as arrays",
+}
+TEXTS = ("negative_prompt", "prompt_")  # beginnings of arguments with a text for each image
 
 
 @dataclass(frozen=True)
@@ -33,14 +50,28 @@ class Conditioning:
     def of(
         cls,
         prompts: str | Sequence[str] | None = None,
-        labels: int | Sequence[int] | None = None,
+        labels: Any = None,
         guidance: float | None = None,
         call: Mapping[str, Any] | None = None,
     ) -> Conditioning:
-        """From what a user gives: one or several."""
+        """From what a user gives: one or several; labels in a tensor or an array, too.
+
+        Raises StepQuantError where `call` has what is given otherwise, and for labels that are no
+        whole numbers.
+        """
         prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts or ())
-        labels = (labels,) if isinstance(labels, int) else tuple(labels or ())
-        return cls(prompts, labels, guidance, dict(call or {}))
+        call = dict(call or {})
+        for name in call.keys() & RESERVED.keys():
+            raise StepQuantError(
+                f"the call has a '{name}': expected none, because it is decided elsewhere; use "
+                f"{RESERVED[name]}"
+            )
+        if guidance is not None and "guidance_scale" in call:
+            raise StepQuantError(
+                f"guidance is {guidance} and the call has the guidance_scale "
+                f"{call['guidance_scale']}: expected one of the two; leave out the latter"
+            )
+        return cls(prompts, _whole_numbers(labels), guidance, call)
 
     def check(self, pipeline: DiffusionPipeline) -> None:
         """An error where `pipeline` cannot be drawn from like this."""
@@ -57,7 +88,10 @@ class Conditioning:
         named = {"prompt", "class_labels", "batch_size"} & set(known)
         open_ended = not named and inspect.Parameter.VAR_KEYWORD in known.values()
         chosen = range(first, first + count)
-        found: dict[str, Any] = dict(self.call)
+        found: dict[str, Any] = {
+            name: _texts(value, chosen) if name.startswith(TEXTS) else value
+            for name, value in self.call.items()
+        }
         if self.guidance is not None:
             found["guidance_scale"] = self.guidance
         for name in found:
@@ -111,8 +145,63 @@ class Conditioning:
         if self.guidance is not None:
             found["guidance"] = self.guidance
         if self.call:
-            found["call"] = {name: repr(value) for name, value in sorted(self.call.items())}
+            found["call"] = {
+                name: described(value, f"'{name}' of the call")
+                for name, value in sorted(self.call.items())
+            }
         return found
+
+
+def _whole_numbers(labels: Any) -> tuple[int, ...]:
+    """One label or several, in whatever holds them."""
+    if labels is None:
+        return ()
+    values = labels.tolist() if isinstance(labels, torch.Tensor | np.ndarray) else labels
+    values = list(values) if isinstance(values, Iterable) else [values]
+    for value in values:
+        if not isinstance(value, int | np.integer):
+            raise StepQuantError(f"class label is {value!r}: expected a whole number")
+    return tuple(int(value) for value in values)
+
+
+def _texts(value: Any, chosen: Sequence[int]) -> Any:
+    """A text for each of the images `chosen`: the same, or several over and over again."""
+    several = [value] if isinstance(value, str) else value
+    if not isinstance(several, list | tuple) or not all(isinstance(v, str) for v in several):
+        return value
+    return [several[i % len(several)] for i in chosen] if several else value
+
+
+def described(value: Any, what: str) -> Any:
+    """`value` as JSON values that are equal for equal contents: what is large as its SHA-256.
+
+    Raises StepQuantError, naming `what`, for things that cannot be told apart by their contents.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): described(entry, what) for key, entry in sorted(value.items())}
+    if isinstance(value, list | tuple):
+        return [described(entry, what) for entry in value]
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        kind = f"{value.dtype} {list(value.shape)}"
+        content = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        kind, content = f"{value.dtype} {list(value.shape)}", value.tobytes()
+    elif isinstance(value, Image.Image):
+        kind, content = f"image {value.mode} {list(value.size)}", value.tobytes()
+    elif isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    elif hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    else:
+        raise StepQuantError(
+            f"{what} is a {type(value).__name__}, of which a record cannot say what is in it: "
+            "expected numbers, texts, tensors, arrays, images, functions, and lists and "
+            "dictionaries of these"
+        )
+    return f"{kind} sha256 {hashlib.sha256(content).hexdigest()}"
 
 
 def class_count(pipeline: DiffusionPipeline) -> int | None:

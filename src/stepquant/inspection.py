@@ -17,7 +17,7 @@ from stepquant.conditioning import Conditioning
 from stepquant.inspection_plots import check_plots, write_plots
 from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.methods.weight_dilation import dilation_factors
-from stepquant.models.adapter import adapter_of
+from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.models.attention import PRODUCTS
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
@@ -41,6 +41,7 @@ def inspect(
     labels: int | Sequence[int] | None = None,
     guidance: float | None = None,
     call: Mapping[str, Any] | None = None,
+    adapter: DenoiserAdapter | None = None,
 ) -> dict[str, Any]:
     """Layer by layer, what makes a denoiser hard to quantize, or how it was quantized.
 
@@ -48,7 +49,7 @@ def inspect(
     of in-channels that Weight Dilation can scale, and the kurtosis of its weights. A packed model
     shows bits, bytes, kernels and its step tables. With `plots`, pictures go to that new folder
     (needs the extra [evaluate]). `prompts`, `labels`, `guidance`, `call`: what the float model's
-    images are drawn of, as in `quantize`.
+    images are drawn of, and `adapter`, as in `quantize`.
     """
     reporter = reporter or Reporter(quiet=True)
     if plots is not None:
@@ -60,7 +61,7 @@ def inspect(
     else:
         conditioning = Conditioning.of(prompts, labels, guidance, call)
         record = inspect_float(
-            pipeline, denoiser, steps, scheduler, num, seed, reporter, conditioning
+            pipeline, denoiser, steps, scheduler, num, seed, reporter, conditioning, adapter
         )
     if plots is not None:
         record["plots"] = [str(path) for path in write_plots(record, plots)]
@@ -115,12 +116,13 @@ def inspect_float(
     seed: int,
     reporter: Reporter,
     conditioning: Conditioning | None = None,
+    adapter: DenoiserAdapter | None = None,
 ) -> dict[str, Any]:
     """Ranges by step, unsaturated share and kurtosis of a float denoiser."""
     trajectories = capture_trajectories(
         pipeline, num, steps, seed, scheduler, reporter=reporter, conditioning=conditioning
     )
-    adapter = adapter_of(pipeline, denoiser)
+    adapter = adapter or adapter_of(pipeline, denoiser)
     context = StepContext(trajectories.grid())
     simulation, left_float = simulate(denoiser, adapter, Scheme(), context)
     seen = observe(simulation, trajectories, num, seed, reporter)

@@ -15,7 +15,7 @@ from stepquant.checkpoint.lora_keys import lora_layers, models_of
 from stepquant.errors import StepQuantError
 from stepquant.methods import STEPS, Step
 from stepquant.methods.equivalent_scaling import ScalingStep
-from stepquant.models.adapter import ADAPTERS, adapter_of
+from stepquant.models.adapter import ADAPTERS, adapter_for
 from stepquant.runtime.lora_branch import LoraBranch, attach_branch, detach_branch, named_branches
 from stepquant.runtime.packed import PackedConv2d, PackedLayer
 from stepquant.sampling import denoiser_name
@@ -150,10 +150,10 @@ def _scaled_layers(pipeline: DiffusionPipeline, denoiser: Any) -> dict[str, str]
     A step with equivalent scaling divides what one layer gives and multiplies the weights of those
     that read it. A LoRA was trained on the undivided numbers, and the factors are not kept.
     """
-    own = getattr(pipeline, "denoiser_adapter", None)
-    if own is None and not any(kind.__name__ in ADAPTERS for kind in type(denoiser).__mro__):
+    known = any(kind.__name__ in ADAPTERS for kind in type(denoiser).__mro__)
+    if hasattr(type(pipeline), "make_adapter") or not known:
         return {}  # quantized with a general adapter, which folds nothing
-    adapter = adapter_of(pipeline, denoiser)
+    adapter = adapter_for(denoiser)
     groups = [(producer, consumers) for producer, consumers in adapter.folds(denoiser)]
     groups += [(entry.linear, entry.consumers) for entry in adapter.modulations(denoiser)]
     layers = dict(denoiser.named_modules())

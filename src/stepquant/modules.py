@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from stepquant.models.inputs import Inputs
 
 # (denoiser, noise [B, C, H, W], steps, a generator for each image) -> images [B, C, H, W] in [0, 1]
 DrawImages = Callable[[nn.Module, Tensor, int, list[torch.Generator]], Tensor]
+SURVEY_STEPS = 2  # some samplers have no timestep for one step alone
 
 
 class OwnSampler(SchedulerMixin, ConfigMixin):
@@ -46,6 +48,7 @@ class DenoiserPipeline(DiffusionPipeline):
     """
 
     scales_input = True  # as the scheduler says, at each step
+    saves_denoiser_only = True
 
     def __init__(
         self,
@@ -72,7 +75,11 @@ class DenoiserPipeline(DiffusionPipeline):
         self.patterns = (tuple(blocks), tuple(float_layers))
 
     @property
-    def denoiser_adapter(self) -> ModuleAdapter:
+    def components(self) -> dict[str, Any]:
+        """Denoiser and scheduler; diffusers would take the other arguments for components, too."""
+        return {"denoiser": self.denoiser, "scheduler": self.scheduler}
+
+    def make_adapter(self) -> ModuleAdapter:
         """What the denoiser consists of, as far as that can be told."""
         return general_adapter(self, *self.patterns)
 
@@ -103,11 +110,15 @@ class DenoiserPipeline(DiffusionPipeline):
         """Images by the scheduler's steps."""
         scheduler = self.scheduler
         scheduler.set_timesteps(steps)
-        x = x * scheduler.init_noise_sigma
+        # As in diffusers' own pipelines: not every scheduler draws, scales noise or scales input.
+        draws = "generator" in inspect.signature(scheduler.step).parameters
+        more: dict[str, Any] = {"generator": generators} if draws else {}
+        x = x * getattr(scheduler, "init_noise_sigma", 1.0)
         for t in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(x, t)
+            scales = hasattr(scheduler, "scale_model_input")
+            scaled = scheduler.scale_model_input(x, t) if scales else x
             prediction = call_denoiser(denoiser, scaled, t.expand(len(x)))
-            x = scheduler.step(prediction, t, x, generator=generators).prev_sample
+            x = scheduler.step(prediction, t, x, **more).prev_sample
         return (x / 2 + 0.5).clamp(0, 1)
 
 
@@ -128,7 +139,7 @@ def general_adapter(
     `adapter=`.
     """
     conditioning = Conditioning.of(prompts, labels, guidance, call)
-    seen = capture_trajectories(pipeline, 1, 1, 0, None, conditioning=conditioning)
+    seen = capture_trajectories(pipeline, 1, SURVEY_STEPS, 0, None, conditioning=conditioning)
 
     def example(batch: int) -> Inputs:
         inputs = seen.take(torch.zeros(batch, dtype=torch.int64))

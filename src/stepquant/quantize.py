@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant import __version__
+from stepquant.calibration.influence import check_unguided
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories, drawer
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
@@ -130,8 +131,8 @@ def quantize(
     adapter = adapter or adapter_of(pipeline, float_model)
     # What the scheme, the sampler and the weights have wrong is told before any work is kept.
     check_finite_weights(float_model)
-    resolved.scheme.layer_bits(float_model, adapter)
-    adapter.blocks(float_model)
+    _, left_float = resolved.scheme.layer_bits(float_model, adapter)
+    blocks = adapter.blocks(float_model)
     for step in resolved.steps:
         step.check(resolved.scheme)
     resolved, remark = _own_scheduler(pipeline, resolved, settings)
@@ -153,6 +154,10 @@ def quantize(
         "provenance": provenance,
         "model": fingerprint(dict(float_model.state_dict())),
         "scheduler": json.loads(sampler.scheduler.to_json_string()),
+        "blocks": blocks,
+        "left_float": left_float,
+        "skip_splits": adapter.skip_splits(float_model),
+        "shape": getattr(pipeline, "shape", None),  # of a sample, where the user's code says it
     }
     work = WorkFolder(work_path, job, resume)
     remark = clipping_remark(sampler.scheduler)
@@ -321,6 +326,8 @@ def _trajectories(
             reporter=reporter,
             conditioning=conditioning,
         )
+        if any(step.needs_influence for step in recipe.steps):
+            check_unguided(captured)
     except StepQuantError:
         work.remove()  # nothing is kept yet, and the next try may be another job
         raise

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from stepquant.errors import StepQuantError
 from stepquant.quantizers.step_grid import timestep_position
@@ -27,14 +31,20 @@ def check_denoiser(denoiser: nn.Module, what: str) -> None:
             "the CPU, where quantization runs; call .to('cpu') first, and move the result"
         )
     # Class embeddings of diffusers drop labels by a probability of their own.
+    training = [module for module in denoiser.modules() if module.training]
     if any(
-        module.training and (module.p if isinstance(module, nn.Dropout) else drops(module)) > 0
-        for module in denoiser.modules()
+        (module.p if isinstance(module, _DropoutNd) else drops(module)) > 0 for module in training
     ):
-        raise StepQuantError(
-            f"the {what} is in training mode and has dropout: "
-            "expected a model that gives the same output twice; call .eval() on it first"
-        )
+        _refuse_training(what, "dropout")
+    if any(isinstance(module, _BatchNorm) for module in training):
+        _refuse_training(what, "batch norms, which learn from what they see")
+
+
+def _refuse_training(what: str, has: str) -> NoReturn:
+    raise StepQuantError(
+        f"the {what} is in training mode and has {has}: "
+        "expected a model that gives the same output twice; call .eval() on it first"
+    )
 
 
 def drops(module: nn.Module) -> float:

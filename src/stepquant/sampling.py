@@ -23,6 +23,7 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
     "flow-euler": "FlowMatchEulerDiscreteScheduler",
 }
+FLOW = "FlowMatch"  # beginning of the classes that know nothing else; some others can be told to
 AUTO = "auto"  # ddim, or for flow matching the pipeline's own
 DENOISERS = ("unet", "transformer", "denoiser")
 LARGEST_SEED = 2**48  # multiples of it are drawn from as well
@@ -46,7 +47,12 @@ def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
 
 def matches_flow(scheduler: Any) -> bool:
     """Whether `scheduler` walks the straight paths of flow matching instead of removing noise."""
-    return type(scheduler).__name__.startswith("FlowMatch")
+    config = getattr(scheduler, "config", {})
+    return (
+        type(scheduler).__name__.startswith(FLOW)
+        or config.get("prediction_type") == "flow_prediction"
+        or bool(config.get("use_flow_sigmas"))
+    )
 
 
 def needs_own_scheduler(pipeline: DiffusionPipeline) -> bool:
@@ -75,12 +81,18 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
             "or a DenoiserPipeline without draw"
         )
     kind = getattr(diffusers, SCHEDULERS[name])
-    flow = matches_flow(pipeline.scheduler)
-    if flow != kind.__name__.startswith("FlowMatch"):
+    flow, own = matches_flow(pipeline.scheduler), type(pipeline.scheduler).__name__
+    flow_only = kind.__name__.startswith(FLOW)
+    if kind.__name__ != own and flow_only != flow:
         raise StepQuantError(
-            f"scheduler '{name}' is for a model that predicts {'noise' if flow else 'flow'}, and "
-            f"{type(pipeline.scheduler).__name__} for one that predicts "
-            f"{'flow' if flow else 'noise'}: expected one of its kind; try own, the pipeline's"
+            f"scheduler '{name}' is for a model that predicts {'flow' if flow_only else 'noise'}, "
+            f"and {own} for one that predicts {'flow' if flow else 'noise'}: expected one of its "
+            "kind; try own, the pipeline's"
+        )
+    if kind.__name__ != own and flow and not own.startswith(FLOW):
+        raise StepQuantError(
+            f"scheduler '{name}' was asked for in the place of {own}, which was set to match flow: "
+            "expected own, the pipeline's; no other class takes its settings over"
         )
     pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
 
@@ -129,6 +141,24 @@ def check_seed(seed: int) -> int:
     return seed
 
 
+def with_own_tokenizers(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A copy of `pipeline` with copies of its tokenizers.
+
+    Tokenizing leaves its padding and truncation in the tokenizer, which a checkpoint would hold
+    where it was sampled for, and not where a resumed run had no need to.
+    """
+    pipeline = copy.copy(pipeline)
+    parts = {name: getattr(pipeline, name, None) for name in pipeline.config}
+    found = {
+        name: copy.deepcopy(part)
+        for name, part in parts.items()
+        # transformers, where it has its class from, may be absent.
+        if any(kind.__name__ == "PreTrainedTokenizerBase" for kind in type(part).__mro__)
+    }
+    pipeline.register_modules(**found)
+    return pipeline
+
+
 @torch.no_grad()
 def sample_images(
     pipeline: DiffusionPipeline,
@@ -157,7 +187,7 @@ def sample_images(
     check_count(batch, "batch size")
     check_seed(seed)
     reporter = reporter or Reporter(quiet=True)
-    pipeline = copy.copy(pipeline)  # its scheduler is replaced, the caller's is not
+    pipeline = with_own_tokenizers(pipeline)
     set_scheduler(pipeline, scheduler)
     trained = pipeline.scheduler.config.get("num_train_timesteps", steps)
     if steps > trained:

@@ -11,6 +11,7 @@ from stepquant.calibration.capture import (
     execution_order,
 )
 from stepquant.calibration.trajectories import Trajectories
+from stepquant.errors import StepQuantError
 
 NAMES = ["conv_in", "down_blocks.0.resnets.0", "up_blocks.0.resnets.0", "mid_block.attentions.0"]
 
@@ -168,3 +169,25 @@ def test_tables_are_told_from_samples_whatever_the_batch(batch):
     output = capture_outputs(model, ["mixed"], data, batch)["mixed"]
     assert output.shape == (4, 4)  # both tensors that the block gives
     assert torch.equal(output, torch.cat([3 * sample, 18 * sample], dim=1))
+
+
+class Flattened(nn.Module):
+    """A denoiser whose blocks get sizes in two rows for each sample, or their mean for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.mean, self.conv = nn.Linear(1, 1), nn.Linear(1, 1), nn.Conv2d(1, 1, 1)
+
+    def forward(self, sample, timestep):
+        sizes = self.sizes(torch.stack([timestep, timestep], dim=1).float().view(-1, 1))
+        mean = self.mean(timestep.float().mean().view(1))
+        return self.conv(sample) + sizes.view(-1, 2).sum(dim=1).view(-1, 1, 1, 1) + mean
+
+
+@pytest.mark.parametrize("block", ["sizes", "mean"])
+def test_a_tensor_without_rows_that_changes_is_told(block):
+    """Before, what the first batch had was taken for all."""
+    steps = torch.tensor([3, 2, 1])
+    data = Trajectories(torch.ones(6, 1, 2, 2), steps.repeat(2), torch.arange(6), steps)
+    with pytest.raises(StepQuantError, match=f"the block '{block}' takes a tensor .* another one"):
+        capture_inputs(Flattened(), block, data, 2)

@@ -5,6 +5,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from stepquant.api import DenoiserPipeline, inspect, sample
 from stepquant.calibration.conditions import ConditionRecorder, Conditions
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories, predict
 from stepquant.conditioning import Conditioning
@@ -89,6 +90,28 @@ def test_with_guidance_an_image_has_both_inputs_at_each_step(unet, passes):
         assert labels[at].tolist() == [4, 2, 4, 0, 4, 2]
         pairs = found.sample[at].unflatten(0, (3, 2))
         assert torch.equal(pairs[:, 0], pairs[:, 1])
+
+
+@pytest.mark.parametrize("passes", [1, 2], ids=["one pass", "two passes"])
+def test_the_first_images_of_a_step_come_with_all_their_inputs(unet, passes):
+    found = captured(unet, passes)
+    for row in range(3):
+        assert found.step(row, 2).trajectory.tolist() == [0, 0, 1, 1]
+        assert len(found.step(row, 3)) == len(found.step(row)) == 6
+
+
+def test_inspection_sees_all_inputs_of_its_images(unet):
+    pipeline, conditions = guided(unet), {"labels": [2, 0], "guidance": 3.0}
+    record = inspect(pipeline, steps=3, num=3, **conditions)
+    batches = []
+    handle = unet.conv_in.register_forward_pre_hook(lambda _m, args: batches.append(args[0]))
+    try:
+        sample(pipeline, 3, 3, **conditions)
+    finally:
+        handle.remove()
+    (layer,) = [layer for layer in record["layers"] if layer["layer"] == "conv_in"]
+    assert layer["low"] == pytest.approx([float(x.min()) for x in batches], rel=1e-4)
+    assert layer["high"] == pytest.approx([float(x.max()) for x in batches], rel=1e-4)
 
 
 def test_one_and_two_passes_are_the_same_inputs(unet):
@@ -188,11 +211,73 @@ def test_negative_zero_is_not_zero():
     assert torch.signbit(found.arguments()["x"]).flatten().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("name", ["img_ids", "table"])
-def test_a_tensor_without_a_batch_dimension_is_shared(name):
-    positions = torch.randn(4 if name == "img_ids" else 3, 3)  # as many tokens as samples
-    found = recorded(({name: positions}, 4), ({name: positions}, 4)).take(torch.tensor([5]))
-    assert torch.equal(found.arguments()[name], positions)
+@pytest.mark.parametrize("tokens", [3, 4])
+def test_a_tensor_without_a_batch_dimension_is_shared(tokens):
+    positions = torch.randn(tokens, 3)  # as many tokens as samples, too
+    recorder = ConditionRecorder("Denoiser", by_sample=("label",))
+    for _ in range(2):
+        recorder.add({"ids": positions, "label": torch.arange(4)}, 4)
+    found = recorder.conditions().take(torch.tensor([5])).arguments()
+    assert torch.equal(found["ids"], positions)
+    assert found["label"].tolist() == [1]
+
+
+class Tabled(torch.nn.Module):
+    """A denoiser with a table of four positions, for a dictionary of conditions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 1, 1)
+
+    def forward(self, x, timestep, **cond):
+        assert cond["table"].shape == (4, 2) and len(cond["label"]) == len(x)
+        return self.conv(x) * cond["label"].view(-1, 1, 1, 1)
+
+
+def with_table(denoiser, noise, steps, generators):
+    table = torch.arange(8.0).view(4, 2)
+    for t in range(steps, 0, -1):
+        label = torch.arange(len(noise)) + 1.0
+        noise = noise - denoiser(noise, timestep=torch.tensor(t), table=table, label=label)
+    return noise.sigmoid()
+
+
+@pytest.mark.parametrize("num", [1, 4, 6])
+def test_a_table_as_long_as_the_batch_is_no_row_of_a_sample(num):
+    """And arguments behind two stars, however these are called, are given by name again."""
+    pipeline = DenoiserPipeline(Tabled().eval(), (1, 4, 4), draw=with_table)
+    found = capture_trajectories(pipeline, num, 2, 0, None, batch=4)
+    assert found.conditions.shared["table"].shape == (4, 2)
+    labels = found.take(found.trajectory.argsort(stable=True)).conditions.arguments()["label"]
+    assert labels.tolist() == [1.0 + image % 4 for image in range(num) for _ in range(2)]
+    for count in (1, 2):
+        assert len(predict(pipeline.denoiser, found.take(slice(0, count)))) == count
+
+
+@pytest.mark.parametrize(("num", "batch"), [(1, 64), (3, 1)])
+def test_a_table_of_one_row_is_no_row_of_a_lone_sample(num, batch):
+    def draw(denoiser, noise, steps, generators):
+        for t in range(steps, 0, -1):
+            noise = noise - denoiser(noise, timestep=torch.tensor(t), table=torch.ones(1, 2))
+        return noise.sigmoid()
+
+    class Net(Tabled):
+        def forward(self, x, timestep, table):
+            return self.conv(x)
+
+    pipeline = DenoiserPipeline(Net().eval(), (1, 4, 4), draw=draw)
+    found = capture_trajectories(pipeline, num, 2, 0, None, batch=batch)
+    assert found.conditions.shared["table"].shape == (1, 2)
+
+
+def test_arguments_without_names_are_refused():
+    class Starred(Tabled):
+        def forward(self, x, timestep, *more):
+            return self.conv(x)
+
+    pipeline = DenoiserPipeline(Starred().eval(), (1, 4, 4))
+    with pytest.raises(StepQuantError, match=r"Starred.forward takes '\*more': expected arguments"):
+        capture_trajectories(pipeline, 1, 2, 0, None)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +287,9 @@ def test_a_tensor_without_a_batch_dimension_is_shared(name):
         ([({"a": 1}, 2), ({"a": 2}, 2)], "got 2 as 'a' after 1"),
         ([({"a": object()}, 2)], "got object as 'a'"),
         ([({"a": 1}, 2), ({"b": 1}, 2)], r"got the arguments \['b'\] after \['a'\]"),
+        ([({"a": 1}, 2), ({}, 2)], "guidance in two passes too; give those that a pass leaves"),
+        ([({"a": {5: torch.ones(2)}}, 2)], "a dictionary with the key 5 in 'a'"),
+        ([({"a": {"b.c": 1}}, 2)], "a dictionary with the key 'b.c' in 'a'"),
         ([({"a": torch.ones(2, 3)}, 2), ({"a": torch.ones(2, 4)}, 2)], "pad prompts to one"),
         ([({"a": torch.ones(2, 3)}, 2), ({"a": torch.ones(1, 3)}, 2)], "for 2 samples"),
     ],

@@ -63,7 +63,7 @@ def test_gradients_are_those_of_differences_through_the_whole_sampler():
     data = trajectories(model, scheduler)
     found = image_gradients(model, scheduler, data, 2, 0, QUIET)
     assert found.shape == (4, 2, 1, 6, 6)
-    start = data.at_step(0)
+    start = data.step(0).sample
     signs = torch.randint(0, 2, start.shape, generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
     clean, _ = sample(model, scheduler, start)
     generator = torch.Generator().manual_seed(2)
@@ -147,7 +147,7 @@ def test_the_spectrum_tells_how_much_random_errors_of_a_frequency_move_the_image
     data = trajectories(model, scheduler, images=64)
     found = image_gradients(model, scheduler, data, 64, 0, QUIET)
     power = torch.fft.fft2(found, norm="ortho").abs().square().mean(dim=(1, 2))
-    start = data.at_step(0)
+    start = data.step(0).sample
     clean, _ = sample(model, scheduler, start)
     for amplitude in (1e-4, -1e-4):
         moved, _ = sample(model, scheduler, start, {1: torch.full_like(start, amplitude)})

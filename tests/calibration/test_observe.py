@@ -47,7 +47,7 @@ def test_extremes_are_exact_for_each_channel_and_step(session):
     )
     trajectories = session.trajectories
     with torch.no_grad():
-        session.float_model(trajectories.at_step(step), trajectories.timesteps[step])
+        session.float_model(trajectories.step(step).sample, trajectories.timesteps[step])
     handle.remove()
     found = seen(session)[name, 0]
     assert len(found.low) == len(found.high) == len(found.values) == 3
@@ -65,7 +65,7 @@ def test_values_are_drawn_from_the_input(session):
             assert values.min() >= low.min(), (name, part)
             assert values.max() <= high.max(), (name, part)
     inputs = seen(session)["conv_in", 0].values[0]
-    assert torch.isin(inputs, session.trajectories.at_step(0)).all()
+    assert torch.isin(inputs, session.trajectories.step(0).sample).all()
 
 
 def test_tails_are_kept_exactly_and_the_rest_is_drawn():
@@ -118,7 +118,7 @@ def test_both_parts_of_a_skip_input_are_seen(session):
 
 
 def test_no_more_than_the_wanted_samples_of_a_step_are_seen(session):
-    one = session.trajectories.at_step(0, 1)
+    one = session.trajectories.step(0, 1).sample
     found = seen(session, per_step=1)["conv_in", 0]
     assert found.low[0].item() == one.min()
     assert found.high[0].item() == one.max()

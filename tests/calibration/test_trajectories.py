@@ -78,8 +78,8 @@ def test_inputs_at_a_step_are_those_of_that_step_and_at_most_the_limit(captured)
     for row, timestep in enumerate(captured.timesteps):
         expected = captured.sample[captured.timestep == timestep]
         assert len(expected) == 5
-        assert torch.equal(captured.at_step(row), expected)
-        assert torch.equal(captured.at_step(row, 2), expected[:2])
+        assert torch.equal(captured.step(row).sample, expected)
+        assert torch.equal(captured.step(row, 2).sample, expected[:2])
 
 
 def test_capturing_leaves_no_hook_behind(pipeline):

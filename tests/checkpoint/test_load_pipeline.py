@@ -1,5 +1,6 @@
 """Folders and hub ids that cannot be loaded are told in one sentence."""
 
+import json
 import shutil
 
 import pytest
@@ -167,3 +168,11 @@ def test_a_float_model_that_lacks_a_tensor_is_refused(copy):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(StepQuantError, match=r"no tensor 'conv_in.weight' in the files of 'unet'"):
         load_pipeline(pipeline)
+
+
+def test_a_text_pipeline_without_transformers_says_what_to_install(copy, monkeypatch):
+    index = copy / "model_index.json"
+    values = json.loads(index.read_text())
+    index.write_text(json.dumps({**values, "tokenizer": ["transformers", "CLIPTokenizer"]}))
+    monkeypatch.setattr("stepquant.checkpoint.load.find_spec", lambda name: None)
+    refused(copy, r"has the CLIPTokenizer 'tokenizer' of the package .*'stepquant\[text\]'")

@@ -134,7 +134,7 @@ def test_each_group_of_steps_gets_the_grid_that_was_asked_for(tiny_session, grid
     assert summary["log2_share"] == sum(r["log2"] for r in records) / len(records)
     agreeing = sum(r["test_agrees_with_error"] for r in records)
     assert summary["agreement"] == agreeing / len(records)
-    sample = session.trajectories.at_step(0, 2)
+    sample = session.trajectories.step(0, 2).sample
     with torch.no_grad():
         y = session.model(sample, session.trajectories.timesteps[0]).sample
     assert torch.isfinite(y).all()
@@ -167,7 +167,7 @@ def test_the_summary_is_what_the_probabilities_say(tiny_session, monkeypatch, gr
     handle = products.register_forward_pre_hook(keep)
     for step in (0, 1):
         timestep = session.trajectories.timesteps[step]
-        session.model(session.trajectories.at_step(step, 16), timestep)
+        session.model(session.trajectories.step(step, 16).sample, timestep)
     handle.remove()
     p = torch.cat(seen)
     x_min = p.sort().values[math.ceil(len(p) / 2) - 1]

@@ -16,7 +16,7 @@ def bias_of(model, session):
     rows = []
     with torch.no_grad():
         for row, timestep in enumerate(data.timesteps):
-            x = data.at_step(row)
+            x = data.step(row).sample
             error = model(x, timestep).sample - session.float_model(x, timestep).sample
             rows.append(error.mean(dim=(0, 2, 3)))
     return torch.stack(rows)

@@ -160,7 +160,7 @@ def seen(tiny_session):
     ]
     with torch.no_grad():
         for row, timestep in enumerate(data.timesteps):
-            session.float_model(data.at_step(row), timestep)
+            session.float_model(data.step(row).sample, timestep)
     for handle in handles:
         handle.remove()
     return {name: torch.stack(rows) for name, rows in found.items()}

@@ -53,7 +53,7 @@ def test_a_batch_of_mixed_steps_is_what_each_step_gives_alone(session):
     with torch.no_grad():
         together = session.model(data.sample, data.timestep).sample
         for row, timestep in enumerate(data.timesteps):
-            alone = session.model(data.at_step(row), timestep).sample
+            alone = session.model(data.step(row).sample, timestep).sample
             torch.testing.assert_close(
                 together[data.timestep == timestep], alone, rtol=1e-4, atol=1e-4
             )

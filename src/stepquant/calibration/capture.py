@@ -95,7 +95,7 @@ def capture_inputs(
                 predict(model, part)
             except _StopForward:
                 continue
-    args, kwargs = join(calls, counts)
+    args, kwargs = join(calls, counts, f"the block '{block}'")
     return args, kwargs
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,8 +14,6 @@ from torch import Tensor
 from stepquant.errors import StepQuantError
 from stepquant.models.calling import tensors_in
 
-# Positions of tokens, the same for all samples: a batch may have as many samples as tokens.
-WITHOUT_BATCH = ("img_ids", "txt_ids")
 SEPARATOR = "."  # between the names of nested arguments
 POSITION = "#"  # before the number of an entry of a tuple
 
@@ -84,9 +83,13 @@ class Conditions:
 class ConditionRecorder:
     """Collects the further arguments of call after call."""
 
-    def __init__(self, owner: str) -> None:
-        """`owner`: the denoiser's class, for errors."""
-        self._owner = owner
+    def __init__(self, owner: str, by_sample: Collection[str] | None = None) -> None:
+        """`owner`: the denoiser's class, for errors.
+
+        `by_sample`: arguments that had a row for each sample when there were fewer or more of them;
+        no other has. None: not known, and the number of samples in the first call decides.
+        """
+        self._owner, self._by_sample = owner, by_sample
         self._distinct: dict[str, list[Tensor]] = {}
         self._known: dict[str, dict[bytes, int]] = {}
         self._rows: dict[str, list[int]] = {}
@@ -96,12 +99,16 @@ class ConditionRecorder:
 
     def add(self, arguments: dict[str, Any], batch: int) -> None:
         """The arguments of a call with `batch` samples, without sample and timestep."""
-        flat = _flat(arguments)
+        flat = self._flat(arguments)
         names = sorted(flat)
         if self._names is None:
             self._names = names
         if names != self._names:
-            self._fail(f"got the arguments {names} after {self._names}", "the same at every call")
+            self._fail(
+                f"got the arguments {names} after {self._names}",
+                "the same at every call, with guidance in two passes too; give those that a pass "
+                "leaves out as well, or guide in one batch",
+            )
         for name, value in flat.items():
             if not isinstance(value, Tensor):
                 self._add_constant(name, value)
@@ -110,10 +117,16 @@ class ConditionRecorder:
             else:
                 self._add_rows(name, value, batch)
 
+    def by_sample(self) -> set[str]:
+        """Arguments with a row for each sample."""
+        return set(self._rows)
+
     def _is_shared(self, name: str, value: Tensor, batch: int) -> bool:
         if name in self._rows:
             return False
-        return value.dim() == 0 or value.shape[0] != batch or name in WITHOUT_BATCH
+        if self._by_sample is not None and name not in self._by_sample:
+            return True
+        return value.dim() == 0 or value.shape[0] != batch
 
     def _add_constant(self, name: str, value: Any) -> None:
         try:
@@ -163,24 +176,28 @@ class ConditionRecorder:
             self._constants,
         )
 
-    def _fail(self, found: str, expected: str) -> None:
+    def _flat(self, arguments: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        """Nested dictionaries under dotted names; an empty one stays, as forwards may ask for it.
+
+        Tuples and lists too, where there are tensors in them.
+        """
+        flat: dict[str, Any] = {}
+        for name, value in arguments.items():
+            if not isinstance(name, str) or SEPARATOR in name:
+                self._fail(
+                    f"got a dictionary with the key {name!r} in '{prefix.rstrip(SEPARATOR)}'",
+                    f"keys that are texts without '{SEPARATOR}'",
+                )
+            if isinstance(value, tuple | list) and tensors_in(value):
+                value = {f"{POSITION}{index}": entry for index, entry in enumerate(value)}
+            if isinstance(value, dict) and value:
+                flat |= self._flat(value, f"{prefix}{name}{SEPARATOR}")
+            else:
+                flat[prefix + name] = value
+        return flat
+
+    def _fail(self, found: str, expected: str) -> NoReturn:
         raise StepQuantError(f"{self._owner} {found}: expected {expected}")
-
-
-def _flat(arguments: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries under dotted names; an empty one stays, as forwards may ask for it.
-
-    Tuples and lists too, where there are tensors in them.
-    """
-    flat: dict[str, Any] = {}
-    for name, value in arguments.items():
-        if isinstance(value, tuple | list) and tensors_in(value):
-            value = {f"{POSITION}{index}": entry for index, entry in enumerate(value)}
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}{SEPARATOR}")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _with_tuples(value: Any) -> Any:

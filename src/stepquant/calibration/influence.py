@@ -33,6 +33,16 @@ def check_without_memory(scheduler: Any) -> None:
         )
 
 
+def check_unguided(trajectories: Trajectories) -> None:
+    """An error where the sampler mixes several predictions of an image at a step."""
+    if trajectories.guided:
+        raise StepQuantError(
+            "the sampler mixes several predictions of an image at each step, which the influence "
+            "of a step is not followed through: expected no classifier-free guidance; calibrate "
+            "with guidance 1, or use an influence_exponent of 0 and errors_of: prediction"
+        )
+
+
 def image_gradients(
     model: nn.Module,
     scheduler: Any,
@@ -48,12 +58,7 @@ def image_gradients(
     signs, an independent one for each value.
     """
     check_without_memory(scheduler)
-    if trajectories.guided:
-        raise StepQuantError(
-            "the sampler mixes several predictions of an image at each step, which the influence "
-            "of a step is not followed through: expected no classifier-free guidance; calibrate "
-            "with guidance 1, or use an influence_exponent of 0 and errors_of: prediction"
-        )
+    check_unguided(trajectories)
     steps = len(trajectories.timesteps)
     generator = torch.Generator().manual_seed(seed)
     found: list[Tensor] = []

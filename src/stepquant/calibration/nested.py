@@ -6,12 +6,14 @@ none, and may be as long as there are samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from stepquant.errors import StepQuantError
+from stepquant.models.calling import inside
 
 
 @dataclass(frozen=True)
@@ -19,15 +21,6 @@ class Shared:
     """A tensor that is there for all samples together."""
 
     tensor: Tensor
-
-
-def inside(value: Any, change: Callable[[Any], Any]) -> Any:
-    """`value` with `change` made to what a tuple, list or dictionary holds."""
-    if isinstance(value, dict):
-        return {key: change(entry) for key, entry in value.items()}
-    if type(value) in (tuple, list):  # not torch.Size, which is a tuple
-        return type(value)(change(entry) for entry in value)
-    return value
 
 
 def pick(value: Any, index: Tensor | slice) -> Any:
@@ -39,17 +32,29 @@ def pick(value: Any, index: Tensor | slice) -> Any:
     return inside(value, lambda entry: pick(entry, index))
 
 
-def join(values: list[Any], counts: list[int]) -> Any:
-    """The same value of calls with `counts` samples: joined where it has rows, else the first.
+def join(values: list[Any], counts: list[int], owner: str) -> Any:
+    """The same value of calls of `owner` with `counts` samples: joined where it has rows.
 
-    The last call only tells by its number of samples what has rows, and is left out.
+    Otherwise it is the same in all calls, and the first is taken. The last call only tells by its
+    number of samples what has rows, and is left out.
+
+    Raises StepQuantError, naming `owner`, for a tensor that has no rows and changes.
     """
     first = values[0]
     if isinstance(first, Tensor):
-        rows = all(v.dim() > 0 and len(v) == n for v, n in zip(values, counts, strict=True))
-        return torch.cat(values[:-1]) if rows else Shared(first)
+        if all(v.dim() > 0 and len(v) == n for v, n in zip(values, counts, strict=True)):
+            return torch.cat(values[:-1])
+        for value, count in zip(values, counts, strict=True):
+            if value.shape != first.shape or not torch.allclose(value, first, equal_nan=True):
+                raise StepQuantError(
+                    f"{owner} takes a tensor {list(first.shape)} for {counts[0]} samples and "
+                    f"another one {list(value.shape)} for {count}: expected a row for each "
+                    "sample, or the same tensor at every call; choose other blocks"
+                )
+        return Shared(first)
     if isinstance(first, dict):
-        return {key: join([value[key] for value in values], counts) for key in first}
+        return {key: join([value[key] for value in values], counts, owner) for key in first}
     if type(first) in (tuple, list):
-        return type(first)(join(list(entries), counts) for entries in zip(*values, strict=True))
+        parts = zip(*values, strict=True)
+        return type(first)(join(list(entries), counts, owner) for entries in parts)
     return first

@@ -138,7 +138,7 @@ def observe(
     reporter: Reporter,
     description: str = "observing activations",
 ) -> dict[tuple[str, int], Observation]:
-    """One `Observation` for each (layer, input part), from `per_step` samples at every step.
+    """One `Observation` for each (layer, input part), from `per_step` images at every step.
 
     Layers are seen as they are: in float where they are not `quantizing`, after scaling. Of an
     attention with quantized products the parts are queries, keys, values and probabilities, with

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -56,17 +58,20 @@ class Trajectories:
         """The step grid of the tables: one row for each step of the sampler."""
         return StepGrid(self.timesteps)
 
-    def rows(self, row: int, limit: int | None = None) -> Tensor:
-        """Indices of the (first `limit`) inputs at step `timesteps[row]`."""
-        return (self.timestep == self.timesteps[row]).nonzero().flatten()[:limit]
+    def rows(self, row: int, images: int | None = None) -> Tensor:
+        """Indices of the inputs (of the first `images`) at step `timesteps[row]`.
 
-    def at_step(self, row: int, limit: int | None = None) -> Tensor:
-        """The (first `limit`) samples at step `timesteps[row]`."""
-        return self.sample[self.rows(row, limit)]
+        With guidance all inputs of an image: half of them would be of half of the images, or of
+        one kind.
+        """
+        found = (self.timestep == self.timesteps[row]).nonzero().flatten()
+        owners = self.trajectory[found]
+        first = list(dict.fromkeys(owners.tolist()))[:images]
+        return found[torch.isin(owners, torch.tensor(first, dtype=owners.dtype))]
 
-    def step(self, row: int, limit: int | None = None) -> Trajectories:
-        """The (first `limit`) inputs at step `timesteps[row]`."""
-        return self.take(self.rows(row, limit))
+    def step(self, row: int, images: int | None = None) -> Trajectories:
+        """The inputs (of the first `images`) at step `timesteps[row]`."""
+        return self.take(self.rows(row, images))
 
     def take(self, index: Tensor | slice) -> Trajectories:
         """The inputs `index`."""
@@ -108,26 +113,41 @@ def predict(denoiser: nn.Module, inputs: Trajectories) -> Tensor:
     return call_denoiser(denoiser, inputs.sample, inputs.timestep, arguments)
 
 
+class _Seen(Exception):
+    """Raised by a hook once one call's arguments are known; the rest is not needed."""
+
+
 class _Recorder:
     """A forward pre-hook that keeps the inputs of every call of a denoiser."""
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    def __init__(self, denoiser: nn.Module, by_sample: Collection[str] | None = None) -> None:
+        """`by_sample`: see `ConditionRecorder`."""
         timestep_position(denoiser)  # an error where there is no such argument
         self._signature = inspect.signature(denoiser.forward)
         self._sample = argument_names(denoiser)[0]
+        kinds = {name: p.kind for name, p in self._signature.parameters.items()}
+        for name, kind in kinds.items():
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                raise StepQuantError(
+                    f"{type(denoiser).__name__}.forward takes '*{name}': expected arguments with "
+                    "names, by which they are given again; wrap the model so that each has one"
+                )
+        self._open = [n for n, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD]
         self.samples: list[Tensor] = []
         self.timesteps: list[Tensor] = []
-        self.conditions = ConditionRecorder(type(denoiser).__name__)
+        self.conditions = ConditionRecorder(type(denoiser).__name__, by_sample)
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = self._signature.bind_partial(*args, **kwargs).arguments
-        extra = bound.pop("kwargs", {}) if "kwargs" in self._signature.parameters else {}
-        arguments = {**bound, **extra}
+        arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
+        for name in self._open:  # of `**cond`, whatever it is called
+            arguments |= arguments.pop(name, {})
         sample, given = arguments.pop(self._sample), arguments.pop("timestep")
         timestep = torch.as_tensor(given)  # a number, [] or [B]
         count = sample.shape[0]
         self.samples.append(sample.detach().clone())
-        self.timesteps.append(timestep.reshape(-1).expand(count).clone())
+        self.timesteps.append(
+            timestep.reshape(-1).expand(count).cpu().clone()
+        )  # it is counted with
         arguments.pop("return_dict", None)
         self.conditions.add(
             {name: value for name, value in arguments.items() if not self._is_default(name, value)},
@@ -159,23 +179,37 @@ def capture_trajectories(
     """
     check_count(num, "number of calibration trajectories")
     denoiser = denoiser_of(pipeline)
-    recorder = _Recorder(denoiser)
-    handle = denoiser.register_forward_pre_hook(recorder, with_kwargs=True)
-    try:
-        sample_images(
-            pipeline,
-            num,
-            steps,
-            seed,
-            scheduler,
-            batch,
-            reporter,
-            first,
-            conditioning=conditioning,
-            decode=False,
-        )
-    finally:
-        handle.remove()
+
+    def draw(count: int, size: int, hook: Callable[..., None], shown: Reporter | None) -> None:
+        handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            sample_images(
+                pipeline,
+                count,
+                steps,
+                seed,
+                scheduler,
+                size,
+                shown,
+                first,
+                conditioning=conditioning,
+                decode=False,
+            )
+        finally:
+            handle.remove()
+
+    other = _Recorder(denoiser)
+
+    def look(*call: Any) -> None:
+        other(*call)
+        raise _Seen
+
+    # What has rows is told by another number of images: a table may be as long as there are images.
+    other_count = 1 if min(num, batch) > 1 else 2
+    with suppress(_Seen):
+        draw(other_count, other_count, look, None)
+    recorder = _Recorder(denoiser, other.conditions.by_sample())
+    draw(num, batch, recorder, reporter)
     if not recorder.samples:
         raise StepQuantError("the sampler never called the denoiser: expected at least one step")
     per_batch = torch.cat(recorder.timesteps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,11 @@ def check_folder(folder: Path) -> None:
     for name, entry in _read_index(index).items():
         if name.startswith("_") or not _is_component(entry):
             continue
+        if entry[0] == "transformers" and find_spec("transformers") is None:
+            raise StepQuantError(
+                f"'{folder}' has the {entry[1]} '{name}' of the package transformers, which is not "
+                "installed: expected it for texts; pip install 'stepquant[text]'"
+            )
         part = folder / name
         if not part.is_dir():
             raise StepQuantError(

@@ -75,7 +75,8 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
 def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[str]) -> Path:
     """Write a diffusers `pipeline`, whose component of that name is packed, as the new `folder`.
 
-    Of a packed module that is not from diffusers, that alone is written (`checkpoint.module`).
+    Of a `DenoiserPipeline`, or a packed module that is not from diffusers, that module alone is
+    written (`checkpoint.module`).
 
     Everything goes to a hidden folder beside it first, is flushed to the disk and renamed, so that
     `folder` is either complete or absent. Two equal pipelines get equal bytes. Returns the path.
@@ -125,10 +126,11 @@ def _shared_context(model: nn.Module) -> StepContext:
 def _write_and_rename(pipeline: Any, component: nn.Module, folder: Path) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
-        if isinstance(component, ModelMixin):
-            pipeline.save_pretrained(partial, safe_serialization=True)
-        else:
+        # Nothing loads a folder of a pipeline that only the user's code can build.
+        if getattr(pipeline, "saves_denoiser_only", False) or not isinstance(component, ModelMixin):
             write_module(component, partial)
+        else:
+            pipeline.save_pretrained(partial, safe_serialization=True)
         _forget_origin(partial)
         # mkdtemp and safetensors make theirs private; the folder gets the user's usual modes.
         mask = _umask()

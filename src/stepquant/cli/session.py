@@ -126,6 +126,13 @@ def keep_libraries_silent(quiet: bool) -> None:
     With `quiet`, no download bars either.
     """
     from diffusers.utils import logging
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    without_bars = quiet or are_progress_bars_disabled()
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -134,10 +141,11 @@ def keep_libraries_silent(quiet: bool) -> None:
 
         text_logging.disable_progress_bar()
         text_logging.set_verbosity_error()
-    if quiet:
-        from huggingface_hub.utils import disable_progress_bars
-
+    # transformers takes those of downloads away, too.
+    if without_bars:
         disable_progress_bars()
+    else:
+        enable_progress_bars()
 
 
 def check_json_path(path: Path) -> None:

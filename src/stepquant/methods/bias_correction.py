@@ -21,7 +21,7 @@ from stepquant.session import Session
 class BiasCorrection(Step):
     """Take off, at each step, the mean error of each channel of the prediction.
 
-    The mean is over all positions of `samples_per_step` calibration inputs. It becomes part of the
+    The mean is over all positions of `samples_per_step` images' inputs. It becomes part of the
     output layer's bias, with a row for each step, so that nothing is computed in addition. A step
     that trains or changes grids is refused after it: the correction would be of errors that the
     model has not any more.

@@ -114,6 +114,11 @@ class BitAllocation(Step):
                 )
         return self
 
+    @property
+    def needs_influence(self) -> bool:
+        """Where the image's errors are asked for."""
+        return self.errors_of == "image"
+
     def check(self, scheme: Scheme) -> None:
         """The scheme's bits must not be below the fewest."""
         for kind, bits in (("weight", scheme.weight_bits), ("activation", scheme.activation_bits)):

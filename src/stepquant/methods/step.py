@@ -38,6 +38,11 @@ class Step(BaseModel):
     needs_ranges: ClassVar[bool] = True
     not_after: ClassVar[Mapping[str, str]] = {}
 
+    @property
+    def needs_influence(self) -> bool:
+        """Whether errors count by what they do to the image: here, if an exponent says so."""
+        return getattr(self, "influence_exponent", 0.0) > 0
+
     def check(self, scheme: Scheme) -> None:
         """An error where the step cannot work with `scheme`; asked before anything is computed."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stepquant.errors import StepQuantError
@@ -25,10 +26,11 @@ def call_denoiser(
     """The prediction `[B, ...]` for `sample [B, ...]` at `timestep`, `[]` or `[B]`.
 
     `conditions`: the other arguments by name. The sample goes first, under whatever name; a
-    denoiser of diffusers is asked for a tuple.
+    denoiser of diffusers is asked for a tuple. Timestep and conditions go to the sample's device.
     """
     given = named_arguments(denoiser, conditions or {})
-    return prediction_in(denoiser(sample, timestep=timestep, **given), denoiser)
+    at, given = on_device((timestep, given), sample.device)
+    return prediction_in(denoiser(sample, timestep=at, **given), denoiser)
 
 
 def named_arguments(denoiser: nn.Module, conditions: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,3 +60,19 @@ def tensors_in(value: Any) -> list[Tensor]:
     if not isinstance(value, tuple | list):
         return []
     return [tensor for entry in value for tensor in tensors_in(entry)]
+
+
+def inside(value: Any, change: Callable[[Any], Any]) -> Any:
+    """`value` with `change` made to what a tuple, list or dictionary holds."""
+    if isinstance(value, dict):
+        return {key: change(entry) for key, entry in value.items()}
+    if type(value) in (tuple, list):  # not torch.Size, which is a tuple
+        return type(value)(change(entry) for entry in value)
+    return value
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """`value` with all tensors in it, nested ones too, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return inside(value, lambda entry: on_device(entry, device))

@@ -24,6 +24,17 @@ class PixArtAdapter(DiTAdapter):
     units = (BasicTransformerBlock, TimestepEmbedding, PixArtAlphaTextProjection)
     outer = ("pos_embed.proj", "proj_out")
 
+    def blocks(self, model: nn.Module) -> list[str]:
+        """As DiT, without the embeddings of the picture's size, which are not trained.
+
+        They are called with all sizes in one row after another, two for each sample.
+        """
+        return [
+            name
+            for name in super().blocks(model)
+            if not name.endswith(("resolution_embedder", "aspect_ratio_embedder"))
+        ]
+
     def modulations(self, model: nn.Module) -> list[Modulation]:
         """None: one linear layer modulates the norms of all blocks."""
         return []
