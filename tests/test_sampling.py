@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -28,6 +29,7 @@ from stepquant.sampling import (
     sample_images,
     set_scheduler,
 )
+from stepquant.sources import open_pipeline
 
 SAMPLERS = ["ddim", "ddpm", "dpm-solver++"]
 
@@ -246,3 +248,10 @@ def test_a_solver_that_was_told_to_match_flow_is_the_pipelines_own(tiny_pipeline
         set_scheduler(pipeline, "flow-euler")
     images = sample_images(pipeline, 1, 3)
     assert bool(images.isfinite().all())
+
+
+def test_a_pipeline_from_a_folder_is_sampled_without_a_warning():
+    loaded = open_pipeline("builtin:fashion-ddpm")  # its config also says where it is from
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sample_images(loaded, 1, 1).shape == (1, 1, 32, 32)

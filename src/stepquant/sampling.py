@@ -148,7 +148,7 @@ def with_own_tokenizers(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     where it was sampled for, and not where a resumed run had no need to.
     """
     pipeline = copy.copy(pipeline)
-    parts = {name: getattr(pipeline, name, None) for name in pipeline.config}
+    parts = {name: vars(pipeline).get(name) for name in pipeline.config}
     found = {
         name: copy.deepcopy(part)
         for name, part in parts.items()
