@@ -57,7 +57,7 @@ WITHOUT_DILATION = [case for case in CASES if case.spec.dilation == (1, 1)]
 
 
 # Capping oneDNN bypasses torch's own check of the CPU, so that `_int_mm` saturates there. That is
-# an artefact of the cap (ANCHORS.md part F): a real CPU without VNNI gets an exact, slower path.
+# an artefact of the cap: a real CPU without VNNI gets an exact, slower path.
 @pytest.mark.skipif("ONEDNN_MAX_CPU_ISA" in os.environ, reason="`_int_mm` saturates under a cap")
 @pytest.mark.parametrize("case", WITHOUT_DILATION, ids=lambda case: case.name)
 def test_int_mm_is_exact_on_the_cpu(case: Case) -> None:
