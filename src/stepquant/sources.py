@@ -35,6 +35,12 @@ def builtin_path(name: str) -> Path:
     return Path(str(resources.files("stepquant") / "assets" / name))
 
 
+def resolve_builtin(model: str | Path) -> str:
+    """`model`, or the folder of the embedded pipeline that it names."""
+    text = str(model)
+    return str(builtin_path(text.removeprefix(BUILTIN))) if text.startswith(BUILTIN) else text
+
+
 def open_pipeline(
     model: str | Path | DiffusionPipeline, device: str | torch.device = "cpu"
 ) -> DiffusionPipeline:
@@ -50,10 +56,7 @@ def open_pipeline(
             f"the model is a {type(model).__name__}: expected a diffusers pipeline, a folder, a "
             f"hub id or {BUILTIN}NAME; a denoiser alone has no sampler to calibrate with"
         )
-    text = str(model)
-    if text.startswith(BUILTIN):
-        text = str(builtin_path(text.removeprefix(BUILTIN)))
-    pipeline = load_pipeline(text, dtype=torch.float32).to(device)
+    pipeline = load_pipeline(resolve_builtin(model), dtype=torch.float32).to(device)
     denoiser = denoiser_of(pipeline).eval()
     denoiser.requires_grad_(False)
     return pipeline

@@ -51,9 +51,7 @@ def load_pipeline(
     # Only whoever loads a pipeline waits for diffusers to import all of them.
     from diffusers import DiffusionPipeline
 
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        folder = _fetch(str(source), revision, DiffusionPipeline)
+    folder = local_folder(source, revision)
     check_folder(folder)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
@@ -68,6 +66,20 @@ def load_pipeline(
         ) from error
     _check_complete(str(source), pipeline)
     return pipeline
+
+
+def local_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder `source`, or the local copy of the hub's pipeline of that id."""
+    from diffusers import DiffusionPipeline
+
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() else _fetch(str(source), revision, DiffusionPipeline)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The components that the index of `folder` names: `[library, class]` of each."""
+    index = _read_index(folder / INDEX_NAME)
+    return {name: entry for name, entry in index.items() if _is_component(entry)}
 
 
 def _check_complete(source: str, pipeline: Any) -> None:
