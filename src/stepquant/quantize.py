@@ -17,6 +17,7 @@ from torch import nn
 
 from stepquant import __version__
 from stepquant.calibration.influence import check_unguided
+from stepquant.calibration.observe import quant_layers
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories, drawer
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
@@ -25,6 +26,8 @@ from stepquant.conditioning import Conditioning
 from stepquant.errors import StepQuantError
 from stepquant.evaluate import peak_memory_mb, reset_peak_memory
 from stepquant.models.adapter import DenoiserAdapter, adapter_of
+from stepquant.models.mapped import FloatState
+from stepquant.models.surgery import copy_around
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
 from stepquant.readiness import check_denoiser
@@ -122,7 +125,7 @@ def quantize(
         raise StepQuantError(
             f"output folder '{target}' exists: expected a new one; name another or delete it"
         )
-    pipeline = open_pipeline(model)
+    pipeline = open_pipeline(model, map_large=True)
     component = denoiser_name(pipeline)
     float_model = getattr(pipeline, component)
     components = dict(components or {})
@@ -152,7 +155,7 @@ def quantize(
     job = {
         "recipe": resolved.to_dict(),
         "provenance": provenance,
-        "model": fingerprint(dict(float_model.state_dict())),
+        "model": fingerprint(FloatState(float_model)),
         "scheduler": json.loads(sampler.scheduler.to_json_string()),
         "blocks": blocks,
         "left_float": left_float,
@@ -229,7 +232,8 @@ def pack(
     simulation: nn.Module, recipe: Recipe, left_float: dict[str, str], provenance: dict[str, Any]
 ) -> nn.Module:
     """A packed copy of `simulation` that `save_pretrained` can write."""
-    packed = pack_model(copy.deepcopy(simulation))
+    layers = quant_layers(simulation).values()
+    packed = pack_model(copy_around(simulation, layers))
     config = StepQuantConfig(
         scheme=recipe.scheme.model_dump(mode="json"),
         float_layers=left_float,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,8 @@ from stepquant.calibration.trajectories import Draw, Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.models.attention import PRODUCTS, ProductsProcessor, why_products_stay_float
-from stepquant.models.surgery import replace_modules
+from stepquant.models.mapped import Mapped, named_weights
+from stepquant.models.surgery import copy_around, replace_modules
 from stepquant.progress import Reporter
 from stepquant.quantizers import (
     QuantAttention,
@@ -138,19 +138,26 @@ def simulate(
     check_finite_weights(float_model)
     bits, left_float = scheme.layer_bits(float_model, adapter)
     splits = adapter.skip_splits(float_model)
-    # Only the simulated layers are trained. (A norm whose weight needs a gradient where its input
-    # does not is a crash of the process in torch 2.13, on inputs that are channels last.)
-    model = copy.deepcopy(float_model).float().eval().requires_grad_(False)
+    replaced = [module for name, module in float_model.named_modules() if name in bits]
+    model = copy_around(float_model, replaced)
 
     def build(name: str, module: nn.Module) -> nn.Module | None:
         if name not in bits:
-            return None
+            return module.loaded() if isinstance(module, Mapped) else None
         if isinstance(module, nn.Linear):
             return QuantLinear(module, *bits[name], context, splits.get(name))
         assert isinstance(module, nn.Conv2d)
         return QuantConv2d(module, *bits[name], context, splits.get(name))
 
     replace_modules(model, build)
+    # Only the simulated layers are trained. (A norm whose weight needs a gradient where its input
+    # does not is a crash of the process in torch 2.13, on inputs that are channels last.)
+    trained = {
+        parameter for layer in quant_layers(model).values() for parameter in layer.parameters()
+    }
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in trained)
+    model.float().eval()
     if scheme.attention_bits is not None:
         left = float_products(float_model, adapter)
         for name in adapter.attention_sites(float_model):
@@ -173,7 +180,7 @@ def float_products(model: nn.Module, adapter: DenoiserAdapter) -> dict[str, str]
 
 def check_finite_weights(model: nn.Module) -> None:
     """An error that names the first parameter with a NaN or an infinity."""
-    for name, value in model.named_parameters():
+    for name, value in named_weights(model):
         if not torch.isfinite(value).all():
             raise StepQuantError(
                 f"parameter '{name}' holds NaN or infinity: expected finite weights; check the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,11 +40,12 @@ def load_pipeline(
     *,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    parts: Mapping[str, Any] | None = None,
 ) -> DiffusionPipeline:
     """The pipeline in the diffusers folder `source`, or of the hub id `source` ("org/name").
 
     `dtype`: that of the float parts; packed layers keep their float32 scales. `revision`:
-    branch, tag or commit on the hub.
+    branch, tag or commit on the hub. `parts`: components by name that are not to be loaded.
 
     Raises StepQuantError, naming the file or tensor, for a folder that is absent, incomplete,
     damaged, pickled or of a newer format, and for a hub id that cannot be fetched.
@@ -55,7 +57,7 @@ def load_pipeline(
     check_folder(folder)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, local_files_only=True
+            str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, **(parts or {})
         )
     except StepQuantError as error:
         raise StepQuantError(f"'{source}' cannot be loaded: {error}") from error

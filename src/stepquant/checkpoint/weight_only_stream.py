@@ -9,18 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import torch
-from accelerate import init_empty_weights
-from diffusers import ModelMixin
 from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stepquant.checkpoint.weight_files import REMEDY, WeightFiles
 from stepquant.checkpoint.weight_only_components import (
     mark_weight_only,
     put_empty_layers,
@@ -29,57 +24,12 @@ from stepquant.checkpoint.weight_only_components import (
 )
 from stepquant.checkpoint.weight_only_config import WeightOnlyConfig
 from stepquant.errors import StepQuantError
+from stepquant.models.weight_files import WeightFiles, check_files, empty_model
 from stepquant.progress import Reporter
 from stepquant.quantizers.weight import GridSearch
 from stepquant.runtime.weight_only import weight_only_tensors
 
 SHARD_BYTES = 1 << 30
-
-
-def empty_model(folder: Path, what: str) -> Any:
-    """The diffusers model that `folder/config.json` describes, on the meta device; `what` names it.
-
-    Raises StepQuantError where that is no class of diffusers, or the model is quantized.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        name = config["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StepQuantError(
-            f"'{path}' cannot be read as the config of {what} ({error!r}): expected that of a "
-            "model of diffusers, the only kind that is packed without being loaded"
-        ) from error
-    kind: Any = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
-        raise StepQuantError(
-            f"{what} is of the class {name}: expected a model class of the installed diffusers"
-        )
-    if "quantization_config" in config:
-        raise StepQuantError(f"{what} is quantized already: expected a float model")
-    with init_empty_weights():
-        model: Any = kind.from_config(config)  # type: ignore[attr-defined]
-    return model.eval()
-
-
-def check_files(model: nn.Module, files: WeightFiles, what: str) -> None:
-    """The files hold each tensor of `model` in its shape, as floats, and no other."""
-    wanted = model.state_dict()
-    for names, problem in (
-        (wanted.keys() - files.meta.keys(), "lack the tensor"),
-        (files.meta.keys() - wanted.keys(), "hold the unexpected tensor"),
-    ):
-        if names:
-            raise StepQuantError(
-                f"the files of {what} {problem} '{min(names)}': expected exactly the tensors that "
-                f"its config.json describes; {REMEDY}"
-            )
-    for name, tensor in files.meta.items():
-        if tensor.shape != wanted[name].shape or not tensor.is_floating_point():
-            raise StepQuantError(
-                f"tensor '{name}' of {what} is {tensor.dtype} of shape {list(tensor.shape)}: "
-                f"expected floats of shape {list(wanted[name].shape)}; {REMEDY}"
-            )
 
 
 def stream_weights(
@@ -132,7 +82,7 @@ def stream_weights(
         (target / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
     return {
         "layers": len(config.layers),
-        "parameters": sum(tensor.numel() for tensor in files.meta.values()),
+        "parameters": files.parameters,
     }
 
 
