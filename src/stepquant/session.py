@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stepquant.calibration.influence import image_gradients, influence_spectrum
 from stepquant.calibration.initialize import initialize_ranges
 from stepquant.calibration.observe import quant_attention, quant_layers
+from stepquant.calibration.spill import Spill
 from stepquant.calibration.trajectories import Draw, Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.models.adapter import DenoiserAdapter
@@ -38,7 +39,7 @@ class Session:
     `model` is quantized in place by the steps; `float_model` stays as it was. `summary` collects,
     step by step, what a user should see (plain JSON values). `draw` samples more trajectories;
     `scheduler` is the sampler's, set to the calibrated steps. `common_ranges`: all rows of a table
-    start from the range of all steps together.
+    start from the range of all steps together. `spill` makes the large tensors of activations.
     """
 
     float_model: nn.Module
@@ -53,6 +54,7 @@ class Session:
     seed: int
     reporter: Reporter
     work: WorkFolder
+    spill: Spill = field(default_factory=Spill)
     ranges_ready: bool = False
     common_ranges: bool = False
     samples_per_step: int = 64
