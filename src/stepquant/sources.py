@@ -62,9 +62,9 @@ def open_pipeline(
             f"the model is a {type(model).__name__}: expected a diffusers pipeline, a folder, a "
             f"hub id or {BUILTIN}NAME; a denoiser alone has no sampler to calibrate with"
         )
-    folder = local_folder(resolve_builtin(model))
-    parts = _mapped_denoiser(folder) if map_large else {}
-    pipeline = load_pipeline(folder, dtype=torch.float32, parts=parts).to(device)
+    source = resolve_builtin(model)
+    parts = _mapped_denoiser(local_folder(source)) if map_large else {}
+    pipeline = load_pipeline(source, dtype=torch.float32, parts=parts).to(device)
     denoiser = denoiser_of(pipeline).eval()
     denoiser.requires_grad_(False)
     return pipeline

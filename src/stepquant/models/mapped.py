@@ -26,15 +26,18 @@ class Mapped(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """float32, from the file: a copy, unless it is stored as float32."""
-        return self.files.read(self.key).to(torch.float32)
+        """A float32 copy of what is in the file.
+
+        A copy of stored float32, too: what lies in a file is not aligned as other tensors are, and
+        a kernel may sum in another order there.
+        """
+        return self.files.read(self.key).to(torch.float32, copy=True)
 
     def loaded(self) -> nn.Module:
         """A plain layer with this one's weight in memory."""
         plain = copy.copy(self)
         plain.__class__ = next(kind for kind, mapped in KINDS.items() if type(self) is mapped)
-        weight = self.weight.clone()  # outlives the file
-        plain._parameters = {"weight": nn.Parameter(weight, False), **self._parameters}
+        plain._parameters = {"weight": nn.Parameter(self.weight, False), **self._parameters}
         return plain
 
 
