@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,20 @@ from torch import nn
 from stepquant import __version__
 from stepquant.calibration.influence import check_unguided
 from stepquant.calibration.observe import quant_layers
-from stepquant.calibration.trajectories import Trajectories, capture_trajectories, drawer
+from stepquant.calibration.spill import Spill
+from stepquant.calibration.trajectories import (
+    Trajectories,
+    capture_trajectories,
+    drawer,
+    first_inputs,
+)
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
 from stepquant.components import add_file_sizes, check_components, quantize_components
 from stepquant.conditioning import Conditioning
 from stepquant.errors import StepQuantError
 from stepquant.evaluate import peak_memory_mb, reset_peak_memory
+from stepquant.memory import as_mb, plan_memory
 from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.models.mapped import FloatState
 from stepquant.models.surgery import copy_around
@@ -41,7 +49,13 @@ from stepquant.sampling import (
     needs_own_scheduler,
     set_scheduler,
 )
-from stepquant.session import Session, check_finite_weights, float_products, simulate
+from stepquant.session import (
+    SAMPLES_PER_STEP,
+    Session,
+    check_finite_weights,
+    float_products,
+    simulate,
+)
 from stepquant.sources import float32_bytes, open_pipeline, weight_file_bytes
 from stepquant.workfolder import WorkFolder, fingerprint
 
@@ -95,6 +109,7 @@ def quantize(
     call: Mapping[str, Any] | None = None,
     adapter: DenoiserAdapter | None = None,
     components: Mapping[str, str] | None = None,
+    memory: float | None = None,
 ) -> Quantized:
     """Quantize the denoiser of `model` by `recipe` and save the packed pipeline to `out`.
 
@@ -109,6 +124,9 @@ def quantize(
     denoiser consists of, where stepquant does not know its architecture (`general_adapter`).
     `components`: others that get 8-bit weights, dequantized on use, as
     `{"text_encoder": "w8", "vae": "w8"}`; calibration is done with the float ones.
+    `memory`: GiB that the process may take, instead of all that is free: a calibration that is
+    predicted to need more is refused before it starts, and activations that do not fit are kept in
+    files beside `out` meanwhile.
 
     Raises StepQuantError for anything in the input that is not as expected.
     """
@@ -147,6 +165,17 @@ def quantize(
     set_scheduler(sampler, resolved.calibration.scheduler)
     for step in resolved.steps:
         step.check_model(float_model, adapter, sampler.scheduler)
+    calibration = resolved.calibration
+    plan = plan_memory(
+        float_model,
+        f"the {component} of {type(pipeline).__name__}",
+        resolved,
+        blocks,
+        lambda: first_inputs(
+            pipeline, calibration.steps, seed, calibration.scheduler, conditioning
+        ),
+        memory,
+    )
     reset_peak_memory()
     started = time.monotonic()
     provenance = provenance_of(seed, pipeline, resolved.calibration, conditioning)
@@ -189,6 +218,8 @@ def quantize(
         seed=seed,
         reporter=reporter,
         work=work,
+        spill=Spill(work.path or Path(tempfile.gettempdir()), plan.spilled_from),
+        samples_per_step=min(SAMPLES_PER_STEP, calibration.batch),
     )
     for step in resolved.steps:
         step.apply(session)
@@ -207,6 +238,7 @@ def quantize(
         "float32_bytes": float32_bytes(float_model),
         "seconds": round(seconds, 2),
         "resumed": resume,  # then seconds and peak memory are those of the last part
+        "predicted_peak_memory_mb": as_mb(plan.prediction.peak),
         "peak_memory_mb": round(peak_memory_mb(), 1),
         "left_float": left_float,
         "attention_float": [
@@ -327,6 +359,7 @@ def _trajectories(
             calibration.steps,
             seed + 1_000_000,
             calibration.scheduler,
+            calibration.batch,
             reporter=reporter,
             conditioning=conditioning,
         )

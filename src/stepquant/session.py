@@ -30,6 +30,7 @@ from stepquant.scheme import Scheme
 from stepquant.workfolder import WorkFolder
 
 IMAGES_FOR_GRADIENTS = 16
+SAMPLES_PER_STEP = 64  # images whose inputs ranges are taken of
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Session:
     spill: Spill = field(default_factory=Spill)
     ranges_ready: bool = False
     common_ranges: bool = False
-    samples_per_step: int = 64
+    samples_per_step: int = SAMPLES_PER_STEP
     gradients: Tensor | None = None  # once they were asked for
     spectra: dict[float, Tensor] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)

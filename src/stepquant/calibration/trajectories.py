@@ -154,9 +154,49 @@ class _Recorder:
             count,
         )
 
+    def seen(self) -> Trajectories:
+        """All inputs, in the order of the calls, as of one image."""
+        if not self.samples:
+            raise StepQuantError(
+                "the sampler never called the denoiser: expected at least one step"
+            )
+        timestep = torch.cat(self.timesteps)
+        owner = torch.zeros(len(timestep), dtype=torch.int64)
+        sample, conditions = torch.cat(self.samples), self.conditions.conditions()
+        return Trajectories(sample, timestep, owner, timestep.unique(), conditions)
+
     def _is_default(self, name: str, value: Any) -> bool:
         parameter = self._signature.parameters.get(name)
         return value is None and parameter is not None and parameter.default is None
+
+
+def first_inputs(
+    pipeline: DiffusionPipeline,
+    steps: int,
+    seed: int,
+    scheduler: str | None,
+    conditioning: Conditioning | None = None,
+) -> Trajectories:
+    """What the sampler first calls the denoiser with for one image; that does not run.
+
+    One input, or with guidance in one batch two.
+    """
+    denoiser = denoiser_of(pipeline)
+    recorder = _Recorder(denoiser)
+
+    def look(*call: Any) -> None:
+        recorder(*call)
+        raise _Seen
+
+    handle = denoiser.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with suppress(_Seen):
+            sample_images(
+                pipeline, 1, steps, seed, scheduler, conditioning=conditioning, decode=False
+            )
+    finally:
+        handle.remove()
+    return recorder.seen()
 
 
 def capture_trajectories(
