@@ -96,12 +96,22 @@ def run_calibrate(source: Path, out: Path, args: argparse.Namespace) -> dict[str
         "ranges.activations": args.grids,
         "block_distillation.iterations": args.iterations,
         "block_distillation.batch": args.batch,
+        "calibration.batch": args.batch,
     }
     conditions: dict[str, Any] = {"prompts": ["a cat", "a dog"], "guidance": args.guidance}
     if args.height:
         conditions["call"] = {"height": args.height, "width": args.height}
     result = quantize(
-        source, "dilatequant", 4, 8, out, args.steps, settings, reporter=Reporter(), **conditions
+        source,
+        "dilatequant",
+        4,
+        8,
+        out,
+        args.steps,
+        settings,
+        reporter=Reporter(),
+        memory=8,
+        **conditions,
     )
     record = dict(result.record)
     losses = record.pop("summary")["block_distillation"]
@@ -220,15 +230,15 @@ def write_text_and_vae(folder: Path) -> dict[str, Any]:
 
 
 def run_job(name: str, args: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """Write the shards, quantize them in a process of its own, delete both."""
+    """Write the shards and quantize them, each in a process of its own, and delete both."""
     job, folder = JOBS[name], args.folder / name
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try:
-        started = time.monotonic()
-        parameters = write_pipeline(folder / "float", job, args.small)
-        written = time.monotonic() - started
-        command = [sys.executable, __file__, name, *arguments, "--child"]
-        subprocess.run(command, check=True)
+        for child in ("write", "quantize"):
+            command = [sys.executable, __file__, name, *arguments, "--child", child]
+            subprocess.run(command, check=True)
+        written = json.loads((folder / "written.json").read_text())
         record = json.loads((folder / "record.json").read_text())
     finally:
         if not args.keep:
@@ -236,10 +246,10 @@ def run_job(name: str, args: argparse.Namespace, arguments: list[str]) -> dict[s
     return {
         "job": name,
         "model": f"{job.kind}, random bf16 weights" + (", tiny" if args.small else ""),
-        "parameters": parameters,
+        "parameters": written["parameters"],
         "peak_gib": record["peak_memory_mb"] * 1e6 / 2**30,
         "limit_gib": job.limit_gib,
-        "seconds_writing_shards": round(written, 1),
+        "seconds_writing_shards": written["seconds"],
         "settings": {
             key: getattr(args, key)
             for key in (SETTINGS if job.run is run_calibrate else ("grids",))
@@ -251,14 +261,18 @@ def run_job(name: str, args: argparse.Namespace, arguments: list[str]) -> dict[s
 
 
 def child(name: str, args: argparse.Namespace) -> None:
-    """The job itself."""
-    folder = args.folder / name
+    """One half of the job."""
+    folder, job = args.folder / name, JOBS[name]
     started = time.monotonic()
-    record = JOBS[name].run(folder / "float", folder / "packed", args)
-    # Of the whole process, with the imports and the writing of the result.
-    record["peak_memory_mb"] = max(record["peak_memory_mb"], round(peak_memory_mb(), 1))
+    if args.child == "write":
+        record = {"parameters": write_pipeline(folder / "float", job, args.small)}
+    else:
+        record = job.run(folder / "float", folder / "packed", args)
+        # Of the whole process, with the imports and the writing of the result.
+        record["peak_memory_mb"] = max(record["peak_memory_mb"], round(peak_memory_mb(), 1))
     record["seconds"] = round(time.monotonic() - started, 1)
-    (folder / "record.json").write_text(json.dumps(record))
+    file = "written.json" if args.child == "write" else "record.json"
+    (folder / file).write_text(json.dumps(record))
 
 
 def main() -> None:
@@ -276,7 +290,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("large-models"))
     parser.add_argument("--keep", action="store_true", help="keep shards and packed models")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/large_models.json"))
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("write", "quantize"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(args.jobs[0], args)
