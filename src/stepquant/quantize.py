@@ -8,15 +8,12 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from stepquant import __version__
 from stepquant.calibration.influence import check_unguided
 from stepquant.calibration.observe import quant_layers
 from stepquant.calibration.spill import Spill
@@ -39,9 +36,9 @@ from stepquant.models.surgery import copy_around
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
 from stepquant.readiness import check_denoiser
-from stepquant.recipe import Calibration, Recipe, load_recipe
+from stepquant.recipe import Recipe, load_recipe
+from stepquant.record import mean_weight_bits, provenance_of, reference_layers
 from stepquant.runtime.pack import pack_model
-from stepquant.runtime.packed import PackedLayer
 from stepquant.sampling import (
     check_seed,
     clipping_remark,
@@ -274,43 +271,6 @@ def pack(
     )
     attach_config(packed, config)
     return packed.eval()
-
-
-def provenance_of(
-    seed: int, pipeline: DiffusionPipeline, calibration: Calibration, conditioning: Conditioning
-) -> dict[str, Any]:
-    """What a checkpoint says of its making; nothing that differs between two equal runs."""
-    packages = ("torch", "diffusers", "numpy")
-    sampler = copy.copy(pipeline)
-    set_scheduler(sampler, calibration.scheduler)
-    conditions = conditioning.describe()
-    return {
-        **({"conditioning": conditions} if conditions else {}),
-        "seed": seed,
-        "sampler": f"{type(sampler.scheduler).__name__}, {calibration.steps} steps",
-        "pipeline": type(pipeline).__name__,
-        "versions": {"stepquant": __version__, **{name: version(name) for name in packages}},
-        "threads": torch.get_num_threads(),
-    }
-
-
-def mean_weight_bits(model: nn.Module) -> float:
-    """Bits per quantized weight, over all packed layers."""
-    layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
-    weights = sum(layer.spec.columns * layer.spec.out_channels for layer in layers)
-    return sum(
-        layer.spec.columns * layer.spec.out_channels * layer.spec.mean_weight_bits
-        for layer in layers
-    ) / max(1, weights)
-
-
-def reference_layers(model: nn.Module) -> dict[str, str]:
-    """Packed layers that no fast kernel takes on this device, with the reasons."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PackedLayer) and module.fallback_reasons():
-            found[name] = "; ".join(module.fallback_reasons())
-    return found
 
 
 def _scheduler(sampler: DiffusionPipeline, steps: int) -> Any:
