@@ -10,7 +10,6 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from stepquant.calibration.ranges import search_weight_range
 from stepquant.checkpoint.weight_only_components import quantize_weights
 from stepquant.errors import StepQuantError
 from stepquant.runtime.weight_only import WeightOnly
@@ -51,8 +50,8 @@ def quantize_components(
         part = getattr(pipeline, name)
         size = float32_bytes(part)
         part = copy.deepcopy(part)
-        grids = "mse" if WAYS[way] < 8 else None
-        quantize_weights(part, f"the component '{name}'", WAYS[way], grids, search_weight_range)
+        grids = "minmax" if WAYS[way] < 8 else None
+        quantize_weights(part, f"the component '{name}'", WAYS[way], grids)
         pipeline.register_modules(**{name: part})
         layers = sum(isinstance(module, WeightOnly) for module in part.modules())
         records[name] = {"bits": way, "layers": layers, "float32_bytes": size}

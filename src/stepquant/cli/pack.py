@@ -20,8 +20,8 @@ def pack(
     ] = 4,
     grids: Annotated[
         str,
-        typer.Option(metavar="NAME", help="How grids of 4 bits are found: mse or minmax (faster)."),
-    ] = "mse",
+        typer.Option(metavar="NAME", help="How grids of 4 bits are found: minmax or mse (slower)."),
+    ] = "minmax",
     component: Annotated[
         list[str] | None,
         typer.Option(
