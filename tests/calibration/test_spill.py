@@ -12,6 +12,7 @@ from quantize_runs import left, refused
 from stepquant.calibration.capture import capture_inputs, capture_outputs
 from stepquant.calibration.spill import Rows, Spill
 from stepquant.calibration.trajectories import Trajectories
+from stepquant.evaluate import peak_memory_mb, reset_peak_memory
 
 
 class Model(torch.nn.Module):
@@ -76,6 +77,19 @@ def test_rows_are_joined_in_order():
     for part in parts.split(2):
         rows.add(part)
     assert torch.equal(rows.joined(), parts)
+
+
+def test_what_was_released_does_not_count_as_memory(tmp_path):
+    if not reset_peak_memory():
+        pytest.skip("the system cannot reset the high-water mark of a process")
+    before, spill = peak_memory_mb(), Spill(tmp_path)
+    rows = Rows(64, spill)
+    for number in range(64):
+        rows.add(torch.full((1, 1 << 20), float(number)))
+    for number, row in enumerate(rows.joined().split(1)):
+        assert float(row.mean()) == number
+        spill.release()
+    assert peak_memory_mb() - before < 64  # of 268 MB
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 9])
