@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from architectures import ARCHITECTURES, build, condition_unet
 from quantize_runs import Lines, left, refused, tree
-from stepquant.api import pack, quantize, sample
+from stepquant.api import inspect, pack, quantize, sample
 from stepquant.calibration.ranges import search_weight_range
 from stepquant.checkpoint.weight_only_components import quantize_weights
 from stepquant.checkpoint.weight_only_stream import stream_weights
@@ -160,6 +160,7 @@ def test_what_cannot_be_packed_is_refused(sd_folder, tmp_path):
     assert "exists already" in message(out=sd_folder)
     pack(sd_folder, tmp_path / "once")
     assert "'unet' is quantized already" in message(tmp_path / "once")
-    assert "is quantized already: expected a float model" in refused(
-        lambda: quantize(tmp_path / "once", "minmax", prompts="a")
-    )
+    for verb in (lambda f: quantize(f, "minmax", prompts="a"), lambda f: inspect(f, prompts="a")):
+        assert "is quantized already: expected a float model" in refused(
+            lambda verb=verb: verb(tmp_path / "once")
+        )
