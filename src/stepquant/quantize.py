@@ -208,7 +208,7 @@ def quantize(
         trajectories=trajectories,
         scheduler=_scheduler(sampler, resolved.calibration.steps),
         draw=drawer(
-            pipeline, resolved.calibration.steps, resolved.calibration.scheduler, conditioning
+            pipeline, calibration.steps, calibration.scheduler, conditioning, calibration.batch
         ),
         weight_ranges=resolved.ranges.weights,
         activation_ranges=resolved.ranges.activations,

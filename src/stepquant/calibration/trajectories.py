@@ -254,6 +254,7 @@ def drawer(
     steps: int,
     scheduler: str | None,
     conditioning: Conditioning | None = None,
+    batch: int = 64,
 ) -> Draw:
     """Draws with `pipeline`, or with another denoiser in it; see `capture_trajectories`.
 
@@ -266,7 +267,7 @@ def drawer(
             sampler = copy.copy(pipeline)
             sampler.register_modules(**{denoiser_name(pipeline): denoiser})
         return capture_trajectories(
-            sampler, num, steps, 0, scheduler, conditioning=conditioning, first=seed
+            sampler, num, steps, 0, scheduler, batch, conditioning=conditioning, first=seed
         )
 
     return draw
