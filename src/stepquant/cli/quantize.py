@@ -60,7 +60,7 @@ def quantize(
         typer.Option(
             "--component",
             metavar="NAME=w8",
-            help="8-bit weights for another component, such as text_encoder or vae; repeat.",
+            help="8-bit (or w4) weights for another component, such as vae; repeat.",
         ),
     ] = None,
     memory: Annotated[
