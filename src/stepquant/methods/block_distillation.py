@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from stepquant.calibration.capture import BlockData
 from stepquant.calibration.observe import quant_layers
+from stepquant.errors import StepQuantError
 from stepquant.methods.block_training import (
     GuardedBlock,
     is_check,
-    mixed_batches,
     train_blocks,
     training_inputs,
 )
+from stepquant.methods.coherence import check_together
 from stepquant.methods.layer_optimizer import LayerOptimizer
 from stepquant.methods.step import CORRECTED, Step
+from stepquant.scheme import Scheme
 from stepquant.session import Session
 
 
@@ -39,7 +41,9 @@ class BlockDistillation(Step):
     before the cosine decay. `float_inputs`: distil from float inputs, which makes blocks
     independent of one another. `step_order`: "mixed" draws batches over all steps; "sequential"
     gives each batch a single step and walks through the steps in sampling order, over and over, as
-    EfficientDM (ICLR 2024) trains, for comparison.
+    EfficientDM (ICLR 2024) trains, for comparison. `steps_together`: above 1 the loss is of the
+    mean error over so many steps of one trajectory (`methods.coherence`, ours), and `samples` are
+    whole trajectories; with mixed batches only.
 
     Deviations: learning rates are relative to each quantizer's grid (the published 1e-2 for raw
     weights is not believable); biases are trained with the weights; each block keeps the
@@ -57,11 +61,21 @@ class BlockDistillation(Step):
     activation_rate: float = Field(0.1, ge=0)
     float_inputs: bool = False
     step_order: Literal["mixed", "sequential"] = "mixed"
+    steps_together: int = Field(1, ge=1)
+
+    def check(self, scheme: Scheme) -> None:
+        """Batches must hold whole groups of steps, which sequential ones do not."""
+        check_together(self.name, self.steps_together, self.batch)
+        if self.steps_together > 1 and self.step_order != "mixed":
+            raise StepQuantError(
+                f"step '{self.name}' has step_order {self.step_order} and steps_together "
+                f"{self.steps_together}: expected mixed batches for several steps together"
+            )
 
     def apply(self, session: Session) -> None:
         """Distil all blocks; the summary has the held-out loss of each, before and after."""
         session.ensure_ranges()
-        data = training_inputs(session, self.name, self.samples)
+        data = training_inputs(session, self.name, self.samples, self.steps_together)
         session.summary[self.name] = train_blocks(
             session,
             self.name,
@@ -81,14 +95,16 @@ class BlockDistillation(Step):
         generator: torch.Generator,
     ) -> tuple[float, float]:
         """Train `block`; `(held-out loss before, after)`, over the mean square of the target."""
-        guarded = GuardedBlock(session, self.name, name, block, data, self.batch)
+        guarded = GuardedBlock(
+            session, self.name, name, block, data, self.batch, self.steps_together
+        )
         if self.iterations == 0:
             return guarded.finish()
         layers = list(quant_layers(block).values())
         optimizer = LayerOptimizer(
             layers, self.weight_rate, self.scale_rate, self.activation_rate, self.iterations
         )
-        order = self._batches(data.timestep[guarded.train], guarded.train, generator)
+        order = self._batches(guarded, data.timestep[guarded.train], generator)
         for iteration, index in enumerate(order):
             loss = guarded.loss(index)
             optimizer.zero_grad()
@@ -98,10 +114,13 @@ class BlockDistillation(Step):
                 guarded.check()
         return guarded.finish()
 
-    def _batches(self, timestep: Tensor, train: Tensor, generator: torch.Generator) -> list[Tensor]:
+    def _batches(
+        self, guarded: GuardedBlock, timestep: Tensor, generator: torch.Generator
+    ) -> list[Tensor]:
         """The training indices of each iteration."""
         if self.step_order == "mixed":
-            return mixed_batches(train, self.batch, self.iterations, generator)
+            return guarded.batches(self.batch, self.iterations, generator)
+        train = guarded.train
         batches = []
         steps = timestep.unique().flip(0)  # in sampling order, as the sampler walks
         for iteration in range(self.iterations):

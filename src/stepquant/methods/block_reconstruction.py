@@ -21,14 +21,15 @@ from stepquant.calibration.trajectories import Trajectories
 from stepquant.methods.block_training import (
     GuardedBlock,
     is_check,
-    mixed_batches,
     train_blocks,
     training_inputs,
 )
+from stepquant.methods.coherence import check_together
 from stepquant.methods.layer_optimizer import LayerOptimizer
 from stepquant.methods.step import CORRECTED, Step
 from stepquant.quantizers import QuantLayer
 from stepquant.quantizers.rounding import rectified_sigmoid
+from stepquant.scheme import Scheme
 from stepquant.session import Session
 
 FIRST_BETA, LAST_BETA = 20.0, 2.0
@@ -63,7 +64,9 @@ class BlockReconstruction(Step):
     iterations without the penalty. `activation_rate`: how far the end of an activation range (and
     the zero point) moves per iteration, in grid steps. `activations`: "together" trains the
     activation tables with the rounding; "after" trains them for a quarter of the iterations once
-    the rounding is hard. Rates fall along a cosine.
+    the rounding is hard. Rates fall along a cosine. `steps_together`: above 1 the loss is of the
+    mean error over so many steps of one trajectory (`methods.coherence`, ours), and `samples` are
+    whole trajectories.
 
     Q-Diffusion's own values: 20,000 iterations for the rounding at the rate 1e-3 and lambda 0.01 on
     a squared error that is summed over channels, 5,000 for the activation scales at 4e-4, batches
@@ -88,11 +91,16 @@ class BlockReconstruction(Step):
     warm_up: float = Field(0.2, ge=0, le=1)
     activation_rate: float = Field(0.1, ge=0)
     activations: Literal["together", "after"] = "together"
+    steps_together: int = Field(1, ge=1)
+
+    def check(self, scheme: Scheme) -> None:
+        """Batches must hold whole groups of steps."""
+        check_together(self.name, self.steps_together, self.batch)
 
     def apply(self, session: Session) -> None:
         """Reconstruct all blocks; the summary has the held-out loss of each, before and after."""
         session.ensure_ranges()
-        data = training_inputs(session, self.name, self.samples)
+        data = training_inputs(session, self.name, self.samples, self.steps_together)
         for layer in session.layers().values():
             layer.merge_adapter()
         self.reconstruct(session, self.name, data, unrounded_weights(session))
@@ -132,7 +140,9 @@ class BlockReconstruction(Step):
         generator: torch.Generator,
     ) -> tuple[float, float]:
         """Train `block`; `(held-out loss before, after)`, over the mean square of the target."""
-        guarded = GuardedBlock(session, self.name, name, block, data, self.batch)
+        guarded = GuardedBlock(
+            session, self.name, name, block, data, self.batch, self.steps_together
+        )
         layers = list(quant_layers(block).values())
         count = sum(layer.weight.numel() for layer in layers)
         strength = self.penalty * guarded.first / count  # lambda
@@ -173,7 +183,7 @@ class BlockReconstruction(Step):
         if iterations == 0:
             return
         optimizer = LayerOptimizer(layers, rounding_rate, 0.0, activation_rate, iterations)
-        order = mixed_batches(guarded.train, self.batch, iterations, generator)
+        order = guarded.batches(self.batch, iterations, generator)
         for iteration, index in enumerate(order):
             loss = guarded.loss(index) + penalty(iteration)
             optimizer.zero_grad()

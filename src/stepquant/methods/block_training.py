@@ -20,6 +20,12 @@ from stepquant.calibration.replay import Replayable, replayable_blocks
 from stepquant.calibration.spill import Rows
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
+from stepquant.methods.coherence import (
+    coherent_batches,
+    held_out_groups,
+    shared_error,
+    whole_trajectories,
+)
 from stepquant.models.calling import tensors_in
 from stepquant.session import Session
 
@@ -31,12 +37,22 @@ CHECKS = 8  # of the held-out loss, evenly over the training
 TrainBlock = Callable[[str, nn.Module, BlockData, torch.Generator], tuple[float, float]]
 
 
-def training_inputs(session: Session, step: str, samples: int) -> Trajectories:
-    """`samples` calibration inputs, spread evenly over the sampling steps.
+def training_inputs(
+    session: Session,
+    step: str,
+    samples: int,
+    together: int = 1,
+    trajectories: Trajectories | None = None,
+) -> Trajectories:
+    """`samples` calibration inputs (or of `trajectories`), spread evenly over the sampling steps.
 
-    Raises StepQuantError, which names `step`, where there are less than two.
+    `together` above 1 takes whole trajectories instead, see `coherence`. Raises StepQuantError,
+    which names `step`, where there are less than two.
     """
-    data = session.trajectories.subset(samples, session.seed)
+    source = session.trajectories if trajectories is None else trajectories
+    if together > 1:
+        return whole_trajectories(source, samples, together, step)
+    data = source.subset(samples, session.seed)
     if len(data) < 2:
         raise StepQuantError(
             f"step '{step}' has {len(data)} calibration input: expected at least 2, one "
@@ -170,19 +186,35 @@ def _targets(
 class GuardedBlock:
     """A block in training: its loss, and its state with the lowest loss on held-out samples.
 
-    The loss is the mean squared error over the mean square of the target. The last eighth of the
-    samples is held out. `train`: indices of the others; `first`, `best`: held-out losses.
+    The loss is the mean squared error over the mean square of the target; with `together` above 1
+    the mean square of the error's mean over so many neighbours in a batch, steps of one trajectory.
+    The last eighth of the samples is held out, or of the trajectories. `train`: indices of the
+    others; `first`, `best`: held-out losses.
     """
 
     def __init__(
-        self, session: Session, step: str, name: str, block: nn.Module, data: BlockData, batch: int
+        self,
+        session: Session,
+        step: str,
+        name: str,
+        block: nn.Module,
+        data: BlockData,
+        batch: int,
+        together: int = 1,
     ) -> None:
         """Measure the held-out loss, `2 * batch` samples at once; `step`, `name` are for errors."""
         self.block = block
         self._step, self._name, self._data = step, name, data
-        self._context, self._chunk = session.context, 2 * batch
-        self._held_out = torch.arange(len(data) - max(1, len(data) // 8), len(data))
-        self.train = torch.arange(len(data) - len(self._held_out))
+        self._context, self._chunk, self._together = session.context, 2 * batch, together
+        self._steps = 1 if together == 1 else len(session.trajectories.timesteps)
+        units = len(data) // self._steps  # samples, or trajectories
+        kept = units - max(1, units // 8)
+        self.train = torch.arange(kept * self._steps)
+        self._held_out = torch.arange(kept * self._steps, len(data))
+        if together > 1:
+            generator = torch.Generator().manual_seed(session.seed)
+            held_out = torch.arange(kept, units)
+            self._held_out = held_out_groups(held_out, self._steps, together, generator)
         self._power = self._mean_square().clamp(min=1e-12)
         self.first = self.best = self._evaluate()
         self._state: dict[str, Tensor] = {}
@@ -193,7 +225,10 @@ class GuardedBlock:
         args, kwargs, target, timestep = self._data.batch(index)
         self._context.set_timestep(timestep)
         output = joined_output(self.block(*args, **kwargs))
-        loss = (output - target).square().mean() / self._power
+        error = output - target
+        if self._together > 1:
+            error = shared_error(error, self._together)
+        loss = error.square().mean() / self._power
         if not torch.isfinite(loss):
             raise StepQuantError(
                 f"the loss of block '{self._name}' is {loss.item()} in step '{self._step}': "
@@ -208,6 +243,15 @@ class GuardedBlock:
             total += chunk.square().sum(dtype=torch.float64)
             self._data.spill.release()
         return (total / self._data.target.numel()).to(torch.float32)
+
+    def batches(self, batch: int, iterations: int, generator: torch.Generator) -> list[Tensor]:
+        """`batch` training indices for each iteration, drawn over all sampling steps."""
+        if self._together == 1:
+            return mixed_batches(self.train, batch, iterations, generator)
+        trajectories = len(self.train) // self._steps
+        return coherent_batches(
+            trajectories, self._steps, self._together, batch, iterations, generator
+        )
 
     def check(self) -> None:
         """Measure the held-out loss and keep the state if it is the lowest."""

@@ -48,7 +48,7 @@ class ProgressiveAlignment(BlockReconstruction):
         for layer in session.layers().values():
             layer.merge_adapter()
         weights = unrounded_weights(session)
-        data = training_inputs(session, self.name, self.samples)
+        data = training_inputs(session, self.name, self.samples, self.steps_together)
         rounds = []
         for number in range(self.rounds + 1):
             step = self
@@ -68,7 +68,8 @@ class ProgressiveAlignment(BlockReconstruction):
             return Trajectories.from_tensors(kept)
         images = int(session.trajectories.trajectory.max()) + 1
         seed = session.seed + FIRST_SEED + (number - 1) * images
-        drawn = session.draw(images, seed, session.model).subset(self.samples, session.seed)
+        drawn = session.draw(images, seed, session.model)
+        drawn = training_inputs(session, self.name, self.samples, self.steps_together, drawn)
         tensors = drawn.to_tensors()
         session.work.save(key, tensors)
         return Trajectories.from_tensors(tensors)
