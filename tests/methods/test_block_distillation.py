@@ -9,7 +9,7 @@ from stepquant.calibration.capture import BlockData, capture_inputs
 from stepquant.calibration.observe import quant_layers
 from stepquant.errors import StepQuantError
 from stepquant.methods import BlockDistillation, TemporalQuantizer
-from stepquant.methods.block_training import train_blocks, training_inputs
+from stepquant.methods.block_training import mixed_batches, train_blocks, training_inputs
 from stepquant.workfolder import WorkFolder
 
 TINY = {"iterations": 16, "batch": 8, "samples": 32}
@@ -263,10 +263,14 @@ def test_the_same_seed_gives_the_same_bits(tiny_session, one_thread):
 
 @pytest.mark.parametrize("order", ["sequential", "mixed"])
 def test_batches_come_from_the_training_inputs(order):
-    step = BlockDistillation(iterations=30, batch=6, step_order=order)
     timestep = torch.arange(5).repeat(10) * 10
     train = torch.arange(100, 150)
-    batches = step._batches(timestep, train, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    if order == "sequential":
+        step = BlockDistillation(iterations=30, batch=6, step_order=order)
+        batches = step._one_step_each(timestep, train, generator)
+    else:
+        batches = mixed_batches(train, 6, 30, generator)
     assert [len(batch) for batch in batches] == [6] * 30
     assert all(torch.isin(batch, train).all() for batch in batches)
     together = [timestep[batch - 100].unique().numel() for batch in batches]

@@ -64,7 +64,7 @@ class BlockDistillation(Step):
     steps_together: int = Field(1, ge=1)
 
     def check(self, scheme: Scheme) -> None:
-        """Batches must hold whole groups of steps, which sequential ones do not."""
+        """Batches must hold the steps that are taken together, which sequential ones do not."""
         check_together(self.name, self.steps_together, self.batch)
         if self.steps_together > 1 and self.step_order != "mixed":
             raise StepQuantError(
@@ -104,7 +104,10 @@ class BlockDistillation(Step):
         optimizer = LayerOptimizer(
             layers, self.weight_rate, self.scale_rate, self.activation_rate, self.iterations
         )
-        order = self._batches(guarded, data.timestep[guarded.train], generator)
+        if self.step_order == "mixed":
+            order = guarded.batches(self.batch, self.iterations, generator)
+        else:
+            order = self._one_step_each(data.timestep[guarded.train], guarded.train, generator)
         for iteration, index in enumerate(order):
             loss = guarded.loss(index)
             optimizer.zero_grad()
@@ -114,13 +117,10 @@ class BlockDistillation(Step):
                 guarded.check()
         return guarded.finish()
 
-    def _batches(
-        self, guarded: GuardedBlock, timestep: Tensor, generator: torch.Generator
+    def _one_step_each(
+        self, timestep: Tensor, train: Tensor, generator: torch.Generator
     ) -> list[Tensor]:
-        """The training indices of each iteration."""
-        if self.step_order == "mixed":
-            return guarded.batches(self.batch, self.iterations, generator)
-        train = guarded.train
+        """The training indices of each iteration, in sampling order."""
         batches = []
         steps = timestep.unique().flip(0)  # in sampling order, as the sampler walks
         for iteration in range(self.iterations):

@@ -94,7 +94,7 @@ class BlockReconstruction(Step):
     steps_together: int = Field(1, ge=1)
 
     def check(self, scheme: Scheme) -> None:
-        """Batches must hold whole groups of steps."""
+        """Batches must hold the steps that are taken together."""
         check_together(self.name, self.steps_together, self.batch)
 
     def apply(self, session: Session) -> None:

@@ -51,7 +51,7 @@ def training_inputs(
     """
     source = session.trajectories if trajectories is None else trajectories
     if together > 1:
-        return whole_trajectories(source, samples, together, step)
+        return whole_trajectories(source, samples, step)
     data = source.subset(samples, session.seed)
     if len(data) < 2:
         raise StepQuantError(
@@ -187,7 +187,8 @@ class GuardedBlock:
     """A block in training: its loss, and its state with the lowest loss on held-out samples.
 
     The loss is the mean squared error over the mean square of the target; with `together` above 1
-    the mean square of the error's mean over so many neighbours in a batch, steps of one trajectory.
+    the mean square of the error's mean over so many neighbours in a batch, steps of one trajectory
+    (all steps, of a sampler that takes fewer).
     The last eighth of the samples is held out, or of the trajectories. `train`: indices of the
     others; `first`, `best`: held-out losses.
     """
@@ -205,8 +206,9 @@ class GuardedBlock:
         """Measure the held-out loss, `2 * batch` samples at once; `step`, `name` are for errors."""
         self.block = block
         self._step, self._name, self._data = step, name, data
-        self._context, self._chunk, self._together = session.context, 2 * batch, together
         self._steps = 1 if together == 1 else len(session.trajectories.timesteps)
+        self._context, self._together = session.context, min(together, self._steps)
+        self._chunk = max(1, 2 * batch // self._together) * self._together
         units = len(data) // self._steps  # samples, or trajectories
         kept = units - max(1, units // 8)
         self.train = torch.arange(kept * self._steps)
@@ -214,7 +216,7 @@ class GuardedBlock:
         if together > 1:
             generator = torch.Generator().manual_seed(session.seed)
             held_out = torch.arange(kept, units)
-            self._held_out = held_out_groups(held_out, self._steps, together, generator)
+            self._held_out = held_out_groups(held_out, self._steps, self._together, generator)
         self._power = self._mean_square().clamp(min=1e-12)
         self.first = self.best = self._evaluate()
         self._state: dict[str, Tensor] = {}
@@ -246,7 +248,7 @@ class GuardedBlock:
 
     def batches(self, batch: int, iterations: int, generator: torch.Generator) -> list[Tensor]:
         """`batch` training indices for each iteration, drawn over all sampling steps."""
-        if self._together == 1:
+        if self._steps == 1:
             return mixed_batches(self.train, batch, iterations, generator)
         trajectories = len(self.train) // self._steps
         return coherent_batches(

@@ -19,27 +19,22 @@ from stepquant.errors import StepQuantError
 
 
 def check_together(step: str, together: int, batch: int) -> None:
-    """An error, which names `step`, unless `batch` is a multiple of `together`."""
-    if batch % together:
+    """An error, which names `step`, where `together` steps are more than a `batch` has."""
+    if together > batch:
         raise StepQuantError(
-            f"step '{step}' has batches of {batch} and steps_together {together}: expected a "
-            "multiple; change one of them"
+            f"step '{step}' has steps_together {together} and batches of {batch}: expected no more "
+            "than the batch; change one of them"
         )
 
 
-def whole_trajectories(data: Trajectories, samples: int, together: int, step: str) -> Trajectories:
+def whole_trajectories(data: Trajectories, samples: int, step: str) -> Trajectories:
     """About `samples` inputs of `data`, all steps of each image, one image after another.
 
     Input `i * T + t` is that at step `t`, of `T`, on trajectory `i`; with guidance an image has two
-    trajectories. Two are the least. Raises StepQuantError, which names `step`, for a sampler of
-    fewer than `together` steps, or where there is only one trajectory.
+    trajectories. Two are the least. Raises StepQuantError, which names `step`, where there is only
+    one.
     """
     steps = len(data.timesteps)
-    if steps < together:
-        raise StepQuantError(
-            f"step '{step}' averages errors over steps_together {together}, and the sampler takes "
-            f"{steps} steps: expected no more than it takes; lower steps_together"
-        )
     rows = []
     for row in range(steps):
         found = data.rows(row)
