@@ -115,8 +115,8 @@ def test_a_lora_of_a_text_encoder_with_8_bit_weights():
         ({"text_encoder_9": "w8"}, "'text_encoder_9' of StableDiffusionPipeline is to have"),
         ({"scheduler": "w8"}, "expected one of vae, text_encoder"),
         ({"unet": "w8"}, "the recipe says its bits"),
-        ({"vae": "w4"}, "the component 'vae' is to be 'w4': expected 'w8'"),
-        ({"vae": 8}, "the component 'vae' is to be 8: expected 'w8'"),
+        ({"vae": "w3"}, "the component 'vae' is to be 'w3': expected one of w8, w4"),
+        ({"vae": 8}, "the component 'vae' is to be 8: expected one of w8, w4"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_sampled(components, words, monkeypatch):

@@ -71,7 +71,7 @@ def test_a_recipe_of_ones_own_survives_yaml_with_all_it_says():
 def test_every_default_is_written_out():
     plain = load_recipe("dilatequant").to_dict()
     assert plain["steps"][2]["block_distillation"].keys() == BlockDistillation.model_fields.keys()
-    assert plain["calibration"].keys() == {"trajectories", "steps", "scheduler"}
+    assert plain["calibration"].keys() == {"trajectories", "steps", "scheduler", "batch"}
 
 
 def test_a_recipe_is_its_own_recipe():

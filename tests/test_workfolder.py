@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stepquant.errors import StepQuantError
-from stepquant.workfolder import WorkFolder, atomic_write, fingerprint
+from stepquant.workfolder import WorkFolder, apart, atomic_write, fingerprint
 
 JOB = {"recipe": {"name": "mine"}, "seed": 0}
 PIECE = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3, dtype=torch.int64)}
@@ -232,3 +232,14 @@ def test_a_fingerprint_is_that_of_the_numbers_not_of_their_layout():
     assert fingerprint({"a": x, "b": x}) == fingerprint(
         {"b": x.clone(), "a": x.t().contiguous().t()}
     )
+
+
+def test_tensors_are_told_apart_with_as_few_copies_as_possible():
+    whole, twice = torch.arange(4.0), torch.ones(2)
+    tensors = {"a": whole, "b": twice, "c": twice, "part": whole[1:], "t": torch.ones(2, 3).T}
+    found = apart(tensors)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert all(tensor.is_contiguous() for tensor in found.values())
+    pointers = {name: tensor.data_ptr() for name, tensor in found.items()}
+    assert pointers["a"] == whole.data_ptr() and pointers["b"] == twice.data_ptr()
+    assert len(set(pointers.values())) == len(pointers)

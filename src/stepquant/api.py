@@ -17,6 +17,7 @@ from stepquant.inspection import inspect
 from stepquant.judge import evaluate
 from stepquant.lora import load_lora, lora_scales, set_lora_scales, unload_lora
 from stepquant.modules import DenoiserPipeline, general_adapter
+from stepquant.pack import pack
 from stepquant.progress import Reporter
 from stepquant.quantize import Quantized, quantize
 from stepquant.recipe import load_recipe, recipe_names
@@ -36,6 +37,7 @@ __all__ = [
     "load_module",
     "load_recipe",
     "lora_scales",
+    "pack",
     "quantize",
     "recipe_names",
     "sample",

@@ -1,4 +1,4 @@
-"""Components of a pipeline beside the denoiser, with 8-bit weights where they are asked for."""
+"""Components of a pipeline beside the denoiser, with few-bit weights where they are asked for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stepquant.errors import StepQuantError
 from stepquant.runtime.weight_only import WeightOnly
 from stepquant.sources import float32_bytes, weight_file_bytes
 
-WAYS = ("w8",)
+WAYS = {"w8": 8, "w4": 4}
 
 
 def check_components(
@@ -36,21 +36,22 @@ def check_components(
             )
         if way not in WAYS:
             raise StepQuantError(
-                f"the component '{name}' is to be {way!r}: expected 'w8', weights of 8 bits that "
-                "are dequantized on use"
+                f"the component '{name}' is to be {way!r}: expected one of {', '.join(WAYS)}, "
+                "weights of so many bits that are dequantized on use"
             )
 
 
 def quantize_components(
     pipeline: DiffusionPipeline, components: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Replace each component in `pipeline` by a copy with 8-bit weights; a record of each."""
+    """Replace each component in `pipeline` by a copy with weights of few bits; a record of each."""
     records = {}
     for name, way in components.items():
         part = getattr(pipeline, name)
         size = float32_bytes(part)
         part = copy.deepcopy(part)
-        quantize_weights(part, f"the component '{name}'")
+        grids = "minmax" if WAYS[way] < 8 else None
+        quantize_weights(part, f"the component '{name}'", WAYS[way], grids)
         pipeline.register_modules(**{name: part})
         layers = sum(isinstance(module, WeightOnly) for module in part.modules())
         records[name] = {"bits": way, "layers": layers, "float32_bytes": size}

@@ -21,6 +21,7 @@ from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.models.attention import PRODUCTS
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
+from stepquant.readiness import check_not_quantized
 from stepquant.runtime.packed import PackedLayer
 from stepquant.sampling import AUTO, denoiser_of
 from stepquant.scheme import Scheme
@@ -59,6 +60,7 @@ def inspect(
     if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
         record = inspect_packed(denoiser)
     else:
+        check_not_quantized(denoiser, f"denoiser of '{type(pipeline).__name__}'")
         conditioning = Conditioning.of(prompts, labels, guidance, call)
         record = inspect_float(
             pipeline, denoiser, steps, scheduler, num, seed, reporter, conditioning, adapter

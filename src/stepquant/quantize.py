@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from stepquant import __version__
 from stepquant.calibration.influence import check_unguided
-from stepquant.calibration.trajectories import Trajectories, capture_trajectories, drawer
+from stepquant.calibration.observe import quant_layers
+from stepquant.calibration.spill import Spill
+from stepquant.calibration.trajectories import (
+    Trajectories,
+    capture_trajectories,
+    drawer,
+    first_inputs,
+)
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
 from stepquant.components import add_file_sizes, check_components, quantize_components
 from stepquant.conditioning import Conditioning
 from stepquant.errors import StepQuantError
 from stepquant.evaluate import peak_memory_mb, reset_peak_memory
+from stepquant.memory import as_mb, plan_memory
 from stepquant.models.adapter import DenoiserAdapter, adapter_of
+from stepquant.models.mapped import FloatState
+from stepquant.models.surgery import copy_around
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
 from stepquant.readiness import check_denoiser
-from stepquant.recipe import Calibration, Recipe, load_recipe
+from stepquant.recipe import Recipe, load_recipe
+from stepquant.record import mean_weight_bits, provenance_of, reference_layers
 from stepquant.runtime.pack import pack_model
-from stepquant.runtime.packed import PackedLayer
 from stepquant.sampling import (
     check_seed,
     clipping_remark,
@@ -38,7 +46,13 @@ from stepquant.sampling import (
     needs_own_scheduler,
     set_scheduler,
 )
-from stepquant.session import Session, check_finite_weights, float_products, simulate
+from stepquant.session import (
+    SAMPLES_PER_STEP,
+    Session,
+    check_finite_weights,
+    float_products,
+    simulate,
+)
 from stepquant.sources import float32_bytes, open_pipeline, weight_file_bytes
 from stepquant.workfolder import WorkFolder, fingerprint
 
@@ -92,6 +106,7 @@ def quantize(
     call: Mapping[str, Any] | None = None,
     adapter: DenoiserAdapter | None = None,
     components: Mapping[str, str] | None = None,
+    memory: float | None = None,
 ) -> Quantized:
     """Quantize the denoiser of `model` by `recipe` and save the packed pipeline to `out`.
 
@@ -106,6 +121,9 @@ def quantize(
     denoiser consists of, where stepquant does not know its architecture (`general_adapter`).
     `components`: others that get 8-bit weights, dequantized on use, as
     `{"text_encoder": "w8", "vae": "w8"}`; calibration is done with the float ones.
+    `memory`: GiB that the process may take, instead of all that is free: a calibration that is
+    predicted to need more is refused before it starts, and activations that do not fit are kept in
+    files beside `out` meanwhile.
 
     Raises StepQuantError for anything in the input that is not as expected.
     """
@@ -122,7 +140,7 @@ def quantize(
         raise StepQuantError(
             f"output folder '{target}' exists: expected a new one; name another or delete it"
         )
-    pipeline = open_pipeline(model)
+    pipeline = open_pipeline(model, map_large=True)
     component = denoiser_name(pipeline)
     float_model = getattr(pipeline, component)
     components = dict(components or {})
@@ -144,6 +162,17 @@ def quantize(
     set_scheduler(sampler, resolved.calibration.scheduler)
     for step in resolved.steps:
         step.check_model(float_model, adapter, sampler.scheduler)
+    calibration = resolved.calibration
+    plan = plan_memory(
+        float_model,
+        f"the {component} of {type(pipeline).__name__}",
+        resolved,
+        blocks,
+        lambda: first_inputs(
+            pipeline, calibration.steps, seed, calibration.scheduler, conditioning
+        ),
+        memory,
+    )
     reset_peak_memory()
     started = time.monotonic()
     provenance = provenance_of(seed, pipeline, resolved.calibration, conditioning)
@@ -152,7 +181,7 @@ def quantize(
     job = {
         "recipe": resolved.to_dict(),
         "provenance": provenance,
-        "model": fingerprint(dict(float_model.state_dict())),
+        "model": fingerprint(FloatState(float_model)),
         "scheduler": json.loads(sampler.scheduler.to_json_string()),
         "blocks": blocks,
         "left_float": left_float,
@@ -179,13 +208,15 @@ def quantize(
         trajectories=trajectories,
         scheduler=_scheduler(sampler, resolved.calibration.steps),
         draw=drawer(
-            pipeline, resolved.calibration.steps, resolved.calibration.scheduler, conditioning
+            pipeline, calibration.steps, calibration.scheduler, conditioning, calibration.batch
         ),
         weight_ranges=resolved.ranges.weights,
         activation_ranges=resolved.ranges.activations,
         seed=seed,
         reporter=reporter,
         work=work,
+        spill=Spill(work.path or Path(tempfile.gettempdir()), plan.spilled_from),
+        samples_per_step=min(SAMPLES_PER_STEP, calibration.batch),
     )
     for step in resolved.steps:
         step.apply(session)
@@ -204,6 +235,7 @@ def quantize(
         "float32_bytes": float32_bytes(float_model),
         "seconds": round(seconds, 2),
         "resumed": resume,  # then seconds and peak memory are those of the last part
+        "predicted_peak_memory_mb": as_mb(plan.prediction.peak),
         "peak_memory_mb": round(peak_memory_mb(), 1),
         "left_float": left_float,
         "attention_float": [
@@ -229,7 +261,8 @@ def pack(
     simulation: nn.Module, recipe: Recipe, left_float: dict[str, str], provenance: dict[str, Any]
 ) -> nn.Module:
     """A packed copy of `simulation` that `save_pretrained` can write."""
-    packed = pack_model(copy.deepcopy(simulation))
+    layers = quant_layers(simulation).values()
+    packed = pack_model(copy_around(simulation, layers))
     config = StepQuantConfig(
         scheme=recipe.scheme.model_dump(mode="json"),
         float_layers=left_float,
@@ -238,43 +271,6 @@ def pack(
     )
     attach_config(packed, config)
     return packed.eval()
-
-
-def provenance_of(
-    seed: int, pipeline: DiffusionPipeline, calibration: Calibration, conditioning: Conditioning
-) -> dict[str, Any]:
-    """What a checkpoint says of its making; nothing that differs between two equal runs."""
-    packages = ("torch", "diffusers", "numpy")
-    sampler = copy.copy(pipeline)
-    set_scheduler(sampler, calibration.scheduler)
-    conditions = conditioning.describe()
-    return {
-        **({"conditioning": conditions} if conditions else {}),
-        "seed": seed,
-        "sampler": f"{type(sampler.scheduler).__name__}, {calibration.steps} steps",
-        "pipeline": type(pipeline).__name__,
-        "versions": {"stepquant": __version__, **{name: version(name) for name in packages}},
-        "threads": torch.get_num_threads(),
-    }
-
-
-def mean_weight_bits(model: nn.Module) -> float:
-    """Bits per quantized weight, over all packed layers."""
-    layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
-    weights = sum(layer.spec.columns * layer.spec.out_channels for layer in layers)
-    return sum(
-        layer.spec.columns * layer.spec.out_channels * layer.spec.mean_weight_bits
-        for layer in layers
-    ) / max(1, weights)
-
-
-def reference_layers(model: nn.Module) -> dict[str, str]:
-    """Packed layers that no fast kernel takes on this device, with the reasons."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PackedLayer) and module.fallback_reasons():
-            found[name] = "; ".join(module.fallback_reasons())
-    return found
 
 
 def _scheduler(sampler: DiffusionPipeline, steps: int) -> Any:
@@ -323,6 +319,7 @@ def _trajectories(
             calibration.steps,
             seed + 1_000_000,
             calibration.scheduler,
+            calibration.batch,
             reporter=reporter,
             conditioning=conditioning,
         )

@@ -25,13 +25,16 @@ from stepquant.scheme import Scheme
 class Calibration(BaseModel):
     """Where calibration data come from: the float model's own sampler.
 
-    `trajectories` images are sampled in `steps` steps of `scheduler` (None: the pipeline's own).
+    `trajectories` images are sampled in `steps` steps of `scheduler` (None: the pipeline's own),
+    `batch` at once; ranges are taken of the inputs of as many at each step, 64 at most. Fewer take
+    less memory.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     trajectories: int = Field(64, ge=1)
     steps: int = Field(50, ge=1)
     scheduler: str | None = "ddim"
+    batch: int = Field(64, ge=1)
 
 
 class Ranges(BaseModel):

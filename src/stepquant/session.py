@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +11,13 @@ from torch import Tensor, nn
 from stepquant.calibration.influence import image_gradients, influence_spectrum
 from stepquant.calibration.initialize import initialize_ranges
 from stepquant.calibration.observe import quant_attention, quant_layers
+from stepquant.calibration.spill import Spill
 from stepquant.calibration.trajectories import Draw, Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.models.attention import PRODUCTS, ProductsProcessor, why_products_stay_float
-from stepquant.models.surgery import replace_modules
+from stepquant.models.mapped import Mapped, named_weights
+from stepquant.models.surgery import copy_around, replace_modules
 from stepquant.progress import Reporter
 from stepquant.quantizers import (
     QuantAttention,
@@ -29,6 +30,7 @@ from stepquant.scheme import Scheme
 from stepquant.workfolder import WorkFolder
 
 IMAGES_FOR_GRADIENTS = 16
+SAMPLES_PER_STEP = 64  # images whose inputs ranges are taken of
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Session:
     `model` is quantized in place by the steps; `float_model` stays as it was. `summary` collects,
     step by step, what a user should see (plain JSON values). `draw` samples more trajectories;
     `scheduler` is the sampler's, set to the calibrated steps. `common_ranges`: all rows of a table
-    start from the range of all steps together.
+    start from the range of all steps together. `spill` makes the large tensors of activations.
     """
 
     float_model: nn.Module
@@ -53,9 +55,10 @@ class Session:
     seed: int
     reporter: Reporter
     work: WorkFolder
+    spill: Spill = field(default_factory=Spill)
     ranges_ready: bool = False
     common_ranges: bool = False
-    samples_per_step: int = 64
+    samples_per_step: int = SAMPLES_PER_STEP
     gradients: Tensor | None = None  # once they were asked for
     spectra: dict[float, Tensor] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -138,19 +141,26 @@ def simulate(
     check_finite_weights(float_model)
     bits, left_float = scheme.layer_bits(float_model, adapter)
     splits = adapter.skip_splits(float_model)
-    # Only the simulated layers are trained. (A norm whose weight needs a gradient where its input
-    # does not is a crash of the process in torch 2.13, on inputs that are channels last.)
-    model = copy.deepcopy(float_model).float().eval().requires_grad_(False)
+    replaced = [module for name, module in float_model.named_modules() if name in bits]
+    model = copy_around(float_model, replaced)
 
     def build(name: str, module: nn.Module) -> nn.Module | None:
         if name not in bits:
-            return None
+            return module.loaded() if isinstance(module, Mapped) else None
         if isinstance(module, nn.Linear):
             return QuantLinear(module, *bits[name], context, splits.get(name))
         assert isinstance(module, nn.Conv2d)
         return QuantConv2d(module, *bits[name], context, splits.get(name))
 
     replace_modules(model, build)
+    # Only the simulated layers are trained. (A norm whose weight needs a gradient where its input
+    # does not is a crash of the process in torch 2.13, on inputs that are channels last.)
+    trained = {
+        parameter for layer in quant_layers(model).values() for parameter in layer.parameters()
+    }
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in trained)
+    model.float().eval()
     if scheme.attention_bits is not None:
         left = float_products(float_model, adapter)
         for name in adapter.attention_sites(float_model):
@@ -173,7 +183,7 @@ def float_products(model: nn.Module, adapter: DenoiserAdapter) -> dict[str, str]
 
 def check_finite_weights(model: nn.Module) -> None:
     """An error that names the first parameter with a NaN or an infinity."""
-    for name, value in model.named_parameters():
+    for name, value in named_weights(model):
         if not torch.isfinite(value).all():
             raise StepQuantError(
                 f"parameter '{name}' holds NaN or infinity: expected finite weights; check the "

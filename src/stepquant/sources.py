@@ -9,11 +9,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from stepquant.checkpoint.load import load_pipeline
+from stepquant.checkpoint.load import load_pipeline, local_folder
 from stepquant.errors import StepQuantError
-from stepquant.sampling import denoiser_name, denoiser_of
+from stepquant.models.mapped import FloatState, open_mapped
+from stepquant.models.weight_files import WeightFiles
+from stepquant.sampling import DENOISERS, denoiser_name, denoiser_of
 
 BUILTIN = "builtin:"
+MAP_FROM = 200_000_000  # parameters; smaller models are loaded
 BUILTIN_FEATURES = {"fashion-ddpm": "fashion", "cifar10-ddpm": "cifar10"}
 
 
@@ -35,13 +38,22 @@ def builtin_path(name: str) -> Path:
     return Path(str(resources.files("stepquant") / "assets" / name))
 
 
+def resolve_builtin(model: str | Path) -> str:
+    """`model`, or the folder of the embedded pipeline that it names."""
+    text = str(model)
+    return str(builtin_path(text.removeprefix(BUILTIN))) if text.startswith(BUILTIN) else text
+
+
 def open_pipeline(
-    model: str | Path | DiffusionPipeline, device: str | torch.device = "cpu"
+    model: str | Path | DiffusionPipeline,
+    device: str | torch.device = "cpu",
+    map_large: bool = False,
 ) -> DiffusionPipeline:
     """The pipeline that `model` names, in float32, ready to sample.
 
     `model`: "builtin:NAME", a local diffusers folder, a hub id, or a pipeline, which is returned
-    as it is.
+    as it is. `map_large`: leave the weights of a denoiser of more than `MAP_FROM` parameters in
+    their files (`models.mapped`), on the CPU.
     """
     if isinstance(model, DiffusionPipeline):
         return model
@@ -50,13 +62,23 @@ def open_pipeline(
             f"the model is a {type(model).__name__}: expected a diffusers pipeline, a folder, a "
             f"hub id or {BUILTIN}NAME; a denoiser alone has no sampler to calibrate with"
         )
-    text = str(model)
-    if text.startswith(BUILTIN):
-        text = str(builtin_path(text.removeprefix(BUILTIN)))
-    pipeline = load_pipeline(text, dtype=torch.float32).to(device)
+    source = resolve_builtin(model)
+    parts = _mapped_denoiser(local_folder(source)) if map_large else {}
+    pipeline = load_pipeline(source, dtype=torch.float32, parts=parts).to(device)
     denoiser = denoiser_of(pipeline).eval()
     denoiser.requires_grad_(False)
     return pipeline
+
+
+def _mapped_denoiser(folder: Path) -> dict[str, nn.Module]:
+    """The denoiser in `folder` by its name, mapped, if it is large and can be."""
+    for name in DENOISERS:
+        try:
+            if WeightFiles(folder / name).parameters > MAP_FROM:
+                return {name: open_mapped(folder / name, f"the component '{name}'")}
+        except StepQuantError:
+            pass  # absent, or older names of tensors: what is wrong, if anything, loading tells
+    return {}
 
 
 def default_features(model: str | Path | DiffusionPipeline) -> str | None:
@@ -73,7 +95,7 @@ def weight_file_bytes(folder: Path, component: str) -> int:
 
 def float32_bytes(model: nn.Module) -> int:
     """Bytes of `model`'s parameters and buffers in float32, without a file header."""
-    return 4 * sum(tensor.numel() for tensor in model.state_dict().values())
+    return 4 * sum(FloatState(model).sizes().values())
 
 
 __all__ = [

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,24 @@ def atomic_write(path: Path, write: Any) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` as safetensors takes them: contiguous, and no two in one storage.
+
+    Copies only where that is needed: a layer that stands in several places has one tensor under
+    several names.
+    """
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.detach().contiguous()
+        storage = whole.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != whole.nbytes:
+            whole = whole.clone()
+        seen.add(whole.untyped_storage().data_ptr())
+        found[name] = whole
+    return found
 
 
 def is_foreign(path: Path) -> bool:
@@ -92,10 +111,9 @@ class WorkFolder:
         if self.path is None:
             return
         file = self._file(key)
-        whole = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, lambda partial: save_file(whole, partial))
+            atomic_write(file, lambda partial: save_file(apart(tensors), partial))
         except (OSError, SafetensorError) as error:
             raise StepQuantError(
                 f"'{file}' cannot be written ({error}): expected room on the disk; free some and "
@@ -124,7 +142,7 @@ class WorkFolder:
             shutil.rmtree(done, ignore_errors=True)
 
 
-def fingerprint(tensors: dict[str, Tensor]) -> str:
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, dtypes, shapes and bytes of `tensors`."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

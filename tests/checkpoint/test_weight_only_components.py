@@ -16,7 +16,8 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from architectures import clip_encoder, t5_encoder, vae
 from quantize_runs import refused, tree
-from stepquant.checkpoint.weight_only_components import WeightOnlyConfig, quantize_weights
+from stepquant.checkpoint.weight_only_components import quantize_weights
+from stepquant.checkpoint.weight_only_config import WeightOnlyConfig
 from stepquant.errors import StepQuantError
 from stepquant.runtime.weight_only import WeightOnly
 
@@ -27,18 +28,19 @@ MODELS = {
 }
 
 
-def build(name):
+def build(name, bits=8):
     torch.manual_seed(0)
     model = MODELS[name][0]()
-    quantize_weights(model, f"the component '{name}'")
+    quantize_weights(model, f"the component '{name}'", bits, "minmax")
     return model
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=[(name, bits) for name in MODELS for bits in (8, 4)], ids=str)
 def saved(request, tmp_path):
-    model = build(request.param)
+    name, bits = request.param
+    model = build(name, bits)
     model.save_pretrained(tmp_path / "model")
-    return model, MODELS[request.param][1], tmp_path / "model"
+    return model, MODELS[name][1], tmp_path / "model"
 
 
 def weights_of(folder: Path) -> Path:
@@ -137,6 +139,14 @@ def test_codes_of_another_dtype_are_refused(saved):
     assert "expected" in message and ("int8" in message or "'I8'" in message)
 
 
+def test_a_zero_point_off_the_grid_is_named(saved):
+    model, kind, folder = saved
+    if model.hf_quantizer.quantization_config.bits == 8:
+        return
+    change(folder, lambda tensors: tensors[first(tensors, ".weight_zero_point")].fill_(16))
+    assert ".weight_zero_point' holds 16: expected at most 15" in refused_load(kind, folder)
+
+
 def test_a_scale_that_is_missing_is_refused(saved):
     _, kind, folder = saved
     change(folder, lambda tensors: tensors.pop(first(tensors, ".weight_scale")))
@@ -149,6 +159,7 @@ def test_a_scale_that_is_missing_is_refused(saved):
     [
         ({"format_version": 2}, "format version 2: expected 1"),
         ({"extra": 1}, "the unknown key 'extra'"),
+        ({"bits": 5}, "weight-only component is 5: expected one of 4, 8"),
         ({"layers": "all"}, "layers of the config of a weight-only component is 'all'"),
         ({"layers": ["absent"]}, "names the layer 'absent', which is nothing in"),
     ],
@@ -168,6 +179,9 @@ def test_the_config_round_trips():
     assert config.layers == ["a", "b"]
     assert WeightOnlyConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
     assert json.loads(config.to_json_string()) == config.to_dict()
+    assert not {"bits", "grids"} & set(config.to_dict())  # as before there were other bits
+    config = WeightOnlyConfig(["a"], bits=4, grids="mse")
+    assert WeightOnlyConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 
 def test_shared_weights_and_subclasses_stay_float():

@@ -60,7 +60,7 @@ def test_other_components_with_8_bit_weights(folders, prompts, tmp_path):
     assert components["vae"]["checkpoint_bytes"] < components["vae"]["float32_bytes"]
     for wrong, words in (
         ("--component=vae", "--component 'vae' is not understood: expected key=value"),
-        ("--component=vae=w4", "'vae' is to be 'w4': expected 'w8'"),
+        ("--component=vae=w3", "'vae' is to be 'w3': expected one of w8, w4"),
     ):
         message = refused(
             "quantize", folders / "sd", *FEW, *common[:2], wrong, "--out", tmp_path / "other"

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import yaml
-from cli_runs import record, run
+from cli_runs import record, refused, run
 from PIL import Image
 
 import stepquant
@@ -39,6 +39,22 @@ def test_quantize_writes_a_pipeline_and_says_how_it_went(float_folder, packed_fo
     assert "w4a8" in shown
     assert f"written to {packed_folder}" in shown
     assert [path.name for path in packed_folder.parent.glob("*.work")] == []
+
+
+def test_pack_writes_a_pipeline_and_says_how_it_went(float_folder, tmp_path):
+    out = tmp_path / "w4"
+    result = run(
+        "pack", float_folder, "--out", out, "--grids=minmax", "--json", tmp_path / "record.json"
+    )
+    assert result.exit_code == 0, result.stderr
+    arguments, results = checked(tmp_path / "record.json", "pack")
+    assert (arguments["weights"], arguments["grids"]) == (4, "minmax")
+    assert results["out"] == str(out) and results["bits"] == "w4"
+    assert results["times_smaller"] > 2
+    assert f"written to {out}" in result.stdout
+    sampled = run("sample", out, "--num=1", "--steps=2", "--grid", tmp_path / "grid.png", "-q")
+    assert (sampled.exit_code, sampled.stderr) == (0, "")
+    assert refused("pack", out, "--out", tmp_path / "again").startswith("the component 'unet' is q")
 
 
 def test_quantize_takes_a_recipe_file_that_show_printed(float_folder, tmp_path):

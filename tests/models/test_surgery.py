@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from stepquant.models.surgery import replace_modules
+from stepquant.models.surgery import copy_around, replace_modules
 
 
 def nested() -> nn.Sequential:
@@ -82,3 +82,14 @@ def test_the_model_itself_is_not_asked_about() -> None:
     empty = nn.Sequential()
     empty.register_module("absent", None)
     assert replace_modules(empty, lambda *_: nn.Identity())._modules == {"absent": None}
+
+
+def test_a_copy_around_modules_has_their_tensors_and_copies_of_all_others():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 2), nn.Linear(2, 2))
+    model[3].weight = model[2].weight
+    new = copy_around(model, [model[0], model[2]])
+    assert new[0] is not model[0] and new[0].weight is model[0].weight
+    assert new[1].weight is not model[1].weight
+    assert torch.equal(new[1].weight, model[1].weight)
+    assert new[2].bias is model[2].bias
+    assert new[2].weight is new[3].weight and new[3].weight is not model[3].weight

@@ -9,7 +9,13 @@ import torch
 from layer_cases import LAYERS, input_for, seeded
 from torch import nn
 
-from stepquant.runtime.weight_only import weight_codes, weight_only_in_place_of
+from stepquant.numerics import fake_quantize
+from stepquant.runtime.weight_only import (
+    minmax_grid,
+    weight_codes,
+    weight_only_in_place_of,
+    weight_only_tensors,
+)
 
 KINDS = {
     **LAYERS,
@@ -63,7 +69,38 @@ def test_the_scale_stays_float32_and_the_output_has_the_dtype_of_the_input():
     torch.testing.assert_close(y.float(), wanted, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_layer_of_4_bits_computes_with_its_codes(kind, monkeypatch):
+    torch.manual_seed(1)
+    layer, x = KINDS[kind](), input_for(kind)
+    new = weight_only_in_place_of(layer, bits=4)
+    rows = layer.weight.flatten(1)
+    scale, zero_point = minmax_grid(rows, 4)
+    assert new.weight.dtype == torch.int8 and new.weight.numel() == -(-rows.numel() // 2)
+    assert torch.equal(new.weight_scale, scale)
+    assert torch.equal(new.weight_zero_point, zero_point.to(torch.uint8))
+    like = copy.deepcopy(layer)
+    rounded = fake_quantize(rows, scale[:, None], zero_point[:, None], 4)
+    like.weight.copy_(rounded.view_as(layer.weight))
+    assert torch.equal(new(x), like(x))
+    assert torch.equal(new.bfloat16().float_weight(torch.float32), like.weight)
+    # A few out-channels at a time give the same.
+    monkeypatch.setattr("stepquant.runtime.weight_only.AT_ONCE", 1)
+    for name, tensor in weight_only_tensors(layer.weight, 4).items():
+        assert torch.equal(tensor, getattr(new, name))
+
+
+def test_an_odd_number_of_codes_fills_the_last_byte_with_zeros():
+    made = weight_only_tensors(torch.tensor([[0.0, 7.5, 15.0]]), 4)
+    assert made["weight"].view(torch.uint8).tolist() == [8 << 4, 15]  # 7.5 to even
+
+
 def test_an_empty_one_is_on_the_meta_device_with_the_right_shapes():
     new = weight_only_in_place_of(seeded("conv3x3"), empty=True)
     assert new.weight.is_meta and new.weight.dtype == torch.int8
     assert new.weight.shape == (8 * 12 * 3 * 3,) and new.weight_scale.shape == (8,)
+    assert new.weight_zero_point is None
+    new = weight_only_in_place_of(seeded("conv3x3"), empty=True, bits=4)
+    assert new.weight.is_meta and new.weight.shape == (4 * 12 * 3 * 3,)
+    assert new.weight_zero_point.shape == (8,) and new.weight_zero_point.dtype == torch.uint8

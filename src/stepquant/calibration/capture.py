@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.nested import join, pick
+from stepquant.calibration.nested import Joined, pick
 from stepquant.calibration.replay import replaying
+from stepquant.calibration.spill import Rows, Spill
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.errors import StepQuantError
 from stepquant.models.calling import tensors_in
@@ -27,13 +28,15 @@ class BlockData:
 
     `args`, `kwargs`: its inputs, each tensor `[N, ...]`, in tuples and dictionaries too; tensors
     without a row for each sample are `Shared`, and anything else is as it was in the first call.
-    `target`: the output to match, `[N, ...]`, as `joined_output` gives it. `timestep [N]`.
+    `target`: the output to match, `[N, ...]`, as `joined_output` gives it. `timestep [N]`. `spill`:
+    what made the tensors.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     target: Tensor
     timestep: Tensor
+    spill: Spill = field(default_factory=Spill)
 
     def __len__(self) -> int:
         return self.target.shape[0]
@@ -41,7 +44,9 @@ class BlockData:
     def batch(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], Tensor, Tensor]:
         """`(args, kwargs, target, timestep)` of the samples `index`."""
         args, kwargs = pick((self.args, self.kwargs), index)
-        return args, kwargs, self.target[index], self.timestep[index]
+        target = self.target[index]
+        self.spill.release()
+        return args, kwargs, target, self.timestep[index]
 
 
 def joined_output(output: Any) -> Tensor:
@@ -69,16 +74,19 @@ def capture_inputs(
     data: Trajectories,
     batch: int,
     outputs: Mapping[str, Any] | None = None,
+    spill: Spill | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of `block` while `model` sees `data`, joined over batches.
 
     `outputs`: what blocks before it give for `data`, `[N, ...]`, which then do not run again.
+    `spill` makes the joined tensors, and made `outputs`.
     """
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    counts: list[int] = []
+    spill = spill or Spill()
+    joined = Joined(f"the block '{block}'", len(data), spill)
+    count = 0
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, kwargs))
+        joined.add((args, kwargs), count)
         raise _StopForward
 
     with (
@@ -86,28 +94,37 @@ def capture_inputs(
         replaying(model, outputs or {}) as stands_in,
     ):
         chunks = [slice(start, start + batch) for start in range(0, len(data), batch)]
-        for chunk in (*chunks, slice(0, min(len(data), 2 if batch == 1 else 1))):
+        other = slice(0, min(len(data), 2 if batch == 1 else 1))
+        for chunk in (chunks[0], other, *chunks[1:]):
             for stand_in in stands_in:
                 stand_in.part = chunk
             part = data.take(chunk)
-            counts.append(len(part))
+            count = len(part)
             try:
                 predict(model, part)
             except _StopForward:
-                continue
-    args, kwargs = join(calls, counts, f"the block '{block}'")
+                spill.release()
+    args, kwargs = joined.joined()
     return args, kwargs
 
 
 @torch.no_grad()
 def capture_outputs(
-    model: nn.Module, blocks: list[str], data: Trajectories, batch: int
+    model: nn.Module,
+    blocks: list[str],
+    data: Trajectories,
+    batch: int,
+    spill: Spill | None = None,
 ) -> dict[str, Tensor]:
-    """Outputs `[N, ...]` of each of `blocks` while `model` sees `data`, in one pass."""
-    outputs: dict[str, list[Tensor]] = {block: [] for block in blocks}
+    """Outputs `[N, ...]` of each of `blocks` while `model` sees `data`, in one pass.
+
+    `spill` makes them.
+    """
+    spill = spill or Spill()
+    outputs = {block: Rows(len(data), spill) for block in blocks}
     handles = [
         model.get_submodule(block).register_forward_hook(
-            lambda _m, _a, y, block=block: outputs[block].append(joined_output(y).clone())
+            lambda _m, _a, y, block=block: outputs[block].add(joined_output(y))
         )
         for block in blocks
     ]
@@ -117,7 +134,7 @@ def capture_outputs(
     finally:
         for handle in handles:
             handle.remove()
-    return {block: torch.cat(parts) for block, parts in outputs.items()}
+    return {block: rows.joined() for block, rows in outputs.items()}
 
 
 @torch.no_grad()

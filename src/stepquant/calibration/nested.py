@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepquant.calibration.spill import Rows, Spill
 from stepquant.errors import StepQuantError
 from stepquant.models.calling import inside
 
@@ -32,29 +33,87 @@ def pick(value: Any, index: Tensor | slice) -> Any:
     return inside(value, lambda entry: pick(entry, index))
 
 
-def join(values: list[Any], counts: list[int], owner: str) -> Any:
-    """The same value of calls of `owner` with `counts` samples: joined where it has rows.
+class Joined:
+    """The same value of calls of `owner` with some samples each, joined where it has rows.
 
-    Otherwise it is the same in all calls, and the first is taken. The last call only tells by its
-    number of samples what has rows, and is left out.
-
-    Raises StepQuantError, naming `owner`, for a tensor that has no rows and changes.
+    The second call only tells by its number of samples what has rows, and is left out. What has
+    none is the same in all calls, and the first is taken. `total`: samples in all other calls;
+    `spill` makes the joined tensors.
     """
-    first = values[0]
-    if isinstance(first, Tensor):
-        if all(v.dim() > 0 and len(v) == n for v, n in zip(values, counts, strict=True)):
-            return torch.cat(values[:-1])
-        for value, count in zip(values, counts, strict=True):
-            if value.shape != first.shape or not torch.allclose(value, first, equal_nan=True):
-                raise StepQuantError(
-                    f"{owner} takes a tensor {list(first.shape)} for {counts[0]} samples and "
-                    f"another one {list(value.shape)} for {count}: expected a row for each "
-                    "sample, or the same tensor at every call; choose other blocks"
-                )
-        return Shared(first)
-    if isinstance(first, dict):
-        return {key: join([value[key] for value in values], counts, owner) for key in first}
-    if type(first) in (tuple, list):
-        parts = zip(*values, strict=True)
-        return type(first)(join(list(entries), counts, owner) for entries in parts)
-    return first
+
+    def __init__(self, owner: str, total: int, spill: Spill) -> None:
+        self._owner, self._total, self._spill = owner, total, spill
+        self._calls = 0
+        self._first: Any = None
+        self._count = 0  # of the first call
+        self._rows: list[Rows | None] = []  # for each tensor in the value, in order
+
+    def add(self, value: Any, count: int) -> None:
+        """The next call's value, for `count` samples; nothing of it is kept but the first.
+
+        Raises StepQuantError, naming the owner, for a tensor that has no rows and changes.
+        """
+        tensors = _tensors(value)
+        if self._calls == 0:
+            self._first, self._count = value, count
+        else:
+            if self._calls == 1:
+                pairs = zip(_tensors(self._first), tensors, strict=True)
+                self._rows = [
+                    Rows(self._total, self._spill)
+                    if _has_rows(first, self._count) and _has_rows(second, count)
+                    else None
+                    for first, second in pairs
+                ]
+                for rows, first in zip(self._rows, _tensors(self._first), strict=True):
+                    if rows is not None:
+                        rows.add(first)
+            for rows, first, tensor in zip(self._rows, _tensors(self._first), tensors, strict=True):
+                if rows is None:
+                    self._check_shared(first, tensor, count)
+                elif not _has_rows(tensor, count):
+                    raise self._changing(first, tensor, count)
+                elif self._calls > 1:
+                    rows.add(tensor)
+        self._calls += 1
+
+    def joined(self) -> Any:
+        """The value for all samples: tensors with rows `[total, ...]`, others `Shared`."""
+        found = iter(zip(self._rows, _tensors(self._first), strict=True))
+
+        def build(entry: Any) -> Any:
+            if not isinstance(entry, Tensor):
+                return inside(entry, build)
+            rows, first = next(found)
+            return Shared(first) if rows is None else rows.joined()
+
+        return build(self._first)
+
+    def _check_shared(self, first: Tensor, tensor: Tensor, count: int) -> None:
+        if tensor.shape != first.shape or not torch.allclose(tensor, first, equal_nan=True):
+            raise self._changing(first, tensor, count)
+
+    def _changing(self, first: Tensor, tensor: Tensor, count: int) -> StepQuantError:
+        return StepQuantError(
+            f"{self._owner} takes a tensor {list(first.shape)} for {self._count} samples and "
+            f"another one {list(tensor.shape)} for {count}: expected a row for each sample, or the "
+            "same tensor at every call; choose other blocks"
+        )
+
+
+def _has_rows(tensor: Tensor, count: int) -> bool:
+    return tensor.dim() > 0 and len(tensor) == count
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in `value`, in the order in which `inside` meets them."""
+    found: list[Tensor] = []
+
+    def visit(entry: Any) -> Any:
+        if isinstance(entry, Tensor):
+            found.append(entry)
+            return entry
+        return inside(entry, visit)
+
+    visit(value)
+    return found

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,11 +12,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from stepquant.calibration.conditions import ConditionRecorder, Conditions
+from stepquant.calibration.conditions import Conditions
+from stepquant.calibration.recorder import Recorder, Seen
 from stepquant.errors import StepQuantError
-from stepquant.models.calling import argument_names, call_denoiser
+from stepquant.models.calling import call_denoiser
 from stepquant.progress import Reporter
-from stepquant.quantizers.step_grid import StepGrid, timestep_position
+from stepquant.quantizers.step_grid import StepGrid
 from stepquant.sampling import (
     Conditioning,
     check_count,
@@ -113,50 +113,37 @@ def predict(denoiser: nn.Module, inputs: Trajectories) -> Tensor:
     return call_denoiser(denoiser, inputs.sample, inputs.timestep, arguments)
 
 
-class _Seen(Exception):
-    """Raised by a hook once one call's arguments are known; the rest is not needed."""
+def first_inputs(
+    pipeline: DiffusionPipeline,
+    steps: int,
+    seed: int,
+    scheduler: str | None,
+    conditioning: Conditioning | None = None,
+) -> Trajectories:
+    """What the sampler first calls the denoiser with for one image; that does not run.
 
+    One input, or with guidance in one batch two.
+    """
+    denoiser = denoiser_of(pipeline)
+    recorder = Recorder(denoiser)
 
-class _Recorder:
-    """A forward pre-hook that keeps the inputs of every call of a denoiser."""
+    def look(*call: Any) -> None:
+        recorder(*call)
+        raise Seen
 
-    def __init__(self, denoiser: nn.Module, by_sample: Collection[str] | None = None) -> None:
-        """`by_sample`: see `ConditionRecorder`."""
-        timestep_position(denoiser)  # an error where there is no such argument
-        self._signature = inspect.signature(denoiser.forward)
-        self._sample = argument_names(denoiser)[0]
-        kinds = {name: p.kind for name, p in self._signature.parameters.items()}
-        for name, kind in kinds.items():
-            if kind is inspect.Parameter.VAR_POSITIONAL:
-                raise StepQuantError(
-                    f"{type(denoiser).__name__}.forward takes '*{name}': expected arguments with "
-                    "names, by which they are given again; wrap the model so that each has one"
-                )
-        self._open = [n for n, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD]
-        self.samples: list[Tensor] = []
-        self.timesteps: list[Tensor] = []
-        self.conditions = ConditionRecorder(type(denoiser).__name__, by_sample)
-
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
-        for name in self._open:  # of `**cond`, whatever it is called
-            arguments |= arguments.pop(name, {})
-        sample, given = arguments.pop(self._sample), arguments.pop("timestep")
-        timestep = torch.as_tensor(given)  # a number, [] or [B]
-        count = sample.shape[0]
-        self.samples.append(sample.detach().clone())
-        self.timesteps.append(
-            timestep.reshape(-1).expand(count).cpu().clone()
-        )  # it is counted with
-        arguments.pop("return_dict", None)
-        self.conditions.add(
-            {name: value for name, value in arguments.items() if not self._is_default(name, value)},
-            count,
-        )
-
-    def _is_default(self, name: str, value: Any) -> bool:
-        parameter = self._signature.parameters.get(name)
-        return value is None and parameter is not None and parameter.default is None
+    handle = denoiser.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with suppress(Seen):
+            sample_images(
+                pipeline, 1, steps, seed, scheduler, conditioning=conditioning, decode=False
+            )
+    finally:
+        handle.remove()
+    _check_called(recorder)
+    timestep = torch.cat(recorder.timesteps)
+    owner = torch.zeros(len(timestep), dtype=torch.int64)
+    sample, conditions = torch.cat(recorder.samples), recorder.conditions.conditions()
+    return Trajectories(sample, timestep, owner, timestep.unique(), conditions)
 
 
 def capture_trajectories(
@@ -198,20 +185,19 @@ def capture_trajectories(
         finally:
             handle.remove()
 
-    other = _Recorder(denoiser)
+    other = Recorder(denoiser)
 
     def look(*call: Any) -> None:
         other(*call)
-        raise _Seen
+        raise Seen
 
     # What has rows is told by another number of images: a table may be as long as there are images.
     other_count = 1 if min(num, batch) > 1 else 2
-    with suppress(_Seen):
+    with suppress(Seen):
         draw(other_count, other_count, look, None)
-    recorder = _Recorder(denoiser, other.conditions.by_sample())
+    recorder = Recorder(denoiser, other.conditions.by_sample())
     draw(num, batch, recorder, reporter)
-    if not recorder.samples:
-        raise StepQuantError("the sampler never called the denoiser: expected at least one step")
+    _check_called(recorder)
     per_batch = torch.cat(recorder.timesteps)
     timesteps = per_batch[_first_of_each(per_batch)]
     sizes = [min(batch, num - start) for start in range(0, num, batch)]
@@ -220,6 +206,11 @@ def capture_trajectories(
         torch.cat(recorder.samples), per_batch, owner, timesteps, recorder.conditions.conditions()
     )
     return found.take(order)
+
+
+def _check_called(recorder: Recorder) -> None:
+    if not recorder.samples:
+        raise StepQuantError("the sampler never called the denoiser: expected at least one step")
 
 
 def _owners(
@@ -263,6 +254,7 @@ def drawer(
     steps: int,
     scheduler: str | None,
     conditioning: Conditioning | None = None,
+    batch: int = 64,
 ) -> Draw:
     """Draws with `pipeline`, or with another denoiser in it; see `capture_trajectories`.
 
@@ -275,7 +267,7 @@ def drawer(
             sampler = copy.copy(pipeline)
             sampler.register_modules(**{denoiser_name(pipeline): denoiser})
         return capture_trajectories(
-            sampler, num, steps, 0, scheduler, conditioning=conditioning, first=seed
+            sampler, num, steps, 0, scheduler, batch, conditioning=conditioning, first=seed
         )
 
     return draw

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,11 +40,12 @@ def load_pipeline(
     *,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    parts: Mapping[str, Any] | None = None,
 ) -> DiffusionPipeline:
     """The pipeline in the diffusers folder `source`, or of the hub id `source` ("org/name").
 
     `dtype`: that of the float parts; packed layers keep their float32 scales. `revision`:
-    branch, tag or commit on the hub.
+    branch, tag or commit on the hub. `parts`: components by name that are not to be loaded.
 
     Raises StepQuantError, naming the file or tensor, for a folder that is absent, incomplete,
     damaged, pickled or of a newer format, and for a hub id that cannot be fetched.
@@ -51,13 +53,11 @@ def load_pipeline(
     # Only whoever loads a pipeline waits for diffusers to import all of them.
     from diffusers import DiffusionPipeline
 
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        folder = _fetch(str(source), revision, DiffusionPipeline)
+    folder = local_folder(source, revision)
     check_folder(folder)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, local_files_only=True
+            str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, **(parts or {})
         )
     except StepQuantError as error:
         raise StepQuantError(f"'{source}' cannot be loaded: {error}") from error
@@ -68,6 +68,20 @@ def load_pipeline(
         ) from error
     _check_complete(str(source), pipeline)
     return pipeline
+
+
+def local_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder `source`, or the local copy of the hub's pipeline of that id."""
+    from diffusers import DiffusionPipeline
+
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() else _fetch(str(source), revision, DiffusionPipeline)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The components that the index of `folder` names: `[library, class]` of each."""
+    index = _read_index(folder / INDEX_NAME)
+    return {name: entry for name, entry in index.items() if _is_component(entry)}
 
 
 def _check_complete(source: str, pipeline: Any) -> None:

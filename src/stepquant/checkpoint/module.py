@@ -18,6 +18,7 @@ from stepquant.checkpoint.checksum import CHECKSUM_NAME, checksum, checksum_tens
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.plugin import StepQuantQuantizer
 from stepquant.errors import StepQuantError
+from stepquant.workfolder import apart
 
 COMPONENT = "denoiser"
 CONFIG_NAME = "config.json"
@@ -30,8 +31,7 @@ def write_module(model: nn.Module, folder: Path) -> None:
     config: StepQuantConfig = quantizer.quantization_config
     part = folder / COMPONENT
     part.mkdir()
-    # Clones, because a layer that stands in several places has one tensor under several names.
-    tensors = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
+    tensors = apart(model.state_dict())
     lines = [tensor_line(name, tensor) for name, tensor in tensors.items()]
     tensors[CHECKSUM_NAME] = checksum_tensor(checksum(config.layers_json(), lines))
     save_file(tensors, part / WEIGHTS_NAME)

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,21 @@ def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[
             "call attach_config on it first"
         )
     check_model(component)
+    with complete_or_absent(folder) as partial:
+        # Nothing loads a folder of a pipeline that only the user's code can build.
+        if getattr(pipeline, "saves_denoiser_only", False) or not isinstance(component, ModelMixin):
+            write_module(component, partial)
+        else:
+            pipeline.save_pretrained(partial, safe_serialization=True)
+    return folder
+
+
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """A hidden folder to write to, which becomes the new `folder` at the end, or vanishes.
+
+    Raises StepQuantError if `folder` exists, and when the disk is full or refuses the write.
+    """
     if folder.exists():
         raise StepQuantError(
             f"the output folder '{folder}' exists already: expected a new one; remove it or "
@@ -100,10 +117,15 @@ def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _write_and_rename(pipeline, component, folder)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+        try:
+            yield partial
+            _finish(partial, folder)
+        except BaseException:  # also an interrupt: nothing half-written stays behind
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     except (OSError, SafetensorError) as error:
         raise _write_error(folder, error) from error
-    return folder
 
 
 def remove_partial(folder: Path) -> None:
@@ -123,24 +145,14 @@ def _shared_context(model: nn.Module) -> StepContext:
     return next(iter(contexts.values()))
 
 
-def _write_and_rename(pipeline: Any, component: nn.Module, folder: Path) -> None:
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    try:
-        # Nothing loads a folder of a pipeline that only the user's code can build.
-        if getattr(pipeline, "saves_denoiser_only", False) or not isinstance(component, ModelMixin):
-            write_module(component, partial)
-        else:
-            pipeline.save_pretrained(partial, safe_serialization=True)
-        _forget_origin(partial)
-        # mkdtemp and safetensors make theirs private; the folder gets the user's usual modes.
-        mask = _umask()
-        for path in (partial, *partial.rglob("*")):
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-            _flush(path)
-        partial.rename(folder)
-    except BaseException:  # also an interrupt: nothing half-written stays behind
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+def _finish(partial: Path, folder: Path) -> None:
+    _forget_origin(partial)
+    # mkdtemp and safetensors make theirs private; the folder gets the user's usual modes.
+    mask = _umask()
+    for path in (partial, *partial.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        _flush(path)
+    partial.rename(folder)
     _flush(folder.parent)
 
 

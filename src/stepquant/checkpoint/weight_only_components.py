@@ -1,4 +1,4 @@
-"""Weight-only 8-bit components of a pipeline: their config, and loading those of diffusers.
+"""Weight-only components of a pipeline: making them, and loading those of diffusers.
 
 Text encoders are models of transformers, which has a table of quantizers of its own
 (`checkpoint.weight_only_text`).
@@ -6,81 +6,31 @@ Text encoders are models of transformers, which has a table of quantizers of its
 
 from __future__ import annotations
 
-import json
-from enum import Enum
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from stepquant.checkpoint.weight_only_config import WeightOnlyConfig, WeightOnlyMethod
 from stepquant.errors import StepQuantError
 from stepquant.models.surgery import replace_modules
-from stepquant.runtime.weight_only import WeightOnly, is_plain, weight_only_in_place_of
+from stepquant.quantizers.weight import GridSearch
+from stepquant.runtime.weight_only import (
+    WeightOnly,
+    is_plain,
+    minmax_grid,
+    weight_only_in_place_of,
+)
 
-FORMAT_VERSION = 1
-
-
-class WeightOnlyMethod(str, Enum):
-    """diffusers reads `quant_method.value`."""
-
-    WEIGHT_ONLY = "stepquant_weight_only"
-
-
-class WeightOnlyConfig(QuantizationConfigMixin):
-    """The `quantization_config` of such a component: the names of its 8-bit layers.
-
-    Raises StepQuantError for unknown keys, a newer format version and values of the wrong type.
-    """
-
-    def __init__(
-        self, layers: list[str] | None = None, format_version: int = FORMAT_VERSION, **more: Any
-    ) -> None:
-        self.quant_method: Any = WeightOnlyMethod.WEIGHT_ONLY
-        if format_version != FORMAT_VERSION:
-            raise StepQuantError(
-                f"a weight-only component has format version {format_version!r}: expected "
-                f"{FORMAT_VERSION}, the only one that this stepquant reads; upgrade stepquant"
-            )
-        unknown = set(more) - {"quant_method"}
-        if unknown:
-            raise StepQuantError(
-                f"the config of a weight-only component has the unknown key '{min(unknown)}': "
-                "expected format_version and layers"
-            )
-        if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
-            raise StepQuantError(
-                f"layers of the config of a weight-only component is {layers!r}: expected a list "
-                "of names"
-            )
-        self.format_version, self.layers = format_version, sorted(layers)
-
-    @classmethod
-    def from_dict(
-        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
-        """The config that `to_dict` wrote."""
-        config = cls(**config_dict)
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values in a fixed order."""
-        return {
-            "format_version": self.format_version,
-            "layers": self.layers,
-            "quant_method": self.quant_method.value,
-        }
-
-    def to_json_string(self, use_diff: bool = True) -> str:
-        """`to_dict` as indented JSON."""
-        del use_diff
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-
-    def __repr__(self) -> str:
-        return f"WeightOnlyConfig(layers={len(self.layers)})"
+TENSORS = {
+    "weight": torch.int8,
+    "weight_scale": torch.float32,
+    "weight_zero_point": torch.uint8,  # below 8 bits
+}
 
 
 class WeightOnlyQuantizer(DiffusersQuantizer):
@@ -154,13 +104,34 @@ def register() -> None:
         weight_only_text.register()
 
 
-def quantize_weights(model: Any, what: str) -> None:
+def quantize_weights(
+    model: Any,
+    what: str,
+    bits: int = 8,
+    grids: str | None = None,
+    find: GridSearch = minmax_grid,
+    kept: Collection[str] = (),
+) -> None:
     """Put weight-only layers in the place of the linear and conv layers of `model`, for saving too.
 
-    `what`: names it in errors. Layers that share their weight with another module, and subclasses
-    of both kinds, stay float. Raises StepQuantError if nothing is left, if the model is quantized
-    already, or is of a library that would not load it again.
+    `what`: names it in errors. `bits`, `find`: see `runtime.weight_only`; `grids` is what the
+    config calls `find`. The layers `kept`, those that share their weight with another module, and
+    subclasses of both kinds, stay float. Raises StepQuantError if nothing is left, if the model is
+    quantized already, or is of a library that would not load it again.
     """
+    config = WeightOnlyConfig(weight_only_layers(model, what, kept), bits=bits, grids=grids)
+    mark_weight_only(model, config, what)
+    chosen = set(config.layers)
+    replace_modules(
+        model,
+        lambda name, module: (
+            weight_only_in_place_of(module, bits=bits, find=find) if name in chosen else None
+        ),
+    )
+
+
+def weight_only_layers(model: Any, what: str, kept: Collection[str] = ()) -> list[str]:
+    """Names of the layers that `quantize_weights` replaces, with its errors."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise StepQuantError(f"{what} is quantized already: expected a float model")
     counts: dict[int, int] = {}
@@ -170,11 +141,15 @@ def quantize_weights(model: Any, what: str) -> None:
     names = [
         name
         for name, module in model.named_modules()
-        if is_plain(module) and counts[id(module.weight)] == 1
+        if is_plain(module) and counts[id(module.weight)] == 1 and name not in kept
     ]
     if not names:
         raise StepQuantError(f"{what} has no linear or conv layer: expected some to quantize")
-    config = WeightOnlyConfig(names)
+    return names
+
+
+def mark_weight_only(model: Any, config: WeightOnlyConfig, what: str) -> None:
+    """Make `save_pretrained` and `save_config` of `model` write `config`."""
     quantizer: Any
     if isinstance(model, ModelMixin):
         quantizer = WeightOnlyQuantizer(config)
@@ -182,10 +157,6 @@ def quantize_weights(model: Any, what: str) -> None:
     else:
         quantizer = _text_quantizer(model, config, what)
         model.config.quantization_config = config
-    chosen = set(names)
-    replace_modules(
-        model, lambda name, module: weight_only_in_place_of(module) if name in chosen else None
-    )
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = config.quant_method
 
@@ -205,10 +176,17 @@ def put_empty_layers(model: Any, config: WeightOnlyConfig) -> set[str]:
     replace_modules(
         model,
         lambda name, module: (
-            weight_only_in_place_of(module, empty=True) if name in chosen else None
+            weight_only_in_place_of(module, empty=True, bits=config.bits)
+            if name in chosen
+            else None
         ),
     )
-    return {f"{name}.{key}" for name in config.layers for key in ("weight", "weight_scale")}
+    return {f"{name}.{key}" for name in config.layers for key in tensor_keys(config.bits)}
+
+
+def tensor_keys(bits: int) -> tuple[str, ...]:
+    """What a weight-only layer of `bits` bits holds beside its bias."""
+    return tuple(TENSORS)[: 3 if bits < 8 else 2]
 
 
 def check_tensor(name: str, tensor: Tensor, wanted: Tensor) -> None:
@@ -226,8 +204,10 @@ def check_loaded(model: nn.Module) -> None:
     for name, layer in model.named_modules():
         if not isinstance(layer, WeightOnly):
             continue
-        for key, dtype in (("weight", torch.int8), ("weight_scale", torch.float32)):
+        for key, dtype in TENSORS.items():
             tensor = getattr(layer, key)
+            if tensor is None:
+                continue
             if tensor.is_meta or tensor.dtype != dtype:
                 raise StepQuantError(
                     f"tensor '{name}.{key}' was loaded as {tensor.dtype} on {tensor.device}: "
@@ -238,6 +218,12 @@ def check_loaded(model: nn.Module) -> None:
             raise StepQuantError(
                 f"tensor '{name}.weight_scale' holds numbers that are no scales: expected finite "
                 "positive ones; the file is damaged"
+            )
+        zero_point = layer.weight_zero_point
+        if zero_point is not None and bool((zero_point > 15).any()):
+            raise StepQuantError(
+                f"tensor '{name}.weight_zero_point' holds {int(zero_point.max())}: expected at "
+                "most 15, the largest code of 4 bits; the file is damaged"
             )
 
 

@@ -14,11 +14,10 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from stepquant.checkpoint.weight_only_components import (
-    WeightOnlyConfig,
-    WeightOnlyMethod,
     check_loaded,
     put_empty_layers,
 )
+from stepquant.checkpoint.weight_only_config import WeightOnlyConfig, WeightOnlyMethod
 from stepquant.errors import StepQuantError
 
 
@@ -34,7 +33,11 @@ def check_counts(files: list[str], config: WeightOnlyConfig) -> None:
 
     Not by name: transformers renames the tensors of some models on their way to the disk.
     """
-    found = {"I8": 0, "F32": 0}
+    beside = ("weight_scale", "weight_zero_point")
+    wanted = {"I8": len(config.layers), "F32": len(config.layers)}
+    if config.bits < 8:
+        wanted["U8"] = len(config.layers)
+    found = dict.fromkeys(wanted, 0)
     for path in files:
         if not str(path).endswith(".safetensors"):
             raise StepQuantError(
@@ -44,9 +47,8 @@ def check_counts(files: list[str], config: WeightOnlyConfig) -> None:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 dtype = file.get_slice(key).get_dtype()
-                if key.endswith(".weight_scale") or dtype == "I8":
+                if key.rpartition(".")[2] in beside or dtype == "I8":
                     found[dtype] = found.get(dtype, 0) + 1
-    wanted = {"I8": len(config.layers), "F32": len(config.layers)}
     if files and found != wanted:
         raise StepQuantError(
             f"the files of a weight-only component ('{files[0]}') hold codes and scales of the "

@@ -12,6 +12,7 @@ from stepquant.cli.demo import demo
 from stepquant.cli.evaluate import evaluate
 from stepquant.cli.inspect import inspect
 from stepquant.cli.options import Version
+from stepquant.cli.pack import pack
 from stepquant.cli.quantize import quantize
 from stepquant.cli.recipes import recipes
 from stepquant.cli.sample import sample
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, quantize, sample, evaluate, bench, inspect):
+for verb in (demo, quantize, pack, sample, evaluate, bench, inspect):
     app.command()(verb)
 app.add_typer(recipes, name="recipes")
 

@@ -60,8 +60,12 @@ def quantize(
         typer.Option(
             "--component",
             metavar="NAME=w8",
-            help="8-bit weights for another component, such as text_encoder or vae; repeat.",
+            help="8-bit (or w4) weights for another component, such as vae; repeat.",
         ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", help="Memory that may be taken, else all that is free."),
     ] = None,
     json_file: Json = None,
     quiet: Quiet = False,
@@ -83,6 +87,7 @@ def quantize(
             resume,
             output.reporter,
             components=parse_settings(component or [], "--component", "text_encoder=w8"),
+            memory=memory,
             **conditions(prompt, prompts, label, guidance, call),
         ).record
         output.results = {"out": out, **record}
@@ -93,6 +98,7 @@ def quantize(
             "checkpoint_bytes",
             "times_smaller",
             "seconds",
+            "predicted_peak_memory_mb",
             "peak_memory_mb",
         )
         output.table([{key: record[key] for key in shown}])

@@ -47,6 +47,7 @@ class BlockDistillation(Step):
     """
 
     name = "block_distillation"
+    trains = "blocks"
     not_after: ClassVar[Mapping[str, str]] = CORRECTED
     iterations: int = Field(400, ge=0)
     batch: int = Field(32, ge=1)

@@ -78,6 +78,7 @@ class BlockReconstruction(Step):
     """
 
     name = "block_reconstruction"
+    trains = "blocks"
     not_after: ClassVar[Mapping[str, str]] = {"progressive_alignment": ROUNDED, **CORRECTED}
     iterations: int = Field(400, ge=0)
     batch: int = Field(32, ge=1)

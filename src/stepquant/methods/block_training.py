@@ -17,8 +17,10 @@ from stepquant.calibration.capture import (
 )
 from stepquant.calibration.nested import inside, pick
 from stepquant.calibration.replay import Replayable, replayable_blocks
+from stepquant.calibration.spill import Rows
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
+from stepquant.models.calling import tensors_in
 from stepquant.session import Session
 
 BYTES_OF_TARGETS = 512 << 20  # float-chain outputs that are kept at once
@@ -78,11 +80,13 @@ def train_blocks(
             block = model.get_submodule(name)
             piece = f"{key}/{index:03d}-{name}"
             kept = session.work.load(piece)
-            args, kwargs = capture_inputs(inputs_from, name, data, 2 * batch, outputs)
+            args, kwargs = capture_inputs(
+                inputs_from, name, data, 2 * batch, outputs, session.spill
+            )
             if kept is None:
                 if name not in targets:
-                    targets = _targets(float_model, names[index:], data, 2 * batch)
-                examples = BlockData(args, kwargs, targets.pop(name), data.timestep)
+                    targets = _targets(session, names[index:], data, 2 * batch)
+                examples = BlockData(args, kwargs, targets.pop(name), data.timestep, session.spill)
                 generator = torch.Generator().manual_seed(session.seed * 1009 + index)
                 losses = train(name, block, examples, generator)
                 session.work.save(piece, {**block.state_dict(), "losses": torch.tensor(losses)})
@@ -123,23 +127,21 @@ def _run(
     batch: int,
 ) -> Any:
     """What `block` gives for its inputs at `timestep [N]`, `batch` at once, `[N, ...]`."""
-    outputs = []
+    joined: list[Rows] = []
+    output: Any = None
     for start in range(0, len(timestep), batch):
         part = slice(start, start + batch)
         session.context.set_timestep(timestep[part])
         own_args, own_kwargs = pick((args, kwargs), part)
-        outputs.append(block(*own_args, **own_kwargs))
-    return _cat(outputs)
-
-
-def _cat(outputs: list[Any]) -> Any:
-    """Tensors `[n, ...]` joined to `[N, ...]`, in tuples too."""
-    first = outputs[0]
-    if isinstance(first, Tensor):
-        return torch.cat(outputs)
-    if isinstance(first, tuple):
-        return tuple(_cat(list(entries)) for entries in zip(*outputs, strict=True))
-    return first
+        output = block(*own_args, **own_kwargs)
+        tensors = tensors_in(output)
+        joined = joined or [Rows(len(timestep), session.spill) for _ in tensors]
+        for rows, tensor in zip(joined, tensors, strict=True):
+            rows.add(tensor)
+    if isinstance(output, Tensor):
+        return joined[0].joined()
+    found = iter(joined)  # a tuple of tensors and None, see `replayable_blocks`
+    return tuple(next(found).joined() if isinstance(e, Tensor) else e for e in output)
 
 
 def _forgotten(output: Any, count: int) -> Any:
@@ -150,9 +152,10 @@ def _forgotten(output: Any, count: int) -> Any:
 
 
 def _targets(
-    model: nn.Module, names: list[str], data: Trajectories, batch: int
+    session: Session, names: list[str], data: Trajectories, batch: int
 ) -> dict[str, Tensor]:
     """Float outputs of as many of `names` as memory allows, the next one in any case."""
+    model = session.float_model
     one = capture_outputs(model, names, data.subset(1, 0), 1)
     chosen: list[str] = []
     total = 0
@@ -161,7 +164,7 @@ def _targets(
         if chosen and total > BYTES_OF_TARGETS:
             break
         chosen.append(name)
-    return capture_outputs(model, chosen, data, batch)
+    return capture_outputs(model, chosen, data, batch, session.spill)
 
 
 class GuardedBlock:
@@ -180,7 +183,7 @@ class GuardedBlock:
         self._context, self._chunk = session.context, 2 * batch
         self._held_out = torch.arange(len(data) - max(1, len(data) // 8), len(data))
         self.train = torch.arange(len(data) - len(self._held_out))
-        self._power = data.target.square().mean().clamp(min=1e-12)
+        self._power = self._mean_square().clamp(min=1e-12)
         self.first = self.best = self._evaluate()
         self._state: dict[str, Tensor] = {}
         self._keep()
@@ -197,6 +200,14 @@ class GuardedBlock:
                 "expected a finite number; lower the learning rates or check the float model"
             )
         return loss
+
+    def _mean_square(self) -> Tensor:
+        """Of the target, chunk by chunk, as it may be larger than the memory."""
+        total = torch.zeros((), dtype=torch.float64)
+        for chunk in self._data.target.split(self._chunk):
+            total += chunk.square().sum(dtype=torch.float64)
+            self._data.spill.release()
+        return (total / self._data.target.numel()).to(torch.float32)
 
     def check(self) -> None:
         """Measure the held-out loss and keep the state if it is the lowest."""

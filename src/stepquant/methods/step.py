@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -27,7 +27,8 @@ CORRECTED = {"bias_correction": "which has corrected errors that it would change
 class Step(BaseModel):
     """Typed hyper-parameters and one method. Unknown keys are errors.
 
-    `needs_ranges`: False for a step that must come before every step that has it. `not_after`: the
+    `needs_ranges`: False for a step that must come before every step that has it. `trains`: what
+    has gradients at once, by which memory is predicted. `not_after`: the
     names of steps that must not come anywhere before this one, because it would undo what they did
     or needs what they have taken away; each with what is wrong, as a relative clause. A recipe in
     an order that these forbid is refused when it is read.
@@ -36,6 +37,7 @@ class Step(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: ClassVar[str]
     needs_ranges: ClassVar[bool] = True
+    trains: ClassVar[Literal["nothing", "blocks", "model"]] = "nothing"
     not_after: ClassVar[Mapping[str, str]] = {}
 
     @property

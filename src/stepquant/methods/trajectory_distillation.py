@@ -56,6 +56,7 @@ class TrajectoryDistillation(Step):
     """
 
     name = "trajectory_distillation"
+    trains = "model"
     not_after: ClassVar[Mapping[str, str]] = CORRECTED
     rounds: int = Field(40, ge=0)
     batch: int = Field(8, ge=1)

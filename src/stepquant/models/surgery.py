@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 
 from torch import nn
+
+
+def copy_around(model: nn.Module, modules: Iterable[nn.Module]) -> nn.Module:
+    """A deep copy of `model` in which the tensors of `modules` are not copied but those of `model`.
+
+    For `modules` that are to be replaced in the copy: of a large model they are nearly everything.
+    What they share with other modules is copied.
+    """
+    own = {inner for module in modules for inner in module.modules()}
+    others = {
+        id(tensor)
+        for module in model.modules()
+        if module not in own
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+    }
+    tensors = [t for m in own for t in (*m._parameters.values(), *m._buffers.values())]
+    shared = {id(tensor): tensor for tensor in tensors if id(tensor) not in others}
+    return copy.deepcopy(model, shared)
 
 
 def replace_modules(

@@ -9,6 +9,7 @@ from stepquant.numerics.packing import (
     packed_size,
     unpack_bits,
     unpack_channels,
+    unpack_nibbles,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "range_to_grid",
     "unpack_bits",
     "unpack_channels",
+    "unpack_nibbles",
 ]

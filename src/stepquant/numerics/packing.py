@@ -33,6 +33,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
             f"codes to pack lie in {int(flat.min())}..{int(flat.max())}: expected 0.."
             f"{max_code(bits)} for {bits} bits"
         )
+    if bits == 4:
+        return _pack_nibbles(flat.to(torch.uint8))
     bytes_ = flat.to(torch.uint8).numpy()[:, None]
     stream = np.unpackbits(bytes_, axis=1, bitorder="little")[:, :bits]
     return torch.from_numpy(np.packbits(stream.reshape(-1), bitorder="little"))
@@ -51,9 +53,23 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
             f"packed codes hold {packed.numel()} bytes: expected {packed_size(count, bits)} for "
             f"{count} codes of {bits} bits"
         )
+    if bits == 4:
+        return unpack_nibbles(packed.cpu(), count)
     stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little")
     codes = np.packbits(stream.reshape(count, bits), axis=1, bitorder="little")
     return torch.from_numpy(codes.reshape(count))
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    """`pack_bits` of uint8 `codes [n]` for four bits, in an eighth of the memory."""
+    packed = codes[0::2].clone()
+    packed[: len(codes) // 2] |= codes[1::2] << 4
+    return packed
+
+
+def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
+    """`unpack_bits` for four bits, in few operations: uint8 `[count]` on the device of `packed`."""
+    return torch.stack([packed & 15, packed >> 4], dim=1).flatten()[:count]
 
 
 def pack_channels(codes: Tensor, channel_bits: Tensor) -> Tensor:

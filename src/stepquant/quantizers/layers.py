@@ -51,8 +51,9 @@ class QuantLayer(nn.Module):
         context: StepContext,
         splits: tuple[int, ...] | None,
     ) -> None:
-        self.weight = nn.Parameter(layer.weight.detach().clone())
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+        self.weight = nn.Parameter(layer.weight.detach().to(torch.float32, copy=True))
+        bias = None if layer.bias is None else layer.bias.detach().to(torch.float32, copy=True)
+        self.bias = None if bias is None else nn.Parameter(bias)
         self.out_channels, self.in_channels = self.weight.shape[:2]
         self.splits = splits or (self.in_channels,)
         if sum(self.splits) != self.in_channels:

@@ -1,17 +1,25 @@
-"""Linear and conv layers with 8-bit weights and float arithmetic: they save memory, not time.
+"""Linear and conv layers with 8-bit or 4-bit weights and float arithmetic: smaller, not faster.
 
-For what runs once for each image, text encoders and VAE, and has no step tables.
+For what runs once for each image, text encoders and VAE, and for denoisers that are packed without
+calibration. There are no step tables.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LARGEST = 127  # codes are symmetric around zero
+from stepquant.errors import StepQuantError
+from stepquant.numerics import dequantize, pack_bits, packed_size, quantize, unpack_nibbles
+from stepquant.quantizers.weight import GridSearch, weight_grid
+
+LARGEST = 127  # 8-bit codes are symmetric around zero
+WEIGHT_ONLY_BITS = (4, 8)
+AT_ONCE = 1 << 22  # weights that are rounded at a time: what the memory for it is bounded by
 
 
 def weight_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,27 +34,72 @@ def weight_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes.clamp(-LARGEST, LARGEST).to(torch.int8), scale
 
 
-class WeightOnly(nn.Module):
-    """What both kinds share: `weight` int8, `weight_scale` float32 `[C_out]`.
+def minmax_grid(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`(scale, zero point)` `[C_out]` that cover all of `rows [C_out, K]`; a `GridSearch`."""
+    return weight_grid(rows.amin(dim=1), rows.amax(dim=1), bits)
 
-    The codes lie in one dimension, in the order of the weight `[C_out, ...]`: in its shape, a
-    library that does not know the format would take them for the weight, with a warning at most.
+
+def weight_only_tensors(
+    weight: Tensor, bits: int, find: GridSearch = minmax_grid
+) -> dict[str, Tensor]:
+    """What a weight-only layer holds in the place of `weight [C_out, ...]`, by its name there.
+
+    `bits`: 8, or 4, whose grids `find` chooses. Rounds few out-channels at a time, so that little
+    more memory is needed than the weight and the result take.
+    """
+    if bits == 8:
+        codes, scale = weight_codes(weight)
+        return {"weight": codes.flatten(), "weight_scale": scale}
+    rows = weight.detach().flatten(1)
+    scale, zero_point = (
+        torch.empty(len(rows), dtype=torch.float32, device=weight.device) for _ in range(2)
+    )
+    step = max(2, AT_ONCE // rows.shape[1] // 2 * 2)  # even: codes of two rows end with a byte
+    packed = []
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        few = rows[part].to(torch.float32)
+        scale[part], zero_point[part] = find(few, bits)
+        codes = quantize(few, scale[part, None], zero_point[part, None], bits)
+        packed.append(pack_bits(codes.to(torch.uint8), bits))
+    return {
+        "weight": torch.cat(packed).view(torch.int8).to(weight.device),
+        "weight_scale": scale,
+        "weight_zero_point": zero_point.to(torch.uint8),
+    }
+
+
+class WeightOnly(nn.Module):
+    """What both kinds share: `weight` int8 `[n]`, `weight_scale` float32 `[C_out]`.
+
+    With 4 bits also `weight_zero_point` uint8 `[C_out]`, and each byte of `weight` holds two codes,
+    the first one in its low half. The codes lie in one dimension, in the order of the weight
+    `[C_out, ...]`: in its shape, a library that does not know the format would take them for the
+    weight, with a warning at most.
     """
 
     weight: Tensor
     weight_scale: Tensor
+    weight_zero_point: Tensor | None
     weight_shape: tuple[int, ...]
 
-    def hold(self, codes: Tensor, scale: Tensor) -> None:
-        """Take these codes `[C_out, ...]` and scales."""
-        self.weight_shape = tuple(codes.shape)
-        self.weight = nn.Parameter(codes.flatten(), requires_grad=False)
-        self.register_buffer("weight_scale", scale)
+    def hold(self, weight_shape: tuple[int, ...], tensors: dict[str, Tensor]) -> None:
+        """Take what `weight_only_tensors` gave for a weight of that shape."""
+        self.weight_shape = tuple(weight_shape)
+        self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
+        self.register_buffer("weight_scale", tensors["weight_scale"])
+        self.register_buffer("weight_zero_point", tensors.get("weight_zero_point"))
 
     def float_weight(self, dtype: torch.dtype) -> Tensor:
-        """Codes by scales `[C_out, ...]`, multiplied in float32, in `dtype`."""
-        scale = self.weight_scale.view(-1, *(1,) * (len(self.weight_shape) - 1))
-        return (self.weight.view(self.weight_shape).to(torch.float32) * scale).to(dtype)
+        """The weight that the codes stand for `[C_out, ...]`, computed in float32, in `dtype`."""
+        shape = (-1, *(1,) * (len(self.weight_shape) - 1))
+        scale = self.weight_scale.view(shape)
+        if self.weight_zero_point is None:
+            codes = self.weight.view(self.weight_shape).to(torch.float32)
+            return (codes * scale).to(dtype)
+        nibbles = unpack_nibbles(self.weight.view(torch.uint8), math.prod(self.weight_shape))
+        codes = nibbles.view(self.weight_shape).to(torch.float32)
+        return dequantize(codes, scale, self.weight_zero_point.view(shape)).to(dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -73,15 +126,38 @@ class WeightOnlyConv2d(WeightOnly, nn.Conv2d):
         return self._conv_forward(x, self.float_weight(x.dtype), self.bias)
 
 
+def empty_tensors(weight_shape: tuple[int, ...], bits: int) -> dict[str, Tensor]:
+    """As `weight_only_tensors` for a weight of that shape, without data, on the meta device."""
+    out, count = weight_shape[0], packed_size(math.prod(weight_shape), bits)
+    kinds = {"weight": (count, torch.int8), "weight_scale": (out, torch.float32)}
+    if bits < 8:
+        kinds["weight_zero_point"] = (out, torch.uint8)
+    return {
+        name: torch.empty(size, dtype=dtype, device="meta") for name, (size, dtype) in kinds.items()
+    }
+
+
+def check_weight_only_bits(bits: int, what: str) -> int:
+    """`bits` if there are weight-only layers of so many; otherwise an error that names `what`."""
+    if bits not in WEIGHT_ONLY_BITS:
+        raise StepQuantError(
+            f"{what} is {bits!r}: expected one of {', '.join(map(str, WEIGHT_ONLY_BITS))}, the "
+            "bits of layers that dequantize their weights on use"
+        )
+    return bits
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether `weight_only_in_place_of` takes the module: no subclass, which may do anything."""
     return type(module) in (nn.Linear, nn.Conv2d)
 
 
-def weight_only_in_place_of(module: nn.Module, empty: bool = False) -> WeightOnly:
+def weight_only_in_place_of(
+    module: nn.Module, empty: bool = False, bits: int = 8, find: GridSearch = minmax_grid
+) -> WeightOnly:
     """A weight-only layer like `module`, with its weight rounded and its bias as it is.
 
-    `empty`: on the meta device, to be loaded into.
+    `empty`: on the meta device, to be loaded into. `bits`, `find`: see `weight_only_tensors`.
     """
     assert isinstance(module, nn.Linear | nn.Conv2d)
     new: WeightOnly
@@ -101,12 +177,11 @@ def weight_only_in_place_of(module: nn.Module, empty: bool = False) -> WeightOnl
             module.padding_mode,
             device="meta",
         )
-    if empty:
-        shape = module.weight.shape
-        codes = torch.empty(shape, dtype=torch.int8, device="meta")
-        new.hold(codes, torch.empty(shape[0], dtype=torch.float32, device="meta"))
-    else:
-        new.hold(*weight_codes(module.weight))
+    shape = tuple(module.weight.shape)
+    tensors = (
+        empty_tensors(shape, bits) if empty else weight_only_tensors(module.weight, bits, find)
+    )
+    new.hold(shape, tensors)
     if has_bias:
         new.bias = module.bias
     return new.train(module.training)

@@ -1,0 +1,77 @@
+"""Large tensors of a calibration set in memory-mapped files, so that memory does not bound it."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stepquant.errors import StepQuantError
+
+
+class Spill:
+    """Makes tensors: those of at least `at_least` bytes in files in `folder`, others in memory.
+
+    Without a folder all are in memory. A file has no name from the start, so that its room is free
+    again once its tensor is gone, however the process ends.
+    """
+
+    def __init__(self, folder: Path | None = None, at_least: int = 0) -> None:
+        self.folder, self.at_least = folder, at_least
+        self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of `shape` to be written to.
+
+        Raises StepQuantError where the disk has no room for it.
+        """
+        size = math.prod(shape) * dtype.itemsize
+        if self.folder is None or size < max(1, self.at_least):
+            return torch.empty(tuple(shape), dtype=dtype)
+        try:
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                # Writing to a map of a full disk would end the process.
+                os.posix_fallocate(file.fileno(), 0, size)
+                mapped = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise StepQuantError(
+                f"'{self.folder}' has no room for {size / 2**30:.1f} GiB of activations "
+                f"({error.strerror}): expected it on the disk of the output folder, as the memory "
+                "does not hold them; free some and go on with --resume"
+            ) from error
+        self._maps.add(mapped)
+        return torch.frombuffer(mapped, dtype=dtype).view(tuple(shape))
+
+    def release(self) -> None:
+        """Take what was read or written of the files out of this process's memory, not off disk."""
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+class Rows:
+    """Tensors `[n, ...]` that come one after another, joined to one `[total, ...]`."""
+
+    def __init__(self, total: int, spill: Spill) -> None:
+        self._total, self._spill = total, spill
+        self._joined: Tensor | None = None
+        self._count = 0
+
+    def add(self, part: Tensor) -> None:
+        """Append a copy of `part [n, ...]`."""
+        if self._joined is None:
+            self._joined = self._spill.empty((self._total, *part.shape[1:]), part.dtype)
+        self._joined[self._count : self._count + len(part)] = part
+        self._count += len(part)
+        self._spill.release()
+
+    def joined(self) -> Tensor:
+        """All of them."""
+        assert self._joined is not None and self._count == self._total
+        return self._joined

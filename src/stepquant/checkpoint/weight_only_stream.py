@@ -1,0 +1,121 @@
+"""A component's weights from float to packed, from disk to disk, a few layers in memory at a time.
+
+What is written is byte for byte what `quantize_weights` and `save_pretrained` would write of the
+whole model in memory, in shards of `SHARD_BYTES`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import torch
+from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stepquant.checkpoint.weight_only_components import (
+    mark_weight_only,
+    put_empty_layers,
+    tensor_keys,
+    weight_only_layers,
+)
+from stepquant.checkpoint.weight_only_config import WeightOnlyConfig
+from stepquant.errors import StepQuantError
+from stepquant.models.weight_files import WeightFiles, check_files, empty_model
+from stepquant.progress import Reporter
+from stepquant.quantizers.weight import GridSearch
+from stepquant.runtime.weight_only import weight_only_tensors
+
+SHARD_BYTES = 1 << 30
+
+
+def stream_weights(
+    source: Path,
+    target: Path,
+    what: str,
+    bits: int,
+    grids: str | None,
+    find: GridSearch,
+    kept: Callable[[nn.Module], Collection[str]],
+    reporter: Reporter,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, int]:
+    """Pack the component in the folder `source` to weight-only layers in the new folder `target`.
+
+    `what` names it in errors; `bits`, `grids`, `find` are as in `quantize_weights`, and
+    `kept(model)` gives the layers that stay float. What stays float keeps its dtype. Gives the
+    numbers of `layers` and `parameters`. Peak memory is that of one output shard and what rounding
+    the largest layer takes.
+
+    Raises StepQuantError for files that do not fit the config, and for weights that are no numbers.
+    """
+    files = WeightFiles(source)
+    model = empty_model(source, what)
+    check_files(model, files, what)
+    config = WeightOnlyConfig(weight_only_layers(model, what, kept(model)), bits=bits, grids=grids)
+    mark_weight_only(model, config, what)
+    owned = put_empty_layers(model, config)
+    shapes = {
+        name: tensor if name in owned else files.meta[name]
+        for name, tensor in model.state_dict().items()
+    }
+    pattern = SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
+    split = split_torch_state_dict_into_shards(
+        shapes, filename_pattern=pattern, max_shard_size=shard_bytes
+    )
+    target.mkdir(parents=True)
+    model.save_config(target)
+    source_of = _Source(files, set(config.layers), bits, find, what)
+    with reporter.task(f"packing {what}", total=len(shapes)) as task:
+        for file_name, members in split.filename_to_tensors.items():
+            shard: dict[str, Tensor] = {}
+            for name in members:
+                shard[name] = source_of(name)
+                task.advance(note=name)
+            save_file(shard, target / file_name, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (target / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+    return {
+        "layers": len(config.layers),
+        "parameters": files.parameters,
+    }
+
+
+class _Source:
+    """Tensors of the packed model by name, made of the float ones when they are asked for."""
+
+    def __init__(
+        self,
+        files: WeightFiles,
+        layers: set[str],
+        bits: int,
+        find: GridSearch,
+        what: str,
+    ) -> None:
+        self._files, self._layers, self._bits, self._find = files, layers, bits, find
+        self._what = what
+        self._made: dict[str, Tensor] = {}  # of a layer whose tensors are not all asked for yet
+
+    @torch.no_grad()
+    def __call__(self, name: str) -> Tensor:
+        layer, _, key = name.rpartition(".")
+        if layer not in self._layers or key not in tensor_keys(self._bits):
+            return self._read(name).clone()  # the clone outlives the mapping
+        if name not in self._made:
+            made = weight_only_tensors(self._read(f"{layer}.weight"), self._bits, self._find)
+            self._made |= {f"{layer}.{part}": tensor for part, tensor in made.items()}
+        return self._made.pop(name)
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self._files.read(name)
+        if not bool(torch.isfinite(tensor).all()):
+            raise StepQuantError(
+                f"parameter '{name}' of {self._what} holds NaN or infinity: expected finite "
+                "weights; check the model's files"
+            )
+        return tensor

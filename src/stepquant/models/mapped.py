@@ -1,0 +1,109 @@
+"""A float model whose large weights stay in their files and are read each time they are used.
+
+Each use gives the very float32 numbers that loading the model would give, and takes the memory of
+one layer, whatever the size of the model; the system keeps the files' pages in what memory is free.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+
+from stepquant.models.weight_files import WeightFiles, check_files, empty_model
+
+
+class Mapped(nn.Module):
+    """A layer without a parameter `weight`, which is in a file."""
+
+    files: WeightFiles
+    key: str
+
+    @property
+    def weight(self) -> Tensor:
+        """A float32 copy of what is in the file.
+
+        A copy of stored float32, too: what lies in a file is not aligned as other tensors are, and
+        a kernel may sum in another order there.
+        """
+        return self.files.read(self.key).to(torch.float32, copy=True)
+
+    def loaded(self) -> nn.Module:
+        """A plain layer with this one's weight in memory."""
+        plain = copy.copy(self)
+        plain.__class__ = next(kind for kind, mapped in KINDS.items() if type(self) is mapped)
+        plain._parameters = {"weight": nn.Parameter(self.weight, False), **self._parameters}
+        return plain
+
+
+class MappedLinear(Mapped, nn.Linear):
+    """`nn.Linear` whose weight is in a file."""
+
+
+class MappedConv2d(Mapped, nn.Conv2d):
+    """`nn.Conv2d` whose weight is in a file."""
+
+
+KINDS: dict[type[nn.Module], type[Mapped]] = {nn.Linear: MappedLinear, nn.Conv2d: MappedConv2d}
+
+
+def open_mapped(folder: Path, what: str) -> Any:
+    """The diffusers model in `folder` in float32, with the weights of its layers left on disk.
+
+    `what` names it in errors. Linear and conv layers are mapped, everything else is loaded. The
+    files must stay as they are while the model is in use. Inference only: nothing is trainable.
+
+    Raises StepQuantError for a folder that is absent, damaged, or not of a model of diffusers.
+    """
+    files, model = WeightFiles(folder), empty_model(folder, what)
+    check_files(model, files, what)
+    counts: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    for name, module in list(model.named_modules()):
+        if type(module) in KINDS and counts[id(module.weight)] == 1:
+            del module._parameters["weight"]
+            module.__class__ = KINDS[type(module)]
+            module.files, module.key = files, f"{name}.weight"
+    for name in model.state_dict():
+        value = files.read(name).to(torch.float32, copy=True)
+        set_module_tensor_to_device(model, name, "cpu", value)
+    model.register_to_config(_name_or_path=str(folder))
+    return model.requires_grad_(False)
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """As `model.named_parameters()`, then the mapped weights, one at a time."""
+    yield from model.named_parameters()
+    for module in model.modules():
+        if isinstance(module, Mapped):
+            yield module.key, module.weight
+
+
+class FloatState(Mapping[str, Tensor]):
+    """As `model.state_dict()`, with the mapped weights, each read when it is asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held = model.state_dict()
+        self._mapped = {m.key: m for m in model.modules() if isinstance(m, Mapped)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._mapped[name].weight if name in self._mapped else self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._held
+        yield from self._mapped
+
+    def __len__(self) -> int:
+        return len(self._held) + len(self._mapped)
+
+    def sizes(self) -> dict[str, int]:
+        """Numbers in each tensor; nothing is read."""
+        found = {name: tensor.numel() for name, tensor in self._held.items()}
+        return found | {key: m.files.meta[key].numel() for key, m in self._mapped.items()}

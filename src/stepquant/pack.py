@@ -1,0 +1,149 @@
+"""Packing a pipeline's weights without calibration and without holding a model in memory."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from stepquant.calibration.initialize import weight_search
+from stepquant.checkpoint.load import check_folder, local_folder, read_index
+from stepquant.checkpoint.save import complete_or_absent, remove_partial
+from stepquant.checkpoint.weight_only_stream import stream_weights
+from stepquant.components import WAYS
+from stepquant.errors import StepQuantError
+from stepquant.evaluate import peak_memory_mb, reset_peak_memory
+from stepquant.models.adapter import ADAPTERS
+from stepquant.progress import Reporter
+from stepquant.runtime.weight_only import check_weight_only_bits
+from stepquant.sampling import DENOISERS
+from stepquant.sources import resolve_builtin, weight_file_bytes
+
+GRIDS = ("minmax", "mse")
+
+
+def pack(
+    model: str | Path,
+    out: str | Path,
+    weights: int = 4,
+    grids: str = "minmax",
+    components: Mapping[str, str] | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Write `model` with weights of few bits, dequantized on use, as the new folder `out`.
+
+    No data, no calibration, float activations: smaller, not faster. Weights are read from the
+    safetensors of the folder or hub id `model` one layer at a time and written in shards, so that a
+    model far larger than the memory can be packed. `weights`: 8, or 4, of the denoiser, whose input
+    and output layers stay float. `grids` of 4 bits: "minmax", or "mse" (the least |error|^2.4 of
+    the weights: many times slower, and not always better pictures). `components`: others, models of
+    diffusers, as `{"vae": "w8"}`; what is not named is copied as it is. Gives a record: bytes,
+    seconds, peak memory, and each component's own.
+
+    Raises StepQuantError for anything in the input that is not as expected.
+    """
+    reporter = reporter or Reporter(quiet=True)
+    check_weight_only_bits(weights, "bits of the denoiser's weights")
+    if grids not in GRIDS:
+        raise StepQuantError(f"grids is {grids!r}: expected one of {', '.join(GRIDS)}")
+    target = Path(out)
+    remove_partial(target)
+    folder = local_folder(resolve_builtin(model))
+    check_folder(folder)
+    index = read_index(folder)
+    denoiser = next((name for name in DENOISERS if name in index), None)
+    if denoiser is None:
+        raise StepQuantError(
+            f"'{folder}' has the components {', '.join(index)}: expected a denoiser called "
+            f"{' or '.join(DENOISERS)}"
+        )
+    ways = {denoiser: f"w{weights}", **_checked(folder, index, denoiser, components or {})}
+    reset_peak_memory()
+    started = time.monotonic()
+    records: dict[str, Any] = {}
+    with complete_or_absent(target) as partial_folder:
+        chosen = {str(folder / name) for name in ways}
+
+        def left_out(parent: str, names: list[str]) -> list[str]:
+            return [name for name in names if str(Path(parent) / name) in chosen]
+
+        shutil.copytree(folder, partial_folder, ignore=left_out, dirs_exist_ok=True)
+        for name, way in ways.items():
+            kept = partial(_outer_layers, reporter) if name == denoiser else lambda _: ()
+            records[name] = _pack_one(
+                folder / name, partial_folder / name, way, grids, kept, reporter
+            )
+    return {
+        "denoiser": denoiser,
+        "bits": ways[denoiser],
+        "grids": grids if weights < 8 else None,
+        "components": records,
+        "float32_bytes": records[denoiser]["float32_bytes"],
+        "checkpoint_bytes": records[denoiser]["checkpoint_bytes"],
+        "times_smaller": records[denoiser]["float32_bytes"] / records[denoiser]["checkpoint_bytes"],
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_memory_mb": round(peak_memory_mb(), 1),
+    }
+
+
+def _checked(
+    folder: Path, index: Mapping[str, Any], denoiser: str, components: Mapping[str, str]
+) -> Mapping[str, str]:
+    models = [
+        key
+        for key, entry in index.items()
+        if entry[0] == "diffusers" and (folder / key / "config.json").is_file()
+    ]
+    others = [key for key in models if key != denoiser]
+    for name, way in components.items():
+        if name not in others:
+            raise StepQuantError(
+                f"the component '{name}' is to be packed: expected one of "
+                f"{', '.join(others) or 'none'}, the models of diffusers beside the denoiser"
+            )
+        if way not in WAYS:
+            raise StepQuantError(
+                f"the component '{name}' is to be {way!r}: expected one of {', '.join(WAYS)}"
+            )
+    return components
+
+
+def _pack_one(
+    source: Path, target: Path, way: str, grids: str, kept: Any, reporter: Reporter
+) -> dict[str, Any]:
+    """Pack the component in `source` and weigh it."""
+    bits = WAYS[way]
+    found = stream_weights(
+        source,
+        target,
+        f"the component '{source.name}'",
+        bits,
+        grids if bits < 8 else None,
+        weight_search(grids),
+        kept,
+        reporter,
+    )
+    return {
+        "bits": way,
+        **found,
+        "stored_bytes": weight_file_bytes(source.parent, source.name),
+        "float32_bytes": 4 * found["parameters"],
+        "checkpoint_bytes": weight_file_bytes(target.parent, target.name),
+    }
+
+
+def _outer_layers(reporter: Reporter, model: nn.Module) -> Collection[str]:
+    """The layers that see the sample or give the result, as far as the architecture is known."""
+    adapter = ADAPTERS.get(type(model).__name__)
+    if adapter is None:
+        reporter.line(
+            f"the architecture {type(model).__name__} is not known: its input and output layers "
+            "are packed like all others"
+        )
+        return ()
+    return adapter.input_output_layers(model)

@@ -1,0 +1,132 @@
+"""What a calibration will take is told before it starts, and held."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from architectures import build
+from quantize_runs import FAST, left, refused, tree
+from stepquant import memory
+from stepquant.api import load_recipe, quantize
+from stepquant.calibration.spill import Spill
+from stepquant.calibration.trajectories import Trajectories
+from stepquant.memory import GIB, Sizes, available_bytes, predict_peak, sizes_of
+
+STEPS = 2
+SD15 = Sizes(
+    parameters=860_000_000,
+    layer=29_491_200,
+    block=47_500_000,
+    sample=16_384,
+    flow=12_000_000,
+    block_flow=60_000_000,
+    block_rows=12_000_000,
+    skips=20_000_000,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+        self.second = nn.Linear(4, 3)
+
+    def forward(self, sample, timestep):
+        return self.second(self.first(sample))
+
+
+def test_sizes_by_hand():
+    model = Model()
+    one = Trajectories(torch.ones(1, 3), torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    counts = {name: tensor.numel() for name, tensor in model.named_parameters()}
+    found = sizes_of(model, counts, ["first", "second"], one)
+    assert found == Sizes(
+        parameters=16 + 15,
+        layer=12,
+        block=16,
+        sample=3,
+        flow=8,  # of the ReLU
+        block_flow=7 + 8,
+        block_rows=7,
+        skips=4 + 3,
+    )
+
+
+def recipe(**settings):
+    return load_recipe("dilatequant").override(
+        {"scheme.weight_bits": 4, "calibration.trajectories": 2, "calibration.steps": 4}
+        | {key.replace("__", "."): value for key, value in settings.items()}
+    )
+
+
+def test_a_unet_of_stable_diffusion_fits_in_8_gib_if_batches_are_small():
+    small = recipe(block_distillation__batch=1)
+    prediction, _ = predict_peak(SD15, small, 1, GIB // 2, 8 * GIB)
+    assert 3.5 * GIB < prediction.model < 4 * GIB
+    assert 4.5 * GIB < prediction.peak < 8 * GIB
+    large, _ = predict_peak(SD15, recipe(), 1, GIB // 2, 8 * GIB)
+    assert large.peak > 8 * GIB and large.model == prediction.model
+
+
+def test_data_that_do_not_fit_are_spilled_and_not_counted():
+    many = recipe(block_distillation__batch=1, calibration__steps=50, calibration__trajectories=64)
+    many = many.override({"calibration.batch": 1})
+    roomy, threshold = predict_peak(SD15, many, 1, 0, 1000 * GIB)
+    tight, lower = predict_peak(SD15, many, 1, 0, 8 * GIB)
+    assert roomy.data > 40 * GIB and tight.peak <= 8 * GIB
+    assert memory.LEAST_SPILL <= lower < threshold
+
+
+@pytest.mark.parametrize("change", ["parameters", "block", "flow", "skips", "sample"])
+def test_more_of_anything_is_never_less(change):
+    base, _ = predict_peak(SD15, recipe(), 1, 0, 1000 * GIB)
+    larger = replace(SD15, **{change: 2 * getattr(SD15, change)})
+    assert predict_peak(larger, recipe(), 1, 0, 1000 * GIB)[0].peak > base.peak
+
+
+def test_a_container_has_no_more_than_its_limit(tmp_path):
+    free = available_bytes(tmp_path)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.stat").write_text("anon 400000\nfile 500000\n")
+    assert available_bytes(tmp_path) == 600_000 < free
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(tmp_path) > 600_000
+
+
+def run(out, **changes):
+    return quantize(build("sd"), "dilatequant", 4, 8, out, STEPS, FAST, prompts="a", **changes)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr("stepquant.quantize.capture_trajectories", None)
+    message = refused(lambda: run(tmp_path / "out", memory=0.001))
+    assert message.startswith("calibrating the unet of StableDiffusionPipeline with 0.1 M param")
+    assert "expected at most 0.00 GiB, the limit that was set; lower calibration.batch" in message
+    assert "the memory limit is 0 GiB" in refused(lambda: run(tmp_path / "out", memory=0))
+    monkeypatch.setattr(memory, "available_bytes", lambda: -(10**12))
+    assert "what this process holds and what is free" in refused(lambda: run(tmp_path / "out"))
+    assert left(tmp_path) == []
+
+
+def test_spilled_activations_give_the_same_bytes(tmp_path, monkeypatch):
+    plain = run(tmp_path / "plain").record
+    assert plain["predicted_peak_memory_mb"] > 0
+    made = []
+    empty = Spill.empty
+
+    def spy(self, shape, dtype):
+        made.append(self)
+        return empty(self, shape, dtype)
+
+    monkeypatch.setattr(Spill, "empty", spy)
+    monkeypatch.setattr(memory, "LEAST_SPILL", 0)
+    monkeypatch.setattr(memory, "SPILL_SHARE", 10**15)
+    run(tmp_path / "spilled", memory=100)
+    assert made and all(spill.at_least == 0 for spill in made)
+    assert tree(tmp_path / "spilled") == tree(tmp_path / "plain")
