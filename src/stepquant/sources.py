@@ -1,4 +1,4 @@
-"""Opening what a user names: `builtin:NAME`, a local diffusers folder, or a hub id."""
+"""Opening what a user names: `builtin:NAME`, a local diffusers folder or file, or a hub id."""
 
 from __future__ import annotations
 
@@ -36,24 +36,36 @@ def builtin_path(name: str) -> Path:
 
 
 def open_pipeline(
-    model: str | Path | DiffusionPipeline, device: str | torch.device = "cpu"
+    model: str | Path | DiffusionPipeline,
+    device: str | torch.device = "cpu",
+    config: str | Path | None = None,
 ) -> DiffusionPipeline:
     """The pipeline that `model` names, in float32, ready to sample.
 
-    `model`: "builtin:NAME", a local diffusers folder, a hub id, or a pipeline, which is returned
-    as it is.
+    `model`: "builtin:NAME", a local diffusers folder, a hub id, a safetensors file with a float
+    pipeline in its trainers' layout, or a pipeline, which is returned as it is. `config`: for such
+    a file, the folder or hub id of a pipeline of the same kind, which has the sizes, the scheduler
+    and the tokenizers that the file has not; without it, those of the model that diffusers takes
+    it for, from the hub.
+
+    Raises StepQuantError where that cannot be had.
     """
     if isinstance(model, DiffusionPipeline):
+        if config is not None:
+            raise StepQuantError(
+                f"a config, '{config}', was given for a {type(model).__name__} that is open "
+                "already: expected none, or the name of a single safetensors file as the model"
+            )
         return model
     if not isinstance(model, str | Path):
         raise StepQuantError(
             f"the model is a {type(model).__name__}: expected a diffusers pipeline, a folder, a "
-            f"hub id or {BUILTIN}NAME; a denoiser alone has no sampler to calibrate with"
+            f"file, a hub id or {BUILTIN}NAME; a denoiser alone has no sampler to calibrate with"
         )
     text = str(model)
     if text.startswith(BUILTIN):
         text = str(builtin_path(text.removeprefix(BUILTIN)))
-    pipeline = load_pipeline(text, dtype=torch.float32).to(device)
+    pipeline = load_pipeline(text, dtype=torch.float32, config=config).to(device)
     denoiser = denoiser_of(pipeline).eval()
     denoiser.requires_grad_(False)
     return pipeline

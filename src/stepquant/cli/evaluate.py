@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stepquant.cli.loras import Loras, lora_line, with_loras
+from stepquant.cli.opening import Config, Loras, lora_line, opened, with_loras
 from stepquant.cli.options import (
     Against,
     Batch,
@@ -51,6 +51,7 @@ def evaluate(
     guidance: Guidance = None,
     call: Call = None,
     lora: Loras = None,
+    config: Config = None,
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -59,8 +60,9 @@ def evaluate(
         from stepquant import api  # not at the top: see demo.py
         from stepquant.sources import default_features
 
-        ours, loras = with_loras(model, lora)
-        theirs, _ = with_loras(against, lora)  # the float model with the same LoRAs
+        ours, theirs = opened(config, model, against)
+        ours, loras = with_loras(ours, lora)
+        theirs, _ = with_loras(theirs, lora)  # the float model with the same LoRAs
         record = api.evaluate(
             ours,
             theirs,

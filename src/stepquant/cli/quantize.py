@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from stepquant.cli.opening import Config, opened
 from stepquant.cli.options import (
     Call,
     Guidance,
@@ -63,6 +64,7 @@ def quantize(
             help="8-bit weights for another component, such as text_encoder or vae; repeat.",
         ),
     ] = None,
+    config: Config = None,
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -71,8 +73,9 @@ def quantize(
         settings = parse_settings(set_ or [])
         from stepquant import api  # not at the top: see demo.py
 
+        (pipeline,) = opened(config, model)
         record = api.quantize(
-            model,
+            pipeline,
             recipe,
             weights,
             activations,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stepquant.cli.loras import Loras, lora_line, with_loras
+from stepquant.cli.opening import Config, Loras, lora_line, opened, with_loras
 from stepquant.cli.options import (
     Batch,
     Call,
@@ -48,6 +48,7 @@ def sample(
     guidance: Guidance = None,
     call: Call = None,
     lora: Loras = None,
+    config: Config = None,
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -61,7 +62,8 @@ def sample(
             images.check_picture_path(grid)
         if out is not None:
             images.check_new_folder(out)
-        pipeline, loras = with_loras(model, lora)
+        (pipeline,) = opened(config, model)
+        pipeline, loras = with_loras(pipeline, lora)
         drawn = api.sample(
             pipeline,
             num,

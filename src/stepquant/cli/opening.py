@@ -1,4 +1,4 @@
-"""`--lora`: from its text to a pipeline with LoRAs."""
+"""`--config` and `--lora`: from their texts to a pipeline that is open and has LoRAs."""
 
 from __future__ import annotations
 
@@ -22,6 +22,28 @@ Loras = Annotated[
         help="LoRA beside the layers: a safetensors file, a folder with one, or a hub id; repeat.",
     ),
 ]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="For a model that is one file: folder or hub id of a pipeline of its kind.",
+    ),
+]
+
+
+def opened(config: str | None, *models: str) -> list[str | DiffusionPipeline]:
+    """`models`, those of them that are single files opened with `config`, where there is one."""
+    if config is None:
+        return list(models)
+    files = [name for name in models if Path(name).expanduser().is_file()]
+    if not files:
+        raise StepQuantError(
+            f"--config '{config}' was given for {' and '.join(repr(name) for name in models)}: "
+            "expected it only for a model that is one safetensors file; a folder has its own"
+        )
+    from stepquant import api  # not at the top: see demo.py
+
+    return [api.load(name, config=config) if name in files else name for name in models]
 
 
 @dataclass(frozen=True)
@@ -60,7 +82,7 @@ def parse_lora(text: str) -> Lora:
 
 
 def with_loras(
-    model: str, texts: list[str] | None
+    model: str | DiffusionPipeline, texts: list[str] | None
 ) -> tuple[str | DiffusionPipeline, list[dict[str, Any]]]:
     """`model` opened and with the LoRAs of `texts`, or as it is where there are none; a record.
 

@@ -1,4 +1,4 @@
-"""`--lora` of `sample` and `evaluate`."""
+"""`--lora` and `--config`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 
 from architectures import build
 from lora_files import matrices, of
+from single_files import save_as_one_file
 from stepquant.api import evaluate as api_evaluate
 from stepquant.api import load, load_lora
-from stepquant.cli.loras import Lora, parse_lora
+from stepquant.cli.opening import Lora, parse_lora
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 LAYERS = [f"{BLOCK}.attn1.to_q", "up_blocks.1.resnets.0.conv1"]
@@ -134,3 +135,25 @@ def test_two_of_one_name_are_told(folder):
         "sample", folder / "packed", *PROMPT, "--lora", ink, "--lora", ink, "--grid=x.png"
     )
     assert "a LoRA called 'ink' is loaded already" in message
+
+
+def test_a_single_file_is_quantized_and_compared_with(folder, tmp_path):
+    file = save_as_one_file(build("sd"), tmp_path / "sd.safetensors")
+    config = ("--config", folder / "float")
+    few = ("--set=calibration.trajectories=2", "--recipe=minmax")
+    packed = tmp_path / "packed"
+    result = run("quantize", file, *config, *PROMPT, *few, "--out", packed)
+    assert result.exit_code == 0, result.stderr
+    for verb in (
+        ("sample", file, *PROMPT, "--num=1", "--grid", tmp_path / "grid.png"),
+        ("evaluate", packed, "--against", file, *PROMPT, "--num=1"),
+        ("inspect", file, *PROMPT, "--num=1"),
+        ("bench", packed, "--against", file, "--batch=1", "--repeats=1"),
+    ):
+        result = run(*verb, *config)
+        assert result.exit_code == 0, (verb, result.stderr)
+
+
+def test_a_config_without_a_single_file_is_told(folder):
+    message = refused("sample", folder / "packed", *PROMPT, "--grid=x.png", "--config=float")
+    assert "--config 'float' was given for" in message and "one safetensors file" in message
