@@ -12,12 +12,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from stepquant.errors import StepQuantError
 from stepquant.quantizers.step_grid import timestep_position
 from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.weight_only import WeightOnly
 
 
 def check_denoiser(denoiser: nn.Module, what: str) -> None:
     """An error that names `what` where a denoiser is not a float one that is ready to run."""
     timestep_position(denoiser)
-    if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
+    if any(isinstance(module, PackedLayer | WeightOnly) for module in denoiser.modules()):
         raise StepQuantError(f"the {what} is quantized already: expected a float model")
     first = next((p for p in denoiser.parameters() if p.is_floating_point()), torch.empty(0))
     if first.dtype != torch.float32:

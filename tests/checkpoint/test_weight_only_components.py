@@ -16,7 +16,8 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from architectures import clip_encoder, t5_encoder, vae
 from quantize_runs import refused, tree
-from stepquant.checkpoint.weight_only_components import WeightOnlyConfig, quantize_weights
+from stepquant.checkpoint.weight_only_components import quantize_weights
+from stepquant.checkpoint.weight_only_config import WeightOnlyConfig
 from stepquant.errors import StepQuantError
 from stepquant.runtime.weight_only import WeightOnly
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stepquant.errors import StepQuantError
+
 LARGEST = 127  # codes are symmetric around zero
 
 
@@ -48,6 +50,14 @@ class WeightOnly(nn.Module):
         scale = self.weight_scale.view(-1, *(1,) * (len(self.weight_shape) - 1))
         return (self.weight.view(self.weight_shape).to(torch.float32) * scale).to(dtype)
 
+    def check_floating(self, x: Tensor) -> None:
+        """An error where a model has cast its input to the dtype of `weight`, which are codes."""
+        if not x.is_floating_point():
+            raise StepQuantError(
+                f"a layer with 8-bit weights got {x.dtype}: expected floating-point numbers; the "
+                "model casts them to the dtype of the weight, so it cannot have such layers"
+            )
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -62,6 +72,7 @@ class WeightOnlyLinear(WeightOnly, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `nn.Linear`, in the dtype of `x`."""
+        self.check_floating(x)
         return F.linear(x, self.float_weight(x.dtype), self.bias)
 
 
@@ -70,6 +81,7 @@ class WeightOnlyConv2d(WeightOnly, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `nn.Conv2d`, in the dtype of `x`."""
+        self.check_floating(x)
         return self._conv_forward(x, self.float_weight(x.dtype), self.bias)
 
 
@@ -78,18 +90,24 @@ def is_plain(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, nn.Conv2d)
 
 
-def weight_only_in_place_of(module: nn.Module, empty: bool = False) -> WeightOnly:
+Kinds = tuple[type[WeightOnlyLinear], type[WeightOnlyConv2d]]
+WEIGHT_ONLY: Kinds = (WeightOnlyLinear, WeightOnlyConv2d)
+
+
+def weight_only_in_place_of(
+    module: nn.Module, empty: bool = False, kinds: Kinds = WEIGHT_ONLY
+) -> WeightOnly:
     """A weight-only layer like `module`, with its weight rounded and its bias as it is.
 
-    `empty`: on the meta device, to be loaded into.
+    `empty`: on the meta device, to be loaded into. `kinds`: what linear and conv layers become.
     """
     assert isinstance(module, nn.Linear | nn.Conv2d)
     new: WeightOnly
     has_bias = module.bias is not None
     if isinstance(module, nn.Linear):
-        new = WeightOnlyLinear(module.in_features, module.out_features, has_bias, device="meta")
+        new = kinds[0](module.in_features, module.out_features, has_bias, device="meta")
     else:
-        new = WeightOnlyConv2d(
+        new = kinds[1](
             module.in_channels,
             module.out_channels,
             module.kernel_size,  # type: ignore[arg-type]

@@ -1,0 +1,120 @@
+"""Configs of models with 8-bit weights that need no calibration."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from typing import Any, ClassVar
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from stepquant.errors import StepQuantError
+from stepquant.runtime.dynamic import DynamicConv2d, DynamicLinear, takes_dynamic
+from stepquant.runtime.weight_only import WEIGHT_ONLY, Kinds, is_plain
+
+FORMAT_VERSION = 1
+
+
+class WeightOnlyMethod(str, Enum):
+    """diffusers reads `quant_method.value`."""
+
+    WEIGHT_ONLY = "stepquant_weight_only"
+    DYNAMIC = "stepquant_dynamic"
+
+
+class WeightOnlyConfig(QuantizationConfigMixin):
+    """8-bit weights, dequantized on use: the `quantization_config` of such a model.
+
+    `layers`: names of the 8-bit layers. None, for a float model that is quantized while it is
+    loaded, stands for all linear and conv layers that do not share their weight.
+
+    Raises StepQuantError for unknown keys, a newer format version and values of the wrong type.
+    """
+
+    method: ClassVar[WeightOnlyMethod] = WeightOnlyMethod.WEIGHT_ONLY
+    kinds: ClassVar[Kinds] = WEIGHT_ONLY
+
+    def __init__(
+        self, layers: list[str] | None = None, format_version: int = FORMAT_VERSION, **more: Any
+    ) -> None:
+        self.quant_method: Any = self.method
+        if format_version != FORMAT_VERSION:
+            raise StepQuantError(
+                f"a weight-only component has format version {format_version!r}: expected "
+                f"{FORMAT_VERSION}, the only one that this stepquant reads; upgrade stepquant"
+            )
+        unknown = set(more) - {"quant_method"}
+        if unknown:
+            raise StepQuantError(
+                f"the config of a weight-only component has the unknown key '{min(unknown)}': "
+                "expected format_version and layers"
+            )
+        named = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
+        if layers is not None and not named:
+            raise StepQuantError(
+                f"layers of the config of a weight-only component is {layers!r}: expected a list "
+                "of names"
+            )
+        self.format_version = format_version
+        self.layers = None if layers is None else sorted(layers)
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether a layer of these kinds can stand in the place of `module`."""
+        return is_plain(module)
+
+    @property
+    def names(self) -> list[str]:
+        """`layers` of a model that is quantized already, where they must be known."""
+        if self.layers is None:
+            raise StepQuantError(
+                "the config of a weight-only component names no layers: expected a list of those "
+                "with codes; the folder is damaged"
+            )
+        return self.layers
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The config that `to_dict` wrote."""
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values in a fixed order."""
+        return {
+            "format_version": self.format_version,
+            "layers": self.layers,
+            "quant_method": self.quant_method.value,
+        }
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """`to_dict` as indented JSON."""
+        del use_diff
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def __repr__(self) -> str:
+        count = "all" if self.layers is None else len(self.layers)
+        return f"{type(self).__name__}(layers={count})"
+
+
+class DynamicConfig(WeightOnlyConfig):
+    """8-bit weights and activations, on integer kernels; activation scales are found at each call.
+
+    As `WeightOnlyConfig`; convs with groups or padding other than zeros stay float.
+    """
+
+    method: ClassVar[WeightOnlyMethod] = WeightOnlyMethod.DYNAMIC
+    kinds: ClassVar[Kinds] = (DynamicLinear, DynamicConv2d)
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether a layer of these kinds can stand in the place of `module`."""
+        return takes_dynamic(module)
+
+
+CONFIGS: dict[str, type[WeightOnlyConfig]] = {
+    kind.method.value: kind for kind in (WeightOnlyConfig, DynamicConfig)
+}
