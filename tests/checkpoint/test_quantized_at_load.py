@@ -9,7 +9,7 @@ from torch import nn
 
 from architectures import ARCHITECTURES, build
 from quantize_runs import refused, tree
-from stepquant.api import DynamicConfig, WeightOnlyConfig, quantize, sample
+from stepquant.api import DynamicConfig, WeightOnlyConfig, inspect, quantize, sample
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.runtime.dynamic import Dynamic
 from stepquant.runtime.weight_only import WeightOnly, weight_only_in_place_of
@@ -109,6 +109,8 @@ def test_a_denoiser_that_is_quantized_already_is_not_calibrated(folders):
     arguments = ARCHITECTURES["sd"].arguments
     message = refused(lambda: quantize(pipeline, "minmax", steps=STEPS, **arguments))
     assert "is quantized already: expected a float model" in message
+    message = refused(lambda: inspect(pipeline, num=1, steps=STEPS, **arguments))
+    assert "was quantized while it was loaded, and has no tables to show" in message
 
 
 @torch.no_grad()
