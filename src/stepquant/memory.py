@@ -138,7 +138,7 @@ class Prediction:
     def describe(self) -> str:
         """As the end of a sentence, in GiB."""
         parts = {
-            "held already": self.held,
+            "what is held already": self.held,
             "the simulated and packed model": self.model,
             "training": self.weights,
             "the activations of a batch": self.forward,
