@@ -13,6 +13,7 @@ import multiprocessing
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -29,7 +30,7 @@ from stepquant.judge import distances, evaluate
 from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.recipe import parse_recipe
-from stepquant.sampling import denoiser_of, sample_images
+from stepquant.sampling import AUTO, denoiser_of, sample_images
 from stepquant.sources import default_features, open_pipeline
 from stepquant.workfolder import atomic_write, fingerprint
 
@@ -38,7 +39,10 @@ BUDGETS = {"cpu": {"num": 2048, "steps": 50}, "gpu": {"num": 10_000, "steps": 10
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured; `recipe` is a resolved recipe's plain values, None for the float model."""
+    """What is measured; `recipe` is a resolved recipe's plain values, None for the float model.
+
+    `scheduler` and `steps` draw the images; what is calibrated for stands in the recipe.
+    """
 
     name: str
     model: str
@@ -47,6 +51,7 @@ class Cell:
     steps: int
     seed: int = 0
     threads: int = 1
+    scheduler: str | None = AUTO
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -114,9 +119,12 @@ def float_images(cell: Cell, folder: Path) -> torch.Tensor:
     """The float model's images for the cell's settings, sampled once for all cells."""
     name = cell.model.replace(":", "-").replace("/", "-")
     name += f"-{subject(cell.model)}-{cell.num}-{cell.steps}-{cell.seed}"
+    name += "" if cell.scheduler == AUTO else f"-{cell.scheduler}"
     file = folder / f"{name}.safetensors"
     if not file.exists():
-        images = sample_images(open_pipeline(cell.model), cell.num, cell.steps, cell.seed)
+        images = sample_images(
+            open_pipeline(cell.model), cell.num, cell.steps, cell.seed, cell.scheduler
+        )
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(file, lambda partial: save_file({"images": images}, partial))
     return load_file(file)["images"]
@@ -128,7 +136,8 @@ def is_finished(cell: Cell, file: Path) -> bool:
         return False
     record = json.loads(file.read_text())
     settings = {**json.loads(json.dumps(asdict(cell))), "subject": subject(cell.model)}
-    for key in ("model", "recipe", "num", "steps", "seed", "subject"):
+    record.setdefault("scheduler", AUTO)  # not in older records
+    for key in ("model", "recipe", "num", "steps", "seed", "scheduler", "subject"):
         if record.get(key) != settings[key]:
             raise SystemExit(
                 f"'{file}' was measured with another {key}: expected that of cell '{cell.name}'; "
@@ -166,6 +175,7 @@ def run_cell(cell: Cell, out: Path, cache: Path) -> Path:
             pipeline,
             cell.num,
             cell.steps,
+            cell.scheduler,
             features=features,
             seed=cell.seed,
             float_images=reference,
@@ -181,7 +191,7 @@ def run_grid(cells: list[Cell], out: Path, cache: Path, jobs: int) -> None:
     """Run all cells, `jobs` at a time, each in a process of its own (peak memory is its own)."""
     todo = [cell for cell in cells if not is_finished(cell, out / f"{cell.name}.json")]
     reporter = Reporter()
-    for cell in {cell.model: cell for cell in todo}.values():
+    for cell in {(cell.model, cell.scheduler, cell.steps): cell for cell in todo}.values():
         float_images(cell, cache)  # before the workers want it all at once
     context = multiprocessing.get_context("spawn")
     with (
@@ -199,13 +209,22 @@ def read_cells(out: Path, cells: list[Cell]) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
-def report(cells: list[Cell], folder: Path, jobs: int, out: Path) -> None:
-    """Run what is left of `cells`, then write `out.jsonl` and `out.md` and print the table."""
+def report(
+    cells: list[Cell],
+    folder: Path,
+    jobs: int,
+    out: Path,
+    tabulate: Callable[[list[dict[str, Any]]], str] | None = None,
+) -> None:
+    """Run what is left of `cells`, then write `out.jsonl` and `out.md` and print the table.
+
+    `tabulate`: from records to markdown, in the place of `table`.
+    """
     run_grid(cells, folder, folder / "cache", jobs)
     records = read_cells(folder, cells)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_lines(records, out.with_suffix(".jsonl"))
-    text = table(records)
+    text = (tabulate or table)(records)
     atomic_write(out.with_suffix(".md"), lambda partial: partial.write_text(text))
     print(text)
 

@@ -269,10 +269,25 @@ def test_a_module_of_ones_own_and_its_float_layers():
     assert torch.equal(result.denoiser(x, t), without)
 
 
-def test_a_float_pipeline_is_pointed_to_diffusers(lora):
-    message = refused(lambda: load_lora(build("sd"), of("unet", lora)))
-    assert "unet of StableDiffusionPipeline is not quantized" in message
-    assert "pipeline.load_lora_weights" in message
+@torch.no_grad()
+def test_a_float_pipeline_takes_one_too(lora):
+    """So that a quantized model is compared with its float one under the same LoRA."""
+    data, pipeline = session("sd").trajectories, build("sd")
+    without = predict(pipeline.unet, data)
+    load_lora(pipeline, of("unet", lora), 1.5)
+    wanted = predict(merge(build("sd").unet, lora, 1.5), data)
+    torch.testing.assert_close(predict(pipeline.unet, data), wanted, rtol=1e-3, atol=1e-4)
+    unload_lora(pipeline)
+    assert torch.equal(predict(pipeline.unet, data), without)
+
+
+def test_a_pipeline_with_a_lora_is_not_quantized(lora):
+    """It would be calibrated with the LoRA and packed without."""
+    pipeline = build("sd")
+    load_lora(pipeline, of("unet", lora), name="style")
+    arguments = ARCHITECTURES["sd"].arguments
+    message = refused(lambda: quantize(pipeline, "minmax", steps=2, **arguments))
+    assert "has the LoRA 'style' loaded" in message and "unload_lora" in message
 
 
 def test_a_model_with_a_lora_is_not_dequantized(sd, lora):

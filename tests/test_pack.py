@@ -158,9 +158,14 @@ def test_what_cannot_be_packed_is_refused(sd_folder, tmp_path):
     )
     assert "the component 'vae' is to be 'w2'" in message(components={"vae": "w2"})
     assert "exists already" in message(out=sd_folder)
+    assert "is a single file: expected a diffusers pipeline folder" in message(
+        sd_folder / "unet" / WEIGHTS
+    )
     pack(sd_folder, tmp_path / "once")
     assert "'unet' is quantized already" in message(tmp_path / "once")
-    for verb in (lambda f: quantize(f, "minmax", prompts="a"), lambda f: inspect(f, prompts="a")):
-        assert "is quantized already: expected a float model" in refused(
-            lambda verb=verb: verb(tmp_path / "once")
-        )
+    assert "is quantized already: expected a float model" in refused(
+        lambda: quantize(tmp_path / "once", "minmax", prompts="a")
+    )
+    assert "was quantized without calibration, and has no tables to show" in refused(
+        lambda: inspect(tmp_path / "once", prompts="a")
+    )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stepquant.bench import bench
 from stepquant.checkpoint.module import load_module
+from stepquant.checkpoint.weight_only_config import DynamicConfig, WeightOnlyConfig
 from stepquant.conditioning import Conditioning
 from stepquant.demo import demo
 from stepquant.inspection import inspect
@@ -26,7 +27,9 @@ from stepquant.sources import open_pipeline as load
 
 __all__ = [
     "DenoiserPipeline",
+    "DynamicConfig",
     "Quantized",
+    "WeightOnlyConfig",
     "bench",
     "demo",
     "evaluate",

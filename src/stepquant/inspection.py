@@ -14,6 +14,7 @@ from stepquant.calibration.observe import observe
 from stepquant.calibration.trajectories import capture_trajectories
 from stepquant.checkpoint.validate import packed_attention
 from stepquant.conditioning import Conditioning
+from stepquant.errors import StepQuantError
 from stepquant.inspection_plots import check_plots, write_plots
 from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.methods.weight_dilation import dilation_factors
@@ -21,8 +22,8 @@ from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.models.attention import PRODUCTS
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
-from stepquant.readiness import check_not_quantized
 from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.weight_only import WeightOnly
 from stepquant.sampling import AUTO, denoiser_of
 from stepquant.scheme import Scheme
 from stepquant.session import simulate
@@ -59,8 +60,12 @@ def inspect(
     denoiser = denoiser_of(pipeline)
     if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
         record = inspect_packed(denoiser)
+    elif any(isinstance(module, WeightOnly) for module in denoiser.modules()):
+        raise StepQuantError(
+            f"the denoiser of {type(pipeline).__name__} was quantized without calibration, and has "
+            "no tables to show: expected a float model, or one that stepquant quantize wrote"
+        )
     else:
-        check_not_quantized(denoiser, f"denoiser of '{type(pipeline).__name__}'")
         conditioning = Conditioning.of(prompts, labels, guidance, call)
         record = inspect_float(
             pipeline, denoiser, steps, scheduler, num, seed, reporter, conditioning, adapter

@@ -1,4 +1,4 @@
-"""LoRA on a quantized pipeline: loaded as float branches beside its layers, scaled, unloaded."""
+"""LoRA on a pipeline: loaded as float branches beside its layers, scaled, unloaded."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def load_lora(
 ) -> list[str]:
     """Let the LoRA in `source` add `scale * B(A(x))` to the layers that it was trained for.
 
-    `pipeline`: with a packed denoiser. `source`: a safetensors file of diffusers, peft or kohya's
-    trainer, a folder with one, a hub id, or tensors by name; `weight_name` says which file of
-    several. `name`: what it is called afterwards; several can be loaded beside each other. The
-    packed layers stay as they are: the branch is computed in float32 from the layer's float input.
-    Layers of text encoders that the LoRA has are served too. Saving writes the model without it.
+    `pipeline`: with a packed denoiser or a float one, so that the two can be compared with the same
+    LoRA. `source`: a safetensors file of diffusers, peft or kohya's trainer, a folder with one, a
+    hub id, or tensors by name; `weight_name` says which file of several. `name`: what it is called
+    afterwards; several can be loaded beside each other. Packed layers stay as they are: the branch
+    is computed in float32 from the layer's float input. Layers of text encoders that the LoRA has
+    are served too. Saving writes the model without it.
     Returns the names of the layers, each with its component in front.
 
     Raises StepQuantError, and changes nothing, for a LoRA that does not fit the pipeline, naming
@@ -44,11 +45,6 @@ def load_lora(
     """
     component = denoiser_name(pipeline)
     denoiser = models_of(pipeline)[component]
-    if not any(isinstance(module, PackedLayer) for module in denoiser.modules()):
-        raise StepQuantError(
-            f"{component} of {type(pipeline).__name__} is not quantized: expected a packed "
-            "denoiser; a float one takes pipeline.load_lora_weights"
-        )
     _check_scale(scale)
     if NAME.fullmatch(name) is None:
         raise StepQuantError(
@@ -107,6 +103,15 @@ def lora_scales(pipeline: DiffusionPipeline) -> dict[str, float]:
     return {lora: branch.scale for _, _, lora, branch in _branches(pipeline)}
 
 
+def check_no_lora(pipeline: DiffusionPipeline) -> None:
+    """An error where LoRAs are loaded: quantizing would see their numbers, and not keep them."""
+    for lora in lora_scales(pipeline):
+        raise StepQuantError(
+            f"the {type(pipeline).__name__} has the LoRA '{lora}' loaded: expected it without; "
+            "call unload_lora first, and load the LoRA into the quantized pipeline"
+        )
+
+
 def _branches(pipeline: DiffusionPipeline) -> list[tuple[str, nn.Module, str, LoraBranch]]:
     return [found for model in models_of(pipeline).values() for found in named_branches(model)]
 
@@ -153,6 +158,8 @@ def _scaled_layers(pipeline: DiffusionPipeline, denoiser: Any) -> dict[str, str]
     known = any(kind.__name__ in ADAPTERS for kind in type(denoiser).__mro__)
     if hasattr(type(pipeline), "make_adapter") or not known:
         return {}  # quantized with a general adapter, which folds nothing
+    if not any(isinstance(module, PackedLayer) for module in denoiser.modules()):
+        return {}
     adapter = adapter_for(denoiser)
     groups = [(producer, consumers) for producer, consumers in adapter.folds(denoiser)]
     groups += [(entry.linear, entry.consumers) for entry in adapter.modulations(denoiser)]

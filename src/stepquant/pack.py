@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from stepquant.calibration.initialize import weight_search
-from stepquant.checkpoint.load import check_folder, local_folder, read_index
+from stepquant.checkpoint.folder import check_folder, read_components
+from stepquant.checkpoint.load import is_single_file, local_folder
 from stepquant.checkpoint.save import complete_or_absent, remove_partial
 from stepquant.checkpoint.weight_only_stream import stream_weights
 from stepquant.components import WAYS
@@ -53,9 +54,15 @@ def pack(
         raise StepQuantError(f"grids is {grids!r}: expected one of {', '.join(GRIDS)}")
     target = Path(out)
     remove_partial(target)
-    folder = local_folder(resolve_builtin(model))
+    source = resolve_builtin(model)
+    if is_single_file(source):
+        raise StepQuantError(
+            f"'{source}' is a single file: expected a diffusers pipeline folder or a hub id, whose "
+            "names of tensors are those of the model; load the file, and save it as a folder"
+        )
+    folder = local_folder(source)
     check_folder(folder)
-    index = read_index(folder)
+    index = read_components(folder)
     denoiser = next((name for name in DENOISERS if name in index), None)
     if denoiser is None:
         raise StepQuantError(

@@ -29,6 +29,7 @@ from stepquant.components import add_file_sizes, check_components, quantize_comp
 from stepquant.conditioning import Conditioning
 from stepquant.errors import StepQuantError
 from stepquant.evaluate import peak_memory_mb, reset_peak_memory
+from stepquant.lora import check_no_lora
 from stepquant.memory import as_mb, plan_memory
 from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.models.mapped import FloatState
@@ -143,6 +144,7 @@ def quantize(
     pipeline = open_pipeline(model, map_large=True)
     component = denoiser_name(pipeline)
     float_model = getattr(pipeline, component)
+    check_no_lora(pipeline)
     components = dict(components or {})
     check_components(pipeline, component, components)
     check_denoiser(float_model, f"{component} of '{type(pipeline).__name__}'")

@@ -18,7 +18,8 @@ from stepquant.runtime.weight_only import WeightOnly
 def check_denoiser(denoiser: nn.Module, what: str) -> None:
     """An error that names `what` where a denoiser is not a float one that is ready to run."""
     timestep_position(denoiser)
-    check_not_quantized(denoiser, what)
+    if any(isinstance(module, PackedLayer | WeightOnly) for module in denoiser.modules()):
+        raise StepQuantError(f"the {what} is quantized already: expected a float model")
     first = next((p for p in denoiser.parameters() if p.is_floating_point()), torch.empty(0))
     if first.dtype != torch.float32:
         raise StepQuantError(
@@ -38,12 +39,6 @@ def check_denoiser(denoiser: nn.Module, what: str) -> None:
         _refuse_training(what, "dropout")
     if any(isinstance(module, _BatchNorm) for module in training):
         _refuse_training(what, "batch norms, which learn from what they see")
-
-
-def check_not_quantized(denoiser: nn.Module, what: str) -> None:
-    """An error that names `what` where a denoiser has layers of few bits."""
-    if any(isinstance(module, PackedLayer | WeightOnly) for module in denoiser.modules()):
-        raise StepQuantError(f"the {what} is quantized already: expected a float model")
 
 
 def _refuse_training(what: str, has: str) -> NoReturn:

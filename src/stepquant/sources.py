@@ -1,4 +1,4 @@
-"""Opening what a user names: `builtin:NAME`, a local diffusers folder, or a hub id."""
+"""Opening what a user names: `builtin:NAME`, a local diffusers folder or file, or a hub id."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from stepquant.checkpoint.load import load_pipeline, local_folder
+from stepquant.checkpoint.load import is_single_file, load_pipeline, local_folder
 from stepquant.errors import StepQuantError
 from stepquant.models.mapped import FloatState, open_mapped
 from stepquant.models.weight_files import WeightFiles
@@ -47,24 +47,36 @@ def resolve_builtin(model: str | Path) -> str:
 def open_pipeline(
     model: str | Path | DiffusionPipeline,
     device: str | torch.device = "cpu",
+    config: str | Path | None = None,
     map_large: bool = False,
 ) -> DiffusionPipeline:
     """The pipeline that `model` names, in float32, ready to sample.
 
-    `model`: "builtin:NAME", a local diffusers folder, a hub id, or a pipeline, which is returned
-    as it is. `map_large`: leave the weights of a denoiser of more than `MAP_FROM` parameters in
-    their files (`models.mapped`), on the CPU.
+    `model`: "builtin:NAME", a local diffusers folder, a hub id, a safetensors file with a float
+    pipeline in its trainers' layout, or a pipeline, which is returned as it is. `config`: for such
+    a file, the folder or hub id of a pipeline of the same kind, which has the sizes, the scheduler
+    and the tokenizers that the file has not; without it, those of the model that diffusers takes
+    it for, from the hub. `map_large`: leave the weights of a denoiser of more than `MAP_FROM`
+    parameters in their files (`models.mapped`), on the CPU; those of a single file are loaded.
+
+    Raises StepQuantError where that cannot be had.
     """
     if isinstance(model, DiffusionPipeline):
+        if config is not None:
+            raise StepQuantError(
+                f"a config, '{config}', was given for a {type(model).__name__} that is open "
+                "already: expected none, or the name of a single safetensors file as the model"
+            )
         return model
     if not isinstance(model, str | Path):
         raise StepQuantError(
             f"the model is a {type(model).__name__}: expected a diffusers pipeline, a folder, a "
-            f"hub id or {BUILTIN}NAME; a denoiser alone has no sampler to calibrate with"
+            f"file, a hub id or {BUILTIN}NAME; a denoiser alone has no sampler to calibrate with"
         )
     source = resolve_builtin(model)
-    parts = _mapped_denoiser(local_folder(source)) if map_large else {}
-    pipeline = load_pipeline(source, dtype=torch.float32, parts=parts).to(device)
+    mapped = map_large and not is_single_file(source)
+    parts = _mapped_denoiser(local_folder(source)) if mapped else {}
+    pipeline = load_pipeline(source, dtype=torch.float32, config=config, parts=parts).to(device)
     denoiser = denoiser_of(pipeline).eval()
     denoiser.requires_grad_(False)
     return pipeline

@@ -10,7 +10,7 @@ from diffusers import DDPMPipeline
 from packed_models import packed_pipeline, unet
 from safetensors import SafetensorError
 
-from stepquant.checkpoint.load import check_folder
+from stepquant.checkpoint.folder import check_folder
 from stepquant.checkpoint.save import save_pipeline
 from stepquant.errors import StepQuantError
 

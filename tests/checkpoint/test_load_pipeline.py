@@ -174,5 +174,5 @@ def test_a_text_pipeline_without_transformers_says_what_to_install(copy, monkeyp
     index = copy / "model_index.json"
     values = json.loads(index.read_text())
     index.write_text(json.dumps({**values, "tokenizer": ["transformers", "CLIPTokenizer"]}))
-    monkeypatch.setattr("stepquant.checkpoint.load.find_spec", lambda name: None)
+    monkeypatch.setattr("stepquant.checkpoint.folder.find_spec", lambda name: None)
     refused(copy, r"has the CLIPTokenizer 'tokenizer' of the package .*'stepquant\[text\]'")

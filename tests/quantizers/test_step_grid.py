@@ -55,6 +55,30 @@ def test_midway_the_row_that_comes_first_wins(timestep: Tensor | float) -> None:
     assert StepGrid(DESCENDING.flip(0)).rows(timestep).tolist() == [2]
 
 
+@pytest.mark.parametrize(
+    "timestep",
+    [torch.tensor(300), torch.tensor([300]).expand(4), torch.tensor([300, 310, 290, 300])],
+    ids=["scalar", "expanded", "alike"],
+)
+def test_samples_that_agree_have_one_row(timestep: Tensor) -> None:
+    context = StepContext(StepGrid(DESCENDING))
+    context.set_timestep(timestep)
+    assert context.rows.tolist() == [2]
+
+
+def test_a_compiled_graph_does_not_branch_on_timesteps() -> None:
+    """An expanded number is seen to be one; numbers of their own keep a row each."""
+    context = StepContext(StepGrid(DESCENDING))
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def rows(timestep: Tensor) -> Tensor:
+        context.set_timestep(timestep)
+        return context.rows + 0
+
+    assert rows(torch.tensor([300]).expand(4)).tolist() == [2]
+    assert rows(torch.tensor([300, 310, 900])).tolist() == [2, 2, 0]
+
+
 @pytest.mark.parametrize("steps", [4, 10, 20, 37, 100])
 def test_other_step_counts_find_the_nearest_calibrated_step(steps: int) -> None:
     scheduler = DDIMScheduler(num_train_timesteps=1000)

@@ -349,9 +349,11 @@ def test_a_compiled_denoiser_follows_its_timestep(
 @torch.no_grad()
 def test_compiled_takes_mixed_batches(network: nn.Sequential, context: StepContext) -> None:
     prepare(network)
-    compiled = torch.compile(network, backend="eager")
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
     context.set_timestep(torch.tensor([40, 10]))
     assert torch.equal(compiled(X), network(X))
+    twice = torch.cat((X, X + 1))  # each row serves two neighbours
+    assert torch.equal(compiled(twice), network(twice))
 
 
 @pytest.mark.usefixtures("fresh_compiler")

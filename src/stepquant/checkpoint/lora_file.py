@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stepquant.checkpoint.load import HUB_ID, PICKLE_SUFFIXES
+from stepquant.checkpoint.folder import HUB_ID, PICKLE_SUFFIXES
 from stepquant.errors import StepQuantError
 
 USUAL_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")

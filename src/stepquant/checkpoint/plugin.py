@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.quantizers import auto
-from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from stepquant.checkpoint import validate
@@ -19,6 +18,7 @@ from stepquant.checkpoint.checksum import (
     tensor_line,
 )
 from stepquant.checkpoint.config import StepQuantConfig, StepQuantMethod
+from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
 from stepquant.errors import StepQuantError
 from stepquant.models.attention import ProductsProcessor
 from stepquant.models.surgery import replace_modules
@@ -33,7 +33,7 @@ def register() -> None:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[StepQuantMethod.STEPQUANT.value] = StepQuantConfig
 
 
-class StepQuantQuantizer(DiffusersQuantizer):
+class StepQuantQuantizer(FrozenQuantizer):
     """Loads, checks and saves packed denoisers inside `from_pretrained` and `save_pretrained`.
 
     diffusers calls, in this order: `maybe_update_loaded_keys`, `preprocess_model`, for each file
@@ -42,19 +42,19 @@ class StepQuantQuantizer(DiffusersQuantizer):
     """
 
     requires_calibration = True
-    use_keep_in_fp32_modules = True
 
     quantization_config: StepQuantConfig  # type: ignore[assignment]
 
     def __init__(self, quantization_config: StepQuantConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
             raise StepQuantError(
-                "StepQuantConfig was given for a float model: stepquant calibrates before it "
-                "quantizes, so run `stepquant quantize MODEL --recipe NAME --out DIR` and load DIR"
+                "StepQuantConfig was given for a float model: expected a quantized one, because "
+                "recipes are calibrated with the sampler; run `stepquant quantize MODEL --recipe "
+                "NAME --out DIR` and load DIR, or pass WeightOnlyConfig or DynamicConfig, which "
+                "need no calibration"
             )
         super().__init__(quantization_config, **kwargs)
         self._loaded_keys: list[str] = []
-        self._owned: set[str] = set()  # tensors of the packed layers and the step grid
         self._model: nn.Module | None = None  # while it is loaded
         self._context: StepContext | None = None
         self._stored_checksum: bytes | None = None
@@ -122,17 +122,6 @@ class StepQuantQuantizer(DiffusersQuantizer):
                 self._tensor_lines.append(tensor_line(name, tensor))
         return state_dict
 
-    def check_if_quantized_param(
-        self,
-        model: nn.Module,
-        param_value: Tensor,
-        param_name: str,
-        state_dict: dict[str, Tensor],
-        **kwargs: Any,
-    ) -> bool:
-        """Whether stepquant owns the tensor; diffusers puts the others in place itself."""
-        return param_name in self._owned
-
     def create_quantized_param(  # type: ignore[override]
         self,
         model: nn.Module,
@@ -169,21 +158,6 @@ class StepQuantQuantizer(DiffusersQuantizer):
         self._context.grid = StepGrid(model.get_buffer(validate.STEP_GRID_NAME))
         self._loaded_keys, self._tensor_lines, self._owned = [], [], set()
         self._model = self._context = self._stored_checksum = None
-
-    @property
-    def is_serializable(self) -> bool:
-        """Packed models save and load."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Codes have no gradient; training happens on the simulation, before packing."""
-        return False
-
-    @property
-    def is_compileable(self) -> bool:
-        """Packed layers run under `torch.compile`."""
-        return True
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False

@@ -1,15 +1,17 @@
-"""`quantization_config` of a component whose weights are packed and dequantized on use."""
+"""Configs of models with weights of few bits that need no calibration."""
 
 from __future__ import annotations
 
 import json
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
 
 from stepquant.errors import StepQuantError
-from stepquant.runtime.weight_only import check_weight_only_bits
+from stepquant.runtime.dynamic import DynamicConv2d, DynamicLinear, takes_dynamic
+from stepquant.runtime.weight_only import WEIGHT_ONLY, Kinds, check_weight_only_bits, is_plain
 
 FORMAT_VERSION = 1
 
@@ -18,16 +20,22 @@ class WeightOnlyMethod(str, Enum):
     """diffusers reads `quant_method.value`."""
 
     WEIGHT_ONLY = "stepquant_weight_only"
+    DYNAMIC = "stepquant_dynamic"
 
 
 class WeightOnlyConfig(QuantizationConfigMixin):
-    """The `quantization_config` of such a component: the names of its packed layers.
+    """Weights of 8 or 4 bits, dequantized on use: the `quantization_config` of such a model.
 
-    `bits`: of their weights, 8 or 4. `grids`: how the grids of 4 bits were found, "minmax" or
-    "mse", None for 8 bits; loading does not depend on it.
+    `layers`: names of the packed layers. None, for a float model that is quantized while it is
+    loaded, stands for all linear and conv layers that do not share their weight. `bits`: of their
+    weights, 8 or 4. `grids`: how the grids of 4 bits were found, "minmax" or "mse", None for 8
+    bits; loading what has codes does not depend on it.
 
     Raises StepQuantError for unknown keys, a newer format version and values of the wrong type.
     """
+
+    method: ClassVar[WeightOnlyMethod] = WeightOnlyMethod.WEIGHT_ONLY
+    kinds: ClassVar[Kinds] = WEIGHT_ONLY
 
     def __init__(
         self,
@@ -37,7 +45,7 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         grids: str | None = None,
         **more: Any,
     ) -> None:
-        self.quant_method: Any = WeightOnlyMethod.WEIGHT_ONLY
+        self.quant_method: Any = self.method
         if format_version != FORMAT_VERSION:
             raise StepQuantError(
                 f"a weight-only component has format version {format_version!r}: expected "
@@ -49,14 +57,31 @@ class WeightOnlyConfig(QuantizationConfigMixin):
                 f"the config of a weight-only component has the unknown key '{min(unknown)}': "
                 "expected format_version, layers, bits and grids"
             )
-        if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+        named = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
+        if layers is not None and not named:
             raise StepQuantError(
                 f"layers of the config of a weight-only component is {layers!r}: expected a list "
                 "of names"
             )
-        self.format_version, self.layers = format_version, sorted(layers)
+        self.format_version = format_version
+        self.layers = None if layers is None else sorted(layers)
         self.bits = check_weight_only_bits(bits, "bits of the config of a weight-only component")
         self.grids = grids
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether a layer of these kinds can stand in the place of `module`."""
+        return is_plain(module)
+
+    @property
+    def names(self) -> list[str]:
+        """`layers` of a model that is quantized already, where they must be known."""
+        if self.layers is None:
+            raise StepQuantError(
+                "the config of a weight-only component names no layers: expected a list of those "
+                "with codes; the folder is damaged"
+            )
+        return self.layers
 
     @classmethod
     def from_dict(
@@ -82,4 +107,35 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def __repr__(self) -> str:
-        return f"WeightOnlyConfig(layers={len(self.layers)}, bits={self.bits})"
+        count = "all" if self.layers is None else len(self.layers)
+        return f"{type(self).__name__}(layers={count}, bits={self.bits})"
+
+
+class DynamicConfig(WeightOnlyConfig):
+    """8-bit weights and activations, on integer kernels; activation scales are found at each call.
+
+    As `WeightOnlyConfig`; convs with groups or padding other than zeros stay float.
+    """
+
+    method: ClassVar[WeightOnlyMethod] = WeightOnlyMethod.DYNAMIC
+    kinds: ClassVar[Kinds] = (DynamicLinear, DynamicConv2d)
+
+    def __init__(
+        self, layers: list[str] | None = None, format_version: int = FORMAT_VERSION, **more: Any
+    ) -> None:
+        super().__init__(layers, format_version, **more)
+        if self.bits != 8:
+            raise StepQuantError(
+                f"bits of a {type(self).__name__} is {self.bits}: expected 8, the bits of its "
+                "integer kernels; WeightOnlyConfig takes 4, too"
+            )
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether a layer of these kinds can stand in the place of `module`."""
+        return takes_dynamic(module)
+
+
+CONFIGS: dict[str, type[WeightOnlyConfig]] = {
+    kind.method.value: kind for kind in (WeightOnlyConfig, DynamicConfig)
+}

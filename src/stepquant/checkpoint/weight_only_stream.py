@@ -16,13 +16,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stepquant.checkpoint.weight_only_components import (
-    mark_weight_only,
-    put_empty_layers,
-    tensor_keys,
-    weight_only_layers,
-)
+from stepquant.checkpoint.weight_only_components import mark_weight_only
 from stepquant.checkpoint.weight_only_config import WeightOnlyConfig
+from stepquant.checkpoint.weight_only_model import put_layers, resolved, tensor_keys
 from stepquant.errors import StepQuantError
 from stepquant.models.weight_files import WeightFiles, check_files, empty_model
 from stepquant.progress import Reporter
@@ -55,9 +51,9 @@ def stream_weights(
     files = WeightFiles(source)
     model = empty_model(source, what)
     check_files(model, files, what)
-    config = WeightOnlyConfig(weight_only_layers(model, what, kept(model)), bits=bits, grids=grids)
+    config = resolved(WeightOnlyConfig(bits=bits, grids=grids), model, what, kept(model))
     mark_weight_only(model, config, what)
-    owned = put_empty_layers(model, config)
+    owned = put_layers(model, config, empty=True)
     shapes = {
         name: tensor if name in owned else files.meta[name]
         for name, tensor in model.state_dict().items()
@@ -68,7 +64,7 @@ def stream_weights(
     )
     target.mkdir(parents=True)
     model.save_config(target)
-    source_of = _Source(files, set(config.layers), bits, find, what)
+    source_of = _Source(files, set(config.names), bits, find, what)
     with reporter.task(f"packing {what}", total=len(shapes)) as task:
         for file_name, members in split.filename_to_tensors.items():
             shard: dict[str, Tensor] = {}
@@ -81,7 +77,7 @@ def stream_weights(
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (target / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
     return {
-        "layers": len(config.layers),
+        "layers": len(config.names),
         "parameters": files.parameters,
     }
 

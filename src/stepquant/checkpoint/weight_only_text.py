@@ -1,4 +1,4 @@
-"""Weight-only models of transformers, such as text encoders.
+"""Weight-only models of transformers, such as text encoders: loaded, or quantized at load.
 
 Only imported where transformers is installed.
 """
@@ -9,23 +9,19 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from stepquant.checkpoint.weight_only_components import (
-    check_loaded,
-    put_empty_layers,
-)
-from stepquant.checkpoint.weight_only_config import WeightOnlyConfig, WeightOnlyMethod
+from stepquant.checkpoint.weight_only_config import CONFIGS, WeightOnlyConfig
+from stepquant.checkpoint.weight_only_model import check_loaded, put_layers, resolved_at_load
 from stepquant.errors import StepQuantError
 
 
 def register() -> None:
-    """Teach transformers the method."""
-    method = WeightOnlyMethod.WEIGHT_ONLY.value
-    auto.AUTO_QUANTIZER_MAPPING[method] = TextWeightOnlyQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = WeightOnlyConfig
+    """Teach transformers the methods."""
+    for method, kind in CONFIGS.items():
+        auto.AUTO_QUANTIZER_MAPPING[method] = TextWeightOnlyQuantizer
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = kind
 
 
 def check_counts(files: list[str], config: WeightOnlyConfig) -> None:
@@ -34,9 +30,9 @@ def check_counts(files: list[str], config: WeightOnlyConfig) -> None:
     Not by name: transformers renames the tensors of some models on their way to the disk.
     """
     beside = ("weight_scale", "weight_zero_point")
-    wanted = {"I8": len(config.layers), "F32": len(config.layers)}
+    wanted = {"I8": len(config.names), "F32": len(config.names)}
     if config.bits < 8:
-        wanted["U8"] = len(config.layers)
+        wanted["U8"] = len(config.names)
     found = dict.fromkeys(wanted, 0)
     for path in files:
         if not str(path).endswith(".safetensors"):
@@ -52,7 +48,7 @@ def check_counts(files: list[str], config: WeightOnlyConfig) -> None:
     if files and found != wanted:
         raise StepQuantError(
             f"the files of a weight-only component ('{files[0]}') hold codes and scales of the "
-            f"dtypes {found}: expected {wanted}, as its config names {len(config.layers)} layers; "
+            f"dtypes {found}: expected {wanted}, as its config names {len(config.names)} layers; "
             "the files are damaged or belong to another config"
         )
 
@@ -61,19 +57,26 @@ class TextWeightOnlyQuantizer(HfQuantizer):
     """Loads and saves weight-only models of transformers.
 
     The tensors are in the model before it is loaded into, so transformers finds them by name, and
-    keeps the dtype of scales because that of the empty ones differs from the model's.
+    keeps the dtype of scales because that of the empty ones differs from the model's. A float model
+    is loaded as it is, and quantized as a whole afterwards.
     """
 
-    requires_calibration = True  # that is, nothing is quantized at load
+    requires_calibration = False
 
     quantization_config: WeightOnlyConfig  # type: ignore[assignment]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        check_counts(kwargs.get("checkpoint_files") or [], self.quantization_config)
-        put_empty_layers(model, self.quantization_config)
+        if self.pre_quantized:
+            check_counts(kwargs.get("checkpoint_files") or [], self.quantization_config)
+            put_layers(model, self.quantization_config, empty=True)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        check_loaded(model)
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            # The caller's config may serve several components.
+            config = resolved_at_load(self.quantization_config, model)
+            put_layers(model, config)
+            self.quantization_config = model.config.quantization_config = config
+        check_loaded(model, self.quantization_config)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """As asked for: it is that of activations and float parameters."""

@@ -35,7 +35,7 @@ app.add_typer(recipes, name="recipes")
 def stepquant(version: Version = False) -> None:
     """Low-bit diffusion models that are smaller on disk and run in integer arithmetic.
 
-    MODEL is a local diffusers folder, a hub id, or builtin:NAME.
+    MODEL is a local diffusers folder, a safetensors file, a hub id, or builtin:NAME.
     """
 
 

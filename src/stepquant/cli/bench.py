@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from stepquant.cli.opening import Config, opened
 from stepquant.cli.options import Against, Json, Model, Quiet
 from stepquant.cli.session import talk
 
@@ -25,6 +26,7 @@ def bench(
         bool, typer.Option("--compiled", help="Also under torch.compile (takes minutes).")
     ] = False,
     repeats: Annotated[int, typer.Option(help="Timed rounds, interleaved.")] = 20,
+    config: Config = None,
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -32,8 +34,9 @@ def bench(
     with talk(context, quiet, json_file) as output:
         from stepquant import api  # not at the top: see demo.py
 
+        ours, theirs = opened(config, model, against)
         record = api.bench(
-            model, against, batch or (1, 4, 16), backend, compiled, repeats, output.reporter
+            ours, theirs, batch or (1, 4, 16), backend, compiled, repeats, output.reporter
         )
         output.results = record
         output.table(record["rows"])

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from stepquant.cli.opening import Config, Loras, lora_line, opened, with_loras
 from stepquant.cli.options import (
     Against,
     Batch,
@@ -49,26 +50,32 @@ def evaluate(
     label: Label = None,
     guidance: Guidance = None,
     call: Call = None,
+    lora: Loras = None,
+    config: Config = None,
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
     """Compare a model's images with those of its float model at the same seeds."""
     with talk(context, quiet, json_file) as output:
         from stepquant import api  # not at the top: see demo.py
+        from stepquant.sources import default_features
 
+        ours, theirs = opened(config, model, against)
+        ours, loras = with_loras(ours, lora)
+        theirs, _ = with_loras(theirs, lora)  # the float model with the same LoRAs
         record = api.evaluate(
-            model,
-            against,
+            ours,
+            theirs,
             num,
             steps,
             scheduler_name(scheduler),
-            features,
+            features or default_features(against),
             seed,
             batch,
             reporter=output.reporter,
             **conditions(prompt, prompts, label, guidance, call),
         )
-        output.results = record
+        output.results = {**record, "loras": loras}
         errors = record["noise_error"]
         worst = max(errors, key=lambda row: row["relative_mse"])
         values = {
@@ -79,4 +86,6 @@ def evaluate(
         values[f"noise_error, worst step ({worst['timestep']})"] = worst["relative_mse"]
         output.table([{"measure": key, "value": value} for key, value in values.items()])
         used = record["scheduler"] or "own scheduler"
+        for entry in loras:
+            output.line(lora_line(entry))
         output.line(f"{num} images of each model, {used} {steps} steps, seeds from {seed}")

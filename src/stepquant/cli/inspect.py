@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from stepquant.cli.opening import Config, opened
 from stepquant.cli.options import (
     Call,
     Guidance,
@@ -39,6 +40,7 @@ def inspect(
     label: Label = None,
     guidance: Guidance = None,
     call: Call = None,
+    config: Config = None,
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -46,8 +48,9 @@ def inspect(
     with talk(context, quiet, json_file) as output:
         from stepquant import api  # not at the top: see demo.py
 
+        (pipeline,) = opened(config, model)
         record = api.inspect(
-            model,
+            pipeline,
             plots,
             steps,
             scheduler_name(scheduler),

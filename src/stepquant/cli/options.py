@@ -15,7 +15,9 @@ OWN_SCHEDULER = "own"
 
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="Local diffusers folder, hub id, or builtin:NAME."),
+    typer.Argument(
+        metavar="MODEL", help="Local diffusers folder, safetensors file, hub id, or builtin:NAME."
+    ),
 ]
 Against = Annotated[
     str, typer.Option(metavar="FLOAT_MODEL", help="The float model to compare with.")

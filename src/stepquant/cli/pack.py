@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
-from stepquant.cli.options import Json, Model, Quiet, parse_settings
+from stepquant.cli.options import Json, Quiet, parse_settings
 from stepquant.cli.session import talk
 
 
 def pack(
     context: typer.Context,
-    model: Model,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Local diffusers folder, hub id, or builtin:NAME."),
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the packed pipeline.")],
     weights: Annotated[
         int, typer.Option(metavar="BITS", help="Bits of the denoiser's weights: 4 or 8.")

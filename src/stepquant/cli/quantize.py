@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from stepquant.cli.opening import Config, opened
 from stepquant.cli.options import (
     Call,
     Guidance,
@@ -67,6 +68,7 @@ def quantize(
         float | None,
         typer.Option(metavar="GIB", help="Memory that may be taken, else all that is free."),
     ] = None,
+    config: Config = None,
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -75,8 +77,9 @@ def quantize(
         settings = parse_settings(set_ or [])
         from stepquant import api  # not at the top: see demo.py
 
+        (pipeline,) = opened(config, model)
         record = api.quantize(
-            model,
+            pipeline,
             recipe,
             weights,
             activations,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from stepquant.cli.opening import Config, Loras, lora_line, opened, with_loras
 from stepquant.cli.options import (
     Batch,
     Call,
@@ -46,6 +47,8 @@ def sample(
     label: Label = None,
     guidance: Guidance = None,
     call: Call = None,
+    lora: Loras = None,
+    config: Config = None,
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -59,8 +62,10 @@ def sample(
             images.check_picture_path(grid)
         if out is not None:
             images.check_new_folder(out)
+        (pipeline,) = opened(config, model)
+        pipeline, loras = with_loras(pipeline, lora)
         drawn = api.sample(
-            model,
+            pipeline,
             num,
             steps,
             seed,
@@ -74,7 +79,10 @@ def sample(
             images.save_grid(drawn, grid, columns=math.ceil(math.sqrt(num)))
         shape = list(drawn.shape[1:])
         output.results = {"num": num, "shape": shape, "grid": grid, "out": out, "files": files}
+        output.results["loras"] = loras
         output.table([{"images": num, "channels": shape[0], "height": shape[1], "width": shape[2]}])
+        for entry in loras:
+            output.line(lora_line(entry))
         for place in (grid, out):
             if place is not None:
                 output.line(f"written to {place}")

@@ -65,9 +65,14 @@ def spread_rows(rows: Tensor, batch: int) -> Tensor:
     """`rows [R]` for a leading dimension of `batch`: `[1]` as it is, else each repeated."""
     if rows.numel() in (1, batch):
         return rows
+    return rows.repeat_interleave(neighbours(rows, batch))
+
+
+def neighbours(rows: Tensor, batch: int) -> int:
+    """How many neighbours in a leading dimension of `batch` each of `rows [R]` serves."""
     if batch % rows.numel():
         raise StepQuantError(
             f"a quantized layer got a leading dimension of {batch} with {rows.numel()} timesteps: "
             "expected a multiple; pass one timestep, or one for each sample"
         )
-    return rows.repeat_interleave(batch // rows.numel())
+    return batch // rows.numel()

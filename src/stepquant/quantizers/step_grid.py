@@ -55,10 +55,16 @@ class StepContext:
         self._position = 0  # of the timestep among the denoiser's arguments
 
     def set_timestep(self, timestep: Tensor | float) -> None:
-        """Choose the rows for `timestep` (scalar, or one per sample `[B]`)."""
+        """Choose the rows for `timestep` (scalar, or one per sample `[B]`).
+
+        `rows` is `[1]` where all samples agree, but for timesteps `[B]` that a compiled graph gets
+        as numbers of their own: it cannot branch on them.
+        """
+        if isinstance(timestep, Tensor) and timestep.dim() == 1 and timestep.stride(0) == 0:
+            timestep = timestep[:1]  # one number for all, as pipelines expand it
         rows = self.grid.rows(timestep)
-        if rows.numel() > 1 and bool((rows == rows[0]).all()):
-            rows = rows[:1]
+        if rows.numel() > 1 and not torch.compiler.is_compiling():
+            rows = rows[:1] if bool((rows == rows[0]).all()) else rows
         self.rows = rows
 
     def attach(self, denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.numerics import check_bits, max_code, unpack_channels
-from stepquant.quantizers.activation import spread_rows
+from stepquant.quantizers.activation import neighbours, spread_rows
 from stepquant.quantizers.step_grid import StepContext
 from stepquant.runtime import kernels
 from stepquant.runtime.spec import LayerSpec
@@ -79,6 +79,7 @@ class PackedLayer(nn.Module):
         channel_scale = torch.ones(spec.in_channels) if has_channel_scale else None
         self.register_buffer("act_channel_scale", channel_scale)
         self._prepared: list[_PreparedPart] | None = None
+        self._prepared_on: torch.device | None = None
         self.lora = None  # a module where there is something, see `runtime.lora_branch`
 
     def part_specs(self) -> list[LayerSpec]:
@@ -141,23 +142,27 @@ class PackedLayer(nn.Module):
                 inverse = (1.0 / scale).view(shape)
             prepared.append(_PreparedPart(part, name, kernel, reasons, state, inverse))
             start += part.in_channels
-        self._prepared = prepared
+        self._prepared, self._prepared_on = prepared, device
+
+    def _ensure_prepared(self) -> list[_PreparedPart]:
+        """The parts, laid out on the device where the tensors are now.
+
+        accelerate's hooks put tensors on another device without asking the module.
+        """
+        if self._prepared is None or self._prepared_on != self.weight_packed.device:
+            self.prepare()
+        assert self._prepared is not None
+        return self._prepared
 
     def kernel_names(self) -> list[str]:
         """The kernel that each part runs on."""
-        if self._prepared is None:
-            self.prepare()
-        assert self._prepared is not None
-        return [part.kernel_name for part in self._prepared]
+        return [part.kernel_name for part in self._ensure_prepared()]
 
     def fallback_reasons(self) -> list[str]:
         """Why the parts that run on the reference kernel do."""
-        if self._prepared is None:
-            self.prepare()
-        assert self._prepared is not None
         return [
             "; ".join(part.reasons)
-            for part in self._prepared
+            for part in self._ensure_prepared()
             if part.kernel_name == "reference" and part.reasons
         ]
 
@@ -167,13 +172,17 @@ class PackedLayer(nn.Module):
         return y if self.lora is None else self.lora.add_to(y, x)
 
     def _quantized(self, x: Tensor) -> Tensor:
-        if self._prepared is None:
-            self.prepare()
+        self._ensure_prepared()
         rows = self.context.rows.to(x.device)
         if self.steps == 1:
             return self._run(x, torch.zeros_like(rows[:1])).to(x.dtype)
         if rows.numel() == 1:
             return self._run(x, rows).to(x.dtype)
+        if torch.compiler.is_compiling():
+            # A graph cannot ask which rows are alike: one kernel call for each, same numbers.
+            parts = x.split(neighbours(rows, x.shape[0]))
+            found = [self._run(part, rows[b : b + 1]) for b, part in enumerate(parts)]
+            return torch.cat(found).to(x.dtype)
         # Samples at different steps: one kernel call for each distinct row.
         rows = spread_rows(rows, x.shape[0])
         y: Tensor | None = None

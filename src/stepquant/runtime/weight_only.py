@@ -101,6 +101,14 @@ class WeightOnly(nn.Module):
         codes = nibbles.view(self.weight_shape).to(torch.float32)
         return dequantize(codes, scale, self.weight_zero_point.view(shape)).to(dtype)
 
+    def check_floating(self, x: Tensor) -> None:
+        """An error where a model has cast its input to the dtype of `weight`, which are codes."""
+        if not x.is_floating_point():
+            raise StepQuantError(
+                f"a layer with weights of few bits got {x.dtype}: expected floating-point numbers; "
+                "the model casts them to the dtype of the weight, so it cannot have such layers"
+            )
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -115,6 +123,7 @@ class WeightOnlyLinear(WeightOnly, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `nn.Linear`, in the dtype of `x`."""
+        self.check_floating(x)
         return F.linear(x, self.float_weight(x.dtype), self.bias)
 
 
@@ -123,6 +132,7 @@ class WeightOnlyConv2d(WeightOnly, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `nn.Conv2d`, in the dtype of `x`."""
+        self.check_floating(x)
         return self._conv_forward(x, self.float_weight(x.dtype), self.bias)
 
 
@@ -152,20 +162,29 @@ def is_plain(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, nn.Conv2d)
 
 
+Kinds = tuple[type[WeightOnlyLinear], type[WeightOnlyConv2d]]
+WEIGHT_ONLY: Kinds = (WeightOnlyLinear, WeightOnlyConv2d)
+
+
 def weight_only_in_place_of(
-    module: nn.Module, empty: bool = False, bits: int = 8, find: GridSearch = minmax_grid
+    module: nn.Module,
+    empty: bool = False,
+    bits: int = 8,
+    find: GridSearch = minmax_grid,
+    kinds: Kinds = WEIGHT_ONLY,
 ) -> WeightOnly:
     """A weight-only layer like `module`, with its weight rounded and its bias as it is.
 
     `empty`: on the meta device, to be loaded into. `bits`, `find`: see `weight_only_tensors`.
+    `kinds`: what linear and conv layers become.
     """
     assert isinstance(module, nn.Linear | nn.Conv2d)
     new: WeightOnly
     has_bias = module.bias is not None
     if isinstance(module, nn.Linear):
-        new = WeightOnlyLinear(module.in_features, module.out_features, has_bias, device="meta")
+        new = kinds[0](module.in_features, module.out_features, has_bias, device="meta")
     else:
-        new = WeightOnlyConv2d(
+        new = kinds[1](
             module.in_channels,
             module.out_channels,
             module.kernel_size,  # type: ignore[arg-type]

@@ -1,0 +1,161 @@
+"""Putting weight-only layers into a model, and checking what was loaded into them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.checkpoint.weight_only_config import WeightOnlyConfig
+from stepquant.errors import StepQuantError
+from stepquant.models.surgery import replace_modules
+from stepquant.quantizers.weight import GridSearch
+from stepquant.runtime.weight_only import WeightOnly, minmax_grid, weight_only_in_place_of
+
+Config = TypeVar("Config", bound=WeightOnlyConfig)
+TENSORS = {
+    "weight": torch.int8,
+    "weight_scale": torch.float32,
+    "weight_zero_point": torch.uint8,  # below 8 bits
+}
+MINMAX = "minmax"  # what a config calls grids that cover the extremes
+
+
+def resolved(config: Config, model: nn.Module, what: str, kept: Collection[str] = ()) -> Config:
+    """`config` with the names of the layers of the float `model` that it stands for.
+
+    If it names none itself, the layers `kept`, those that share their weight with another module,
+    and subclasses of both kinds, stay float.
+    Raises StepQuantError if nothing is left, or for a name that the model does not have.
+    """
+    if config.layers is not None:
+        check_names(model, config)
+        return _with_layers(config, config.layers)
+    counts: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    names = [
+        name
+        for name, module in model.named_modules()
+        if config.takes(module) and counts[id(module.weight)] == 1 and name not in kept
+    ]
+    if not names:
+        raise StepQuantError(f"{what} has no linear or conv layer: expected some to quantize")
+    return _with_layers(config, names)
+
+
+def resolved_at_load(config: Config, model: nn.Module) -> Config:
+    """`resolved`, for a float model that is quantized while it is loaded; `config` stays as it is.
+
+    Raises StepQuantError for grids that only packing searches, besides.
+    """
+    if config.bits < 8 and config.grids not in (None, MINMAX):
+        raise StepQuantError(
+            f"grids of a {type(config).__name__} for a float model is {config.grids!r}: expected "
+            f"'{MINMAX}', the only ones that are found while a model is loaded; stepquant pack "
+            "finds others"
+        )
+    found = resolved(config, model, type(model).__name__)
+    found.grids = MINMAX if config.bits < 8 else None
+    return found
+
+
+def _with_layers(config: Config, layers: list[str]) -> Config:
+    return type(config)(layers, bits=config.bits, grids=config.grids)
+
+
+def check_names(model: nn.Module, config: WeightOnlyConfig) -> None:
+    """An error for a name in `config` that is not one of a layer in the float `model`."""
+    modules = dict(model.named_modules())
+    for name in config.names:
+        if name not in modules or not config.takes(modules[name]):
+            found = type(modules[name]).__name__ if name in modules else "nothing"
+            raise StepQuantError(
+                f"the config of a weight-only component names the layer '{name}', which is {found} "
+                f"in {type(model).__name__}: expected its linear and conv layers; the config "
+                "belongs to another model"
+            )
+
+
+def tensor_keys(bits: int) -> tuple[str, ...]:
+    """What a weight-only layer of `bits` bits holds beside its bias."""
+    return tuple(TENSORS)[: 3 if bits < 8 else 2]
+
+
+def put_layers(
+    model: nn.Module,
+    config: WeightOnlyConfig,
+    empty: bool = False,
+    find: GridSearch = minmax_grid,
+) -> set[str]:
+    """Weight-only layers where the config names them; names of their codes and scales.
+
+    `empty`: on the meta device, to be loaded into; else with the weights rounded, below 8 bits on
+    the grids that `find` chooses.
+    """
+    check_names(model, config)
+    chosen = set(config.names)
+    replace_modules(
+        model,
+        lambda name, module: (
+            weight_only_in_place_of(module, empty, config.bits, find, config.kinds)
+            if name in chosen
+            else None
+        ),
+    )
+    return {f"{name}.{key}" for name in chosen for key in tensor_keys(config.bits)}
+
+
+def put_layer(model: nn.Module, name: str, weight: Tensor, config: WeightOnlyConfig) -> None:
+    """One weight-only layer in the place of the float layer `name`, for its `weight [C_out, ...]`.
+
+    Grids of few bits cover the extremes. The bias stays what it is, and may be loaded afterwards.
+    """
+    layer = model.get_submodule(name)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    parent, _, child = name.rpartition(".")
+    new = weight_only_in_place_of(layer, bits=config.bits, kinds=config.kinds)
+    setattr(model.get_submodule(parent), child, new)
+
+
+def check_tensor(name: str, tensor: Tensor, wanted: Tensor) -> None:
+    """Dtype and shape, before a tensor is put in place."""
+    if tensor.dtype != wanted.dtype or tensor.shape != wanted.shape:
+        raise StepQuantError(
+            f"tensor '{name}' is {tensor.dtype} of shape {list(tensor.shape)}: expected "
+            f"{wanted.dtype} of shape {list(wanted.shape)}; the file is damaged or belongs to "
+            "another config"
+        )
+
+
+def check_loaded(model: nn.Module, config: WeightOnlyConfig) -> None:
+    """Every layer that `config` names has its codes, positive finite scales, and zero points."""
+    for name in config.names:
+        layer: Any = model.get_submodule(name)
+        if not isinstance(layer, WeightOnly):
+            raise StepQuantError(
+                f"the layer '{name}' got no weight: expected the tensor '{name}.weight' in the "
+                "files, and a device with memory for it; the folder is incomplete"
+            )
+        for key in tensor_keys(config.bits):
+            tensor = getattr(layer, key)
+            if tensor.is_meta or tensor.dtype != TENSORS[key]:
+                raise StepQuantError(
+                    f"tensor '{name}.{key}' was loaded as {tensor.dtype} on {tensor.device}: "
+                    "expected it as a weight-only component has it; the file is incomplete"
+                )
+        scale = layer.weight_scale
+        if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+            raise StepQuantError(
+                f"tensor '{name}.weight_scale' holds numbers that are no scales: expected finite "
+                "positive ones; the file is damaged"
+            )
+        zero_point = layer.weight_zero_point
+        if zero_point is not None and bool((zero_point > 15).any()):
+            raise StepQuantError(
+                f"tensor '{name}.weight_zero_point' holds {int(zero_point.max())}: expected at "
+                "most 15, the largest code of 4 bits; the file is damaged"
+            )

@@ -1,0 +1,138 @@
+"""Linear and conv layers with 8-bit weights and activations whose scales are found at each call.
+
+For a float model that is quantized while it is loaded, without calibration: no step tables. The
+sums are those of whole numbers, on the kernels of the packed layers.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.runtime import kernels
+from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.weight_only import LARGEST, WeightOnly, WeightOnlyConv2d, WeightOnlyLinear
+
+ZERO = (
+    128  # code of zero: symmetric grids, the one zero point that all tokens can share in a kernel
+)
+
+
+def dynamic_codes(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """uint8 codes of `x` and float32 scales, one for each slice over `dims`, which are kept as 1.
+
+    `x ~ (codes - 128) * scale`; the largest magnitude of a slice has the code 1 or 255, and a slice
+    of zeros the scale 1.
+    """
+    x = x.to(torch.float32)
+    largest = x.abs().amax(dim=dims, keepdim=True)
+    scale = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
+    codes = torch.round(x / scale) + ZERO
+    return codes.clamp(ZERO - LARGEST, ZERO + LARGEST).to(torch.uint8), scale
+
+
+class Dynamic(WeightOnly):
+    """What both kinds share: the kernel, laid out at the first call on a device."""
+
+    _prepared: _Prepared | None = None
+
+    def spec(self) -> LayerSpec:
+        """What a kernel has to know of the layer."""
+        raise NotImplementedError
+
+    @torch.compiler.disable  # its result is a constant of the graph
+    def prepare(self) -> None:
+        """Choose a kernel and lay the weight out for it."""
+        device, spec = self.weight.device, self.spec()
+        _, kernel, _ = kernels.choose(spec, device)
+        state = kernel.prepare(self.weight.view(self.weight_shape), self.weight_scale, spec)
+        one = torch.ones(1, device=device)
+        zero_point = torch.full((1,), ZERO, dtype=torch.int32, device=device)
+        self._prepared = _Prepared(device, kernel, state, spec, one, zero_point)
+
+    def products(self, codes: Tensor) -> Tensor:
+        """`weight_scale * sum((codes - 128) * weight)`, float32, without a bias."""
+        if self._prepared is None or self._prepared.device != self.weight.device:
+            self.prepare()
+        assert self._prepared is not None
+        at = self._prepared
+        return at.kernel.run(at.state, codes, at.one, at.zero_point, None, None, at.spec)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._prepared = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._prepared = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy lays its weight out anew: the kernel's layout cannot be copied.
+        return {**self.__dict__, "_prepared": None}
+
+
+class _Prepared:
+    """A kernel with the weight in its layout, and its constants."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        kernel: ModuleType,
+        state: tuple[Tensor, ...],
+        spec: LayerSpec,
+        one: Tensor,
+        zero_point: Tensor,
+    ) -> None:
+        self.device, self.kernel, self.state, self.spec = device, kernel, state, spec
+        self.one, self.zero_point = one, zero_point
+
+
+class DynamicLinear(Dynamic, WeightOnlyLinear):
+    """`nn.Linear` on integers; a scale for each token, that is, each vector `[C_in]`."""
+
+    def spec(self) -> LayerSpec:
+        """What a kernel has to know of the layer."""
+        return LayerSpec("linear", self.in_features, self.out_features, 8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `nn.Linear`, in the dtype of `x [..., C_in]`."""
+        self.check_floating(x)
+        codes, scale = dynamic_codes(x, (-1,))
+        y = self.products(codes) * scale
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+class DynamicConv2d(Dynamic, WeightOnlyConv2d):
+    """`nn.Conv2d` of one group with zero padding, on integers; a scale for each sample."""
+
+    def spec(self) -> LayerSpec:
+        """What a kernel has to know of the layer."""
+        return LayerSpec(
+            "conv2d",
+            self.in_channels,
+            self.out_channels,
+            8,
+            8,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `nn.Conv2d`, in the dtype of `x [B, C_in, H, W]`."""
+        self.check_floating(x)
+        codes, scale = dynamic_codes(x, (1, 2, 3))
+        y = self.products(codes) * scale
+        return (y if self.bias is None else y + self.bias.view(1, -1, 1, 1)).to(x.dtype)
+
+
+def takes_dynamic(module: nn.Module) -> bool:
+    """Whether a dynamic layer can stand in the place of the module: those that kernels know."""
+    if type(module) is nn.Conv2d:
+        zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return module.groups == 1 and zeros
+    return type(module) is nn.Linear
