@@ -310,6 +310,8 @@ def shortened(recipe):
             settings |= {f"{step}.{key}": value for key, value in SHORT.items() if key in values}
             if "batch" in values:
                 settings[f"{step}.batch"] = 2
+            if values.get("steps_together", 1) > 1:
+                settings[f"{step}.steps_together"] = 2  # a batch has no more
     if recipe == "tcaq-dm":
         settings["scheme.attention_bits"] = 8
     return settings
