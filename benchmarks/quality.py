@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -27,6 +28,20 @@ def parse_bits(text: str) -> tuple[int, int]:
     if match is None:
         raise StepQuantError(f"bits '{text}' are not understood: expected the form w4a8")
     return int(match[1]), int(match[2])
+
+
+def recipe_settings(
+    parser: argparse.ArgumentParser, entries: list[str], recipes: list[str]
+) -> dict[str, dict[str, Any]]:
+    """For each of `recipes` the values that `entries` of "recipe:key=value" set, by key."""
+    settings: dict[str, dict[str, Any]] = {name: {} for name in recipes}
+    for entry in entries:
+        name, _, assignment = entry.partition(":")
+        key, equals, value = assignment.partition("=")
+        if name not in settings or not equals:
+            parser.error(f"--set '{entry}': expected recipe:key=value, with a recipe of this run")
+        settings[name][key] = yaml.safe_load(value)
+    return settings
 
 
 def main() -> None:
@@ -46,9 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
     args = parser.parse_args()
     recipes = args.recipe or ["minmax", "dilatequant"]
-    for entry in args.set:
-        if entry.partition(":")[0] not in recipes or "=" not in entry:
-            parser.error(f"--set '{entry}': expected recipe:key=value, with a recipe of this grid")
+    settings = recipe_settings(parser, args.set, recipes)
 
     budget = {**BUDGETS[args.budget], "seed": args.seed, "threads": args.threads}
     if args.num:
@@ -59,12 +72,6 @@ def main() -> None:
         suffix = f"{budget['num']}x{budget['steps']}-seed{args.seed}"
         cells.append(Cell(f"{short}-float32-{suffix}", model, None, **budget))
         for name in recipes:
-            settings = {}
-            for entry in args.set:
-                recipe_name, _, assignment = entry.partition(":")
-                key, _, value = assignment.partition("=")
-                if recipe_name == name:
-                    settings[key] = yaml.safe_load(value)
             for bits in args.bits or ["w8a8", "w4a8", "w4a4"]:
                 weights, activations = parse_bits(bits)
                 for protocol in args.protocol or ["strict"]:
@@ -74,7 +81,7 @@ def main() -> None:
                             "scheme.activation_bits": activations,
                             "scheme.protocol": protocol,
                             "calibration.steps": budget["steps"],
-                            **settings,
+                            **settings[name],
                         }
                     )
                     label = f"{short}-{name}-{bits}-{protocol}-{suffix}"

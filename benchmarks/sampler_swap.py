@@ -14,10 +14,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cells import Cell, report, slug
-from quality import parse_bits
+from quality import parse_bits, recipe_settings
 from stepquant.errors import StepQuantError
 from stepquant.recipe import load_recipe
 from stepquant.sampling import SCHEDULERS
@@ -43,12 +41,12 @@ def swap_cells(
     bits: list[str],
     calibrated: str,
     sampled: list[str],
-    settings: dict[str, Any],
+    settings: dict[str, dict[str, Any]],
     **budget: Any,
 ) -> list[Cell]:
     """For each sampler the float model, and each recipe calibrated for another and for itself.
 
-    `settings` are values of recipes by "recipe:key". A model that was calibrated for another
+    `settings` are values of each recipe by key. A model that was calibrated for another
     sampler is quantized again for each that it is sampled with, which gives the same one.
     """
     cells = []
@@ -60,11 +58,6 @@ def swap_cells(
         name = slug(f"float32-sampled-{sampler}-{suffix}")
         cells.append(Cell(name, model, None, extra=extra, **common))
         for recipe, label in ((recipe, label) for recipe in recipes for label in bits):
-            own = {
-                key.removeprefix(f"{recipe}:"): value
-                for key, value in settings.items()
-                if key.startswith(f"{recipe}:")
-            }
             for source in dict.fromkeys((calibrated, sampler)):
                 made_with, made_in = parse_sampler(source)
                 weights, activations = parse_bits(label)
@@ -74,7 +67,7 @@ def swap_cells(
                         "scheme.activation_bits": activations,
                         "calibration.scheduler": made_with,
                         "calibration.steps": made_in,
-                        **own,
+                        **settings[recipe],
                     }
                 )
                 name = slug(f"{recipe}-{label}-for-{source}-sampled-{sampler}-{suffix}")
@@ -137,12 +130,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sampler_swap"))
     args = parser.parse_args()
     recipes = args.recipe or ["q-diffusion", "dilatequant"]
-    settings = {}
-    for entry in args.set:
-        key, equals, value = entry.partition("=")
-        if key.partition(":")[0] not in recipes or not equals:
-            parser.error(f"--set '{entry}': expected recipe:key=value, with a recipe of this run")
-        settings[key] = yaml.safe_load(value)
+    settings = recipe_settings(parser, args.set, recipes)
     cells = swap_cells(
         args.model,
         recipes,
