@@ -156,5 +156,5 @@ def test_inputs_of_a_step_are_whole_trajectories_if_it_says_so(tiny_session):
 
 
 def test_the_recipe_trains_on_shared_errors():
-    (step,) = load_recipe("stepquant").steps
-    assert step.steps_together == 8
+    step, last = load_recipe("stepquant").steps
+    assert step.steps_together == last.steps_together == 8

@@ -25,22 +25,45 @@ NEIGHBOURS = 2  # steps on either side that a step's spectrum is averaged with
 
 def check_without_memory(scheduler: Any) -> None:
     """An error unless a step of `scheduler` depends on its own input only (DDIM, DDPM)."""
-    if not isinstance(scheduler, DDIMScheduler | DDPMScheduler):
+    reason = _why_memory(scheduler)
+    if reason is not None:
         raise StepQuantError(
-            f"{type(scheduler).__name__} carries memory from step to step, through which the "
-            "influence of a step cannot be followed: expected calibration.scheduler ddim or ddpm, "
-            "or an influence_exponent of 0 and errors_of: prediction"
+            f"{reason}: expected calibration.scheduler ddim or ddpm, or an influence_exponent of 0 "
+            "and errors_of: prediction"
         )
 
 
 def check_unguided(trajectories: Trajectories) -> None:
     """An error where the sampler mixes several predictions of an image at a step."""
-    if trajectories.guided:
+    reason = _why_guided(trajectories)
+    if reason is not None:
         raise StepQuantError(
-            "the sampler mixes several predictions of an image at each step, which the influence "
-            "of a step is not followed through: expected no classifier-free guidance; calibrate "
-            "with guidance 1, or use an influence_exponent of 0 and errors_of: prediction"
+            f"{reason}: expected no classifier-free guidance; calibrate with guidance 1, or use an "
+            "influence_exponent of 0 and errors_of: prediction"
         )
+
+
+def why_not_followed(scheduler: Any, trajectories: Trajectories) -> str | None:
+    """Why the influence of a step on the image cannot be followed here, or None where it can."""
+    return _why_memory(scheduler) or _why_guided(trajectories)
+
+
+def _why_memory(scheduler: Any) -> str | None:
+    if isinstance(scheduler, DDIMScheduler | DDPMScheduler):
+        return None
+    return (
+        f"{type(scheduler).__name__} carries memory from step to step, through which the "
+        "influence of a step cannot be followed"
+    )
+
+
+def _why_guided(trajectories: Trajectories) -> str | None:
+    if not trajectories.guided:
+        return None
+    return (
+        "the sampler mixes several predictions of an image at each step, which the influence "
+        "of a step is not followed through"
+    )
 
 
 def image_gradients(
@@ -116,3 +139,15 @@ def weighted_power(error: Tensor, spectrum: Tensor) -> Tensor:
     """
     parts = torch.view_as_real(torch.fft.fft2(error, norm="ortho"))
     return (parts.square().sum(dim=-1) * spectrum[:, None]).flatten(1).mean(dim=1)
+
+
+def shared_power(error: Tensor, spectrum: Tensor, together: int) -> Tensor:
+    """Mean power of what each `together` neighbours of `error [B, C, H, W]` have in common.
+
+    Each frequency of each error is weighted by the root of `spectrum [B, H, W]` (the layout of
+    `torch.fft.fft2`), then the mean over the neighbours is taken and squared. With one neighbour
+    it is the mean of `weighted_power`.
+    """
+    parts = torch.fft.fft2(error, norm="ortho") * spectrum[:, None].sqrt()
+    shared = torch.view_as_real(parts.unflatten(0, (-1, together)).mean(dim=1))
+    return shared.square().sum(dim=-1).mean()

@@ -1,6 +1,7 @@
 """One file per idea of a paper; each is a step of a recipe."""
 
 from stepquant.methods.adaptive_softmax import AdaptiveSoftmax
+from stepquant.methods.affine_distillation import AffineDistillation
 from stepquant.methods.bias_correction import BiasCorrection
 from stepquant.methods.bit_allocation import BitAllocation
 from stepquant.methods.block_distillation import BlockDistillation
@@ -32,6 +33,7 @@ STEPS: dict[str, type[Step]] = {
         LowRankAdapters,
         TrajectoryDistillation,
         RelationDistillation,
+        AffineDistillation,
         BiasCorrection,
     )
 }
@@ -39,6 +41,7 @@ STEPS: dict[str, type[Step]] = {
 __all__ = [
     "STEPS",
     "AdaptiveSoftmax",
+    "AffineDistillation",
     "BiasCorrection",
     "BitAllocation",
     "BlockDistillation",

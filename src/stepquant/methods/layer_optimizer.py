@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.numerics import max_code
 from stepquant.quantizers import QuantLayer
+
+
+class Optimizer(Protocol):
+    """What a training that goes on where it was stopped needs of its optimizer."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        ...
+
+    def step(self) -> None:
+        """One update."""
+        ...
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `load_state` needs to go on from here, by name."""
+        ...
+
+    def load_state(self, tensors: dict[str, Tensor], iteration: int) -> None:
+        """Take up what `state` gave after `iteration` steps."""
+        ...
 
 
 def mean_scale(*quantizers: nn.Module) -> float:
@@ -121,3 +146,47 @@ class LayerOptimizer:
             schedule.last_epoch = iteration
             for group, base in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
                 group["lr"] = base * self._decay(iteration)
+
+
+class AdamOptimizer:
+    """Adam at one rate, which falls along a cosine over `iterations`.
+
+    The squares are averaged over a hundred steps, not a thousand: there are not many more.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], rate: float, iterations: int) -> None:
+        self._parameters, self._rate, self._iterations = parameters, rate, iterations
+        self._adam = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99))
+        self._iteration = 0
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self._adam.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """One update."""
+        decay = 0.5 * (1 + math.cos(math.pi * self._iteration / self._iterations))
+        self._adam.param_groups[0]["lr"] = self._rate * decay
+        self._adam.step()
+        self._iteration += 1
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained."""
+        return self._parameters
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `load_state` needs to go on from here, by name."""
+        return {
+            f"{index}.{key}": torch.as_tensor(value)
+            for index, values in self._adam.state_dict()["state"].items()
+            for key, value in values.items()
+        }
+
+    def load_state(self, tensors: dict[str, Tensor], iteration: int) -> None:
+        """Take up what `state` gave after `iteration` steps."""
+        plain = self._adam.state_dict()
+        for name, value in tensors.items():
+            index, key = name.split(".")
+            plain["state"].setdefault(int(index), {})[key] = value
+        self._adam.load_state_dict(plain)
+        self._iteration = iteration

@@ -12,8 +12,8 @@ from stepquant.models.adapter import DenoiserAdapter
 from stepquant.scheme import Scheme
 from stepquant.session import Session
 
-# What several steps share in `Step.not_after`: steps that train weights on their grids, and the one
-# that takes off the errors of all that came before it.
+# What several steps share in `Step.not_after`: steps that train weights on their grids, and those
+# that make up for the errors of all that came before them.
 TRAINING = (
     "block_distillation",
     "block_reconstruction",
@@ -21,7 +21,10 @@ TRAINING = (
     "trajectory_distillation",
     "relation_distillation",
 )
-CORRECTED = {"bias_correction": "which has corrected errors that it would change"}
+CORRECTED = {
+    "bias_correction": "which has corrected errors that it would change",
+    "affine_distillation": "which has made up for errors that it would change",
+}
 
 
 class Step(BaseModel):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stepquant.calibration.influence import check_without_memory, weighted_power
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.errors import StepQuantError
-from stepquant.methods.layer_optimizer import LayerOptimizer
+from stepquant.methods.layer_optimizer import LayerOptimizer, Optimizer
 from stepquant.methods.step import CORRECTED, Step
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.session import Session
@@ -218,7 +218,7 @@ class Training:
     """
 
     model: nn.Module
-    optimizer: LayerOptimizer
+    optimizer: Optimizer
     rounds: int = 0
     losses: list[float] = field(default_factory=list)
     compared_from: int = 0

@@ -1,0 +1,200 @@
+"""The last stage: biases and norms trained through the whole model, by what an image loses. Ours.
+
+Block by block the steps before have made the errors of single blocks small. What is left adds up
+over blocks and over the sampler's steps; an error that is even over the image does, at the first
+steps, thousands of times as much to it as one that changes from pixel to pixel. Here the loss is
+made of both: the errors of several steps of a trajectory, each weighted by its influence on the
+image frequency by frequency, are added up before they are squared.
+
+Codes stay as they are. A weight that moves by a thousandth of a grid step flips codes all over the
+model, and such a change of even one layer costs more than training wins.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from stepquant.calibration.influence import shared_power, why_not_followed
+from stepquant.calibration.trajectories import Trajectories, predict
+from stepquant.errors import StepQuantError
+from stepquant.methods.block_training import is_check
+from stepquant.methods.coherence import (
+    check_together,
+    coherent_batches,
+    held_out_groups,
+    whole_trajectories,
+)
+from stepquant.methods.layer_optimizer import AdamOptimizer
+from stepquant.methods.step import CORRECTED, Step
+from stepquant.methods.trajectory_distillation import SECONDS_BETWEEN_SAVES, Training
+from stepquant.scheme import Scheme
+from stepquant.session import Session
+
+
+class AffineDistillation(Step):
+    """Train biases and the gains and biases of norms, all layers together; codes stay.
+
+    The loss of a trajectory is `mean over f of |mean over t of S[t, f]^(x/2) (F e_t)[f]|^2`: `e_t`
+    the error of the prediction at each of `steps_together` random steps `t`, `F` the Fourier
+    transform over the image, `S` the influence of an error of that step and frequency on the image
+    (`calibration.influence`), `x` the `influence_exponent`. It is divided by what the prediction
+    itself would give if its steps did not add up.
+
+    `iterations`, `batch`, `samples`: optimizer steps, inputs in each (`batch / steps_together`
+    trajectories), and calibration inputs in all, whole trajectories, an eighth of which are held
+    out. `rate`: of Adam, in the unit of biases and gains; it falls along a cosine. The state with
+    the lowest loss on held-out trajectories is kept, so the step never makes that worse.
+
+    Where the influence of a step cannot be followed (guidance, samplers with memory), the step says
+    so and changes nothing: without it the last steps, whose errors are the largest and do least,
+    decide, and images get worse as the loss falls.
+
+    No paper's step. PTQD (NeurIPS 2023) corrects the mean error of the prediction, step by step;
+    here the errors are those of each image, and of all frequencies.
+    """
+
+    name = "affine_distillation"
+    trains = "model"
+    not_after: ClassVar[Mapping[str, str]] = {"bias_correction": CORRECTED["bias_correction"]}
+    iterations: int = Field(300, ge=0)
+    batch: int = Field(32, ge=1)
+    samples: int = Field(1600, ge=16)
+    steps_together: int = Field(8, ge=1)
+    rate: float = Field(3e-4, ge=0)
+    influence_exponent: float = Field(1.0, gt=0, le=1)
+
+    @property
+    def needs_influence(self) -> bool:
+        """No: the step does nothing where it cannot be followed."""
+        return False
+
+    def check(self, scheme: Scheme) -> None:
+        """Batches must hold the steps that are taken together."""
+        check_together(self.name, self.steps_together, self.batch)
+
+    def apply(self, session: Session) -> None:
+        """Train; the summary has the held-out losses over time, or why there was no training."""
+        session.ensure_ranges()
+        reason = why_not_followed(session.scheduler, session.trajectories)
+        if reason is not None:
+            session.reporter.line(f"step '{self.name}' does nothing here: {reason}")
+            session.summary[self.name] = {"nothing_because": reason}
+            return
+        for layer in session.layers().values():
+            layer.merge_adapter()
+        parameters = affine_parameters(session)
+        with only_gradients_of(session.model, parameters):
+            losses = self._train(session, parameters)
+        session.summary[self.name] = {
+            "loss_before": losses[0],
+            "loss_after": min(losses),
+            "losses": losses,
+            "values": sum(parameter.numel() for parameter in parameters),
+        }
+
+    def _train(self, session: Session, parameters: list[nn.Parameter]) -> list[float]:
+        """Train `parameters`; the held-out losses, the model's best state taken up."""
+        data = whole_trajectories(session.trajectories, self.samples, self.name)
+        steps = len(data.timesteps)
+        together, images = min(self.steps_together, steps), len(data) // steps
+        kept = images - max(1, images // 8)
+        generator = torch.Generator().manual_seed(session.seed)
+        held_out = held_out_groups(torch.arange(kept, images), steps, together, generator)
+        order = coherent_batches(kept, steps, together, self.batch, self.iterations, generator)
+        optimizer = AdamOptimizer(parameters, self.rate, max(1, self.iterations))
+        training = Training(session.model, optimizer)
+        power = self._power(session, data.take(held_out))
+        chunk = max(1, 2 * self.batch // together) * together
+
+        @torch.no_grad()
+        def check() -> None:
+            parts = [data.take(index) for index in held_out.split(chunk)]
+            total = sum(float(self._loss(session, part, together)) * len(part) for part in parts)
+            training.check(total / len(held_out) / power)
+
+        stored = session.work.load(self.name)
+        if stored is None:
+            check()
+        else:
+            training.load(stored, 1)
+        saved = time.monotonic()
+        with session.reporter.task("distilling biases and norms", total=self.iterations) as task:
+            task.advance(training.rounds, f"loss {training.losses[-1]:.2e}")
+            for number in range(training.rounds, self.iterations):
+                loss = self._loss(session, data.take(order[number]), together)
+                if not torch.isfinite(loss):
+                    raise StepQuantError(
+                        f"the loss is {loss.item()} at iteration {number} of step '{self.name}': "
+                        "expected a finite number; lower the rate or check the float model"
+                    )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                training.rounds += 1
+                if is_check(number, self.iterations):
+                    check()
+                if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                    session.work.save(self.name, training.state())
+                    saved = time.monotonic()
+                task.advance(note=f"loss {training.losses[-1]:.2e}")
+        session.work.save(self.name, training.state())
+        session.model.load_state_dict(training.best)
+        return training.losses
+
+    def _loss(self, session: Session, inputs: Trajectories, together: int) -> Tensor:
+        """Of `inputs`, `together` neighbours of each trajectory; not yet over the power."""
+        with torch.no_grad():
+            target = predict(session.float_model, inputs)
+        # A norm whose weight needs a gradient where its input does not is a crash of the process in
+        # torch 2.13, on inputs that are channels last.
+        inputs.sample.requires_grad_(torch.is_grad_enabled())
+        error = predict(session.model, inputs) - target
+        error = error[:, : inputs.sample.shape[1]]  # behind it a model may predict its variance
+        return shared_power(error, self._spectrum(session, inputs), together)
+
+    @torch.no_grad()
+    def _power(self, session: Session, inputs: Trajectories) -> float:
+        """The weighted mean square of the float prediction, step by step."""
+        total = 0.0
+        for start in range(0, len(inputs), 2 * self.batch):
+            part = inputs.take(slice(start, start + 2 * self.batch))
+            target = predict(session.float_model, part)[:, : part.sample.shape[1]]
+            total += float(shared_power(target, self._spectrum(session, part), 1)) * len(part)
+        return max(total / len(inputs), 1e-12)
+
+    def _spectrum(self, session: Session, inputs: Trajectories) -> Tensor:
+        """The influence of each input's step, `[B, H, W]`."""
+        spectrum = session.influence(self.influence_exponent)
+        return spectrum[session.context.grid.rows(inputs.timestep)]
+
+
+def affine_parameters(session: Session) -> list[nn.Parameter]:
+    """Biases of the quantized layers, then gains and biases of the norms between them."""
+    found = [layer.bias for layer in session.layers().values() if layer.bias is not None]
+    for module in session.model.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            found += [value for value in (module.weight, module.bias) if value is not None]
+    return found
+
+
+@contextmanager
+def only_gradients_of(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """While the context lasts no other parameter of `model` has a gradient; then none has."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in before.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
