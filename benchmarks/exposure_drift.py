@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, help="of weights and activations")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--later-iterations", type=int, default=50, help="in each later round")
     parser.add_argument("--inputs", type=int, default=256, help="compared, over all steps")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/exposure_drift"))
@@ -78,6 +79,7 @@ def main() -> None:
         settings = {
             "progressive_alignment.rounds": number,
             "progressive_alignment.iterations": args.iterations,
+            "progressive_alignment.later_iterations": args.later_iterations,
         }
         # The same seeds: a run of more rounds begins with what one of fewer rounds ended with.
         result = quantize(

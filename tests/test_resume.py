@@ -179,12 +179,13 @@ DRIVER = """
 import fnmatch, json, os, signal, sys, time
 from pathlib import Path
 import torch
-from stepquant.methods import trajectory_distillation
+from stepquant.methods import affine_distillation, trajectory_distillation
 from stepquant.quantize import quantize
 
 model, recipe, settings, points = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
 torch.set_num_threads(1)
-trajectory_distillation.SECONDS_BETWEEN_SAVES = 0
+for module in (affine_distillation, trajectory_distillation):
+    module.SECONDS_BETWEEN_SAVES = 0
 
 
 def dying(function, when, pattern, count):
@@ -312,6 +313,25 @@ OTHER_RECIPES = {
             "after the second round": ("after", "*/trajectory_distillation.safetensors", 2),
             "in the self-sampled rounds": ("after", "*/trajectory_distillation.safetensors", 3),
             "before the checkpoint has its name": ("before", "*/out", 1),
+        },
+    ),
+    "stepquant": (
+        {
+            **SHORT,
+            "block_distillation.iterations": 2,
+            "block_distillation.samples": 16,
+            "block_distillation.batch": 4,
+            "block_distillation.steps_together": 2,
+            "affine_distillation.iterations": 3,
+            "affine_distillation.samples": 16,
+            "affine_distillation.batch": 4,
+            "affine_distillation.steps_together": 2,
+        },
+        {
+            "in the first step": ("after", "*/block_distillation/*", 2),
+            "after the image's gradients": ("after", "*/image_gradients.safetensors", 1),
+            "as the first iteration is written": ("before", "*/affine_distillation.safetensors", 1),
+            "after the second iteration": ("after", "*/affine_distillation.safetensors", 2),
         },
     ),
     "tcaq-dm": (

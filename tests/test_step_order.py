@@ -72,6 +72,19 @@ def test_bias_is_corrected_after_what_trains_or_changes_grids(late):
     assert_only_the_other_way_round("bias_correction", [], late, why)
 
 
+@pytest.mark.parametrize(
+    "late", [*TRAINING, "outlier_mixed_bits", "low_rank_adapters", "adaptive_softmax"]
+)
+def test_biases_are_trained_after_what_trains_or_changes_grids(late):
+    why = "which has made up for errors that it would change"
+    assert_only_the_other_way_round("affine_distillation", [], late, why)
+
+
+def test_a_trained_bias_may_still_be_corrected():
+    names = ["block_distillation", "affine_distillation", "bias_correction"]
+    assert [step.name for step in parse_recipe({**BASE, "steps": names}, "x").steps] == names
+
+
 def test_nothing_that_changes_a_model_is_taken_after_its_bias_was_corrected():
     for late in STEPS.keys() - {"bias_correction"}:
         plain = {**BASE, "steps": ["bias_correction", late]}
