@@ -2,10 +2,11 @@
 
     python benchmarks/stepquant_ablation.py --bits w4a4 --bits w2a4
 
-Rows: squared errors of single steps (the recipe `q-diffusion`), the shared error of 4, 8 and 16
-steps of a trajectory, and with 8 the weights trained instead of their rounding (`BKD`), dilated
-weights (`WD`), a scale for every step (`TPQ`), inputs drawn anew (`PAR`) and the bias of the
-prediction taken off. Writes `stepquant_ablation.jsonl` and `stepquant_ablation.md`.
+Rows: the recipe (weights trained block by block with the error that eight steps of a trajectory
+share, then biases and norms end to end), each of its two stages alone and with single steps'
+errors, and the recipe with 4 and 16 steps together, with rounding trained in the place of weights,
+dilated weights (`WD`), a scale for every step (`TPQ`), smoothing and the bias of the prediction
+taken off. Writes `stepquant_ablation.jsonl` and `stepquant_ablation.md`.
 """
 
 from __future__ import annotations
@@ -18,27 +19,32 @@ from cells import Cell, report, slug
 from quality import parse_bits
 from stepquant.recipe import load_recipe, parse_recipe
 
-RECONSTRUCTION, DISTILLATION = "block_reconstruction", "block_distillation"
 
-
-def rows(iterations: int) -> dict[str, list[Any]]:
+def rows(iterations: int, affine_iterations: int) -> dict[str, list[Any]]:
     """The steps of each row, by its label."""
 
-    def trained(name: str, together: int, **more: Any) -> dict[str, Any]:
-        return {name: {"iterations": iterations, "steps_together": together, **more}}
+    def blocks(together: int, step: str = "block_distillation") -> dict[str, Any]:
+        return {step: {"iterations": iterations, "steps_together": together}}
 
-    shared = trained(RECONSTRUCTION, 8)
-    later = {"rounds": 1, "later_iterations": max(1, iterations // 4)}
+    def affine(together: int) -> dict[str, Any]:
+        values = {"iterations": affine_iterations, "steps_together": together}
+        return {"affine_distillation": values}
+
+    recipe = [blocks(8), affine(8)]
     return {
-        "one step": [trained(RECONSTRUCTION, 1)],
-        "8 together": [shared],
-        "8 together, BKD": [trained(DISTILLATION, 8)],
-        "8 together + bias correction": [shared, "bias_correction"],
-        "8 together + TPQ": [{"temporal_quantizer": {"start": "common"}}, shared],
-        "8 together + WD": ["weight_dilation", shared],
-        "8 together + PAR": [trained("progressive_alignment", 8, **later)],
-        "4 together": [trained(RECONSTRUCTION, 4)],
-        "16 together": [trained(RECONSTRUCTION, 16)],
+        "stepquant": recipe,
+        "blocks only": [blocks(8)],
+        "blocks only, one step": [blocks(1)],
+        "biases and norms only": [affine(8)],
+        "blocks by one step": [blocks(1), affine(8)],
+        "biases and norms by one step": [blocks(8), affine(1)],
+        "rounding": [blocks(8, "block_reconstruction"), affine(8)],
+        "+ TPQ": [{"temporal_quantizer": {"start": "common"}}, *recipe],
+        "+ WD": ["weight_dilation", *recipe],
+        "+ smoothing": [{"smoothing": {"alpha": 0.5}}, *recipe],
+        "+ bias correction": [*recipe, "bias_correction"],
+        "4 together": [blocks(4), affine(4)],
+        "16 together": [blocks(16), affine(16)],
     }
 
 
@@ -50,12 +56,13 @@ def main() -> None:
     parser.add_argument("--row", action="append", default=None, help="only these; else all")
     parser.add_argument("--num", type=int, default=256)
     parser.add_argument("--iterations", type=int, default=200, help="per block")
+    parser.add_argument("--affine-iterations", type=int, default=150, help="end to end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--cells", type=Path, default=Path("runs/stepquant_ablation"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/stepquant_ablation"))
     args = parser.parse_args()
-    chosen = rows(args.iterations)
+    chosen = rows(args.iterations, args.affine_iterations)
     unknown = set(args.row or []) - set(chosen)
     if unknown:
         parser.error(f"--row {sorted(unknown)[0]!r}: expected one of {', '.join(chosen)}")

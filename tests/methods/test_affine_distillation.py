@@ -144,7 +144,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(tiny_session, tmp_
 
 
 @pytest.mark.parametrize(
-    ("name", "because"), [("sd", "mixes several predictions"), ("flux", "carries memory")]
+    ("name", "because"), [("sd", "mixes several predictions"), ("flux", "DDIM and DDPM only")]
 )
 def test_where_the_influence_cannot_be_followed_nothing_changes_and_it_says_so(name, because):
     current = session_of(name)

@@ -52,8 +52,8 @@ def _why_memory(scheduler: Any) -> str | None:
     if isinstance(scheduler, DDIMScheduler | DDPMScheduler):
         return None
     return (
-        f"{type(scheduler).__name__} carries memory from step to step, through which the "
-        "influence of a step cannot be followed"
+        "the influence of a step on the image is followed through DDIM and DDPM only, not "
+        f"through {type(scheduler).__name__}"
     )
 
 

@@ -70,11 +70,6 @@ class AffineDistillation(Step):
     rate: float = Field(3e-4, ge=0)
     influence_exponent: float = Field(1.0, gt=0, le=1)
 
-    @property
-    def needs_influence(self) -> bool:
-        """No: the step does nothing where it cannot be followed."""
-        return False
-
     def check(self, scheme: Scheme) -> None:
         """Batches must hold the steps that are taken together."""
         check_together(self.name, self.steps_together, self.batch)

@@ -45,8 +45,8 @@ class Step(BaseModel):
 
     @property
     def needs_influence(self) -> bool:
-        """Whether errors count by what they do to the image: here, if an exponent says so."""
-        return getattr(self, "influence_exponent", 0.0) > 0
+        """Whether the step fails where the influence of errors on the image is not known."""
+        return False
 
     def check(self, scheme: Scheme) -> None:
         """An error where the step cannot work with `scheme`; asked before anything is computed."""

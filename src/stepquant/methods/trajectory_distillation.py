@@ -68,6 +68,11 @@ class TrajectoryDistillation(Step):
     activation_rate: float = Field(0.02, ge=0)
     influence_exponent: float = Field(0.0, ge=0, le=1)
 
+    @property
+    def needs_influence(self) -> bool:
+        """If errors count by it."""
+        return self.influence_exponent > 0
+
     def check_model(self, model: nn.Module, adapter: DenoiserAdapter, scheduler: Any) -> None:
         """What an error does to the image must be followed through the sampler, if it counts."""
         if self.influence_exponent > 0:
