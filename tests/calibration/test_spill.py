@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 
 import pytest
@@ -48,6 +49,18 @@ def test_what_was_written_is_read_after_it_was_released(tmp_path):
     spill.release()
     assert torch.equal(tensor, wanted)
     assert torch.equal(tensor[[5, 2]], wanted[[5, 2]])
+
+
+def test_systems_without_posix_fallocate_and_madvise_read_the_same(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.delattr(mmap, "MADV_DONTNEED")
+    spill = Spill(tmp_path)
+    wanted = torch.randn(3, 100_000)  # more than one block of zeros, and not a whole number of them
+    tensor = spill.empty(wanted.shape, torch.float32)
+    assert not tensor.any()
+    tensor.copy_(wanted)
+    spill.release()
+    assert torch.equal(tensor, wanted)
 
 
 def test_a_file_has_no_name_and_its_room_is_free_once_the_tensor_is_gone(tmp_path):

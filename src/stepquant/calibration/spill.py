@@ -9,6 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -37,8 +38,7 @@ class Spill:
             return torch.empty(tuple(shape), dtype=dtype)
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                # Writing to a map of a full disk would end the process.
-                os.posix_fallocate(file.fileno(), 0, size)
+                _reserve(file, size)
                 mapped = mmap.mmap(file.fileno(), size)
         except OSError as error:
             raise StepQuantError(
@@ -51,8 +51,20 @@ class Spill:
 
     def release(self) -> None:
         """Take what was read or written of the files out of this process's memory, not off disk."""
-        for mapped in self._maps:
-            mapped.madvise(mmap.MADV_DONTNEED)
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows, which pages out by itself
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Give `file` `size` bytes on the disk, now: writing to a map of a full one ends the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    zeros = bytes(min(size, 1 << 20))  # macOS and Windows
+    for start in range(0, size, len(zeros)):
+        file.write(zeros[: size - start])
+    file.flush()
 
 
 class Rows:
