@@ -109,8 +109,10 @@ def test_only_the_named_layers_are_quantized(folders):
 def test_grids_of_few_bits_are_named_and_those_that_need_a_search_are_refused(folders):
     unet = load(folders / "sd", unet=WeightOnlyConfig(bits=4)).unet
     assert unet.hf_quantizer.quantization_config.grids == "minmax"
-    message = refused(lambda: load(folders / "sd", unet=WeightOnlyConfig(bits=4, grids="mse")))
-    assert "grids of a WeightOnlyConfig for a float model is 'mse': expected 'minmax'" in message
+    for bits in (4, 8):
+        searched = WeightOnlyConfig(bits=bits, grids="mse")
+        message = refused(lambda searched=searched: load(folders / "sd", unet=searched))
+        assert "grids of a WeightOnlyConfig for a float model is 'mse': expected 'min" in message
     assert "bits of a DynamicConfig is 4: expected 8" in refused(lambda: DynamicConfig(bits=4))
 
 

@@ -57,7 +57,7 @@ class Spill:
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Give `file` `size` bytes on the disk, now: writing to a map of a full one ends the process."""
+    """Give `file` `size` bytes on the disk: writing to a map of a full one ends the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
         return

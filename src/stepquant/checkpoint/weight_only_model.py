@@ -52,7 +52,7 @@ def resolved_at_load(config: Config, model: nn.Module) -> Config:
 
     Raises StepQuantError for grids that only packing searches, besides.
     """
-    if config.bits < 8 and config.grids not in (None, MINMAX):
+    if config.grids not in (None, MINMAX):
         raise StepQuantError(
             f"grids of a {type(config).__name__} for a float model is {config.grids!r}: expected "
             f"'{MINMAX}', the only ones that are found while a model is loaded; stepquant pack "
