@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import nn
 
 from architectures import build
@@ -14,7 +15,15 @@ from stepquant import memory
 from stepquant.api import load_recipe, quantize
 from stepquant.calibration.spill import Spill
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.memory import GIB, Sizes, available_bytes, predict_peak, sizes_of
+from stepquant.memory import (
+    GIB,
+    Sizes,
+    available_bytes,
+    plan_memory,
+    predict_peak,
+    sizes_of,
+)
+from stepquant.recipe import parse_recipe
 
 STEPS = 2
 SD15 = Sizes(
@@ -26,6 +35,8 @@ SD15 = Sizes(
     block_flow=60_000_000,
     block_rows=12_000_000,
     skips=20_000_000,
+    affine=1_200_000,
+    whole_flow=600_000_000,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,6 +66,8 @@ def test_sizes_by_hand():
         block_flow=7 + 8,
         block_rows=7,
         skips=4 + 3,
+        affine=2 * 7,
+        whole_flow=7 + 8 + 7,
     )
 
 
@@ -88,6 +101,32 @@ def test_more_of_anything_is_never_less(change):
     base, _ = predict_peak(SD15, recipe(), 1, 0, 1000 * GIB)
     larger = replace(SD15, **{change: 2 * getattr(SD15, change)})
     assert predict_peak(larger, recipe(), 1, 0, 1000 * GIB)[0].peak > base.peak
+
+
+def test_biases_trained_through_the_whole_model_take_activations_and_hardly_weights():
+    def peak(name, batch, sizes=SD15):
+        plain = {"name": "x", "description": "", "steps": [{name: {"batch": batch}}]}
+        mine = parse_recipe(plain, "x").override({"scheme.weight_bits": 4})
+        return predict_peak(sizes, mine, 1, 0, 1000 * GIB)[0]
+
+    few, many = (peak("affine_distillation", batch) for batch in (8, 16))
+    assert many.forward == 2 * few.forward == 16 * 4 * 2.5 * 600_000_000
+    everything = peak("trajectory_distillation", 8)
+    assert everything.forward == few.forward
+    assert everything.weights - few.weights == 4 * 4 * (860_000_000 - 1_200_000)
+
+
+def test_a_step_that_does_nothing_takes_nothing():
+    plain = {"name": "x", "steps": [{"affine_distillation": {"batch": 10**6}}], "description": ""}
+    model = Model()
+    one = Trajectories(torch.ones(1, 3), torch.zeros(1), torch.zeros(1), torch.zeros(1))
+
+    def forward(scheduler):
+        asked = (model, "it", parse_recipe(plain, "x"), ["first", "second"], scheduler)
+        return plan_memory(*asked, lambda: one, 1000.0).prediction.forward
+
+    assert forward(DDIMScheduler()) == 10**6 * 4 * int(2.5 * 22)
+    assert forward(EulerDiscreteScheduler()) < 10**6
 
 
 def test_a_container_has_no_more_than_its_limit(tmp_path):

@@ -332,6 +332,8 @@ OTHER_RECIPES = {
             "after the image's gradients": ("after", "*/image_gradients.safetensors", 1),
             "as the first iteration is written": ("before", "*/affine_distillation.safetensors", 1),
             "after the second iteration": ("after", "*/affine_distillation.safetensors", 2),
+            "after the last save": ("after", "*/affine_distillation.safetensors", 4),
+            "before the checkpoint has its name": ("before", "*/out", 1),
         },
     ),
     "tcaq-dm": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -41,7 +42,8 @@ class Sizes:
     `sample` of what it is called with; `flow` of the largest input and output of a module without
     children, together; `block_flow` the sum of these in the block where it is largest; `block_rows`
     the largest input and output of a block; `skips` the outputs of all blocks, some of which a
-    forward keeps for later.
+    forward keeps for later. `affine` biases, and as many gains of norms, which is never less than
+    there are; `whole_flow` the sum of inputs and outputs of all modules without children.
     """
 
     parameters: int
@@ -52,6 +54,8 @@ class Sizes:
     block_flow: int = 0
     block_rows: int = 0
     skips: int = 0
+    affine: int = 0
+    whole_flow: int = 0
 
 
 @torch.no_grad()
@@ -108,6 +112,8 @@ def sizes_of(
         max(in_block.values(), default=0),
         max(rows.values(), default=0),
         sum(outputs.values()),
+        2 * sum(count for name, count in parameters.items() if name.endswith(".bias")),
+        sum(flows.values()),
     )
 
 
@@ -169,8 +175,13 @@ def predict_peak(
         batch = getattr(step, "batch", None)
         if step.trains == "nothing" or batch is None:
             continue
-        count = sizes.parameters if step.trains == "model" else sizes.block
-        weights = max(weights, FLOAT * (TRAINING * count + TEMPORARIES * sizes.layer))
+        count = {"model": sizes.parameters, "blocks": sizes.block, "affine": sizes.affine}
+        trained = TRAINING * count[step.trains]
+        weights = max(weights, FLOAT * (trained + TEMPORARIES * sizes.layer))
+        if step.trains != "blocks":
+            samples = batch * getattr(step, "window", 1)
+            flow = FLOAT * samples * int(KEPT_FOR_GRADIENTS * sizes.whole_flow)
+            forward = max(forward, flow)
         if step.trains == "blocks":
             flow = FLOAT * batch * int(KEPT_FOR_GRADIENTS * sizes.block_flow)
             forward = max(forward, flow, 2 * batch * of_one)
@@ -225,13 +236,14 @@ def plan_memory(
     what: str,
     recipe: Recipe,
     blocks: Sequence[str],
+    scheduler: Any,
     first: Callable[[], Trajectories],
     limit: float | None,
 ) -> Plan:
     """How a calibration of `model`, named `what`, fits in memory.
 
-    `first`: gives what the sampler first calls the denoiser with. `limit`: GiB that the process may
-    hold, or None for all that is free.
+    `scheduler`: the sampler's. `first`: gives what that first calls the denoiser with. `limit`: GiB
+    that the process may hold, or None for all that is free.
 
     Raises StepQuantError where the prediction is more than that, before anything large is done.
     """
@@ -246,6 +258,8 @@ def plan_memory(
     check_fits(prediction, room, what, limit is not None)
     inputs = first()
     sizes = sizes_of(model, counts, blocks, inputs.take(slice(0, 1)))
+    busy = [step for step in recipe.steps if step.why_idle(scheduler, inputs) is None]
+    recipe = recipe.model_copy(update={"steps": tuple(busy)})
     prediction, spilled_from = predict_peak(sizes, recipe, len(inputs), held, room)
     check_fits(prediction, room, what, limit is not None)
     return Plan(prediction, spilled_from)

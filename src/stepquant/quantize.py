@@ -170,6 +170,7 @@ def quantize(
         f"the {component} of {type(pipeline).__name__}",
         resolved,
         blocks,
+        sampler.scheduler,
         lambda: first_inputs(
             pipeline, calibration.steps, seed, calibration.scheduler, conditioning
         ),

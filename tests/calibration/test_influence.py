@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 
 from stepquant.calibration.influence import image_gradients, influence_spectrum, weighted_power
@@ -81,6 +81,12 @@ def test_neither_the_model_nor_the_trajectories_keep_anything():
     image_gradients(model, scheduler, data, 1, 0, QUIET)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not data.sample.requires_grad
+
+
+def test_a_predicted_variance_is_refused_where_the_scheduler_asks_for_it():
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    with pytest.raises(StepQuantError, match="DDPMScheduler with a variance that the model pre"):
+        image_gradients(Denoiser(), scheduler, trajectories(Denoiser(), ddim(3)), 1, 0, QUIET)
 
 
 def test_a_scheduler_with_a_memory_is_refused():

@@ -158,6 +158,48 @@ def test_where_the_influence_cannot_be_followed_nothing_changes_and_it_says_so(n
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
+def test_where_nothing_is_float_nothing_changes_and_it_says_so(tiny_session):
+    session = ready(tiny_session)
+    for layer in session.layers().values():
+        layer.bias = None
+    for module in session.model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.weight = module.bias = None
+    assert affine_parameters(session) == []
+    AffineDistillation(**TINY).apply(session)
+    why = session.summary["affine_distillation"]["nothing_because"]
+    assert why == "no quantized layer has a bias, and there is no norm with gains"
+
+
+def test_norms_that_share_their_gains_count_once(tiny_session):
+    session = ready(tiny_session)
+    norms = [m for m in session.model.modules() if isinstance(m, torch.nn.GroupNorm)]
+    before = len(affine_parameters(session))
+    same = next(m for m in norms[1:] if m.weight.shape == norms[0].weight.shape)
+    same.weight = norms[0].weight
+    assert len(affine_parameters(session)) == before - 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "checks"),
+    [
+        ({"batch": 7}, 9),  # two trajectories of three steps
+        ({"batch": 8, "steps_together": 8}, 9),  # of a sampler that has five
+        ({"iterations": 0}, 1),
+    ],
+    ids=["not a multiple", "more than all", "none"],
+)
+def test_odd_sizes_of_batches_and_trainings(tiny_session, changes, checks):
+    session = ready(tiny_session)
+    before = {key: value.clone() for key, value in session.model.state_dict().items()}
+    AffineDistillation(**{**TINY, "iterations": 8, **changes}).apply(session)
+    losses = session.summary["affine_distillation"]["losses"]
+    assert len(losses) == checks and bool(torch.tensor(losses).isfinite().all())
+    after = session.model.state_dict()
+    same = all(torch.equal(value, before[key]) for key, value in after.items())
+    assert same == (min(losses) == losses[0])
+
+
 def test_a_predicted_variance_does_not_count(tiny_session, monkeypatch):
     session = ready(tiny_session)
     step = AffineDistillation(**TINY)

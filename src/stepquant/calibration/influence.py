@@ -49,11 +49,14 @@ def why_not_followed(scheduler: Any, trajectories: Trajectories) -> str | None:
 
 
 def _why_memory(scheduler: Any) -> str | None:
-    if isinstance(scheduler, DDIMScheduler | DDPMScheduler):
+    name = type(scheduler).__name__
+    if isinstance(scheduler, DDPMScheduler) and scheduler.variance_type.startswith("learned"):
+        name += " with a variance that the model predicts"
+    elif isinstance(scheduler, DDIMScheduler | DDPMScheduler):
         return None
     return (
         "the influence of a step on the image is followed through DDIM and DDPM only, not "
-        f"through {type(scheduler).__name__}"
+        f"through {name}"
     )
 
 

@@ -2,12 +2,12 @@
 
 Block by block the steps before have made the errors of single blocks small. What is left adds up
 over blocks and over the sampler's steps; an error that is even over the image does, at the first
-steps, thousands of times as much to it as one that changes from pixel to pixel. Here the loss is
+steps, far more to it than one that changes from pixel to pixel. Here the loss is
 made of both: the errors of several steps of a trajectory, each weighted by its influence on the
 image frequency by frequency, are added up before they are squared.
 
-Codes stay as they are. A weight that moves by a thousandth of a grid step flips codes all over the
-model, and such a change of even one layer costs more than training wins.
+Codes stay as they are: what blocks have learned to make up for one another hangs on every one of
+them, and a small step of all weights flips many.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -44,24 +44,28 @@ class AffineDistillation(Step):
     The loss of a trajectory is `mean over f of |mean over t of S[t, f]^(x/2) (F e_t)[f]|^2`: `e_t`
     the error of the prediction at each of `steps_together` random steps `t`, `F` the Fourier
     transform over the image, `S` the influence of an error of that step and frequency on the image
-    (`calibration.influence`), `x` the `influence_exponent`. It is divided by what the prediction
-    itself would give if its steps did not add up.
+    (`calibration.influence`), `x` the `influence_exponent`; of several trajectories and channels
+    the mean. The losses in the summary are held-out ones, over the mean of `S^x |F y|^2` of the
+    float prediction `y` at single steps.
 
-    `iterations`, `batch`, `samples`: optimizer steps, inputs in each (`batch / steps_together`
-    trajectories), and calibration inputs in all, whole trajectories, an eighth of which are held
-    out. `rate`: of Adam, in the unit of biases and gains; it falls along a cosine. The state with
-    the lowest loss on held-out trajectories is kept, so the step never makes that worse.
+    `iterations`, `batch`, `samples`: optimizer steps, inputs in each at the most (those of
+    `batch // steps_together` trajectories), and calibration inputs in all, whole trajectories, an
+    eighth of which are held out. `rate`: of Adam, in the unit of biases and gains; it falls along a
+    cosine. The state with the lowest loss on held-out trajectories is kept, so the step never makes
+    that worse.
 
-    Where the influence of a step cannot be followed (guidance, samplers with memory), the step says
-    so and changes nothing: without it the last steps, whose errors are the largest and do least,
-    decide, and images get worse as the loss falls.
+    Trained are the biases of quantized layers, and the gains and biases of `GroupNorm` and
+    `LayerNorm`; layers that stay float keep theirs. Where the influence of a step is not known
+    (guidance, other samplers than DDIM and DDPM), or nothing of this is there, the step says so and
+    changes nothing: without it the last steps, whose errors are the largest and do least to the
+    image, would decide.
 
     No paper's step. PTQD (NeurIPS 2023) corrects the mean error of the prediction, step by step;
     here the errors are those of each image, and of all frequencies.
     """
 
     name = "affine_distillation"
-    trains = "model"
+    trains = "affine"
     not_after: ClassVar[Mapping[str, str]] = {"bias_correction": CORRECTED["bias_correction"]}
     iterations: int = Field(300, ge=0)
     batch: int = Field(32, ge=1)
@@ -71,20 +75,26 @@ class AffineDistillation(Step):
     influence_exponent: float = Field(1.0, gt=0, le=1)
 
     def check(self, scheme: Scheme) -> None:
-        """Batches must hold the steps that are taken together."""
+        """An error where a batch does not hold the steps that are taken together."""
         check_together(self.name, self.steps_together, self.batch)
+
+    def why_idle(self, scheduler: Any, inputs: Trajectories) -> str | None:
+        """Where the influence of a step cannot be followed."""
+        return why_not_followed(scheduler, inputs)
 
     def apply(self, session: Session) -> None:
         """Train; the summary has the held-out losses over time, or why there was no training."""
         session.ensure_ranges()
-        reason = why_not_followed(session.scheduler, session.trajectories)
+        parameters = affine_parameters(session)
+        reason = self.why_idle(session.scheduler, session.trajectories)
+        if reason is None and not parameters:
+            reason = "no quantized layer has a bias, and there is no norm with gains"
         if reason is not None:
             session.reporter.line(f"step '{self.name}' does nothing here: {reason}")
             session.summary[self.name] = {"nothing_because": reason}
             return
         for layer in session.layers().values():
             layer.merge_adapter()
-        parameters = affine_parameters(session)
         with only_gradients_of(session.model, parameters):
             losses = self._train(session, parameters)
         session.summary[self.name] = {
@@ -95,7 +105,7 @@ class AffineDistillation(Step):
         }
 
     def _train(self, session: Session, parameters: list[nn.Parameter]) -> list[float]:
-        """Train `parameters`; the held-out losses, the model's best state taken up."""
+        """Train `parameters`; the held-out losses. They end in their state with the lowest."""
         data = whole_trajectories(session.trajectories, self.samples, self.name)
         steps = len(data.timesteps)
         together, images = min(self.steps_together, steps), len(data) // steps
@@ -104,7 +114,7 @@ class AffineDistillation(Step):
         held_out = held_out_groups(torch.arange(kept, images), steps, together, generator)
         order = coherent_batches(kept, steps, together, self.batch, self.iterations, generator)
         optimizer = AdamOptimizer(parameters, self.rate, max(1, self.iterations))
-        training = Training(session.model, optimizer)
+        training = Training(nn.ParameterList(parameters), optimizer)
         power = self._power(session, data.take(held_out))
         chunk = max(1, 2 * self.batch // together) * together
 
@@ -140,7 +150,7 @@ class AffineDistillation(Step):
                     saved = time.monotonic()
                 task.advance(note=f"loss {training.losses[-1]:.2e}")
         session.work.save(self.name, training.state())
-        session.model.load_state_dict(training.best)
+        training.model.load_state_dict(training.best)
         return training.losses
 
     def _loss(self, session: Session, inputs: Trajectories, together: int) -> Tensor:
@@ -148,7 +158,7 @@ class AffineDistillation(Step):
         with torch.no_grad():
             target = predict(session.float_model, inputs)
         # A norm whose weight needs a gradient where its input does not is a crash of the process in
-        # torch 2.13, on inputs that are channels last.
+        # torch 2.13, on inputs that are channels last, as features made of the sample may be.
         inputs.sample.requires_grad_(torch.is_grad_enabled())
         error = predict(session.model, inputs) - target
         error = error[:, : inputs.sample.shape[1]]  # behind it a model may predict its variance
@@ -171,17 +181,20 @@ class AffineDistillation(Step):
 
 
 def affine_parameters(session: Session) -> list[nn.Parameter]:
-    """Biases of the quantized layers, then gains and biases of the norms between them."""
+    """Biases of the quantized layers, then gains and biases of the norms, each once."""
     found = [layer.bias for layer in session.layers().values() if layer.bias is not None]
     for module in session.model.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
             found += [value for value in (module.weight, module.bias) if value is not None]
-    return found
+    return list(dict.fromkeys(found))
 
 
 @contextmanager
 def only_gradients_of(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """While the context lasts no other parameter of `model` has a gradient; then none has."""
+    """While the context lasts no other parameter of `model` can have a gradient.
+
+    Afterwards all flags are as they were, and no gradient is left.
+    """
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         for parameter in before:

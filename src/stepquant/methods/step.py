@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from stepquant.calibration.trajectories import Trajectories
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.scheme import Scheme
 from stepquant.session import Session
@@ -31,16 +32,16 @@ class Step(BaseModel):
     """Typed hyper-parameters and one method. Unknown keys are errors.
 
     `needs_ranges`: False for a step that must come before every step that has it. `trains`: what
-    has gradients at once, by which memory is predicted. `not_after`: the
-    names of steps that must not come anywhere before this one, because it would undo what they did
-    or needs what they have taken away; each with what is wrong, as a relative clause. A recipe in
-    an order that these forbid is refused when it is read.
+    has gradients at once, by which memory is predicted ("affine": biases and norms of the whole
+    model). `not_after`: the names of steps that must not come anywhere before this one, because it
+    would undo what they did or needs what they have taken away; each with what is wrong, as a
+    relative clause. A recipe in an order that these forbid is refused when it is read.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: ClassVar[str]
     needs_ranges: ClassVar[bool] = True
-    trains: ClassVar[Literal["nothing", "blocks", "model"]] = "nothing"
+    trains: ClassVar[Literal["nothing", "blocks", "model", "affine"]] = "nothing"
     not_after: ClassVar[Mapping[str, str]] = {}
 
     @property
@@ -56,6 +57,13 @@ class Step(BaseModel):
 
         Asked before anything is sampled.
         """
+
+    def why_idle(self, scheduler: Any, inputs: Trajectories) -> str | None:
+        """Why the step would change nothing with the sampler's `scheduler` and `inputs`, or None.
+
+        Asked before anything is sampled, with what the sampler first calls the denoiser with.
+        """
+        return None
 
     def apply(self, session: Session) -> None:
         """Change `session.model`, and say in `session.summary` what was done."""
