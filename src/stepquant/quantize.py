@@ -91,7 +91,7 @@ def resolve_recipe(
 
 def quantize(
     model: str | Path | DiffusionPipeline,
-    recipe: str | Path | Recipe = "dilatequant",
+    recipe: str | Path | Recipe = "stepquant",
     weights: int | None = None,
     activations: int | None = None,
     out: str | Path | None = None,

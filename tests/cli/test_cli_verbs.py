@@ -1,3 +1,4 @@
+import inspect
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from PIL import Image
 
 import stepquant
 from stepquant import api
+from stepquant.cli.quantize import quantize as quantize_verb
 
 ENVELOPE = {"verb", "stepquant_version", "versions", "arguments", "results"}
 
@@ -197,6 +199,14 @@ def test_inspect_shows_a_packed_model_and_draws_it(packed_folder, tmp_path):
     assert {row["weight_bits"] for row in results["layers"]} == {4, 8}
     assert len(results["plots"]) == len(list((tmp_path / "plots").iterdir())) == 2
     assert "weight bits" in result.stdout
+
+
+def test_function_and_verb_have_the_same_default_recipe():
+    defaults = {
+        inspect.signature(quantize).parameters["recipe"].default
+        for quantize in (api.quantize, quantize_verb)
+    }
+    assert defaults == {"stepquant"} and defaults <= set(api.recipe_names())
 
 
 def test_recipes_are_listed(tmp_path):

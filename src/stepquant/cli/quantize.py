@@ -31,7 +31,7 @@ def quantize(
     out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the packed pipeline.")],
     recipe: Annotated[
         str, typer.Option(metavar="NAME", help="A shipped recipe, or the path of a .yaml file.")
-    ] = "dilatequant",
+    ] = "stepquant",
     weights: Annotated[
         int | None, typer.Option(metavar="BITS", help="Bits of weights, else the recipe's.")
     ] = None,
