@@ -73,7 +73,7 @@ def test_images_that_run_away_are_left_out(tiny_session, monkeypatch):
             reconstruct(self, session, key, data, weights),
         ),
     )
-    ProgressiveAlignment(rounds=1, **TINY).apply(session)
+    ProgressiveAlignment(rounds=1, widest=1.5, **TINY).apply(session)
     assert seen[0].trajectory.unique().tolist() == list(range(8))
     assert seen[1].trajectory.unique().tolist() == [0, 1, 3, 4, 6, 7]
     assert "leaves out 2 of 8 images" in session.reporter.lines[0]
@@ -82,7 +82,7 @@ def test_images_that_run_away_are_left_out(tiny_session, monkeypatch):
 def test_where_all_run_away_it_is_told(tiny_session):
     session = ready(tiny_session)
     session.draw = running_away(session.draw, range(8), float("nan"))
-    message = refused(lambda: ProgressiveAlignment(rounds=1, **TINY).apply(session))
+    message = refused(lambda: ProgressiveAlignment(rounds=1, widest=1.5, **TINY).apply(session))
     assert "all 8 images that the quantized model drew" in message
 
 
