@@ -41,6 +41,11 @@ def mean_scale(*quantizers: nn.Module) -> float:
     return float(torch.cat([quantizer.scale.detach() for quantizer in quantizers]).mean())
 
 
+def cosine_decay(iteration: int, iterations: int) -> float:
+    """The share of a learning rate at `iteration`: from 1 at 0 to 0 at `iterations`."""
+    return 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+
+
 class LayerOptimizer:
     """Adam for weights and weight scales, SparseAdam for step tables, one cosine decay for both.
 
@@ -90,7 +95,7 @@ class LayerOptimizer:
         ]
 
     def _decay(self, iteration: int) -> float:
-        return 0.5 * (1 + math.cos(math.pi * iteration / self._iterations))
+        return cosine_decay(iteration, self._iterations)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -165,7 +170,7 @@ class AdamOptimizer:
 
     def step(self) -> None:
         """One update."""
-        decay = 0.5 * (1 + math.cos(math.pi * self._iteration / self._iterations))
+        decay = cosine_decay(self._iteration, self._iterations)
         self._adam.param_groups[0]["lr"] = self._rate * decay
         self._adam.step()
         self._iteration += 1

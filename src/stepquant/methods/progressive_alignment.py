@@ -42,8 +42,8 @@ class ProgressiveAlignment(BlockReconstruction):
     Rounds, iterations, rates and set sizes are not found in the paper: all are choices. So is
     `widest`: now and then an image runs away in the quantized model's sampler, a few pixels ever
     brighter. What activation grids cut off there no training can give back, and one such image can
-    have most of the squared error of all. But at few bits what is left are no longer images of all
-    kinds: 1.5 made W4A4 of the embedded model better and W2A4 much worse.
+    have most of the squared error of all. Yet leaving them out is no sure gain, so it is off: 1.5
+    made W4A4 of the embedded model better and W2A4 much worse; why was not looked into.
     """
 
     name = "progressive_alignment"
