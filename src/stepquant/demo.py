@@ -51,8 +51,12 @@ SETTINGS = (
     Setting("minmax", 8, 8),
     Setting("minmax", 4, 4),
     Setting("dilatequant", 4, 8),
-    Setting("dilatequant", 4, 4),
+    Setting("stepquant", 4, 4),
 )
+BRIEF = {  # so that the demo ends within minutes
+    "dilatequant": ("block_distillation",),
+    "stepquant": ("block_distillation", "affine_distillation"),
+}
 
 
 def demo_model() -> str:
@@ -69,12 +73,12 @@ def demo_model() -> str:
 def demo(
     out: str | Path, images: int = 160, iterations: int = 100, reporter: Reporter | None = None
 ) -> dict[str, Any]:
-    """Quantize an embedded model by two recipes, and compare quality, speed and size.
+    """Quantize an embedded model by three recipes, and compare quality, speed and size.
 
     Writes to the new folder `out`: the four packed pipelines, `grid.png` (float above quantized,
     column by column from the same noise) and `demo.json`, the record that is returned; its `table`
-    has one row for each model. `images`: how many are sampled of each. `iterations` of block
-    distillation, fewer than the recipe's own so that the demo ends within minutes.
+    has one row for each model. `images`: how many are sampled of each. `iterations` of each step
+    that trains, fewer than the recipes' own so that the demo ends within minutes.
     """
     reporter = reporter or Reporter(quiet=True)
     folder = Path(out)
@@ -108,7 +112,9 @@ def demo(
     calls = {"float32": denoiser_call(float_denoiser, TIMING_BATCH, 500)}
     for setting in SETTINGS:
         reporter.line(f"{setting.label}: quantizing")
-        brief = {"block_distillation.iterations": iterations, "block_distillation.samples": 512}
+        trained = BRIEF.get(setting.recipe, ())
+        brief = {f"{step}.iterations": iterations for step in trained}
+        brief |= {f"{step}.samples": 512 for step in trained}
         result = quantize(
             name,
             setting.recipe,
@@ -116,7 +122,7 @@ def demo(
             setting.activations,
             folder / setting.label.replace(" ", "-"),
             STEPS,
-            brief if setting.recipe == "dilatequant" else None,
+            brief,
             reporter=reporter,
         )
         drawn = sample_images(result.pipeline, images, STEPS, reporter=reporter)

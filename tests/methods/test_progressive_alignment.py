@@ -2,10 +2,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from quantize_runs import SMALL, Lines, refused
-from stepquant.calibration.trajectories import Trajectories
+from quantize_runs import SMALL
 from stepquant.methods import BlockReconstruction, ProgressiveAlignment, TemporalQuantizer
-from stepquant.methods.progressive_alignment import stays_within
 from stepquant.workfolder import WorkFolder
 
 TINY = {"iterations": 8, "later_iterations": 4, "batch": 8, "samples": 32}
@@ -44,64 +42,6 @@ def test_each_round_draws_with_the_model_as_it_is_then(tiny_session):
     assert [(num, seed) for num, seed, _ in drawn] == [(8, 4_000_000), (8, 4_000_008)]
     first, second = drawn[0][2], drawn[1][2]
     assert any(not torch.equal(first[key], second[key]) for key in first)
-
-
-def running_away(draw, images, factor=100.0):
-    """`draw`, in which `images` have one pixel at the last step that is `factor` too bright."""
-
-    def act(num, seed, denoiser=None):
-        drawn = draw(num, seed, denoiser)
-        last = drawn.rows(len(drawn.timesteps) - 1)
-        for image in images:
-            drawn.sample[last[image], 0, 0, 0] = factor
-        return drawn
-
-    return act
-
-
-def test_images_that_run_away_are_left_out(tiny_session, monkeypatch):
-    session = ready(tiny_session)
-    session.reporter = Lines()
-    session.draw = running_away(session.draw, [2, 5])
-    seen = []
-    reconstruct = ProgressiveAlignment.reconstruct
-    monkeypatch.setattr(
-        ProgressiveAlignment,
-        "reconstruct",
-        lambda self, session, key, data, weights: (
-            seen.append(data),
-            reconstruct(self, session, key, data, weights),
-        ),
-    )
-    ProgressiveAlignment(rounds=1, widest=1.5, **TINY).apply(session)
-    assert seen[0].trajectory.unique().tolist() == list(range(8))
-    assert seen[1].trajectory.unique().tolist() == [0, 1, 3, 4, 6, 7]
-    assert "leaves out 2 of 8 images" in session.reporter.lines[0]
-
-
-def test_where_all_run_away_it_is_told(tiny_session):
-    session = ready(tiny_session)
-    session.draw = running_away(session.draw, range(8), float("nan"))
-    message = refused(lambda: ProgressiveAlignment(rounds=1, widest=1.5, **TINY).apply(session))
-    assert "all 8 images that the quantized model drew" in message
-
-
-def test_ranges_are_compared_step_by_step():
-    timesteps = torch.tensor([9, 1])
-    calibrated = Trajectories(
-        torch.tensor([[1.0, -4.0], [0.5, 1.0], [2.0, 0.0], [1.0, 1.0]]),
-        torch.tensor([9, 9, 1, 1]),
-        torch.tensor([0, 1, 0, 1]),
-        timesteps,
-    )  # largest 4 and 2
-    drawn = Trajectories(
-        torch.tensor([[6.0, 0.0], [0.0, 0.0], [-6.1, 0.0], [3.0, 0.0], [3.1, 0.0], [0.0, 0.0]]),
-        torch.tensor([9, 9, 9, 1, 1, 1]),
-        torch.tensor([0, 1, 2, 0, 1, 2]),
-        timesteps,
-    )
-    expected = [True, False, False, True, False, False]
-    assert stays_within(drawn, calibrated, 1.5).tolist() == expected
 
 
 def test_no_round_ends_above_where_it_started(tiny_session):
