@@ -6,8 +6,8 @@ The layer that reads the sampler's own sample cuts off what lies outside its gri
 drawn anew for every image: an image may begin beyond all that calibration has seen. The model
 predicts too little of such a pixel, so that it grows from step to step. For each recipe and each
 `ranges.sample_headroom` (0 here means none), from the same noise as the float model: images whose
-sample leaves 1.5 times the float model's own largest magnitude at any step, isolated pixels that
-are wrong in the finished images, paired PSNR and Fréchet distance. Writes `sample_headroom.jsonl`.
+sample leaves 1.5 times the float model's own largest magnitude at any step, paired PSNR and Fréchet
+distance. Writes `sample_headroom.jsonl`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from stepquant.sources import default_features, open_pipeline
 from stepquant.workfolder import atomic_write
 
 FAR = 1.5  # times the float model's largest magnitude at the step
-WRONG, RIGHT = 0.5, 0.15  # of a pixel, and of those around it; images are in [0, 1]
 
 
 def sample_with_magnitudes(
@@ -52,14 +51,6 @@ def sample_with_magnitudes(
     # Batches come one after another, each with a call for every step.
     batches = [torch.stack(calls[i : i + steps], dim=1) for i in range(0, len(calls), steps)]
     return images, torch.cat(batches)
-
-
-def isolated(images: Tensor, reference: Tensor) -> int:
-    """Pixels that are wrong where all but a few of the eight around them are right."""
-    error = (images - reference).abs().amax(dim=1, keepdim=True)
-    padded = nn.functional.pad(error, (1, 1, 1, 1), mode="reflect")
-    around = nn.functional.unfold(padded, 3).median(dim=1).values.view_as(error)
-    return int(((error > WRONG) & (around < RIGHT)).sum())
 
 
 def main() -> None:
@@ -118,7 +109,6 @@ def main() -> None:
                         "runaways": int((magnitudes > limit).any(dim=1).sum()),
                         "largest": float(magnitudes.max()),
                         "largest_of_float": float(own.max()),
-                        "isolated_pixels": isolated(images, reference),
                         "paired_psnr_db": paired_psnr(images, reference),
                         **distances(images, reference, features),
                         "settings": settings,

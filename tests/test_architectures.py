@@ -242,7 +242,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(name, after, tmp_path, monk
         run(name, "dilatequant", 4, out, reporter=Interrupting(after))
     trained = out.with_name("out.work") / "block_distillation"
     assert len(list(trained.glob("*.safetensors"))) == after
-    monkeypatch.setattr("stepquant.quantize.capture_trajectories", None)  # they are there
+    monkeypatch.setattr("stepquant.preparation.capture_trajectories", None)  # they are there
     if name != "dit":
         message = refused(lambda: run(name, "dilatequant", 4, out, resume=True, prompts="x"))
         assert "holds the work of another job" in message

@@ -143,7 +143,7 @@ def run(out, **changes):
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_sampled(tmp_path, monkeypatch):
-    monkeypatch.setattr("stepquant.quantize.capture_trajectories", None)
+    monkeypatch.setattr("stepquant.preparation.capture_trajectories", None)
     message = refused(lambda: run(tmp_path / "out", memory=0.001))
     assert message.startswith("calibrating the unet of StableDiffusionPipeline with 0.1 M param")
     assert "expected at most 0.00 GiB, the limit that was set; lower calibration.batch" in message

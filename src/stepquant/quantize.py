@@ -14,15 +14,9 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from stepquant.calibration.influence import check_unguided
 from stepquant.calibration.observe import quant_layers
 from stepquant.calibration.spill import Spill
-from stepquant.calibration.trajectories import (
-    Trajectories,
-    capture_trajectories,
-    drawer,
-    first_inputs,
-)
+from stepquant.calibration.trajectories import drawer, first_inputs
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
 from stepquant.components import add_file_sizes, check_components, quantize_components
@@ -34,6 +28,11 @@ from stepquant.memory import as_mb, plan_memory
 from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.models.mapped import FloatState
 from stepquant.models.surgery import copy_around
+from stepquant.preparation import (
+    calibrated_scheduler,
+    calibration_trajectories,
+    with_own_scheduler,
+)
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
 from stepquant.readiness import check_denoiser
@@ -44,7 +43,6 @@ from stepquant.sampling import (
     check_seed,
     clipping_remark,
     denoiser_name,
-    needs_own_scheduler,
     set_scheduler,
 )
 from stepquant.session import (
@@ -155,7 +153,7 @@ def quantize(
     blocks = adapter.blocks(float_model)
     for step in resolved.steps:
         step.check(resolved.scheme)
-    resolved, remark = _own_scheduler(pipeline, resolved, settings)
+    resolved, remark = with_own_scheduler(pipeline, resolved, settings)
     if remark is not None:
         reporter.line(remark)
     conditioning = Conditioning.of(prompts, labels, guidance, call)
@@ -195,7 +193,7 @@ def quantize(
     remark = clipping_remark(sampler.scheduler)
     if remark is not None:
         reporter.line(remark)
-    trajectories = _trajectories(pipeline, resolved, seed, reporter, work, conditioning)
+    trajectories = calibration_trajectories(pipeline, resolved, seed, reporter, work, conditioning)
     context = StepContext(trajectories.grid())
     simulation, left_float = simulate(float_model, adapter, resolved.scheme, context)
     for name, reason in left_float.items():
@@ -209,7 +207,7 @@ def quantize(
         adapter=adapter,
         context=context,
         trajectories=trajectories,
-        scheduler=_scheduler(sampler, resolved.calibration.steps),
+        scheduler=calibrated_scheduler(sampler, resolved.calibration.steps),
         draw=drawer(
             pipeline, calibration.steps, calibration.scheduler, conditioning, calibration.batch
         ),
@@ -275,63 +273,3 @@ def pack(
     )
     attach_config(packed, config)
     return packed.eval()
-
-
-def _scheduler(sampler: DiffusionPipeline, steps: int) -> Any:
-    """A copy of the sampler's scheduler, set to `steps` steps."""
-    scheduler = copy.deepcopy(sampler.scheduler)
-    # Timesteps of flow matching may depend on the size of the image.
-    if not needs_own_scheduler(sampler):
-        scheduler.set_timesteps(steps)
-    return scheduler
-
-
-def _own_scheduler(
-    pipeline: DiffusionPipeline, recipe: Recipe, settings: dict[str, Any] | None
-) -> tuple[Recipe, str | None]:
-    """The recipe with the pipeline's scheduler where its ddim cannot be meant, and a remark.
-
-    DDIM is for models that predict noise; a recipe has it for want of anything better. What the
-    caller asks for by name is left, and refused later.
-    """
-    key = "calibration.scheduler"
-    asked = key in (settings or {}) or recipe.calibration.scheduler != "ddim"
-    if asked or not needs_own_scheduler(pipeline):
-        return recipe, None
-    own = type(pipeline.scheduler).__name__
-    return recipe.override({key: None}), (
-        f"calibrating with the pipeline's own {own}: ddim is for models that predict noise"
-    )
-
-
-def _trajectories(
-    pipeline: DiffusionPipeline,
-    recipe: Recipe,
-    seed: int,
-    reporter: Reporter,
-    work: WorkFolder,
-    conditioning: Conditioning,
-) -> Trajectories:
-    kept = work.load("trajectories")
-    if kept is not None:
-        return Trajectories.from_tensors(kept)
-    calibration = recipe.calibration
-    try:
-        captured = capture_trajectories(
-            pipeline,
-            calibration.trajectories,
-            calibration.steps,
-            seed + 1_000_000,
-            calibration.scheduler,
-            calibration.batch,
-            reporter=reporter,
-            conditioning=conditioning,
-        )
-        if any(step.needs_influence for step in recipe.steps):
-            check_unguided(captured)
-    except StepQuantError:
-        work.remove()  # nothing is kept yet, and the next try may be another job
-        raise
-    tensors = captured.to_tensors()
-    work.save("trajectories", tensors)
-    return Trajectories.from_tensors(tensors)  # in the memory layout that a resumed run reads back
