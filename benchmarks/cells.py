@@ -26,12 +26,12 @@ from safetensors.torch import load_file, save_file
 
 import stepquant
 from stepquant.evaluate import load_features, peak_memory_mb
-from stepquant.judge import distances, evaluate
+from stepquant.judge import class_shares, distances, evaluate
 from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.recipe import parse_recipe
 from stepquant.sampling import AUTO, denoiser_of, sample_images
-from stepquant.sources import default_features, open_pipeline
+from stepquant.sources import default_conditions, default_features, open_pipeline
 from stepquant.workfolder import atomic_write, fingerprint
 
 BUDGETS = {"cpu": {"num": 2048, "steps": 50}, "gpu": {"num": 10_000, "steps": 100}}
@@ -103,10 +103,17 @@ def commit() -> str | None:
 
 @functools.cache
 def subject(model: str) -> str:
-    """A digest of what is measured and with what: float weights, scheduler, feature network."""
+    """A digest of what is measured and with what: weights, scheduler, conditions, features."""
     pipeline = open_pipeline(model)
-    digest = hashlib.sha256(fingerprint(dict(denoiser_of(pipeline).state_dict())).encode())
+    denoiser = denoiser_of(pipeline)
+    digest = hashlib.sha256(fingerprint(dict(denoiser.state_dict())).encode())
+    for _, part in sorted(pipeline.components.items()):
+        if isinstance(part, torch.nn.Module) and part is not denoiser:
+            digest.update(fingerprint(dict(part.state_dict())).encode())
     digest.update(pipeline.scheduler.to_json_string().encode())
+    conditions = default_conditions(model)
+    if conditions.classes:
+        digest.update(json.dumps(asdict(conditions)).encode())
     features = default_features(model)
     if features is not None:
         network = load_features(features)
@@ -123,7 +130,12 @@ def float_images(cell: Cell, folder: Path) -> torch.Tensor:
     file = folder / f"{name}.safetensors"
     if not file.exists():
         images = sample_images(
-            open_pipeline(cell.model), cell.num, cell.steps, cell.seed, cell.scheduler
+            open_pipeline(cell.model),
+            cell.num,
+            cell.steps,
+            cell.seed,
+            cell.scheduler,
+            conditioning=default_conditions(cell.model).conditioning,
         )
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(file, lambda partial: save_file({"images": images}, partial))
@@ -155,7 +167,13 @@ def run_cell(cell: Cell, out: Path, cache: Path) -> Path:
     features = default_features(cell.model)
     if features is None:
         raise SystemExit(f"no feature network is known for '{cell.model}'")
-    reference = float_images(cell, cache)
+    reference = images = float_images(cell, cache)
+    conditions = default_conditions(cell.model)
+    given = {
+        "prompts": conditions.conditioning.prompts,
+        "labels": conditions.conditioning.labels,
+        "guidance": conditions.conditioning.guidance,
+    }
     record: dict[str, Any] = {
         **asdict(cell),
         "subject": subject(cell.model),
@@ -168,8 +186,17 @@ def run_cell(cell: Cell, out: Path, cache: Path) -> Path:
         # One float pipeline for both, so that no cell pays for loading twice.
         pipeline = open_pipeline(cell.model)
         with TemporaryDirectory() as scratch:
-            result = quantize(pipeline, recipe, out=Path(scratch) / "packed", seed=cell.seed)
+            out_folder = Path(scratch) / "packed"
+            result = quantize(pipeline, recipe, out=out_folder, seed=cell.seed, **given)
         record["quantize"] = result.record
+        images = sample_images(
+            result.pipeline,
+            cell.num,
+            cell.steps,
+            cell.seed,
+            cell.scheduler,
+            conditioning=conditions.conditioning,
+        )
         record["quality"] = evaluate(
             result.pipeline,
             pipeline,
@@ -178,8 +205,13 @@ def run_cell(cell: Cell, out: Path, cache: Path) -> Path:
             cell.scheduler,
             features=features,
             seed=cell.seed,
+            images=images,
             float_images=reference,
+            **given,
         )
+    if conditions.classes:
+        asked = conditions.classes_of(cell.num)
+        record["quality"].update(class_shares(images, reference, asked, features))
     record["peak_memory_mb"] = peak_memory_mb()
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record) + "\n"
