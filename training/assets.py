@@ -41,8 +41,8 @@ def write_asset(
 ) -> None:
     """Write the fp16 pipeline with `conditions.json` and `README.md` to `out`, samples to `work`.
 
-    `conditions`: `guidance`, `prompts` or `labels`, and `classes`, the class of each of these;
-    the first entries have one of each class.
+    `conditions`: `guidance`, `prompts` or `labels`, `classes`, the class of each of these, and
+    `names`, those of the classes; the first entries have one of each class.
     """
     pipeline.to(torch.float16).save_pretrained(out, safe_serialization=True)
     (out / "conditions.json").write_text(json.dumps(conditions, indent=1) + "\n")

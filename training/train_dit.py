@@ -119,10 +119,9 @@ def main() -> None:
     run = train("denoiser", net, loss_at, settings, budget, args.work, args.save_every, device)
     untie(net, len(classes))
     pipeline = DiTPipeline(transformer=net, vae=vae, scheduler=scheduler)
-    # The pipeline reads the names of labels from its config, and writes none there itself.
-    pipeline.register_to_config(id2label={str(k): name for k, name in enumerate(classes)})
     conditions = {
         "guidance": GUIDANCE,
+        "names": classes,
         "classes": [*range(len(classes))],
         "labels": [*range(len(classes))],
     }

@@ -130,6 +130,7 @@ def main() -> None:
     by_template = list(zip(*(prompts_of(name) for name in classes), strict=True))
     conditions = {
         "guidance": GUIDANCE,
+        "names": classes,
         "classes": [*range(len(classes))] * len(by_template),
         "prompts": [text for texts in by_template for text in texts],
     }
