@@ -15,7 +15,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import stepquant
+from stepquant.conditioning import Conditioning
 from stepquant.evaluate import load_features, peak_memory_mb
 from stepquant.judge import class_shares, distances, evaluate
 from stepquant.progress import Reporter
@@ -41,7 +42,8 @@ BUDGETS = {"cpu": {"num": 2048, "steps": 50}, "gpu": {"num": 10_000, "steps": 10
 class Cell:
     """What is measured; `recipe` is a resolved recipe's plain values, None for the float model.
 
-    `scheduler` and `steps` draw the images; what is calibrated for stands in the recipe.
+    `scheduler` and `steps` draw the images; what is calibrated for stands in the recipe. `guidance`
+    is for both, instead of the scale that an embedded model comes with.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Cell:
     seed: int = 0
     threads: int = 1
     scheduler: str | None = AUTO
+    guidance: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -122,11 +125,18 @@ def subject(model: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def conditioning_of(cell: Cell) -> Conditioning:
+    """The conditions that an embedded model comes with, at the cell's scale of guidance."""
+    own = default_conditions(cell.model).conditioning
+    return own if cell.guidance is None else replace(own, guidance=cell.guidance)
+
+
 def float_images(cell: Cell, folder: Path) -> torch.Tensor:
     """The float model's images for the cell's settings, sampled once for all cells."""
     name = cell.model.replace(":", "-").replace("/", "-")
     name += f"-{subject(cell.model)}-{cell.num}-{cell.steps}-{cell.seed}"
     name += "" if cell.scheduler == AUTO else f"-{cell.scheduler}"
+    name += "" if cell.guidance is None else f"-guidance{cell.guidance:g}"
     file = folder / f"{name}.safetensors"
     if not file.exists():
         images = sample_images(
@@ -135,7 +145,7 @@ def float_images(cell: Cell, folder: Path) -> torch.Tensor:
             cell.steps,
             cell.seed,
             cell.scheduler,
-            conditioning=default_conditions(cell.model).conditioning,
+            conditioning=conditioning_of(cell),
         )
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(file, lambda partial: save_file({"images": images}, partial))
@@ -148,8 +158,8 @@ def is_finished(cell: Cell, file: Path) -> bool:
         return False
     record = json.loads(file.read_text())
     settings = {**json.loads(json.dumps(asdict(cell))), "subject": subject(cell.model)}
-    record.setdefault("scheduler", AUTO)  # not in older records
-    for key in ("model", "recipe", "num", "steps", "seed", "scheduler", "subject"):
+    record = {"scheduler": AUTO, "guidance": None, **record}  # not in older records
+    for key in ("model", "recipe", "num", "steps", "seed", "scheduler", "guidance", "subject"):
         if record.get(key) != settings[key]:
             raise SystemExit(
                 f"'{file}' was measured with another {key}: expected that of cell '{cell.name}'; "
@@ -168,11 +178,11 @@ def run_cell(cell: Cell, out: Path, cache: Path) -> Path:
     if features is None:
         raise SystemExit(f"no feature network is known for '{cell.model}'")
     reference = images = float_images(cell, cache)
-    conditions = default_conditions(cell.model)
+    conditioning = conditioning_of(cell)
     given = {
-        "prompts": conditions.conditioning.prompts,
-        "labels": conditions.conditioning.labels,
-        "guidance": conditions.conditioning.guidance,
+        "prompts": conditioning.prompts,
+        "labels": conditioning.labels,
+        "guidance": conditioning.guidance,
     }
     record: dict[str, Any] = {
         **asdict(cell),
@@ -195,7 +205,7 @@ def run_cell(cell: Cell, out: Path, cache: Path) -> Path:
             cell.steps,
             cell.seed,
             cell.scheduler,
-            conditioning=conditions.conditioning,
+            conditioning=conditioning,
         )
         record["quality"] = evaluate(
             result.pipeline,
@@ -209,6 +219,7 @@ def run_cell(cell: Cell, out: Path, cache: Path) -> Path:
             float_images=reference,
             **given,
         )
+    conditions = default_conditions(cell.model)
     if conditions.classes:
         asked = conditions.classes_of(cell.num)
         record["quality"].update(class_shares(images, reference, asked, features))
@@ -223,7 +234,8 @@ def run_grid(cells: list[Cell], out: Path, cache: Path, jobs: int) -> None:
     """Run all cells, `jobs` at a time, each in a process of its own (peak memory is its own)."""
     todo = [cell for cell in cells if not is_finished(cell, out / f"{cell.name}.json")]
     reporter = Reporter()
-    for cell in {(cell.model, cell.scheduler, cell.steps): cell for cell in todo}.values():
+    drawn = {(cell.model, cell.scheduler, cell.steps, cell.guidance): cell for cell in todo}
+    for cell in drawn.values():
         float_images(cell, cache)  # before the workers want it all at once
     context = multiprocessing.get_context("spawn")
     with (

@@ -5,7 +5,7 @@
 Beside the distances and PSNR of `quality.py`: the share of images that the feature network's
 classifier assigns to the class that they were asked for. Prompts, labels and the scale of guidance
 are the models' own (`conditions.json` of the asset). One cell for each model, recipe and bits, as
-in `quality.py`. Writes `conditional.jsonl` and `conditional.md`.
+in `quality.py`; `--guidance` adds the float model at another scale. Writes `conditional.jsonl` and `conditional.md`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cells import report
+from cells import Cell, report
 from quality import grid, recipe_settings
 
 MODELS = ["builtin:fashion-t2i", "builtin:fashion-dit"]
@@ -36,7 +36,9 @@ def conditional_table(records: list[dict[str, Any]]) -> str:
         distance = f"{quality[fd]:.2f} ({low:.2f} to {high:.2f})"
         top1 = f"{100 * quality['top1']:.1f}"
         if record["recipe"] is None:
-            lines.append(f"| {model} | float32 | 32 | {distance} | | | {top1} | | 1 | |")
+            scale = record["guidance"]
+            name = "float32" if scale is None else f"float32, guidance {scale:g}"
+            lines.append(f"| {model} | {name} | 32 | {distance} | | | {top1} | | 1 | |")
             continue
         made = record["quantize"]
         lines.append(
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--bits", action="append", default=None)
     parser.add_argument("--num", type=int, default=1024, help="images of each cell")
     parser.add_argument("--steps", type=int, default=50, help="of the sampler, DDIM")
+    parser.add_argument("--guidance", action="append", type=float, default=[], help="of float rows")
     parser.add_argument("--set", action="append", default=[], metavar="recipe:key=value")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
@@ -64,16 +67,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/conditional"))
     args = parser.parse_args()
     settings = recipe_settings(parser, args.set, args.recipe or RECIPES)
-    cells = grid(
-        args.model or MODELS,
-        settings,
-        args.bits or BITS,
-        ["strict"],
-        num=args.num,
-        steps=args.steps,
-        seed=args.seed,
-        threads=args.threads,
-    )
+    models = args.model or MODELS
+    budget = {"num": args.num, "steps": args.steps, "seed": args.seed, "threads": args.threads}
+    cells = grid(models, settings, args.bits or BITS, ["strict"], **budget)
+    for model in models:
+        for scale in args.guidance:
+            name = f"{model.rpartition(':')[2]}-float32-guidance{scale:g}"
+            name += f"-{args.num}x{args.steps}-seed{args.seed}"
+            cells.append(Cell(name, model, None, guidance=scale, **budget))
     report(cells, args.cells, args.jobs, args.out, conditional_table)
 
 

@@ -142,7 +142,7 @@ def main() -> None:
         {"transformer": net, "autoencoder": vae},
         run,
         trained,
-        reconstruction_psnr(vae, data["x_test"][:2000], device),
+        reconstruction_psnr(vae, data["x_test"][::5], device),
     )
     write_asset(pipeline.to("cpu"), conditions, card, args.out or args.work / "pipeline", args.work)
 
