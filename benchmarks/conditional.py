@@ -5,7 +5,8 @@
 Beside the distances and PSNR of `quality.py`: the share of images that the feature network's
 classifier assigns to the class that they were asked for. Prompts, labels and the scale of guidance
 are the models' own (`conditions.json` of the asset). One cell for each model, recipe and bits, as
-in `quality.py`; `--guidance` adds the float model at another scale. Writes `conditional.jsonl` and `conditional.md`.
+in `quality.py`; `--guidance` adds the float model at another scale. Writes `conditional.jsonl` and
+`conditional.md`.
 """
 
 from __future__ import annotations
