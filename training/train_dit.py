@@ -25,7 +25,7 @@ from loop import Settings, add_arguments, budget_of, train
 
 NULL = 1000  # the label of no class: `DiTPipeline` knows no other
 DROPPED = 0.1
-GUIDANCE = 2.0
+GUIDANCE = 3.0
 MODELS = {
     "fashion-dit": {
         "data": "fashion_mnist",
