@@ -45,6 +45,9 @@ def write_asset(
     `names`, those of the classes; the first entries have one of each class.
     """
     pipeline.to(torch.float16).save_pretrained(out, safe_serialization=True)
+    for file in out.glob("*/config.json"):  # where a part was loaded from says nothing elsewhere
+        config = {k: v for k, v in json.loads(file.read_text()).items() if k != "_name_or_path"}
+        file.write_text(json.dumps(config, indent=2) + "\n")
     (out / "conditions.json").write_text(json.dumps(conditions, indent=1) + "\n")
     (out / "README.md").write_text(card)
     print(f"wrote {out}")
