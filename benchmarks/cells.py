@@ -15,7 +15,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,13 +25,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import stepquant
+from stepquant.conditioning import Conditioning
 from stepquant.evaluate import load_features, peak_memory_mb
-from stepquant.judge import distances, evaluate
+from stepquant.judge import class_shares, distances, evaluate
 from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.recipe import parse_recipe
 from stepquant.sampling import AUTO, denoiser_of, sample_images
-from stepquant.sources import default_features, open_pipeline
+from stepquant.sources import default_conditions, default_features, open_pipeline
 from stepquant.workfolder import atomic_write, fingerprint
 
 BUDGETS = {"cpu": {"num": 2048, "steps": 50}, "gpu": {"num": 10_000, "steps": 100}}
@@ -41,7 +42,8 @@ BUDGETS = {"cpu": {"num": 2048, "steps": 50}, "gpu": {"num": 10_000, "steps": 10
 class Cell:
     """What is measured; `recipe` is a resolved recipe's plain values, None for the float model.
 
-    `scheduler` and `steps` draw the images; what is calibrated for stands in the recipe.
+    `scheduler` and `steps` draw the images; what is calibrated for stands in the recipe. `guidance`
+    is for both, instead of the scale that an embedded model comes with.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Cell:
     seed: int = 0
     threads: int = 1
     scheduler: str | None = AUTO
+    guidance: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -103,10 +106,17 @@ def commit() -> str | None:
 
 @functools.cache
 def subject(model: str) -> str:
-    """A digest of what is measured and with what: float weights, scheduler, feature network."""
+    """A digest of what is measured and with what: weights, scheduler, conditions, features."""
     pipeline = open_pipeline(model)
-    digest = hashlib.sha256(fingerprint(dict(denoiser_of(pipeline).state_dict())).encode())
+    denoiser = denoiser_of(pipeline)
+    digest = hashlib.sha256(fingerprint(dict(denoiser.state_dict())).encode())
+    for _, part in sorted(pipeline.components.items()):
+        if isinstance(part, torch.nn.Module) and part is not denoiser:
+            digest.update(fingerprint(dict(part.state_dict())).encode())
     digest.update(pipeline.scheduler.to_json_string().encode())
+    conditions = default_conditions(model)
+    if conditions.classes:
+        digest.update(json.dumps(asdict(conditions)).encode())
     features = default_features(model)
     if features is not None:
         network = load_features(features)
@@ -115,15 +125,27 @@ def subject(model: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def conditioning_of(cell: Cell) -> Conditioning:
+    """The conditions that an embedded model comes with, at the cell's scale of guidance."""
+    own = default_conditions(cell.model).conditioning
+    return own if cell.guidance is None else replace(own, guidance=cell.guidance)
+
+
 def float_images(cell: Cell, folder: Path) -> torch.Tensor:
     """The float model's images for the cell's settings, sampled once for all cells."""
     name = cell.model.replace(":", "-").replace("/", "-")
     name += f"-{subject(cell.model)}-{cell.num}-{cell.steps}-{cell.seed}"
     name += "" if cell.scheduler == AUTO else f"-{cell.scheduler}"
+    name += "" if cell.guidance is None else f"-guidance{cell.guidance:g}"
     file = folder / f"{name}.safetensors"
     if not file.exists():
         images = sample_images(
-            open_pipeline(cell.model), cell.num, cell.steps, cell.seed, cell.scheduler
+            open_pipeline(cell.model),
+            cell.num,
+            cell.steps,
+            cell.seed,
+            cell.scheduler,
+            conditioning=conditioning_of(cell),
         )
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(file, lambda partial: save_file({"images": images}, partial))
@@ -136,8 +158,8 @@ def is_finished(cell: Cell, file: Path) -> bool:
         return False
     record = json.loads(file.read_text())
     settings = {**json.loads(json.dumps(asdict(cell))), "subject": subject(cell.model)}
-    record.setdefault("scheduler", AUTO)  # not in older records
-    for key in ("model", "recipe", "num", "steps", "seed", "scheduler", "subject"):
+    record = {"scheduler": AUTO, "guidance": None, **record}  # not in older records
+    for key in ("model", "recipe", "num", "steps", "seed", "scheduler", "guidance", "subject"):
         if record.get(key) != settings[key]:
             raise SystemExit(
                 f"'{file}' was measured with another {key}: expected that of cell '{cell.name}'; "
@@ -155,7 +177,13 @@ def run_cell(cell: Cell, out: Path, cache: Path) -> Path:
     features = default_features(cell.model)
     if features is None:
         raise SystemExit(f"no feature network is known for '{cell.model}'")
-    reference = float_images(cell, cache)
+    reference = images = float_images(cell, cache)
+    conditioning = conditioning_of(cell)
+    given = {
+        "prompts": conditioning.prompts,
+        "labels": conditioning.labels,
+        "guidance": conditioning.guidance,
+    }
     record: dict[str, Any] = {
         **asdict(cell),
         "subject": subject(cell.model),
@@ -168,8 +196,17 @@ def run_cell(cell: Cell, out: Path, cache: Path) -> Path:
         # One float pipeline for both, so that no cell pays for loading twice.
         pipeline = open_pipeline(cell.model)
         with TemporaryDirectory() as scratch:
-            result = quantize(pipeline, recipe, out=Path(scratch) / "packed", seed=cell.seed)
+            out_folder = Path(scratch) / "packed"
+            result = quantize(pipeline, recipe, out=out_folder, seed=cell.seed, **given)
         record["quantize"] = result.record
+        images = sample_images(
+            result.pipeline,
+            cell.num,
+            cell.steps,
+            cell.seed,
+            cell.scheduler,
+            conditioning=conditioning,
+        )
         record["quality"] = evaluate(
             result.pipeline,
             pipeline,
@@ -178,8 +215,14 @@ def run_cell(cell: Cell, out: Path, cache: Path) -> Path:
             cell.scheduler,
             features=features,
             seed=cell.seed,
+            images=images,
             float_images=reference,
+            **given,
         )
+    conditions = default_conditions(cell.model)
+    if conditions.classes:
+        asked = conditions.classes_of(cell.num)
+        record["quality"].update(class_shares(images, reference, asked, features))
     record["peak_memory_mb"] = peak_memory_mb()
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record) + "\n"
@@ -191,7 +234,8 @@ def run_grid(cells: list[Cell], out: Path, cache: Path, jobs: int) -> None:
     """Run all cells, `jobs` at a time, each in a process of its own (peak memory is its own)."""
     todo = [cell for cell in cells if not is_finished(cell, out / f"{cell.name}.json")]
     reporter = Reporter()
-    for cell in {(cell.model, cell.scheduler, cell.steps): cell for cell in todo}.values():
+    drawn = {(cell.model, cell.scheduler, cell.steps, cell.guidance): cell for cell in todo}
+    for cell in drawn.values():
         float_images(cell, cache)  # before the workers want it all at once
     context = multiprocessing.get_context("spawn")
     with (

@@ -44,6 +44,37 @@ def recipe_settings(
     return settings
 
 
+def grid(
+    models: list[str],
+    settings: dict[str, dict[str, Any]],
+    bits: list[str],
+    protocols: list[str],
+    **budget: Any,
+) -> list[Cell]:
+    """For each model the float one, and each recipe of `settings` at all bits and protocols."""
+    cells = []
+    for model in models:
+        short = model.rpartition(":")[2].replace("/", "-")
+        suffix = f"{budget['num']}x{budget['steps']}-seed{budget['seed']}"
+        cells.append(Cell(f"{short}-float32-{suffix}", model, None, **budget))
+        for name in settings:
+            for label in bits:
+                weights, activations = parse_bits(label)
+                for protocol in protocols:
+                    recipe = load_recipe(name).override(
+                        {
+                            "scheme.weight_bits": weights,
+                            "scheme.activation_bits": activations,
+                            "scheme.protocol": protocol,
+                            "calibration.steps": budget["steps"],
+                            **settings[name],
+                        }
+                    )
+                    cell = f"{short}-{name}-{label}-{protocol}-{suffix}"
+                    cells.append(Cell(cell, model, recipe.to_dict(), **budget))
+    return cells
+
+
 def main() -> None:
     """Parse the command line and run the grid."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -66,26 +97,13 @@ def main() -> None:
     budget = {**BUDGETS[args.budget], "seed": args.seed, "threads": args.threads}
     if args.num:
         budget["num"] = args.num
-    cells = []
-    for model in args.model or ["builtin:fashion-ddpm"]:
-        short = model.rpartition(":")[2].replace("/", "-")
-        suffix = f"{budget['num']}x{budget['steps']}-seed{args.seed}"
-        cells.append(Cell(f"{short}-float32-{suffix}", model, None, **budget))
-        for name in recipes:
-            for bits in args.bits or ["w8a8", "w4a8", "w4a4"]:
-                weights, activations = parse_bits(bits)
-                for protocol in args.protocol or ["strict"]:
-                    recipe = load_recipe(name).override(
-                        {
-                            "scheme.weight_bits": weights,
-                            "scheme.activation_bits": activations,
-                            "scheme.protocol": protocol,
-                            "calibration.steps": budget["steps"],
-                            **settings[name],
-                        }
-                    )
-                    label = f"{short}-{name}-{bits}-{protocol}-{suffix}"
-                    cells.append(Cell(label, model, recipe.to_dict(), **budget))
+    cells = grid(
+        args.model or ["builtin:fashion-ddpm"],
+        settings,
+        args.bits or ["w8a8", "w4a8", "w4a4"],
+        args.protocol or ["strict"],
+        **budget,
+    )
     report(cells, args.cells, args.jobs, args.out)
 
 

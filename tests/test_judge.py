@@ -8,7 +8,7 @@ import torch
 
 from stepquant.errors import StepQuantError
 from stepquant.evaluate import load_features
-from stepquant.judge import distances, evaluate, noise_error
+from stepquant.judge import class_shares, distances, evaluate, noise_error
 from stepquant.quantize import quantize
 from stepquant.sampling import sample_images
 
@@ -148,3 +148,35 @@ def test_distances_are_between_the_features_of_the_images(pipeline):
     assert record["fd_fashion_to_float"] == pytest.approx(again["fd_fashion_to_float"], rel=1e-3)
     assert record["fd_fashion"] == pytest.approx(again["fd_fashion_of_float"])
     assert load_features("fashion").num_features == 64
+
+
+@pytest.fixture
+def pictures():
+    """Seven random pictures and the classes that the shipped classifier takes them for."""
+    images = torch.rand(7, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    images *= torch.linspace(0, 1, 7).view(-1, 1, 1, 1)
+    return images, load_features("fashion").classes(images).tolist()
+
+
+def test_shares_of_classes(pictures):
+    images, classes = pictures
+    assert len(set(classes)) > 1
+    shares = class_shares(images, images, classes, "fashion")
+    assert shares == {"top1": 1.0, "top1_of_float": 1.0, "top1_as_float": 1.0}
+    wrong = [(classes[0] + 1) % 10, *classes[1:]]
+    assert class_shares(images, images, wrong, "fashion")["top1"] == pytest.approx(6 / 7)
+
+
+def test_a_share_is_of_the_candidates_images(pictures):
+    images, classes = pictures
+    constant = images[:1].expand(7, 1, 32, 32)
+    share = classes.count(classes[0]) / 7
+    shares = class_shares(constant, images, classes, "fashion")
+    assert shares["top1_of_float"] == 1.0
+    assert shares["top1"] == shares["top1_as_float"] == pytest.approx(share)
+
+
+def test_a_class_for_each_image_is_needed(pictures):
+    images, classes = pictures
+    with pytest.raises(StepQuantError, match="7 images, 7 of the float model and 6 classes"):
+        class_shares(images, images, classes[:6], "fashion")

@@ -113,6 +113,30 @@ def distances(images: Tensor, float_images: Tensor, features: str) -> dict[str, 
     return record
 
 
+def class_shares(
+    images: Tensor, float_images: Tensor, classes: Sequence[int], features: str
+) -> dict[str, float]:
+    """Shares of images that the classifier of `features` assigns to the class they were asked for.
+
+    `classes`: one for each of `images`, and of the float model's. `top1_of_float` is the share of
+    `float_images`, `top1_as_float` that of `images` with the class of their float twin. The
+    classifier errs too: its card has its accuracy on real images.
+    """
+    if not len(images) == len(float_images) == len(classes):
+        raise StepQuantError(
+            f"there are {len(images)} images, {len(float_images)} of the float model and "
+            f"{len(classes)} classes: expected as many of each"
+        )
+    extractor = load_features(features)
+    asked = torch.tensor(list(classes))
+    ours, theirs = extractor.classes(images), extractor.classes(float_images)
+    return {
+        "top1": float((ours == asked).double().mean()),
+        "top1_of_float": float((theirs == asked).double().mean()),
+        "top1_as_float": float((ours == theirs).double().mean()),
+    }
+
+
 @torch.no_grad()
 def noise_error(
     candidate: DiffusionPipeline,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant.checkpoint.load import is_single_file, load_pipeline, local_folder
+from stepquant.conditioning import Conditioning
 from stepquant.errors import StepQuantError
 from stepquant.models.mapped import FloatState, open_mapped
 from stepquant.models.weight_files import WeightFiles
@@ -17,7 +20,26 @@ from stepquant.sampling import DENOISERS, denoiser_name, denoiser_of
 
 BUILTIN = "builtin:"
 MAP_FROM = 200_000_000  # parameters; smaller models are loaded
-BUILTIN_FEATURES = {"fashion-ddpm": "fashion", "cifar10-ddpm": "cifar10"}
+BUILTIN_FEATURES = {
+    f"{data}-{kind}": data for data in ("fashion", "cifar10") for kind in ("ddpm", "dit", "t2i")
+}
+CONDITIONS = "conditions.json"  # in the folder of an embedded model that has conditions
+
+
+@dataclass(frozen=True)
+class EmbeddedConditions:
+    """What an embedded model is made to draw: prompts or labels of its data set's classes.
+
+    `classes`: the class that each prompt or label of `conditioning` names, and so the class of
+    image `i` of one after another; both are empty where a model has no conditions.
+    """
+
+    conditioning: Conditioning = field(default_factory=Conditioning)
+    classes: tuple[int, ...] = ()
+
+    def classes_of(self, num: int) -> tuple[int, ...]:
+        """The classes of images 0 to `num - 1`."""
+        return tuple(self.classes[i % len(self.classes)] for i in range(num))
 
 
 def builtin_names() -> list[str]:
@@ -100,6 +122,19 @@ def default_features(model: str | Path | DiffusionPipeline) -> str | None:
     return BUILTIN_FEATURES.get(text.removeprefix(BUILTIN)) if text.startswith(BUILTIN) else None
 
 
+def default_conditions(model: str | Path | DiffusionPipeline) -> EmbeddedConditions:
+    """The conditions and the guidance that an embedded model was made for; none of other models."""
+    text = str(model)
+    if not text.startswith(BUILTIN):
+        return EmbeddedConditions()
+    file = builtin_path(text.removeprefix(BUILTIN)) / CONDITIONS
+    if not file.is_file():
+        return EmbeddedConditions()
+    found = json.loads(file.read_text())
+    conditioning = Conditioning.of(found.get("prompts"), found.get("labels"), found["guidance"])
+    return EmbeddedConditions(conditioning, tuple(found["classes"]))
+
+
 def weight_file_bytes(folder: Path, component: str) -> int:
     """Bytes of the safetensors files of `component` in a diffusers folder."""
     return sum(file.stat().st_size for file in (folder / component).glob("*.safetensors"))
@@ -111,8 +146,10 @@ def float32_bytes(model: nn.Module) -> int:
 
 
 __all__ = [
+    "EmbeddedConditions",
     "builtin_names",
     "builtin_path",
+    "default_conditions",
     "default_features",
     "denoiser_name",
     "float32_bytes",

@@ -75,6 +75,25 @@ def test_features_are_those_of_the_network(folder, images):
     torch.testing.assert_close(extractor(images), expected)
 
 
+def test_classes_are_those_of_the_networks_classifier(folder, images):
+    extractor = load_features(folder, batch=3)
+    images = (images * torch.linspace(0, 1, 7).view(-1, 1, 1, 1)).to(torch.uint8)
+    network = extractor.network
+    with torch.no_grad():  # one class or the other, where the untrained head has one for all
+        network.head.bias.copy_(-network.head.weight @ network(images.float() / 255).mean(0))
+        expected = network.classify(images.float() / 255).argmax(1)
+    found = extractor.classes(images)
+    assert len(set(expected.tolist())) > 1
+    assert torch.equal(found, expected)
+    assert found.dtype == torch.int64
+    assert not found.is_inference()
+
+
+def test_classes_of_wrong_images_are_refused(folder):
+    with pytest.raises(StepQuantError, match=r"\[2, 3, 32, 32\]: expected \[N, 1, 32, 32\]"):
+        load_features(folder).classes(torch.zeros(2, 3, 32, 32))
+
+
 def test_a_folder_without_statistics_has_no_reference(folder):
     (folder / "train_statistics.safetensors").unlink()
     assert load_features(folder).reference is None

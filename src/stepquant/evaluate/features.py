@@ -87,6 +87,22 @@ class FeatureExtractor:
             check_unit_range(images, f"images for the features '{self.name}'")
         return torch.cat([self._features(part) for part in images.split(self.batch)]).clone()
 
+    def classes(self, images: Tensor) -> Tensor:
+        """The class that the network's classifier assigns each of `images` to.
+
+        Args:
+            images: as for features.
+
+        Returns:
+            `[N]` int64 on the CPU: numbers of classes, in the order of the training data.
+
+        Raises:
+            StepQuantError: as for features.
+        """
+        features = self(images).to(self.device)
+        with torch.no_grad():
+            return self.network.head(features).argmax(1).cpu()
+
 
 def check_unit_range(images: Tensor, what: str) -> None:
     """Raise a StepQuantError unless `images` is floating point with finite values in [0, 1]."""
