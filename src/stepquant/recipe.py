@@ -41,13 +41,14 @@ class Ranges(BaseModel):
     """How first ranges are found: "minmax", or "mse" (search for the least |error|^2.4).
 
     `sample_headroom`: the layers that read the sampler's own sample get a range of so many times
-    its largest magnitude instead, on both sides of zero; None treats them like all others.
+    its largest magnitude instead, on both sides of zero, so that no image runs away; None treats
+    them like all others, which is finer. docs/methods.md has what either costs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     weights: Literal["minmax", "mse"] = "mse"
     activations: Literal["minmax", "mse"] = "mse"
-    sample_headroom: float | None = Field(1.4, ge=1)
+    sample_headroom: float | None = Field(None, ge=1)
 
 
 class Recipe(BaseModel):

@@ -81,7 +81,7 @@ def test_quantize_takes_a_recipe_file_that_show_printed(float_folder, tmp_path):
     )
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     _, results = checked(tmp_path / "record.json", "quantize")
-    chosen = {"weights": "mse", "activations": "minmax", "sample_headroom": 1.4}
+    chosen = {"weights": "mse", "activations": "minmax", "sample_headroom": None}
     assert results["recipe"]["ranges"] == chosen
 
 
