@@ -51,12 +51,8 @@ SETTINGS = (
     Setting("minmax", 8, 8),
     Setting("minmax", 4, 4),
     Setting("dilatequant", 4, 8),
-    Setting("stepquant", 4, 4),
+    Setting("dilatequant", 4, 4),
 )
-TRAINED = {  # the steps that are made brief, so that the demo ends within minutes
-    "dilatequant": ("block_distillation",),
-    "stepquant": ("block_distillation", "affine_distillation"),
-}
 
 
 def demo_model() -> str:
@@ -73,12 +69,12 @@ def demo_model() -> str:
 def demo(
     out: str | Path, images: int = 160, iterations: int = 100, reporter: Reporter | None = None
 ) -> dict[str, Any]:
-    """Quantize an embedded model by three recipes, and compare quality, speed and size.
+    """Quantize an embedded model by two recipes, and compare quality, speed and size.
 
     Writes to the new folder `out`: the four packed pipelines, `grid.png` (float above quantized,
     column by column from the same noise) and `demo.json`, the record that is returned; its `table`
-    has one row for each model. `images`: how many are sampled of each. `iterations` of each step
-    that trains, fewer than the recipes' own so that the demo ends within minutes.
+    has one row for each model. `images`: how many are sampled of each. `iterations` of block
+    distillation, fewer than the recipe's own so that the demo ends within minutes.
     """
     reporter = reporter or Reporter(quiet=True)
     folder = Path(out)
@@ -112,10 +108,7 @@ def demo(
     calls = {"float32": denoiser_call(float_denoiser, TIMING_BATCH, 500)}
     for setting in SETTINGS:
         reporter.line(f"{setting.label}: quantizing")
-        trained = TRAINED.get(setting.recipe, ())
-        brief = {f"{step}.iterations": iterations for step in trained}
-        if trained:
-            brief["block_distillation.samples"] = 512
+        brief = {"block_distillation.iterations": iterations, "block_distillation.samples": 512}
         result = quantize(
             name,
             setting.recipe,
@@ -123,7 +116,7 @@ def demo(
             setting.activations,
             folder / setting.label.replace(" ", "-"),
             STEPS,
-            brief,
+            brief if setting.recipe == "dilatequant" else None,
             reporter=reporter,
         )
         drawn = sample_images(result.pipeline, images, STEPS, reporter=reporter)
