@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,6 +119,25 @@ class Latents:
         mean = self.mean[index].float()
         noise = torch.randn(mean.shape, generator=rng, device=rng.device)
         return (mean + self.deviation[index].float() * noise) * self.scale, self.labels[index]
+
+
+def prepare(
+    args: argparse.Namespace,
+    name: str,
+    data: dict[str, Tensor],
+    budget: Budget | None,
+    device: str,
+) -> tuple[AutoencoderKL, Latents]:
+    """The autoencoder for the data set `name`, and the latents of its training images."""
+    torch.manual_seed(args.seed)
+    vae = autoencoder(args, name, data["x_train"].to(device), budget, device)
+    return vae, Latents(vae, data["x_train"], data["y_train"], device)
+
+
+def autoencoder_run(work: Path) -> dict[str, float] | None:
+    """What the training of the autoencoder in `work` returned, for the card; None without one."""
+    record = work / "vae.json"
+    return {**json.loads(record.read_text()), "batch": BATCH} if record.exists() else None
 
 
 @torch.no_grad()

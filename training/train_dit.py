@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from assets import card_text, hardware, write_asset
 from data import LOADERS, load
-from latents import BATCH, LATENT_CHANNELS, Latents, autoencoder, reconstruction_psnr
+from latents import LATENT_CHANNELS, autoencoder_run, prepare, reconstruction_psnr
 from loop import Settings, add_arguments, budget_of, train
 
 NULL = 1000  # the label of no class: `DiTPipeline` knows no other
@@ -93,10 +92,8 @@ def main() -> None:
     vae_budget = None if args.vae else budget_of(parser, args, "vae-")
     spec = MODELS[args.model]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(args.seed)
     data = load(spec["data"], args.data)
-    vae = autoencoder(args, spec["data"], data["x_train"].to(device), vae_budget, device)
-    latents = Latents(vae, data["x_train"], data["y_train"], device)
+    vae, latents = prepare(args, spec["data"], data, vae_budget, device)
     classes = LOADERS[spec["data"]][1]
     torch.manual_seed(args.seed)  # the same start, whether the autoencoder was trained before
     # In evaluation mode: in training, each block would drop labels of its own choice.
@@ -125,8 +122,6 @@ def main() -> None:
         "classes": [*range(len(classes))],
         "labels": [*range(len(classes))],
     }
-    record = args.work / "vae.json"
-    trained = {**json.loads(record.read_text()), "batch": BATCH} if record.exists() else None
     run.update(
         batch=args.batch,
         hardware=hardware(device),
@@ -141,7 +136,7 @@ def main() -> None:
         spec["data"],
         {"transformer": net, "autoencoder": vae},
         run,
-        trained,
+        autoencoder_run(args.work),
         reconstruction_psnr(vae, data["x_test"][::5], device),
     )
     write_asset(pipeline.to("cpu"), conditions, card, args.out or args.work / "pipeline", args.work)

@@ -12,7 +12,6 @@ checkpoint. The asset is a diffusers `StableDiffusionPipeline` folder with fp16 
 from __future__ import annotations
 
 import argparse
-import json
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -21,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from assets import card_text, hardware, write_asset
 from data import LOADERS, load
-from latents import BATCH, LATENT_CHANNELS, Latents, autoencoder, reconstruction_psnr
+from latents import LATENT_CHANNELS, autoencoder_run, prepare, reconstruction_psnr
 from loop import Settings, add_arguments, budget_of, train
 from prompts import TEMPLATES, TOKENS, build_tokenizer, prompts_of
 
@@ -71,10 +70,8 @@ def main() -> None:
     vae_budget = None if args.vae else budget_of(parser, args, "vae-")
     spec = MODELS[args.model]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(args.seed)
     data = load(spec["data"], args.data)
-    vae = autoencoder(args, spec["data"], data["x_train"].to(device), vae_budget, device)
-    latents = Latents(vae, data["x_train"], data["y_train"], device)
+    vae, latents = prepare(args, spec["data"], data, vae_budget, device)
 
     classes = LOADERS[spec["data"]][1]
     texts = [text for name in classes for text in prompts_of(name)]  # [classes * templates]
@@ -134,8 +131,6 @@ def main() -> None:
         "classes": [*range(len(classes))] * len(by_template),
         "prompts": [text for texts in by_template for text in texts],
     }
-    record = args.work / "vae.json"
-    trained = {**json.loads(record.read_text()), "batch": BATCH} if record.exists() else None
     run.update(
         batch=args.batch,
         hardware=hardware(device),
@@ -149,7 +144,7 @@ def main() -> None:
         spec["data"],
         {"UNet": unet, "text encoder": net["text_encoder"], "autoencoder": vae},
         run,
-        trained,
+        autoencoder_run(args.work),
         reconstruction_psnr(vae, data["x_test"][::5], device),
     )
     write_asset(pipeline.to("cpu"), conditions, card, args.out or args.work / "pipeline", args.work)
