@@ -2,11 +2,12 @@
 
     python benchmarks/stepquant_ablation.py --bits w4a4 --bits w2a4
 
-Rows: the recipe (weights trained block by block with the error that eight steps of a trajectory
-share, then biases and norms end to end), each of its two stages alone and with single steps'
-errors, and the recipe with 4 and 16 steps together, with rounding trained in the place of weights,
-dilated weights (`WD`), a scale for every step (`TPQ`), smoothing and the bias of the prediction
-taken off. Writes `stepquant_ablation.jsonl` and `stepquant_ablation.md`.
+Rows: the recipe (the input layer's errors pass by the model, weights are trained block by block
+with the error that eight steps of a trajectory share, then biases and norms end to end), without
+the bypass, each of its two trained stages alone and with single steps' errors, neither of them but
+the bias of the prediction taken off, and the recipe with 4 and 16 steps together, with rounding
+trained in the place of weights, dilated weights (`WD`), a scale for every step (`TPQ`), smoothing
+and that bias taken off as well. Writes `stepquant_ablation.jsonl` and `stepquant_ablation.md`.
 """
 
 from __future__ import annotations
@@ -30,21 +31,24 @@ def rows(iterations: int, affine_iterations: int) -> dict[str, list[Any]]:
         values = {"iterations": affine_iterations, "steps_together": together}
         return {"affine_distillation": values}
 
-    recipe = [blocks(8), affine(8)]
+    bypass: list[Any] = ["input_error_bypass"]
+    recipe = [*bypass, blocks(8), affine(8)]
     return {
         "stepquant": recipe,
-        "blocks only": [blocks(8)],
-        "blocks only, one step": [blocks(1)],
-        "biases and norms only": [affine(8)],
-        "blocks by one step": [blocks(1), affine(8)],
-        "biases and norms by one step": [blocks(8), affine(1)],
-        "rounding": [blocks(8, "block_reconstruction"), affine(8)],
+        "without bypass": recipe[1:],
+        "bypass and bias correction": [*bypass, "bias_correction"],
+        "blocks only": [*bypass, blocks(8)],
+        "blocks only, one step": [*bypass, blocks(1)],
+        "biases and norms only": [*bypass, affine(8)],
+        "blocks by one step": [*bypass, blocks(1), affine(8)],
+        "biases and norms by one step": [*bypass, blocks(8), affine(1)],
+        "rounding": [*bypass, blocks(8, "block_reconstruction"), affine(8)],
         "+ TPQ": [{"temporal_quantizer": {"start": "common"}}, *recipe],
         "+ WD": ["weight_dilation", *recipe],
         "+ smoothing": [{"smoothing": {"alpha": 0.5}}, *recipe],
         "+ bias correction": [*recipe, "bias_correction"],
-        "4 together": [blocks(4), affine(4)],
-        "16 together": [blocks(16), affine(16)],
+        "4 together": [*bypass, blocks(4), affine(4)],
+        "16 together": [*bypass, blocks(16), affine(16)],
     }
 
 

@@ -137,10 +137,6 @@ BAD = {
     "no mapping": ({"calibration": 5}, "key 'calibration' is 5"),
     "too small": ({"calibration": {"trajectories": 0}}, "key 'calibration.trajectories' is 0"),
     "no such choice": ({"ranges": {"weights": "best"}}, "key 'ranges.weights' is 'best'"),
-    "a range that cuts off": (
-        {"ranges": {"sample_headroom": 0.9}},
-        "key 'ranges.sample_headroom' is 0.9",
-    ),
     "bits": ({"scheme": {"weight_bits": 9}}, "bits of the scheme is 9: expected a whole number"),
     "bits of an override": (
         {"scheme": {"overrides": [{"pattern": "*", "weight_bits": True, "activation_bits": 4}]}},

@@ -213,7 +213,6 @@ def quantize(
         ),
         weight_ranges=resolved.ranges.weights,
         activation_ranges=resolved.ranges.activations,
-        sample_headroom=resolved.ranges.sample_headroom,
         seed=seed,
         reporter=reporter,
         work=work,

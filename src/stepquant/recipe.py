@@ -38,17 +38,11 @@ class Calibration(BaseModel):
 
 
 class Ranges(BaseModel):
-    """How first ranges are found: "minmax", or "mse" (search for the least |error|^2.4).
-
-    `sample_headroom`: the layers that read the sampler's own sample get a range of so many times
-    its largest magnitude instead, on both sides of zero, so that no image runs away; None treats
-    them like all others, which is finer. docs/methods.md has what either costs.
-    """
+    """How first ranges are found: "minmax", or "mse" (search for the least |error|^2.4)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     weights: Literal["minmax", "mse"] = "mse"
     activations: Literal["minmax", "mse"] = "mse"
-    sample_headroom: float | None = Field(None, ge=1)
 
 
 class Recipe(BaseModel):

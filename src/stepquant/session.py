@@ -58,7 +58,6 @@ class Session:
     spill: Spill = field(default_factory=Spill)
     ranges_ready: bool = False
     common_ranges: bool = False
-    sample_headroom: float | None = None
     samples_per_step: int = SAMPLES_PER_STEP
     gradients: Tensor | None = None  # once they were asked for
     spectra: dict[float, Tensor] = field(default_factory=dict)
@@ -118,7 +117,6 @@ class Session:
                 self.samples_per_step,
                 self.reporter,
                 self.common_ranges,
-                self.sample_headroom,
             )
             self.work.save("ranges", dict(self.model.state_dict()))
         else:

@@ -108,10 +108,6 @@ def test_a_small_input_is_drawn_from_all_of_it(size):
     assert weights.sum().item() == pytest.approx(size, rel=1e-5)
 
 
-def test_the_layer_that_reads_the_sample_is_known(session):
-    assert [name for (name, _), of in seen(session).items() if of.of_sample] == ["conv_in"]
-
-
 def test_both_parts_of_a_skip_input_are_seen(session):
     name = "up_blocks.0.resnets.0.conv1"
     layer = session.layers()[name]

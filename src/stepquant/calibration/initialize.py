@@ -31,25 +31,15 @@ def initialize_weights(layer: QuantLayer, method: str) -> None:
 
 @torch.no_grad()
 def initialize_activations(
-    quantizer: ActivationQuantizer,
-    observation: Observation,
-    method: str,
-    common: bool = False,
-    sample_headroom: float | None = None,
+    quantizer: ActivationQuantizer, observation: Observation, method: str, common: bool = False
 ) -> None:
     """Set each row of `quantizer` by "minmax" or "mse".
 
-    A single row takes all steps together; `common`: all rows do. Of the sampler's own sample the
-    range is `sample_headroom` times the largest magnitude, on both sides of zero: noise is drawn
-    anew for every image, and what the grid cuts off of a pixel the model cannot predict, so that
-    the pixel grows from step to step. None: as any other input.
+    A single row takes all steps together; `common`: all rows do.
     """
     low = torch.stack(observation.low).amin(dim=1)  # [T]
     high = torch.stack(observation.high).amax(dim=1)
     common = common or quantizer.steps == 1
-    if observation.of_sample and sample_headroom is not None:
-        high = sample_headroom * torch.maximum(high, -low)
-        low, method = -high, "minmax"
     scale, zero_point = _find_grids(quantizer.bits, observation, low, high, method, common)
     quantizer.scale.data.copy_(scale)
     quantizer.zero_point.data.copy_(zero_point)
@@ -93,12 +83,10 @@ def initialize_ranges(
     per_step: int,
     reporter: Reporter,
     common: bool = False,
-    sample_headroom: float | None = None,
 ) -> None:
     """First ranges of all quantizers from float activations; then the model quantizes.
 
-    `common`: all rows of a table get the range of all steps together. `sample_headroom`: of the
-    layers that read the sampler's sample, as in `initialize_activations`.
+    `common`: all rows of a table get the range of all steps together.
     """
     layers = quant_layers(model)
     observations = observe(model, trajectories, per_step, seed, reporter)
@@ -106,8 +94,7 @@ def initialize_ranges(
         for name, layer in layers.items():
             initialize_weights(layer, weights)
             for index, quantizer in enumerate(layer.activation_quantizers):
-                seen = observations[name, index]
-                initialize_activations(quantizer, seen, activations, common, sample_headroom)
+                initialize_activations(quantizer, observations[name, index], activations, common)
             layer.quantizing = True
             task.advance(note=name)
     for name, attention in quant_attention(model).items():

@@ -23,14 +23,12 @@ class Observation:
 
     `low`, `high` `[T, C]`: exact extremes of each in-channel; `values [T, n]`: the outermost values
     and a random draw of the others; `weights [T, n]`: how many values each stands for.
-    `of_sample`: whether the input is the sampler's own sample, and nothing that a layer has made.
     """
 
     low: list[Tensor] = field(default_factory=list)
     high: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
-    of_sample: bool = False
     _room: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def add(self, steps: int, **rows: Tensor) -> None:
@@ -151,7 +149,7 @@ def observe(
     attention = quant_attention(model)
     seen |= {(name, i): Observation() for name in attention for i in range(4)}
     generator = torch.Generator().manual_seed(seed)
-    step, sample = 0, trajectories.sample[:0]
+    step = 0
     now: dict[tuple[str, int], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
 
     def add(name: str, index: int, tensor: Tensor, channels: Tensor) -> None:
@@ -167,9 +165,7 @@ def observe(
         now.setdefault((name, index), []).append((low, high, values, weights))
 
     def look(name: str, layer: QuantLayer, args: tuple[Tensor, ...]) -> None:
-        of_sample = torch.equal(args[0], sample)
         for index, part in enumerate(layer.input_parts(args[0])):
-            seen[name, index].of_sample = of_sample
             add(name, index, part, part.movedim(layer.channel_dim, -1).flatten(0, -2))
 
     def look_at_attention(name: str, args: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
@@ -189,9 +185,7 @@ def observe(
     try:
         with reporter.task(description, total=len(trajectories.timesteps)) as task:
             for step in range(len(trajectories.timesteps)):
-                inputs = trajectories.step(step, per_step)
-                sample = inputs.sample
-                predict(model, inputs)
+                predict(model, trajectories.step(step, per_step))
                 for key, calls in now.items():  # of a layer that the model uses twice, both
                     lows, highs, values, weights = zip(*calls, strict=True)
                     seen[key].add(

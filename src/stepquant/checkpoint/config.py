@@ -28,10 +28,12 @@ class StepQuantConfig(QuantizationConfigMixin):
     `layers`: name of each packed layer -> its `LayerConfig` (or the same as a dict; `layer_default`
     then fills in what a dict leaves out). `attention`: name of each attention with packed products
     -> its `AttentionConfig` (or the same as a dict). `steps`: length of the step grid.
-    `float_layers`: name of each layer left in float -> why. `scheme`: what was asked for (bits,
-    protocol). `recipe`: the resolved recipe. `provenance`: seed, scheduler, versions. The last four
-    are kept as they are: loading does not depend on them. They hold JSON values and nothing that
-    differs between two runs of one command (times, paths), so that both write the same bytes.
+    `input_error_bypass`: name of the layer that reads the sample, where what its grid loses passes
+    by the denoiser. `float_layers`: name of each layer left in float -> why. `scheme`: what was
+    asked for (bits, protocol). `recipe`: the resolved recipe. `provenance`: seed, scheduler,
+    versions. The last four are kept as they are: loading does not depend on them. They hold JSON
+    values and nothing that differs between two runs of one command (times, paths), so that both
+    write the same bytes.
 
     Raises StepQuantError for unknown keys, a newer format version and values of the wrong type.
     """
@@ -46,6 +48,7 @@ class StepQuantConfig(QuantizationConfigMixin):
         steps: int = 1,
         layer_default: dict[str, Any] | None = None,
         attention: dict[str, AttentionConfig | dict[str, Any]] | None = None,
+        input_error_bypass: str | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
@@ -55,8 +58,8 @@ class StepQuantConfig(QuantizationConfigMixin):
         if unknown:
             raise StepQuantError(
                 f"the quantization config has the unknown key '{min(unknown)}': expected "
-                "format_version, scheme, steps, layer_default, layers, attention, float_layers, "
-                "recipe and provenance"
+                "format_version, scheme, steps, layer_default, layers, attention, "
+                "input_error_bypass, float_layers, recipe and provenance"
             )
         self.scheme = _json_object("scheme", scheme)
         self.float_layers = _json_object("float_layers", float_layers)
@@ -70,6 +73,12 @@ class StepQuantConfig(QuantizationConfigMixin):
         self.steps = steps
         self.layers = _resolve_layers(layers, layer_default, steps)
         self.attention = _resolve_attention(attention, steps)
+        if input_error_bypass is not None and input_error_bypass not in self.layers:
+            raise StepQuantError(
+                f"input_error_bypass of the quantization config is {input_error_bypass!r}: "
+                "expected the name of one of its layers, the one that reads the sample"
+            )
+        self.input_error_bypass = input_error_bypass
 
     @classmethod
     def from_dict(
@@ -88,6 +97,7 @@ class StepQuantConfig(QuantizationConfigMixin):
             **({"attention": attention} if attention else {}),
             "float_layers": _sorted(self.float_layers),
             "format_version": self.format_version,
+            **({"input_error_bypass": self.input_error_bypass} if self.input_error_bypass else {}),
             "layer_default": default,
             "layers": {
                 name: {
@@ -105,9 +115,11 @@ class StepQuantConfig(QuantizationConfigMixin):
         }
 
     def layers_json(self) -> str:
-        """Resolved layers and attention as canonical JSON: what the checksum covers of this."""
+        """Resolved layers, attention and bypass as canonical JSON: what the checksum covers."""
         layers: dict[str, Any] = {name: layer.to_dict() for name, layer in self.layers.items()}
         layers |= {name: entry.to_dict() for name, entry in self.attention.items()}
+        if self.input_error_bypass is not None:
+            layers["input_error_bypass"] = self.input_error_bypass
         return json.dumps(layers, sort_keys=True, separators=(",", ":"))
 
     def to_json_string(self, use_diff: bool = True) -> str:

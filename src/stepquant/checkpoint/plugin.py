@@ -21,6 +21,7 @@ from stepquant.checkpoint.config import StepQuantConfig, StepQuantMethod
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
 from stepquant.errors import StepQuantError
 from stepquant.models.attention import ProductsProcessor
+from stepquant.models.input_bypass import SLOPES_NAME, InputBypass
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.lora_branch import named_branches
@@ -107,6 +108,9 @@ class StepQuantQuantizer(FrozenQuantizer):
             entry.put_into(name, modules[name], context)
         model.register_buffer(validate.STEP_GRID_NAME, torch.empty(config.steps, device="meta"))
         context.attach(model)
+        if config.input_error_bypass is not None:
+            slopes = torch.empty(config.steps, device="meta")
+            InputBypass(config.input_error_bypass).attach(model, slopes)
         validate.check_names([*model.state_dict(), CHECKSUM_NAME], self._loaded_keys)
         self._owned = validate.packed_names(model)
         self._model, self._context = model, context
@@ -190,6 +194,8 @@ class StepQuantQuantizer(FrozenQuantizer):
             if isinstance(getattr(module, "processor", None), ProductsProcessor):
                 module.set_processor(AttnProcessor2_0())
         delattr(model, validate.STEP_GRID_NAME)
+        if hasattr(model, SLOPES_NAME):
+            delattr(model, SLOPES_NAME)
         kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(kept)  # a config entry cannot be unregistered
         return model

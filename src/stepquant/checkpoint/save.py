@@ -30,6 +30,7 @@ from stepquant.checkpoint.validate import (
 )
 from stepquant.errors import StepQuantError
 from stepquant.models.attention import PRODUCTS
+from stepquant.models.input_bypass import bypass_of
 from stepquant.quantizers import StepContext
 
 
@@ -51,10 +52,10 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
 
     Or `save_pipeline`, where it is another module.
 
-    `config.layers`, `config.attention` and `config.steps` are taken from the model; the rest is the
-    caller's. The model's step context must be attached already (`StepContext.attach`). From here on
-    diffusers treats the model as quantized: it moves between devices, but not to another dtype.
-    Returns `model`.
+    `config.layers`, `config.attention`, `config.steps` and `config.input_error_bypass` are taken
+    from the model; the rest is the caller's. The model's step context must be attached already
+    (`StepContext.attach`). From here on diffusers treats the model as quantized: it moves between
+    devices, but not to another dtype. Returns `model`.
 
     Raises StepQuantError if `model` has no packed layer, layers of two step contexts, or tensors
     that a load would refuse.
@@ -62,6 +63,8 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     grid = _shared_context(model).grid
     config.layers, config.steps = describe_layers(model), len(grid)
     config.attention = describe_attention(model)
+    bypass = bypass_of(model)
+    config.input_error_bypass = None if bypass is None else bypass.layer
     StepQuantConfig.from_dict(config.to_dict())  # as a load will check it
     device = next(model.buffers()).device
     model.register_buffer(STEP_GRID_NAME, grid.timesteps.clone().to(device))

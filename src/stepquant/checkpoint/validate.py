@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.errors import StepQuantError
+from stepquant.models.input_bypass import SLOPES_NAME
 from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code, max_codes
 from stepquant.runtime.attention import PackedAttention
 from stepquant.runtime.packed import PackedLayer
 
 STEP_GRID_NAME = "step_grid"
+OF_STEPS = (STEP_GRID_NAME, SLOPES_NAME)  # float32 tensors of the denoiser, one value for each step
 REMEDY = "the file is damaged or belongs to another config, so fetch or write the checkpoint again"
 
 
@@ -41,8 +43,8 @@ def packed_modules(model: nn.Module) -> dict[str, PackedLayer | PackedAttention]
 
 
 def packed_names(model: nn.Module) -> set[str]:
-    """Names of the tensors that stepquant owns: each packed module's and the step grid."""
-    names = {STEP_GRID_NAME}
+    """Names of the tensors that stepquant owns: each packed module's, the step grid, the slopes."""
+    names = {STEP_GRID_NAME} | ({SLOPES_NAME} if hasattr(model, SLOPES_NAME) else set())
     for name, layer in packed_modules(model).items():
         names.update(f"{name}.{key}" for key in layer.state_dict())
     return names
@@ -69,7 +71,7 @@ def check_tensor(name: str, tensor: Tensor, expected: nn.Module) -> None:
     layer = expected.get_submodule(layer_name)
     wanted = getattr(layer, key)
     packed = layer if isinstance(layer, PackedLayer | PackedAttention) else None
-    exact = packed is not None or name == STEP_GRID_NAME or not wanted.is_floating_point()
+    exact = packed is not None or name in OF_STEPS or not wanted.is_floating_point()
     if tensor.dtype != wanted.dtype and (exact or not tensor.is_floating_point()):
         dtype = wanted.dtype if exact else "a floating-point dtype"
         raise StepQuantError(
@@ -82,6 +84,8 @@ def check_tensor(name: str, tensor: Tensor, expected: nn.Module) -> None:
         )
     if packed is not None:
         _check_values(name, key, tensor, packed)
+    if name == SLOPES_NAME and not bool(torch.isfinite(tensor).all()):
+        raise StepQuantError(f"tensor '{name}' holds NaN or infinity: expected numbers; {REMEDY}")
 
 
 def check_model(model: nn.Module) -> None:
@@ -89,6 +93,8 @@ def check_model(model: nn.Module) -> None:
     for layer_name, layer in packed_modules(model).items():
         for key, tensor in layer.state_dict().items():
             check_tensor(f"{layer_name}.{key}", tensor, model)
+    if hasattr(model, SLOPES_NAME):
+        check_tensor(SLOPES_NAME, model.get_buffer(SLOPES_NAME), model)
     check_channel_bits(model)
 
 

@@ -7,6 +7,7 @@ from stepquant.methods.bit_allocation import BitAllocation
 from stepquant.methods.block_distillation import BlockDistillation
 from stepquant.methods.block_reconstruction import BlockReconstruction
 from stepquant.methods.channel_reparameterization import ChannelReparameterization
+from stepquant.methods.input_error_bypass import InputErrorBypass
 from stepquant.methods.low_rank_adapters import LowRankAdapters
 from stepquant.methods.outlier_mixed_bits import OutlierMixedBits
 from stepquant.methods.progressive_alignment import ProgressiveAlignment
@@ -27,6 +28,7 @@ STEPS: dict[str, type[Step]] = {
         OutlierMixedBits,
         BitAllocation,
         AdaptiveSoftmax,
+        InputErrorBypass,
         BlockDistillation,
         BlockReconstruction,
         ProgressiveAlignment,
@@ -47,6 +49,7 @@ __all__ = [
     "BlockDistillation",
     "BlockReconstruction",
     "ChannelReparameterization",
+    "InputErrorBypass",
     "LowRankAdapters",
     "OutlierMixedBits",
     "ProgressiveAlignment",

@@ -51,6 +51,16 @@ def prediction_in(output: Any, denoiser: nn.Module) -> Tensor:
     return found
 
 
+def with_prediction(output: Any, prediction: Tensor) -> Any:
+    """`output`, what a denoiser returned, with another tensor where `prediction_in` finds it."""
+    if isinstance(output, Tensor):
+        return prediction
+    if isinstance(output, tuple):
+        return (with_prediction(output[0], prediction), *output[1:])
+    output.sample = prediction
+    return output
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in `value`: itself, or those in a tuple, list or dictionary, nested too."""
     if isinstance(value, Tensor):

@@ -194,6 +194,16 @@ class QuantLayer(nn.Module):
         """The scaled input, split into what each activation quantizer sees."""
         return self.scaled_input(x).split(self.splits, dim=self.channel_dim)
 
+    def input_error(self, x: Tensor) -> Tensor:
+        """The input `x` less what the activation grids hold of it, in the units of `x`."""
+        errors = []
+        for quantizer, part in zip(self.activation_quantizers, self.input_parts(x), strict=True):
+            assert isinstance(quantizer, ActivationQuantizer)
+            rows = quantizer.table_rows(self.context.rows, x.shape[0])
+            scale = quantizer.scale[rows].view(-1, *(1,) * (x.dim() - 1))
+            errors.append(part - quantizer.differences(part, rows) * scale)
+        return self.unscaled_input(torch.cat(errors, dim=self.channel_dim))
+
     def quantized_weight(self) -> Tensor:
         """The weight on its grid, differentiable, `[C_out, C_in, ...]`; with roundings, near it."""
         if self.roundings:

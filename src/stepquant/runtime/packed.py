@@ -222,6 +222,24 @@ class PackedLayer(nn.Module):
         assert y is not None
         return y
 
+    def input_error(self, x: Tensor) -> Tensor:
+        """The input `x` less what the activation grids hold of it, float32, in the units of `x`."""
+        rows = torch.zeros_like(self.context.rows[:1]) if self.steps == 1 else self.context.rows
+        rows = spread_rows(rows.to(x.device), x.shape[0])
+        errors = []
+        inputs = x.to(torch.float32).split(self.splits, dim=self.channel_dim)
+        for index, (part, prepared) in enumerate(zip(inputs, self._ensure_prepared(), strict=True)):
+            scale, zero_point = (
+                table[index].index_select(0, rows).view(-1, *(1,) * (x.dim() - 1))
+                for table in (self.act_scale, self.act_zero_point)
+            )
+            inverse = prepared.inverse_channel_scale
+            scaled = part if inverse is None else part * inverse
+            codes = encode(scaled, scale, zero_point, self.spec.activation_bits)
+            error = scaled - (codes.to(torch.float32) - zero_point) * scale
+            errors.append(error if inverse is None else error / inverse)
+        return torch.cat(errors, dim=self.channel_dim)
+
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLayer:
         self._prepared = None  # the kernel's layout belongs to the old device
 
