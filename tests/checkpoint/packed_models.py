@@ -17,6 +17,7 @@ from stepquant.calibration.ranges import minmax_weight_range, search_weight_rang
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config
 from stepquant.models.attention import ProductsProcessor
+from stepquant.models.input_bypass import InputBypass
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import (
     QuantAttention,
@@ -64,12 +65,13 @@ def packed_unet(
     steps: int = STEPS,
     attention: bool = False,
     step_bias: bool = False,
+    bypass: bool = False,
     **changes: Any,
 ) -> UNet2DModel:
     """`unet` with every conv and linear packed, one split, one with scaled input, one static.
 
     `attention`: with its products packed as well, except for one module's, and one static.
-    `step_bias`: with one in the output layer.
+    `step_bias`: with one in the output layer. `bypass`: with what `conv_in` loses passed by.
     """
     model = unet(**changes)
     context = StepContext(StepGrid(torch.linspace(0, 900, steps).round()))
@@ -114,6 +116,8 @@ def packed_unet(
         products.probabilities.scale.data.copy_(scales)
         products.quantizing = True
         model.get_submodule(name).set_processor(ProductsProcessor(products))
+    if bypass:
+        InputBypass(STATIC).attach(model, torch.linspace(1, 20, steps))
     return pack_model(model)
 
 

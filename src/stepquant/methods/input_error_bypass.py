@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stepquant.calibration.trajectories import predict
-from stepquant.methods.step import Step
+from stepquant.methods.step import CORRECTED, Step
 from stepquant.models.input_bypass import InputBypass, common_channels
 from stepquant.quantizers import QuantLayer
 from stepquant.session import Session
@@ -33,11 +33,15 @@ class InputErrorBypass(Step):
 
     `samples_per_step`: images whose inputs the slope is measured with, by least squares over all
     their positions, `sum(e (f(x) - f(x̂))) / sum(e e)` for the float model `f`. Does nothing, and
-    says so, where not exactly one quantized layer reads the sample. Before steps that train through
-    the whole model, which then see the predictions as they are with it.
+    says so, where not exactly one quantized layer reads the sample. It stands before
+    steps that train through the whole model or correct it, because they see the predictions.
     """
 
     name = "input_error_bypass"
+    not_after = CORRECTED | dict.fromkeys(
+        ("trajectory_distillation", "relation_distillation"),
+        "which has trained the predictions as they are without it",
+    )
     samples_per_step: int = Field(16, ge=1)
 
     @torch.no_grad()
