@@ -156,5 +156,6 @@ def test_inputs_of_a_step_are_whole_trajectories_if_it_says_so(tiny_session):
 
 
 def test_the_recipe_trains_on_shared_errors():
-    step, last = load_recipe("stepquant").steps
+    first, step, last = load_recipe("stepquant").steps
+    assert first.name == "input_error_bypass"
     assert step.steps_together == last.steps_together == 8
