@@ -36,8 +36,9 @@ demo: $(STAMP)
 	rm -rf demo
 	$(BIN)/stepquant demo --out demo
 
+# Files side by side, each process with one thread: the tests' tensors are tiny.
 test: $(STAMP)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
