@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from architectures import session
+from architectures import ARCHITECTURES, session
 from quantize_runs import Lines, refused
 from stepquant.calibration.trajectories import predict
 from stepquant.methods.adaptive_softmax import AdaptiveSoftmax
 from stepquant.methods.bias_correction import BiasCorrection
 from stepquant.methods.bit_allocation import BitAllocation
 from stepquant.methods.channel_reparameterization import ChannelReparameterization
+from stepquant.methods.input_error_bypass import InputErrorBypass
 from stepquant.methods.temporal_quantizer import TemporalQuantizer
+from stepquant.models.input_bypass import common_channels
 from stepquant.runtime.pack import pack_model
 
 
@@ -76,3 +80,21 @@ def test_steps_that_find_nothing_to_do_say_so():
     assert "the model has no convolutions" in empty.reporter.lines[0]
     assert "the model has no quantized attention" in empty.reporter.lines[1]
     assert empty.summary["channel_reparameterization"] == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_the_input_layer_loses_passes_by_every_architecture(name):
+    current = session(name, 8, 8)
+    InputErrorBypass(samples_per_step=8).apply(current)
+    slopes = current.summary["input_error_bypass"]["slopes"]
+    layer = current.layers()[current.summary["input_error_bypass"]["layer"]]
+    data = current.trajectories.step(1)
+    found = predict(current.model, data)
+    packed = predict(pack_model(copy.deepcopy(current.model)), data)
+    current.model._forward_hooks.clear()
+    sample, first = common_channels(layer.input_error(data.sample), found)
+    without = predict(current.model, data)[:, : first.shape[1]]
+    torch.testing.assert_close(first, without + slopes[1] * sample, rtol=1e-4, atol=1e-5)
+    # Few values fall on other codes where a kernel sums in another order.
+    assert float((packed - found).square().mean()) < 1e-4 * float(found.square().mean())
