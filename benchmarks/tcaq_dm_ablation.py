@@ -4,7 +4,9 @@
 
 At W6A6 and W4A4 `strict`, attention's products at 8 bits: reconstruction alone (with a scale for
 every step), with Timestep-Channel Reparameterization (TCR), with the adaptive softmax grid (DAQ),
-with inputs drawn anew (PAR), and with all three. At W4A4 besides: rounds of PAR, truncations of
+with inputs drawn anew (PAR), and with all three; reconstruction alone and all three also
+"corrected": with `input_error_bypass` before and `bias_correction` after it, which are not the
+paper's. At W4A4 besides: rounds of PAR, truncations of
 TCR, and DAQ's grid against one grid everywhere at 8 and at 4 bits of probabilities. Writes
 `tcaq_dm_ablation.jsonl` and `tcaq_dm_ablation.md`.
 """
@@ -36,6 +38,16 @@ def parts() -> Rows:
     return chosen
 
 
+def corrected() -> Rows:
+    """No part and all of them, for a recipe in which the sampler's errors are made up for."""
+    chosen: Rows = {}
+    for bits in (6, 4):
+        prefix = f"W{bits}A{bits}"
+        chosen[f"{prefix} reconstruction, corrected"] = (bits, [TCR, DAQ], {f"{PAR}.rounds": 0})
+        chosen[f"{prefix} + TCR + DAQ + PAR, corrected"] = (bits, [], {})
+    return chosen
+
+
 def choices() -> Rows:
     """At W4A4: rounds, truncations and grids."""
     chosen: Rows = {}
@@ -64,7 +76,10 @@ def recipe_of(
     plain = load_recipe("tcaq-dm").to_dict()
     plain["name"], plain["description"] = label, "a row of the ablation"
     plain["scheme"] |= {"weight_bits": bits, "activation_bits": bits}
-    plain["steps"] = [step for step in plain["steps"] if next(iter(step)) not in without]
+    steps = [step for step in plain["steps"] if next(iter(step)) not in without]
+    if label in corrected():
+        steps = [*steps[:-1], "input_error_bypass", steps[-1], "bias_correction"]
+    plain["steps"] = steps
     return parse_recipe(plain, label).override({**training, **settings}).to_dict()
 
 
@@ -72,6 +87,7 @@ def main() -> None:
     """Parse the command line and run the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="builtin:fashion-ddpm")
+    parser.add_argument("--row", action="append", default=None, help="only these; else all")
     parser.add_argument("--num", type=int, default=256)
     parser.add_argument("--iterations", type=int, default=200, help="per block")
     parser.add_argument("--later-iterations", type=int, default=50, help="in each round of PAR")
@@ -81,13 +97,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tcaq_dm_ablation"))
     args = parser.parse_args()
 
+    chosen = parts() | corrected() | choices()
+    unknown = set(args.row or []) - set(chosen)
+    if unknown:
+        parser.error(f"--row {min(unknown)!r}: expected one of {', '.join(chosen)}")
+    chosen = {label: row for label, row in chosen.items() if label in (args.row or chosen)}
     training = {
         f"{PAR}.iterations": args.iterations,
         f"{PAR}.later_iterations": args.later_iterations,
     }
     budget = {"num": args.num, "steps": 50, "seed": args.seed}
     cells = [Cell("float32", args.model, None, **budget)]
-    for label, (bits, without, settings) in (parts() | choices()).items():
+    for label, (bits, without, settings) in chosen.items():
         recipe = recipe_of(label, bits, without, settings, training)
         cells.append(Cell(slug(label), args.model, recipe, **budget, extra={"label": label}))
     report(cells, args.cells, args.jobs, args.out)
