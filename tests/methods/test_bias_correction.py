@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
+from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.methods import BiasCorrection, TemporalQuantizer
+from stepquant.methods.bias_correction import channels_of_outputs
 from stepquant.runtime.pack import pack_model
 
 
@@ -67,3 +70,29 @@ def test_a_layer_whose_result_is_not_the_prediction_is_refused(tiny_session, mon
     monkeypatch.setattr(type(session.adapter), "input_output_layers", lambda *_: {"conv_in"})
     with pytest.raises(StepQuantError, match="'conv_in' does not give the prediction itself"):
         BiasCorrection().apply(session)
+
+
+class Patches(nn.Module):
+    """Its last layer gives `2 x 2` patches of three channels, patch by patch, channels last."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.last, self.scale = nn.Linear(12, 12), scale
+
+    def forward(self, sample, timestep):
+        patches = sample.unfold(2, 2, 2).unfold(3, 2, 2)  # [B, 3, h, w, 2, 2]
+        tokens = self.last(patches.permute(0, 2, 3, 4, 5, 1).flatten(3))
+        whole = tokens.unflatten(3, (2, 2, 3)).permute(0, 5, 1, 3, 2, 4)
+        return self.scale * whole.flatten(4, 5).flatten(2, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_channels_of_patches_are_found_and_nothing_else(scale):
+    sample, timestep = torch.randn(2, 3, 8, 8), torch.tensor([1.0])
+    data = Trajectories(sample, timestep.repeat(2), torch.arange(2), timestep)
+    found = channels_of_outputs(Patches(scale), "last", -1, data)
+    if scale == 1.0:
+        assert found.tolist() == [0, 1, 2] * 4
+    else:  # what is predicted is not what the layer gives
+        assert found is None

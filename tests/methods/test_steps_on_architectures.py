@@ -21,9 +21,9 @@ from stepquant.runtime.pack import pack_model
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["sd", "flux"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_bias_correction_takes_the_mean_error_off(name):
-    """Of Flux the channels of tokens, which come last."""
+    """Of Flux the channels of tokens, which come last; of others patches are put together last."""
     corrected = session(name, 3, 4)
     corrected.ensure_ranges()
     before = errors(corrected)
@@ -32,8 +32,9 @@ def test_bias_correction_takes_the_mean_error_off(name):
     assert float(after.abs().max()) < 0.3 * float(before.abs().max())
     data = corrected.trajectories
     expected = predict(corrected.model, data)
-    packed = pack_model(corrected.model)
-    torch.testing.assert_close(predict(packed, data), expected, rtol=1e-3, atol=1e-3)
+    error = predict(pack_model(corrected.model), data) - expected
+    # Few values fall on other codes where a kernel sums in another order.
+    assert float(error.square().mean()) < 1e-4 * float(expected.square().mean())
 
 
 def errors(current):
@@ -45,12 +46,6 @@ def errors(current):
         channels = error.flatten(2).mean(dim=(0, 2)) if error.dim() == 4 else error.mean(dim=(0, 1))
         rows.append(channels)
     return torch.stack(rows)
-
-
-@pytest.mark.parametrize("name", ["dit", "pixart", "sd3"])
-def test_bias_correction_is_refused_where_patches_are_put_together_last(name):
-    message = refused(lambda: BiasCorrection().apply(session(name)))
-    assert "does not give the prediction itself" in message
 
 
 @pytest.mark.parametrize("name", ["sd", "dit"])

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from stepquant.calibration.capture import capture_outputs, execution_order
-from stepquant.calibration.trajectories import predict
+from stepquant.calibration.capture import execution_order
+from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.errors import StepQuantError
 from stepquant.methods.step import Step
 from stepquant.quantizers import QuantLayer
@@ -38,31 +38,32 @@ class BiasCorrection(Step):
     def apply(self, session: Session) -> None:
         """Correct; the summary has the bias that was there, step by step, and its mean square."""
         session.ensure_ranges()
-        layer = self._output_layer(session)
-        bias = self._bias(session, layer.channel_dim)
-        layer.set_step_bias(-bias)
+        layer, channels = self._output_layer(session)
+        bias = self._bias(session)
+        layer.set_step_bias(-bias[:, channels])
         session.summary[self.name] = {
             "mean_square": float(bias.square().mean()),
             "bias": bias.tolist(),
         }
 
-    def _output_layer(self, session: Session) -> QuantLayer:
-        """The quantized layer whose result is the prediction."""
+    def _output_layer(self, session: Session) -> tuple[QuantLayer, Tensor]:
+        """The last quantized layer and the prediction's channel of each of its out-channels."""
         data = session.trajectories.subset(1, session.seed)
         outer = sorted(session.adapter.input_output_layers(session.float_model))
         name = execution_order(session.float_model, outer, data)[-1]
-        result = capture_outputs(session.float_model, [name], data, 1)[name]
-        prediction = predict(session.float_model, data)
         layer = session.layers().get(name)
-        if layer is None or not torch.equal(result, prediction):
+        channels = None
+        if layer is not None:
+            channels = channels_of_outputs(session.float_model, name, layer.channel_dim, data)
+        if layer is None or channels is None:
             what = "is not quantized" if layer is None else "does not give the prediction itself"
             raise StepQuantError(
                 f"step '{self.name}' finds that the last layer '{name}' {what}: expected a "
-                "quantized layer whose result is the prediction; leave the step out"
+                "quantized layer whose results are the prediction; leave the step out"
             )
-        return layer
+        return layer, channels
 
-    def _bias(self, session: Session, channel_dim: int) -> Tensor:
+    def _bias(self, session: Session) -> Tensor:
         """Mean of the quantized less the float prediction, `[T, channels]`."""
         rows = []
         steps = len(session.trajectories.timesteps)
@@ -72,7 +73,44 @@ class BiasCorrection(Step):
                 ours, theirs = (
                     predict(model, inputs) for model in (session.model, session.float_model)
                 )
-                error = (ours - theirs).movedim(channel_dim, 0)  # a conv's are [B, C, H, W]
-                rows.append(error.flatten(1).mean(dim=1))
+                rows.append(by_channel(ours - theirs).mean(dim=1))
                 task.advance()
         return torch.stack(rows)
+
+
+def by_channel(prediction: Tensor) -> Tensor:
+    """`prediction`, an image `[B, C, H, W]` or tokens `[B, N, C]`, as `[C, values]`."""
+    return prediction.movedim(1 if prediction.dim() == 4 else -1, 0).flatten(1)
+
+
+def channels_of_outputs(
+    model: nn.Module, name: str, channel_dim: int, data: Trajectories
+) -> Tensor | None:
+    """The prediction's channel of each out-channel of the layer `name`, int64 `[C_out]`.
+
+    Transformers put patches together behind their last layer, so that several of its out-channels
+    are of one channel of the prediction. Found by numbers in the place of the layer's result: each
+    out-channel's own, which then stand where the prediction takes it from. None where something
+    else than the layer's results is predicted.
+    """
+
+    def number(_: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
+        numbers = torch.arange(result.shape[channel_dim], dtype=result.dtype)
+        shape = [1] * result.dim()
+        shape[channel_dim] = -1
+        return numbers.to(result.device).view(shape).expand_as(result).clone()
+
+    layer = model.get_submodule(name)
+    handle = layer.register_forward_hook(number)
+    try:
+        found = by_channel(predict(model, data))
+    finally:
+        handle.remove()
+    count = layer.weight.shape[0]
+    members = [row.unique() for row in found]  # of each channel of the prediction
+    if not torch.equal(torch.cat(members).sort().values, torch.arange(count).to(found)):
+        return None
+    channels = torch.empty(count, dtype=torch.int64)
+    for channel, numbers in enumerate(members):
+        channels[numbers.long()] = channel
+    return channels
