@@ -28,6 +28,7 @@ from stepquant.evaluate.metrics import paired_psnr
 from stepquant.judge import distances
 from stepquant.progress import Reporter
 from stepquant.quantize import Quantized, quantize
+from stepquant.quantizers import QuantLayer
 from stepquant.recipe import load_recipe, parse_recipe
 from stepquant.sampling import AUTO, denoiser_name, denoiser_of, sample_images
 from stepquant.sources import default_features, open_pipeline
@@ -64,16 +65,21 @@ def recipe_of(steps: list[str]) -> dict[str, Any]:
     return {**plain, "ranges": {"weights": "mse", "activations": "mse"}, "steps": steps}
 
 
+def _rounded(layer: QuantLayer, args: tuple[Tensor]) -> tuple[Tensor]:
+    """What the layer's grid holds of its input; the bypass, if any, gets the rest."""
+    error = layer.input_error(args[0])
+    if layer.bypass is not None:
+        layer.bypass.take(error)
+    return (args[0] - error,)
+
+
 def input_layer_alone(result: Quantized) -> DiffusionPipeline:
     """A pipeline with the simulation in which only the sample is rounded."""
     layer = next(iter(quant_layers(result.simulation)))  # the first in the order of the model
     for name, module in quant_layers(result.simulation).items():
         module.quantizing = False
         if name == layer:
-            quantizer = module.activation_quantizers[0]
-            module.register_forward_pre_hook(
-                lambda q, args, quantizer=quantizer: (quantizer(args[0], q.context.rows),)
-            )
+            module.register_forward_pre_hook(_rounded)
     pipeline = copy.copy(result.pipeline)
     pipeline.register_modules(**{denoiser_name(pipeline): result.simulation})
     return pipeline

@@ -76,7 +76,7 @@ def test_the_file_is_what_the_format_document_says(folder):
     stored = bytes(tensors.pop("stepquant_sha256").tolist())
     default = config["layer_default"]
     entries = {name: {**default, **layer} for name, layer in config["layers"].items()}
-    entries["input_error_bypass"] = config["input_error_bypass"]
+    entries["/input_error_bypass"] = config["input_error_bypass"]
     text = json.dumps(entries, sort_keys=True, separators=(",", ":")) + "\n"
     for name, tensor in sorted(tensors.items()):
         digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
@@ -84,6 +84,13 @@ def test_the_file_is_what_the_format_document_says(folder):
     assert hashlib.sha256(text.encode()).digest() == stored
     plain = packed_pipeline().unet.config["quantization_config"].to_dict()
     assert "input_error_bypass" not in plain
+
+
+def test_a_model_that_was_cast_is_not_saved(tmp_path):
+    pipeline = packed_pipeline(bypass=True)
+    pipeline.unet.register_buffer(SLOPES_NAME, torch.ones(STEPS, dtype=torch.bfloat16))
+    with pytest.raises(StepQuantError, match=f"'{SLOPES_NAME}' of the model has dtype"):
+        save_pipeline(pipeline, "unet", tmp_path / "out")
 
 
 def replaced(value):
@@ -98,6 +105,10 @@ CASES = {
     "no name": (
         lambda tensors, config: config.update(input_error_bypass=True),
         "input_error_bypass of the quantization config is True: expected the name",
+    ),
+    "a list": (
+        lambda tensors, config: config.update(input_error_bypass=["conv_in"]),
+        r"input_error_bypass of the quantization config is \['conv_in'\]: expected the name",
     ),
     "another layer": (
         lambda tensors, config: config.update(input_error_bypass="conv_out"),

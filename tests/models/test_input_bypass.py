@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import copy
+from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from stepquant.models.input_bypass import InputBypass, bypass_of
+from stepquant.models.input_bypass import InputBypass, added, bypass_of, detach_bypass
 
 SLOPES = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+
+
+Named = namedtuple("Named", ["sample", "other"])
 
 
 class Denoiser(nn.Module):
@@ -21,7 +26,13 @@ class Denoiser(nn.Module):
 
     def forward(self, noisy, timestep):
         y = self.layer(noisy)[:, :1].repeat(1, self.channels, 1, 1)
-        return {"tensor": y, "tuple": (y, "more"), "output": UNet2DOutput(sample=y)}[self.form]
+        return {
+            "tensor": y,
+            "tuple": (y, "more"),
+            "named": Named(y, "more"),
+            "output": UNet2DOutput(sample=y),
+            "object": SimpleNamespace(sample=y),
+        }[self.form]
 
 
 def tensor_in(output):
@@ -43,7 +54,7 @@ def denoiser(simulate, context):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["tensor", "tuple", "output"])
+@pytest.mark.parametrize("form", ["tensor", "tuple", "named", "output", "object"])
 @pytest.mark.parametrize("named", [False, True])
 def test_each_sample_gets_the_slope_of_its_step(denoiser, form, named):
     passed, plain = denoiser(form=form)
@@ -54,10 +65,10 @@ def test_each_sample_gets_the_slope_of_its_step(denoiser, form, named):
     )
     assert type(with_it) is type(without)
     slope = torch.tensor([4.0, 1.0]).view(2, 1, 1, 1)
-    added = tensor_in(with_it) - tensor_in(without)
-    torch.testing.assert_close(added, slope * plain.layer.input_error(x), atol=1e-5, rtol=1e-5)
-    assert added.abs().max() > 0.1
-    if form == "tuple":
+    more = tensor_in(with_it) - tensor_in(without)
+    torch.testing.assert_close(more, slope * plain.layer.input_error(x), atol=1e-5, rtol=1e-5)
+    assert more.abs().max() > 0.1
+    if form in ("tuple", "named"):
         assert with_it[1] == "more"
 
 
@@ -66,30 +77,48 @@ def test_each_sample_gets_the_slope_of_its_step(denoiser, form, named):
 def test_only_channels_that_both_have_get_it(denoiser, channels, inputs):
     passed, plain = denoiser(channels, inputs)
     x, timestep = 3 * torch.randn(2, inputs, 4, 4), torch.tensor(20)
-    added, common = passed(x, timestep) - plain(x, timestep), min(channels, inputs)
+    more, common = passed(x, timestep) - plain(x, timestep), min(channels, inputs)
     error = plain.layer.input_error(x)[:, :common]
-    torch.testing.assert_close(added[:, :common], 3 * error, atol=1e-5, rtol=1e-5)
-    assert not added[:, common:].any()
+    torch.testing.assert_close(more[:, :common], 3 * error, atol=1e-5, rtol=1e-5)
+    assert not more[:, common:].any()
 
 
 @torch.no_grad()
-def test_half_precision_stays_what_it_is(denoiser):
+def test_a_cast_model_keeps_its_slopes_and_the_dtype_of_its_prediction(denoiser):
     passed, _ = denoiser()
-    x = torch.randn(1, 1, 4, 4, dtype=torch.bfloat16)
-    passed.layer.forward = lambda x: x
-    assert passed(x, torch.tensor(0)).dtype == torch.bfloat16
+    passed.input_error_slope = passed.input_error_slope.to(torch.bfloat16)
+    assert torch.equal(bypass_of(passed).slopes, SLOPES)
+    prediction = added(torch.ones(1, 1, 2, 2, dtype=torch.bfloat16), torch.ones(1, 1, 2, 2))
+    assert prediction.dtype == torch.bfloat16
+    assert bool((prediction == 2).all())
+
+
+def test_tokens_have_their_channels_last():
+    prediction = added(torch.zeros(2, 5, 4), torch.ones(2, 5, 12))
+    assert torch.equal(prediction, torch.ones(2, 5, 4))
+    prediction = added(torch.zeros(2, 5, 8), torch.ones(2, 5, 3))
+    assert torch.equal(prediction[..., :3], torch.ones(2, 5, 3))
+    assert not prediction[..., 3:].any()
 
 
 @torch.no_grad()
-def test_a_copy_has_its_own_and_one_without_slopes_adds_nothing(denoiser):
+def test_a_copy_has_its_own_and_one_without_adds_nothing(denoiser):
     passed, plain = denoiser()
     x, timestep = 3 * torch.randn(1, 1, 4, 4), torch.tensor(0)
     other = copy.deepcopy(passed)
-    other.input_error_slope.zero_()
+    bypass_of(other).slopes.zero_()
     assert not torch.equal(passed(x, timestep), plain(x, timestep))
     assert torch.equal(other(x, timestep), plain(x, timestep))
     assert bypass_of(passed).layer == "layer"
-    del passed.input_error_slope
-    assert bypass_of(passed) is None
+    detach_bypass(passed)
+    assert bypass_of(passed) is None and not hasattr(passed, "input_error_slope")
     assert torch.equal(passed(x, timestep), plain(x, timestep))
-    assert bypass_of(plain) is None
+
+
+@torch.no_grad()
+def test_attaching_again_replaces_the_first(denoiser):
+    passed, plain = denoiser()
+    x, timestep = 3 * torch.randn(1, 1, 4, 4), torch.tensor(0)
+    InputBypass("layer").attach(passed, 7 * SLOPES)
+    added_now = passed(x, timestep) - plain(x, timestep)
+    torch.testing.assert_close(added_now, 7 * plain.layer.input_error(x), atol=1e-4, rtol=1e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -82,6 +82,11 @@ class Trajectories:
             self.timesteps,
             self.conditions.take(index),
         )
+
+    def batches(self, size: int) -> Iterator[Trajectories]:
+        """The inputs, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.take(slice(start, start + size))
 
     def subset(self, count: int, seed: int) -> Trajectories:
         """`count` inputs (all, if there are fewer), spread evenly over the steps, shuffled."""

@@ -73,7 +73,8 @@ class StepQuantConfig(QuantizationConfigMixin):
         self.steps = steps
         self.layers = _resolve_layers(layers, layer_default, steps)
         self.attention = _resolve_attention(attention, steps)
-        if input_error_bypass is not None and input_error_bypass not in self.layers:
+        known = isinstance(input_error_bypass, str) and input_error_bypass in self.layers
+        if input_error_bypass is not None and not known:
             raise StepQuantError(
                 f"input_error_bypass of the quantization config is {input_error_bypass!r}: "
                 "expected the name of one of its layers, the one that reads the sample"
@@ -119,7 +120,7 @@ class StepQuantConfig(QuantizationConfigMixin):
         layers: dict[str, Any] = {name: layer.to_dict() for name, layer in self.layers.items()}
         layers |= {name: entry.to_dict() for name, entry in self.attention.items()}
         if self.input_error_bypass is not None:
-            layers["input_error_bypass"] = self.input_error_bypass
+            layers["/input_error_bypass"] = self.input_error_bypass
         return json.dumps(layers, sort_keys=True, separators=(",", ":"))
 
     def to_json_string(self, use_diff: bool = True) -> str:

@@ -21,7 +21,7 @@ from stepquant.checkpoint.config import StepQuantConfig, StepQuantMethod
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
 from stepquant.errors import StepQuantError
 from stepquant.models.attention import ProductsProcessor
-from stepquant.models.input_bypass import SLOPES_NAME, InputBypass
+from stepquant.models.input_bypass import InputBypass, bypass_of, detach_bypass
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.lora_branch import named_branches
@@ -160,6 +160,9 @@ class StepQuantQuantizer(FrozenQuantizer):
             )
         assert self._context is not None
         self._context.grid = StepGrid(model.get_buffer(validate.STEP_GRID_NAME))
+        bypass = bypass_of(model)
+        if bypass is not None:
+            bypass.read_slopes(model)
         self._loaded_keys, self._tensor_lines, self._owned = [], [], set()
         self._model = self._context = self._stored_checksum = None
 
@@ -194,8 +197,7 @@ class StepQuantQuantizer(FrozenQuantizer):
             if isinstance(getattr(module, "processor", None), ProductsProcessor):
                 module.set_processor(AttnProcessor2_0())
         delattr(model, validate.STEP_GRID_NAME)
-        if hasattr(model, SLOPES_NAME):
-            delattr(model, SLOPES_NAME)
+        detach_bypass(model)
         kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(kept)  # a config entry cannot be unregistered
         return model

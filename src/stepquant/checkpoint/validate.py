@@ -93,8 +93,13 @@ def check_model(model: nn.Module) -> None:
     for layer_name, layer in packed_modules(model).items():
         for key, tensor in layer.state_dict().items():
             check_tensor(f"{layer_name}.{key}", tensor, model)
-    if hasattr(model, SLOPES_NAME):
-        check_tensor(SLOPES_NAME, model.get_buffer(SLOPES_NAME), model)
+    for name in OF_STEPS:
+        tensor = getattr(model, name, None)
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise StepQuantError(
+                f"tensor '{name}' of the model has dtype {tensor.dtype}: expected torch.float32; "
+                "save the model as it was loaded, without a cast"
+            )
     check_channel_bits(model)
 
 

@@ -69,11 +69,14 @@ class BiasCorrection(Step):
         steps = len(session.trajectories.timesteps)
         with session.reporter.task("measuring bias", total=steps) as task:
             for row in range(steps):
-                inputs = session.trajectories.step(row, self.samples_per_step)
-                ours, theirs = (
-                    predict(model, inputs) for model in (session.model, session.float_model)
-                )
-                rows.append(by_channel(ours - theirs).mean(dim=1))
+                whole = session.trajectories.step(row, self.samples_per_step)
+                errors = [
+                    by_channel(
+                        predict(session.model, inputs) - predict(session.float_model, inputs)
+                    )
+                    for inputs in whole.batches(session.samples_per_step)
+                ]
+                rows.append(torch.cat(errors, dim=1).mean(dim=1))
                 task.advance()
         return torch.stack(rows)
 

@@ -5,8 +5,8 @@ outside its grid: noise is drawn anew for every image, and some pixel begins bey
 calibration has seen. To the network behind the grid this error `e = x - x̂` is noise that it does
 not see; so it stays in the sample, and the steps add it up, by `1 / sqrt(ᾱ_T)` at the worst, 150
 times with the usual schedule, until a pixel runs away. But `e` is known at once, and so is what the
-float model answers to a little noise: a multiple of it, `prediction += slope_t e`. One elementwise
-addition for each call; nothing is trained.
+float model answers to a little noise: a multiple of it, `prediction += slope_t e`. The sample is
+rounded once more for each call; nothing is trained.
 
 For a model that predicts noise the slope is `1 / sqrt(1 - ᾱ_t)` as long as there is much more noise
 than `e`, and less in the last steps, where `e` may as well be of the image. It is measured, step by
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stepquant.calibration.trajectories import predict
 from stepquant.methods.step import CORRECTED, Step
-from stepquant.models.input_bypass import InputBypass, common_channels
+from stepquant.models.input_bypass import InputBypass, channel_dim, common_channels
 from stepquant.quantizers import QuantLayer
 from stepquant.session import Session
 
@@ -33,8 +33,11 @@ class InputErrorBypass(Step):
 
     `samples_per_step`: images whose inputs the slope is measured with, by least squares over all
     their positions, `sum(e (f(x) - f(x̂))) / sum(e e)` for the float model `f`. Does nothing, and
-    says so, where not exactly one quantized layer reads the sample. It stands before
-    steps that train through the whole model or correct it, because they see the predictions.
+    says so, where not exactly one quantized layer reads the sample, or sample and prediction differ
+    in more than their channels. It stands before steps that train through the whole model or that
+    correct it, because they see the predictions; to their gradients it is a constant. Where they
+    change the layer's grid, the slope stays that of the first one, and the error that it multiplies
+    is that of the new one.
     """
 
     name = "input_error_bypass"
@@ -64,20 +67,22 @@ class InputErrorBypass(Step):
 
     def _measured(self, session: Session, layer: QuantLayer) -> Tensor:
         """The slope of each step, float32 `[T]`; 0 where the grid loses nothing."""
-        slopes = []
         steps = len(session.trajectories.timesteps)
+        products, powers = torch.zeros(2, steps, dtype=torch.float64)
         with session.reporter.task("measuring the input's errors", total=steps) as task:
             for row in range(steps):
-                inputs = session.trajectories.step(row, self.samples_per_step)
-                session.context.set_timestep(inputs.timestep)
-                error = layer.input_error(inputs.sample)
-                held = replace(inputs, sample=inputs.sample - error)
-                change = predict(session.float_model, inputs) - predict(session.float_model, held)
-                error, change = (t.double() for t in common_channels(error, change))
-                power = error.square().sum()
-                slopes.append((error * change).sum() / power if power > 0 else power)
+                whole = session.trajectories.step(row, self.samples_per_step)
+                for inputs in whole.batches(session.samples_per_step):
+                    session.context.set_timestep(inputs.timestep)
+                    error = layer.input_error(inputs.sample)
+                    held = replace(inputs, sample=inputs.sample - error)
+                    f = session.float_model
+                    change = predict(f, inputs) - predict(f, held)
+                    error, change = (t.double() for t in common_channels(error, change))
+                    products[row] += (error * change).sum()
+                    powers[row] += error.square().sum()
                 task.advance()
-        return torch.stack(slopes).float()
+        return torch.where(powers > 0, products / powers.clamp(min=1e-300), 0.0).float()
 
 
 @torch.no_grad()
@@ -102,6 +107,9 @@ def sample_readers(session: Session) -> tuple[list[str], bool]:
     finally:
         for handle in handles:
             handle.remove()
-    shapes = (inputs.sample.shape, prediction.shape)
-    alike = [(len(shape), shape[0], shape[2:]) for shape in shapes]
-    return list(found), alike[0] == alike[1]
+    shapes = []
+    for tensor in (inputs.sample, prediction):
+        shape: list[int | None] = list(tensor.shape)
+        shape[channel_dim(tensor)] = None
+        shapes.append(shape)
+    return list(found), shapes[0] == shapes[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -52,13 +54,18 @@ def prediction_in(output: Any, denoiser: nn.Module) -> Tensor:
 
 
 def with_prediction(output: Any, prediction: Tensor) -> Any:
-    """`output`, what a denoiser returned, with another tensor where `prediction_in` finds it."""
+    """As `output`, what a denoiser returned, with another tensor where `prediction_in` finds it."""
     if isinstance(output, Tensor):
         return prediction
     if isinstance(output, tuple):
-        return (with_prediction(output[0], prediction), *output[1:])
-    output.sample = prediction
-    return output
+        first = with_prediction(output[0], prediction)
+        named = getattr(output, "_fields", None)
+        return output._replace(**{named[0]: first}) if named else (first, *output[1:])
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return dataclasses.replace(output, sample=prediction)
+    other = copy.copy(output)
+    other.sample = prediction
+    return other
 
 
 def tensors_in(value: Any) -> list[Tensor]:

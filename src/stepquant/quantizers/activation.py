@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +61,14 @@ class ActivationQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"bits={self.bits}, steps={self.steps}"
+
+
+class TakesErrors(Protocol):
+    """What a layer may leave the error of its input with (`models.input_bypass`)."""
+
+    def take(self, error: Tensor) -> None:
+        """`error`: what the layer's grid loses of its input, float32, in the input's shape."""
+        ...
 
 
 def spread_rows(rows: Tensor, batch: int) -> Tensor:

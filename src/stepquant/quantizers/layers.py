@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from stepquant.errors import StepQuantError
 from stepquant.numerics import check_bits
-from stepquant.quantizers.activation import ActivationQuantizer, spread_rows
+from stepquant.quantizers.activation import ActivationQuantizer, TakesErrors, spread_rows
 from stepquant.quantizers.low_rank import LowRankAdapter
 from stepquant.quantizers.rounding import SoftRounding
 from stepquant.quantizers.step_grid import StepContext
@@ -31,6 +31,7 @@ class QuantLayer(nn.Module):
     `adapter`: what is added to the weight while it is trained at low rank, or None.
     `roundings`: how each part's weight is rounded while that is trained. Not submodules: what is
     learned ends up in `weight`, and the state of a layer is the same with and without them.
+    `bypass`: what is given the errors of the input while the layer quantizes, or None.
     `step_bias [T, C_out]`: what is added to the result at each step where it quantizes, or None.
     `quantizing`: False runs the layer in float, with the scaling but without any rounding.
     """
@@ -73,6 +74,7 @@ class QuantLayer(nn.Module):
         self.register_buffer("inverse_channel_scale", torch.ones(self.in_channels))
         self.register_buffer("step_bias", None)
         self.scales_input = False
+        self.bypass: TakesErrors | None = None
         self.adapter: LowRankAdapter | None = None
         self.roundings: tuple[SoftRounding, ...] = ()
 
@@ -195,7 +197,7 @@ class QuantLayer(nn.Module):
         return self.scaled_input(x).split(self.splits, dim=self.channel_dim)
 
     def input_error(self, x: Tensor) -> Tensor:
-        """The input `x` less what the activation grids hold of it, in the units of `x`."""
+        """What the activation grids do not hold of the input `x`, in its shape, float32."""
         errors = []
         for quantizer, part in zip(self.activation_quantizers, self.input_parts(x), strict=True):
             assert isinstance(quantizer, ActivationQuantizer)
@@ -216,6 +218,9 @@ class QuantLayer(nn.Module):
         """The float layer's result, with input and weight rounded where `quantizing`."""
         if not self.quantizing:
             return self._compute(self.scaled_input(x), self.merged_weight(), self.bias)
+        if self.bypass is not None:
+            with torch.no_grad():
+                self.bypass.take(self.input_error(x))
         if not torch.is_grad_enabled():
             return self._compute_integers(x)
         pairs = zip(self.activation_quantizers, self.input_parts(x), strict=True)

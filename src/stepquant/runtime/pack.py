@@ -69,6 +69,7 @@ def pack_layer(layer: QuantLayer) -> PackedLayer:
         layer.scales_input,
         layer.step_bias is not None,
     )
+    packed.bypass = layer.bypass
     streams = []
     for index, (inputs, weights, weight) in enumerate(layer.parts()):
         codes = weights.codes(weight).flatten(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.numerics import check_bits, max_code, unpack_channels
-from stepquant.quantizers.activation import neighbours, spread_rows
+from stepquant.quantizers.activation import TakesErrors, neighbours, spread_rows
 from stepquant.quantizers.step_grid import StepContext
 from stepquant.runtime import kernels
 from stepquant.runtime.spec import LayerSpec
@@ -80,6 +80,7 @@ class PackedLayer(nn.Module):
         self.register_buffer("act_channel_scale", channel_scale)
         self._prepared: list[_PreparedPart] | None = None
         self._prepared_on: torch.device | None = None
+        self.bypass: TakesErrors | None = None  # is given the errors of the input
         self.lora = None  # a module where there is something, see `runtime.lora_branch`
 
     def part_specs(self) -> list[LayerSpec]:
@@ -168,6 +169,8 @@ class PackedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Float in, float out, integers between; the result has the dtype of `x`."""
+        if self.bypass is not None:
+            self.bypass.take(self.input_error(x))
         y = self._quantized(x)
         return y if self.lora is None else self.lora.add_to(y, x)
 
@@ -223,7 +226,7 @@ class PackedLayer(nn.Module):
         return y
 
     def input_error(self, x: Tensor) -> Tensor:
-        """The input `x` less what the activation grids hold of it, float32, in the units of `x`."""
+        """What the activation grids do not hold of the input `x`, in its shape, float32."""
         rows = torch.zeros_like(self.context.rows[:1]) if self.steps == 1 else self.context.rows
         rows = spread_rows(rows.to(x.device), x.shape[0])
         errors = []
