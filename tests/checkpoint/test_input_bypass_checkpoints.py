@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import UNet2DModel
 from packed_models import STATIC, STEPS, WEIGHTS, outputs, packed_pipeline, tampered, unet
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import save_pipeline
 from stepquant.errors import StepQuantError
 from stepquant.models.input_bypass import SLOPES_NAME, bypass_of
+from stepquant.quantize import quantize
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +145,28 @@ def test_what_is_wrong_is_told(folder, tmp_path, case):
     broken = tampered(folder / "unet", tmp_path / "unet", change)
     with pytest.raises(StepQuantError, match=sentence):
         UNet2DModel.from_pretrained(broken)
+
+
+@torch.no_grad()
+def test_weights_that_are_fetched_for_each_layer_change_nothing():
+    """As sequential offload does it, with the buffers of a model that has parameters of its own."""
+    model = packed_pipeline(bypass=True).unet
+    expected = outputs(model)
+    cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+    for a, b in zip(outputs(model), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_dequantized_model_is_quantized_anew_with_one_bypass(folder, tmp_path):
+    settings = {
+        "calibration.trajectories": 2,
+        "calibration.steps": 2,
+        "input_error_bypass.samples_per_step": 1,
+        "bias_correction.samples_per_step": 1,
+    }
+    pipeline = load_pipeline(folder)
+    pipeline.unet = pipeline.unet.dequantize()
+    again = quantize(pipeline, "training-free", 8, 8, tmp_path / "out", settings=settings)
+    loaded = load_pipeline(tmp_path / "out").unet
+    for a, b in zip(outputs(again.pipeline.unet), outputs(loaded), strict=True):
+        assert torch.equal(a, b)
