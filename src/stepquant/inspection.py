@@ -20,6 +20,7 @@ from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.methods.weight_dilation import dilation_factors
 from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.models.attention import PRODUCTS
+from stepquant.models.input_bypass import bypass_of
 from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
 from stepquant.runtime.packed import PackedLayer
@@ -105,11 +106,14 @@ def inspect_packed(denoiser: nn.Module) -> dict[str, Any]:
         }
         for name, products in packed_attention(denoiser).items()
     ]
+    bypass = bypass_of(denoiser)
+    passed = None if bypass is None else {"layer": bypass.layer, "slopes": bypass.slopes.tolist()}
     return {
         "packed": True,
         "timesteps": denoiser.step_grid.tolist(),
         "layers": layers,
         "attention": attention,
+        "input_error_bypass": passed,
     }
 
 

@@ -10,6 +10,7 @@ from diffusers import UNet2DModel
 from packed_models import STATIC, STEPS, WEIGHTS, outputs, packed_pipeline, tampered, unet
 from safetensors.torch import load_file
 
+from stepquant.api import inspect
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import save_pipeline
 from stepquant.errors import StepQuantError
@@ -86,6 +87,11 @@ def test_the_file_is_what_the_format_document_says(folder):
     assert hashlib.sha256(text.encode()).digest() == stored
     plain = packed_pipeline().unet.config["quantization_config"].to_dict()
     assert "input_error_bypass" not in plain
+
+
+def test_inspect_shows_it(folder):
+    slopes = torch.linspace(1, 20, STEPS).tolist()
+    assert inspect(folder)["input_error_bypass"] == {"layer": STATIC, "slopes": slopes}
 
 
 def test_a_model_that_was_cast_is_not_saved(tmp_path):

@@ -195,6 +195,7 @@ def test_inspect_shows_a_packed_model_and_draws_it(packed_folder, tmp_path):
     )
     assert result.exit_code == 0, result.stderr
     _, results = checked(tmp_path / "record.json", "inspect")
+    assert results["input_error_bypass"] is None
     assert results["packed"] is True
     assert {row["weight_bits"] for row in results["layers"]} == {4, 8}
     assert len(results["plots"]) == len(list((tmp_path / "plots").iterdir())) == 2

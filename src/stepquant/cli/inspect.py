@@ -63,6 +63,8 @@ def inspect(
         show = packed_row if record["packed"] else float_row
         output.table([show(row) for row in record["layers"]])
         output.line(f"{len(record['timesteps'])} steps")
+        if record.get("input_error_bypass"):
+            output.line(f"what '{record['input_error_bypass']['layer']}' loses passes by the model")
         for path in record.get("plots", []):
             output.line(f"written to {path}")
 
