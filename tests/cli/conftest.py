@@ -12,6 +12,12 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch):
+    """As wide as a pipe, where whoever runs the tests says how wide their terminal is, too."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def float_folder(tmp_path_factory):
     torch.manual_seed(0)
