@@ -40,11 +40,14 @@ CHOOSING_BITS = ["bit_allocation", "outlier_mixed_bits"]
 GRIDS = "which has trained the weights on the grids that it would replace"
 FREEZES = "which has trained the weights that it would freeze"
 BEGUN = "which has begun its adapters on the grids that it would replace"
+UNSEEN = "which has trained the predictions as they are without it"
 # (what comes first, what must not come after it, why not)
 ORDERS = [
     *((early, "outlier_mixed_bits", GRIDS) for early in TRAINING),
     *((early, "low_rank_adapters", FREEZES) for early in TRAINING),
     ("low_rank_adapters", "outlier_mixed_bits", BEGUN),
+    ("trajectory_distillation", "input_error_bypass", UNSEEN),
+    ("relation_distillation", "input_error_bypass", UNSEEN),
 ]
 
 
