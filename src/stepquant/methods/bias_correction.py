@@ -14,6 +14,7 @@ from stepquant.calibration.capture import execution_order
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.errors import StepQuantError
 from stepquant.methods.step import Step
+from stepquant.models.calling import channel_dim
 from stepquant.quantizers import QuantLayer
 from stepquant.session import Session
 
@@ -83,7 +84,7 @@ class BiasCorrection(Step):
 
 def by_channel(prediction: Tensor) -> Tensor:
     """`prediction`, an image `[B, C, H, W]` or tokens `[B, N, C]`, as `[C, values]`."""
-    return prediction.movedim(1 if prediction.dim() == 4 else -1, 0).flatten(1)
+    return prediction.movedim(channel_dim(prediction), 0).flatten(1)
 
 
 def channels_of_outputs(

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from stepquant.calibration.trajectories import predict
 from stepquant.methods.step import CORRECTED, Step
-from stepquant.models.input_bypass import InputBypass, channel_dim, common_channels
+from stepquant.models.calling import channel_dim
+from stepquant.models.input_bypass import InputBypass, common_channels
 from stepquant.quantizers import QuantLayer
 from stepquant.session import Session
 

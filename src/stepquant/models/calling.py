@@ -53,6 +53,11 @@ def prediction_in(output: Any, denoiser: nn.Module) -> Tensor:
     return found
 
 
+def channel_dim(x: Tensor) -> int:
+    """Where an image `[B, C, H, W]` or tokens `[B, N, C]` have their channels."""
+    return -1 if x.dim() == 3 else 1
+
+
 def with_prediction(output: Any, prediction: Tensor) -> Any:
     """As `output`, what a denoiser returned, with another tensor where `prediction_in` finds it."""
     if isinstance(output, Tensor):

@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from stepquant.models.calling import prediction_in, with_prediction
+from stepquant.models.calling import channel_dim, prediction_in, with_prediction
 from stepquant.quantizers.activation import spread_rows
 from stepquant.quantizers.step_grid import StepContext
 
@@ -70,11 +70,6 @@ class InputBypass:
         slope = slopes[spread_rows(self._context.rows.to(error.device), len(error))]
         passed = slope.view(-1, *(1,) * (error.dim() - 1)) * error
         return with_prediction(output, added(prediction, passed.to(prediction.device)))
-
-
-def channel_dim(x: Tensor) -> int:
-    """Where an image `[B, C, H, W]` or tokens `[B, N, C]` have their channels."""
-    return -1 if x.dim() == 3 else 1
 
 
 def common_channels(sample: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
