@@ -122,3 +122,12 @@ def test_attaching_again_replaces_the_first(denoiser):
     InputBypass("layer").attach(passed, 7 * SLOPES)
     added_now = passed(x, timestep) - plain(x, timestep)
     torch.testing.assert_close(added_now, 7 * plain.layer.input_error(x), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_error_from_another_call_is_not_added(denoiser):
+    passed, plain = denoiser()
+    passed.layer(5 * torch.randn(1, 1, 4, 4))  # by itself, as blocks are trained
+    passed.layer.quantizing = plain.layer.quantizing = False
+    x, timestep = torch.randn(1, 1, 4, 4), torch.tensor(0)
+    assert torch.equal(passed(x, timestep), plain(x, timestep))

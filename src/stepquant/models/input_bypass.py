@@ -50,6 +50,7 @@ class InputBypass:
         if not slopes.is_meta:
             self.read_slopes(denoiser)
         # A bound method, so that a deep copy of the denoiser gets one of its own.
+        denoiser.register_forward_pre_hook(self._begin)
         denoiser.register_forward_hook(self._add)
 
     def read_slopes(self, denoiser: nn.Module) -> None:
@@ -60,9 +61,12 @@ class InputBypass:
         """Keep `error [B, ...]`, what the layer loses of the sample, for the prediction."""
         self._error = error
 
+    def _begin(self, denoiser: nn.Module, args: tuple[Any, ...]) -> None:
+        self._error = None  # of the layer, run by itself or in a forward that failed
+
     def _add(self, denoiser: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         error, self._error = self._error, None
-        if error is None:  # the layer did not run
+        if error is None:  # the layer did not run, or does not quantize now
             return output
         assert self._context is not None
         prediction = prediction_in(output, denoiser)
@@ -102,9 +106,10 @@ def bypass_of(denoiser: nn.Module) -> InputBypass | None:
 
 def detach_bypass(denoiser: nn.Module) -> None:
     """Take the bypass of `denoiser` away, if it has one."""
-    for key, hook in list(denoiser._forward_hooks.items()):
-        if isinstance(getattr(hook, "__self__", None), InputBypass):
-            del denoiser._forward_hooks[key]
+    for hooks in (denoiser._forward_pre_hooks, denoiser._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), InputBypass):
+                del hooks[key]  # type: ignore[attr-defined]
     for module in denoiser.modules():
         if getattr(module, "bypass", None) is not None:
             module.bypass = None  # type: ignore[assignment]
