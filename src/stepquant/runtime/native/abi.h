@@ -1,0 +1,43 @@
+// What crosses from Python to the kernels. Everything is 8 bytes wide, so that `struct.pack` with
+// "q" makes these structs (native/calls.py). Strides count values, not bytes.
+#pragma once
+
+#include <cstdint>
+
+struct Image {  // [B, channels, H, W] of float32, or of bfloat16 where bf16 is 1
+    const void* data;
+    int64_t bf16;
+    int64_t channels;
+    int64_t stride_b, stride_c, stride_h, stride_w;
+};
+
+struct Shape {
+    int64_t batch, channels, height, width;
+};
+
+struct Grid {
+    const float* scale;         // [rows]
+    const uint8_t* zero_point;  // [rows]
+    const int64_t* row;         // [1], or null for row 0
+    int64_t rows;
+    int64_t largest;
+};
+
+struct Output {  // [B, channels, H + 2 pad_h, W + 2 pad_w], channels last
+    uint8_t* codes;
+    int64_t start, channels;
+    int64_t pad_h, pad_w;
+    Grid grid;
+};
+
+struct Rows {  // [batch, count, channels], contiguous
+    const void* data;
+    int64_t bf16;
+    int64_t batch, count, channels;
+};
+
+// Results of the functions.
+enum Status : int32_t { kDone = 0, kRowOutside = 1, kNoMemory = 2 };
+
+// Activations, in the order of calls.ACTIVATIONS.
+enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3 };

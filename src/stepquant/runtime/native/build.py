@@ -1,0 +1,96 @@
+"""Compiles the native kernels; `python -m stepquant.runtime.native` calls it.
+
+`hatch_build.py` loads this file by its path when a wheel is built or the package is installed, so
+it needs the standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+LIBRARY = FOLDER / "_kernels.so"
+HEADERS = ("abi.h", "elementwise.h")
+KERNELS = ("images.cpp", "rows.cpp")  # compiled once for each instruction set
+LEVEL = "level.cpp"
+
+# Names of instruction sets in the order of `best_level`, and the flags that it checks for.
+LEVELS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "avx2": ("-mavx2", "-mfma"),
+    "avx512": (
+        *("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+        "-mprefer-vector-width=512",
+    ),
+}
+# No contraction: torch rounds a product before it adds to it. Without errno and traps, which
+# nobody looks at, the loops become vectors.
+FLAGS = (
+    *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+)
+
+
+def digest() -> str:
+    """The state of the sources, 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for name in (*HEADERS, *KERNELS, LEVEL, Path(__file__).name):
+        found.update((FOLDER / name).read_bytes())
+    return found.hexdigest()[:16]
+
+
+def compiler() -> list[str] | None:
+    """The command of the C++ compiler: what `CXX` says, or the first one in the path."""
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    if chosen:
+        return chosen if shutil.which(chosen[0]) else None
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def build(target: Path = LIBRARY) -> str | None:
+    """Write the library to `target`; None, or the reason why there is none now."""
+    target.unlink(missing_ok=True)  # a library of other sources is worse than none
+    if not sys.platform.startswith("linux") or platform.machine() not in ("x86_64", "AMD64"):
+        return f"made for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
+    command = compiler()
+    if command is None:
+        return f"no C++ compiler: CXX is {os.environ.get('CXX')!r}, nor is one in the path"
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects, calls = [], []
+        for level, options in LEVELS.items():
+            for source in KERNELS:
+                objects.append(str(Path(folder, f"{Path(source).stem}_{level}.o")))
+                calls.append([source, "-o", objects[-1], *options, f"-DISA={level}"])
+        objects.append(str(Path(folder, "level.o")))
+        calls.append([LEVEL, "-o", objects[-1], f'-DSOURCES="{digest()}"'])
+        library = str(Path(folder, "library.so"))
+        # Linked without OpenMP: its functions are found in the library that torch has loaded, so
+        # that there is one pool of threads.
+        commands = [[*command, *FLAGS, "-c", *call] for call in calls]
+        commands.append([*command, "-shared", "-Wl,--as-needed", "-o", library, *objects])
+        for each in commands:
+            reason = _run(each)
+            if reason is not None:
+                return reason
+        os.replace(library, target)
+    return None
+
+
+def _run(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"{command[0]} did not start: {error}"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    errors = [line for line in lines if "error" in line]
+    return f"{command[0]} failed with {done.returncode}: {(errors or lines)[0]}"

@@ -1,0 +1,234 @@
+"""The native kernels' functions called with tensors: `runtime.fused` says what they compute.
+
+Arguments are as there, on the CPU and not empty, images and rows float32 or bfloat16. A model makes
+hundreds of these calls in a forward, so they do little besides: structures (`abi.h`) are packed as
+bytes, tensors are passed by their addresses.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stepquant.errors import StepQuantError
+from stepquant.runtime.grids import Grid, Output
+from stepquant.runtime.native import Library
+
+ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh")  # in the order of `Activation` in abi.h
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+
+_SHAPE = struct.Struct("4q").pack
+_IMAGE = struct.Struct("7q").pack
+_GRID = struct.Struct("5q").pack
+_OUTPUT = struct.Struct("10q").pack
+_ROWS = struct.Struct("5q").pack
+
+_ROW_OUTSIDE, _NO_MEMORY = 1, 2
+
+
+def group_norm_encode(
+    library: Library,
+    parts: Sequence[Tensor],
+    added: Tensor | None,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    outputs: Sequence[Output],
+) -> list[Tensor]:
+    """See `fused.group_norm_encode`."""
+    batch, _, height, width = parts[0].shape
+    parts = [
+        part if part.stride(1) == 1 else part.contiguous(memory_format=torch.channels_last)
+        for part in parts
+    ]
+    channels = sum([part.shape[1] for part in parts])
+    added, weight, bias = _floats(added), _floats(weight), _floats(bias)
+    results = [_empty(batch, out.channels, height, width, out.padding) for out in outputs]
+    status = library.group_norm_encode(
+        _SHAPE(batch, channels, height, width),
+        b"".join([_image(part) for part in parts]),
+        len(parts),
+        _address(added),
+        groups,
+        _address(weight),
+        _address(bias),
+        eps,
+        _CODES[activation],
+        b"".join([_output(out, result) for out, result in zip(outputs, results, strict=True)]),
+        len(results),
+        torch.get_num_threads(),
+    )
+    if status:
+        _fail(status)
+    return results
+
+
+def encode(
+    library: Library, x: Tensor, activation: str, grid: Grid, padding: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """See `fused.encode`."""
+    kind, threads = _CODES[activation], torch.get_num_threads()
+    if x.dim() == 4:
+        batch, channels, height, width = x.shape
+        strides = x.stride()
+        if strides[1] != 1 and strides[3] != 1:
+            x = x.contiguous(memory_format=torch.channels_last)
+        result = _empty(batch, channels, height, width, padding)
+        status = library.encode_image(
+            _SHAPE(batch, channels, height, width),
+            _image(x),
+            kind,
+            _output(Output(0, channels, grid, padding), result),
+            threads,
+        )
+    else:
+        x = x.contiguous()
+        result = torch.empty(x.shape, dtype=torch.uint8)
+        status = library.encode_flat(
+            x.data_ptr(),
+            x.dtype is torch.bfloat16,
+            x.numel(),
+            kind,
+            _GRID(*_numbers(grid)),
+            result.data_ptr(),
+            threads,
+        )
+    if status:
+        _fail(status)
+    return result
+
+
+def layer_norm_encode(
+    library: Library,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    grids: Sequence[Grid],
+) -> list[Tensor]:
+    """See `fused.layer_norm_encode`."""
+    x = x.contiguous()
+    batch, channels = (x.shape[0] if x.dim() > 1 else 1), x.shape[-1]
+    weight, bias, scale, shift = _floats(weight), _floats(bias), _rows(scale), _rows(shift)
+    results = [torch.empty(x.shape, dtype=torch.uint8) for _ in grids]
+    status = library.layer_norm_encode(
+        _ROWS(
+            *(x.data_ptr(), x.dtype is torch.bfloat16),
+            *(batch, x.numel() // (batch * channels), channels),
+        ),
+        _address(weight),
+        _address(bias),
+        eps,
+        _address(scale),
+        0 if scale is None else scale.stride(0),
+        _address(shift),
+        0 if shift is None else shift.stride(0),
+        b"".join([_GRID(*_numbers(grid)) for grid in grids]),
+        struct.pack(f"{len(results)}q", *[result.data_ptr() for result in results]),
+        len(results),
+        torch.get_num_threads(),
+    )
+    if status:
+        _fail(status)
+    return results
+
+
+def gated_encode(library: Library, x: Tensor, gate_activation: str, grid: Grid) -> Tensor:
+    """See `fused.gated_encode`."""
+    x = x.contiguous()
+    channels = x.shape[-1] // 2
+    result = torch.empty((*x.shape[:-1], channels), dtype=torch.uint8)
+    status = library.gated_encode(
+        _ROWS(x.data_ptr(), x.dtype is torch.bfloat16, 1, result.numel() // channels, channels),
+        _CODES[gate_activation],
+        _GRID(*_numbers(grid)),
+        result.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if status:
+        _fail(status)
+    return result
+
+
+def epilogue(
+    library: Library,
+    grid: Grid,
+    sums: Tensor,
+    bias: Tensor | None,
+    step_bias: Tensor | None,
+    add_share: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `fused.epilogue`."""
+    channels = sums.shape[0]
+    sums_, bias, step_bias = _floats(sums), _floats(bias), _floats(step_bias)
+    result = torch.empty(channels + 1)
+    status = library.epilogue(
+        _GRID(*_numbers(grid)),
+        _address(sums_) if add_share else None,
+        _address(bias),
+        _address(step_bias),
+        channels,
+        result.data_ptr(),
+    )
+    if status:
+        _fail(status)
+    found, scale = result.split((channels, 1))
+    return scale, found
+
+
+def _empty(batch: int, channels: int, height: int, width: int, padding: tuple[int, int]) -> Tensor:
+    shape = (batch, channels, height + 2 * padding[0], width + 2 * padding[1])
+    return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+
+
+def _floats(x: Tensor | None) -> Tensor | None:
+    """`x` as the kernels read it: float32, its values side by side."""
+    if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
+        return x
+    return x.to(torch.float32).contiguous()
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """As `_floats`, but rows may lie apart: they are often chunks of one tensor."""
+    return x if x is not None and x.dtype is torch.float32 and x.stride(1) == 1 else _floats(x)
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _image(x: Tensor) -> bytes:
+    return _IMAGE(x.data_ptr(), x.dtype is torch.bfloat16, x.shape[1], *x.stride())
+
+
+def _numbers(grid: Grid) -> tuple[int, int, int, int, int]:
+    scale, zero_point, row, largest = grid
+    if not (
+        (scale.dtype is torch.float32 and zero_point.dtype is torch.uint8)
+        and (scale.is_contiguous() and zero_point.is_contiguous() and scale.is_cpu)
+        and (row is None or (row.dtype is torch.int64 and row.is_cpu))
+    ):
+        raise StepQuantError(
+            "a grid is not as the native kernels read it: expected float32 scales, uint8 zero "
+            f"points, both contiguous, and an int64 row on the CPU, found {grid}"
+        )
+    at = 0 if row is None else row.data_ptr()
+    return scale.data_ptr(), zero_point.data_ptr(), at, scale.numel(), largest
+
+
+def _output(out: Output, result: Tensor) -> bytes:
+    return _OUTPUT(result.data_ptr(), out.start, out.channels, *out.padding, *_numbers(out.grid))
+
+
+def _fail(status: int) -> None:
+    if status == _ROW_OUTSIDE:
+        raise StepQuantError("a grid's row is outside its table")
+    assert status == _NO_MEMORY, status
+    raise MemoryError("no memory for the sums of a group norm or the rows of a layer norm")

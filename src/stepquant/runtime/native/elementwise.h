@@ -1,0 +1,161 @@
+// Arithmetic on single values, written so that the compiler makes vectors of it.
+//
+// kernels.cpp and images.cpp are compiled once for each instruction set. So everything here has
+// internal linkage, and no template of the standard library is used: the linker would keep one copy
+// of it for all of them, perhaps one with instructions that the machine lacks.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "abi.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+// Adding it leaves the nearest whole number, ties to even, in a float's low bits (|x| < 2^22).
+static const float kRounder = 12582912.0f;  // 1.5 * 2^23; its low byte is 0
+
+INLINE uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+INLINE float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+INLINE float load(const float* x, int64_t i) { return x[i]; }
+INLINE float load(const uint16_t* x, int64_t i) { return float_of(uint32_t(x[i]) << 16); }
+
+// Contraction is off for the whole file, as torch rounds each product; this is where it is wanted.
+INLINE float madd(float a, float b, float c) {
+#ifdef __FMA__
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// Cephes' expf: a relative error below 1e-7, but no infinities and no subnormal numbers.
+INLINE float exp_of(float x) {
+    x = x > -87.0f ? x : -87.0f;
+    x = x < 88.0f ? x : 88.0f;
+    const float shifted = madd(x, 1.44269504088896341f, kRounder);
+    const float n = shifted - kRounder;
+    float r = madd(n, -0.693359375f, x);
+    r = madd(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = madd(p, r, 1.3981999507e-3f);
+    p = madd(p, r, 8.3334519073e-3f);
+    p = madd(p, r, 4.1665795894e-2f);
+    p = madd(p, r, 1.6666665459e-1f);
+    p = madd(p, r, 5.0000001201e-1f);
+    p = madd(p, r * r, r) + 1.0f;
+    return p * float_of((bits_of(shifted) << 23) + 0x3F800000u);  // times 2^n
+}
+
+INLINE float silu_of(float x) { return x / (1.0f + exp_of(-x)); }
+
+// Abramowitz and Stegun 7.1.26, as in torch's own vectors: an absolute error below 2e-7.
+INLINE float erf_of(float x) {
+    const float a = std::fabs(x);
+    const float t = 1.0f / madd(0.3275911f, a, 1.0f);
+    float p = 1.061405429f;
+    p = madd(p, t, -1.453152027f);
+    p = madd(p, t, 1.421413741f);
+    p = madd(p, t, -0.284496736f);
+    p = madd(p, t, 0.254829592f);
+    return std::copysign(1.0f - p * t * exp_of(-a * a), x);
+}
+
+INLINE float gelu_of(float x) { return 0.5f * x * (1.0f + erf_of(x * 0.70710678118654752f)); }
+
+// 0.5 * x * (1 + tanh(u)) = x * sigmoid(2 u)
+INLINE float gelu_tanh_of(float x) {
+    const float u = 0.79788456080286536f * madd(0.044715f * x * x, x, x);
+    return x / (1.0f + exp_of(-2.0f * u));
+}
+
+template <int kind>
+INLINE float activate(float x) {
+    if (kind == kSilu) return silu_of(x);
+    if (kind == kGelu) return gelu_of(x);
+    if (kind == kGeluTanh) return gelu_tanh_of(x);
+    return x;
+}
+
+// A row of a grid, ready for use.
+struct Levels {
+    float inverse, low, high;
+    uint32_t zero;
+};
+
+INLINE bool levels_of(const Grid& grid, Levels* levels) {
+    const int64_t row = grid.row ? *grid.row : 0;
+    if (row < 0 || row >= grid.rows) return false;
+    const int zero = grid.zero_point[row];
+    *levels = {1.0f / grid.scale[row], float(-zero), float(grid.largest - zero), uint32_t(zero)};
+    return true;
+}
+
+// clamp(round(y / scale) + zero, 0, largest). Clamping first, to whole numbers, gives the same.
+INLINE uint8_t code_of(float y, const Levels& levels) {
+    float v = y * levels.inverse;
+    v = v > levels.low ? v : levels.low;
+    v = v < levels.high ? v : levels.high;
+    return uint8_t(bits_of(v + kRounder) + levels.zero);
+}
+
+INLINE void encode_floats(const float* y, int64_t count, const Levels& levels, uint8_t* codes) {
+    const Levels g = levels;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) codes[i] = code_of(y[i], g);
+}
+
+// Activations go through a small buffer: vectors of bytes would leave long tails of single values.
+static const int64_t kSpan = 512;
+
+template <int kind, typename T>
+static void encode_span(const T* x, int64_t count, const Levels& levels, uint8_t* codes) {
+    float y[kSpan];
+    for (int64_t start = 0; start < count; start += kSpan) {
+        const int64_t n = count - start < kSpan ? count - start : kSpan;
+        const T* from = x + start;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) y[i] = activate<kind>(load(from, i));
+        encode_floats(y, n, levels, codes + start);
+    }
+}
+
+// `values` from number `start`, activated and encoded.
+static void encode_values(const void* values, bool bf16, int64_t start, int64_t count, int kind,
+                          const Levels& levels, uint8_t* codes) {
+    const float* f = static_cast<const float*>(values) + start;
+    const uint16_t* h = static_cast<const uint16_t*>(values) + start;
+    switch (kind * 2 + bf16) {
+        case 2 * kNone: return encode_span<kNone>(f, count, levels, codes);
+        case 2 * kNone + 1: return encode_span<kNone>(h, count, levels, codes);
+        case 2 * kSilu: return encode_span<kSilu>(f, count, levels, codes);
+        case 2 * kSilu + 1: return encode_span<kSilu>(h, count, levels, codes);
+        case 2 * kGelu: return encode_span<kGelu>(f, count, levels, codes);
+        case 2 * kGelu + 1: return encode_span<kGelu>(h, count, levels, codes);
+        case 2 * kGeluTanh: return encode_span<kGeluTanh>(f, count, levels, codes);
+        default: return encode_span<kGeluTanh>(h, count, levels, codes);
+    }
+}
+
+// Where so few values are to be done, waking other threads takes longer than the work.
+static const int64_t kSmall = 16384;
+
+INLINE int threads_for(int64_t values, int threads) { return values < kSmall ? 1 : threads; }
+
+// Each instruction set's functions have its name: NAME(encode) is encode_avx512, say.
+#define JOIN_(name, isa) name##_##isa
+#define JOIN(name, isa) JOIN_(name, isa)
+#define NAME(name) JOIN(name, ISA)
+#define EXPORT extern "C" __attribute__((visibility("default")))
