@@ -194,8 +194,8 @@ def plain_layer_norm_encode(
 def gated_encode(x: Tensor, gate_activation: str, output_grid: Grid) -> Tensor:
     """Codes of `first * activation(second)`, the halves of `x`.
 
-    `x`: float `[..., 2 C]`; the result is uint8 `[..., C]`. `gate_activation` as in `encode`. Raises StepQuantError for an unknown one and for an odd number
-    of channels.
+    `x`: float `[..., 2 C]`; the result is uint8 `[..., C]`. `gate_activation` as in `encode`.
+    Raises StepQuantError for an unknown one and for an odd number of channels.
     """
     _check_activation(gate_activation)
     if x.shape[-1] % 2:
