@@ -222,7 +222,7 @@ def epilogue(
     the codes stand for) if `add_share`. Raises StepQuantError for shapes that do not fit.
     """
     channels = sums.shape[0]
-    _check_channels(channels, bias, None)
+    _check_channels(channels, None, bias)
     if step_bias is not None and step_bias.shape != (grid.scale.shape[0], channels):
         raise StepQuantError(
             f"the biases of steps are {tuple(step_bias.shape)}: "

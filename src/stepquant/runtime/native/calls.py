@@ -179,7 +179,7 @@ def epilogue(
     )
     if status:
         _fail(status)
-    found, scale = result.split((channels, 1))
+    found, scale = torch.split_with_sizes(result, (channels, 1))
     return scale, found
 
 

@@ -139,7 +139,8 @@ template <int kind, typename T>
 INLINE void apply(const T* x, int64_t channels, const float* factor, const float* offset,
                   float* y) {
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) y[c] = activate<kind>(madd(load(x, c), factor[c], offset[c]));
+    for (int64_t c = 0; c < channels; ++c)
+        y[c] = activate<kind>(madd(load(x, c), factor[c], offset[c]));
 }
 
 template <int kind>
@@ -244,8 +245,9 @@ EXPORT int32_t NAME(group_norm_encode)(const Shape* shape, const Image* parts, i
     int32_t status = kDone;
     for (int64_t o = 0; o < output_count; ++o)
         if (!levels_of(outputs[o].grid, levels + o)) status = kRowOutside;
-    const GroupNorm norm = {*shape, parts,   part_count, added,        weight,     bias,   groups, eps,
-                            outputs, levels, output_count, block_rows, blocks, moments, factors};
+    const GroupNorm norm = {*shape,  parts,  part_count,   added,      weight, bias,    groups,
+                            eps,     outputs, levels,      output_count, block_rows, blocks, moments,
+                            factors};
     if (status == kDone) run(norm, kind, threads, scratch);
     free(memory);
     return status;

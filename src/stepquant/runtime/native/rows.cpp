@@ -14,13 +14,29 @@ struct LayerNorm {
     int64_t scale_stride;
     const float* shift;
     int64_t shift_stride;
+    float* factors;  // [batch, 2, C]: y = factor * normed + offset
 };
+
+void set_factors(const LayerNorm& norm, int64_t b) {
+    const int64_t channels = norm.x.channels;
+    float *factor = norm.factors + 2 * b * channels, *offset = factor + channels;
+    const float* scale = norm.scale ? norm.scale + b * norm.scale_stride : nullptr;
+    const float* shift = norm.shift ? norm.shift + b * norm.shift_stride : nullptr;
+    const float *weight = norm.weight, *bias = norm.bias;
+    for (int64_t c = 0; c < channels; ++c) {
+        const float f = scale ? 1.0f + scale[c] : 1.0f;
+        factor[c] = weight ? weight[c] * f : f;
+        offset[c] = madd(bias ? bias[c] : 0.0f, f, shift ? shift[c] : 0.0f);
+    }
+}
 
 // Row `r`, normed and modulated, into `y`.
 template <typename T>
 void norm_row(const LayerNorm& norm, int64_t r, float* y) {
-    const int64_t channels = norm.x.channels, b = r / norm.x.count;
+    const int64_t channels = norm.x.channels;
     const T* x = static_cast<const T*>(norm.x.data) + r * channels;
+    const float* factor = norm.factors + 2 * (r / norm.x.count) * channels;
+    const float* offset = factor + channels;
     float sum = 0.0f, square = 0.0f;
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < channels; ++c) sum += load(x, c);
@@ -28,31 +44,12 @@ void norm_row(const LayerNorm& norm, int64_t r, float* y) {
 #pragma omp simd reduction(+ : square)
     for (int64_t c = 0; c < channels; ++c) {
         const float d = load(x, c) - mean;
-        y[c] = d;
-        square += d * d;
+        square = madd(d, d, square);
     }
     const float inverse = float(1.0 / std::sqrt(double(square) / double(channels) + norm.eps));
-    const float *weight = norm.weight, *bias = norm.bias;
 #pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) y[c] *= inverse;
-    if (weight) {
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) y[c] *= weight[c];
-    }
-    if (bias) {
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) y[c] += bias[c];
-    }
-    if (norm.scale) {
-        const float* scale = norm.scale + b * norm.scale_stride;
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) y[c] *= 1.0f + scale[c];
-    }
-    if (norm.shift) {
-        const float* shift = norm.shift + b * norm.shift_stride;
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) y[c] += shift[c];
-    }
+    for (int64_t c = 0; c < channels; ++c)
+        y[c] = madd((load(x, c) - mean) * inverse, factor[c], offset[c]);
 }
 
 // A row's first half times its activated second half.
@@ -87,16 +84,20 @@ EXPORT int32_t NAME(layer_norm_encode)(const Rows* x, const float* weight, const
                                        uint8_t* const* codes, int64_t grid_count, int32_t threads) {
     const int64_t rows = x->batch * x->count, channels = x->channels;
     threads = threads_for(rows * channels, threads);
-    char* memory = static_cast<char*>(
-        malloc(sizeof(Levels) * grid_count + sizeof(float) * threads * channels));
+    const int64_t floats = (2 * x->batch + threads) * channels;
+    char* memory =
+        static_cast<char*>(malloc(sizeof(Levels) * grid_count + sizeof(float) * floats));
     if (!memory) return kNoMemory;
     Levels* levels = reinterpret_cast<Levels*>(memory);
-    float* scratch = reinterpret_cast<float*>(levels + grid_count);
+    float* factors = reinterpret_cast<float*>(levels + grid_count);
+    float* scratch = factors + 2 * x->batch * channels;
     int32_t status = kDone;
     for (int64_t g = 0; g < grid_count; ++g)
         if (!levels_of(grids[g], levels + g)) status = kRowOutside;
-    const LayerNorm norm = {*x, weight, bias, eps, scale, scale_stride, shift, shift_stride};
+    const LayerNorm norm = {*x,    weight,       bias,    eps, scale, scale_stride,
+                            shift, shift_stride, factors};
     if (status == kDone) {
+        for (int64_t b = 0; b < x->batch; ++b) set_factors(norm, b);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
         for (int64_t r = 0; r < rows; ++r) {
             float* y = scratch + omp_get_thread_num() * channels;

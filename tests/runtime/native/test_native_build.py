@@ -1,0 +1,57 @@
+"""The library is made where it can be, and refused where it does not fit."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from stepquant.runtime import native
+from stepquant.runtime.native import Library, build
+
+
+def test_available_or_a_reason() -> None:
+    assert native.available() == (native.why_not() is None) == (native.library() is not None)
+
+
+def test_a_missing_library_is_a_reason(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="there is no compiled library"):
+        Library(tmp_path / "nothing.so")
+
+
+def test_a_file_that_is_no_library_is_a_reason(tmp_path: Path) -> None:
+    path = tmp_path / "library.so"
+    path.write_bytes(b"no library")
+    with pytest.raises(OSError):
+        Library(path)
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+def test_a_library_of_other_sources_is_a_reason(tmp_path: Path) -> None:
+    compiler = build.compiler()
+    assert compiler is not None
+    path = tmp_path / "library.so"
+    source = build.FOLDER / build.LEVEL
+    options = ['-DSOURCES="of another day"', "-shared", "-fPIC", "-o", str(path)]
+    subprocess.run([*compiler, str(source), *options], check=True)
+    with pytest.raises(OSError, match="of other sources"):
+        Library(path)
+    assert ctypes.CDLL(str(path)).best_level() in range(len(build.LEVELS))
+
+
+def test_no_compiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    target = tmp_path / "library.so"
+    target.write_bytes(b"an old one")
+    reason = build.build(target)
+    assert reason is not None and ("no-such-compiler" in reason or "made for Linux" in reason)
+    assert not target.exists()
+
+
+def test_a_failing_compiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    reason = build.build(tmp_path / "library.so")
+    assert reason is not None and ("false failed with 1" in reason or "made for Linux" in reason)
+    assert list(tmp_path.iterdir()) == []
