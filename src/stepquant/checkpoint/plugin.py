@@ -24,6 +24,7 @@ from stepquant.models.attention import ProductsProcessor
 from stepquant.models.input_bypass import InputBypass, bypass_of, detach_bypass
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
+from stepquant.runtime.fast import use_fast_blocks, use_plain_blocks
 from stepquant.runtime.lora_branch import named_branches
 from stepquant.runtime.packed import PackedLayer
 
@@ -142,7 +143,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         model.get_submodule(layer_name).register_buffer(key, tensor)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        """Verify the checksum and give the layers the loaded step grid."""
+        """Verify the checksum, give the layers the loaded step grid, let blocks work on codes."""
         for name in sorted(self._owned):
             tensor = model.get_buffer(name)
             if tensor.is_meta or tensor.dtype not in (torch.float32, torch.uint8):
@@ -163,6 +164,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         bypass = bypass_of(model)
         if bypass is not None:
             bypass.read_slopes(model)
+        use_fast_blocks(model)
         self._loaded_keys, self._tensor_lines, self._owned = [], [], set()
         self._model = self._context = self._stored_checksum = None
 
@@ -196,6 +198,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         for module in model.modules():
             if isinstance(getattr(module, "processor", None), ProductsProcessor):
                 module.set_processor(AttnProcessor2_0())
+        use_plain_blocks(model)
         delattr(model, validate.STEP_GRID_NAME)
         detach_bypass(model)
         kept = {key: value for key, value in model.config.items() if key != "quantization_config"}

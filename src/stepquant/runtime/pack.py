@@ -19,6 +19,7 @@ from stepquant.quantizers import (
     WeightQuantizer,
 )
 from stepquant.runtime.attention import PackedAttention
+from stepquant.runtime.fast import use_fast_blocks
 from stepquant.runtime.packed import PackedConv2d, PackedLayer, PackedLinear
 from stepquant.runtime.spec import MOST_BITS_WITH_HALVES, LayerSpec
 
@@ -146,11 +147,14 @@ def _off_grid(what: str, found: Tensor, expected: str) -> StepQuantError:
 
 
 def pack_model(model: nn.Module) -> nn.Module:
-    """Replace every simulated layer and attention of `model` by its packed one, in place."""
+    """Replace every simulated layer and attention of `model` by its packed one, in place.
+
+    Blocks that can hand codes to their layers do so from now on.
+    """
 
     def packed(_: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, QuantAttention):
             return pack_attention(module)
         return pack_layer(module) if isinstance(module, QuantLayer) else None
 
-    return replace_modules(model, packed)
+    return use_fast_blocks(replace_modules(model, packed))

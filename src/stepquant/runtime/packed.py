@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 from stepquant.numerics import check_bits, max_code, unpack_channels
 from stepquant.quantizers.activation import TakesErrors, neighbours, spread_rows
 from stepquant.quantizers.step_grid import StepContext
-from stepquant.runtime import kernels
+from stepquant.runtime import codes, kernels
+from stepquant.runtime.grids import Grid
+from stepquant.runtime.prepared import PreparedPart
 from stepquant.runtime.spec import LayerSpec
 
 
@@ -78,7 +79,7 @@ class PackedLayer(nn.Module):
         self.register_buffer("step_bias", torch.zeros(steps, out) if has_step_bias else None)
         channel_scale = torch.ones(spec.in_channels) if has_channel_scale else None
         self.register_buffer("act_channel_scale", channel_scale)
-        self._prepared: list[_PreparedPart] | None = None
+        self._prepared: list[PreparedPart] | None = None
         self._prepared_on: torch.device | None = None
         self.bypass: TakesErrors | None = None  # is given the errors of the input
         self.lora = None  # a module where there is something, see `runtime.lora_branch`
@@ -141,11 +142,17 @@ class PackedLayer(nn.Module):
                 shape[self.channel_dim] = -1
                 scale = self.act_channel_scale[start : start + part.in_channels]
                 inverse = (1.0 / scale).view(shape)
-            prepared.append(_PreparedPart(part, name, kernel, reasons, state, inverse))
+            grid = Grid(
+                self.act_scale[index],
+                self.act_zero_point[index],
+                None,
+                max_code(self.spec.activation_bits),
+            )
+            prepared.append(PreparedPart(part, name, kernel, reasons, state, grid, start, inverse))
             start += part.in_channels
         self._prepared, self._prepared_on = prepared, device
 
-    def _ensure_prepared(self) -> list[_PreparedPart]:
+    def prepared_parts(self) -> list[PreparedPart]:
         """The parts, laid out on the device where the tensors are now.
 
         accelerate's hooks put tensors on another device without asking the module.
@@ -157,13 +164,13 @@ class PackedLayer(nn.Module):
 
     def kernel_names(self) -> list[str]:
         """The kernel that each part runs on."""
-        return [part.kernel_name for part in self._ensure_prepared()]
+        return [part.kernel_name for part in self.prepared_parts()]
 
     def fallback_reasons(self) -> list[str]:
         """Why the parts that run on the reference kernel do."""
         return [
             "; ".join(part.reasons)
-            for part in self._ensure_prepared()
+            for part in self.prepared_parts()
             if part.kernel_name == "reference" and part.reasons
         ]
 
@@ -175,7 +182,9 @@ class PackedLayer(nn.Module):
         return y if self.lora is None else self.lora.add_to(y, x)
 
     def _quantized(self, x: Tensor) -> Tensor:
-        self._ensure_prepared()
+        self.prepared_parts()
+        if x.dtype in codes.FLOATS and codes.takes_codes(self):
+            return codes.run(self, codes.encode(self, x)).to(x.dtype)
         rows = self.context.rows.to(x.device)
         if self.steps == 1:
             return self._run(x, torch.zeros_like(rows[:1])).to(x.dtype)
@@ -231,7 +240,7 @@ class PackedLayer(nn.Module):
         rows = spread_rows(rows.to(x.device), x.shape[0])
         errors = []
         inputs = x.to(torch.float32).split(self.splits, dim=self.channel_dim)
-        for index, (part, prepared) in enumerate(zip(inputs, self._ensure_prepared(), strict=True)):
+        for index, (part, prepared) in enumerate(zip(inputs, self.prepared_parts(), strict=True)):
             scale, zero_point = (
                 table[index].index_select(0, rows).view(-1, *(1,) * (x.dim() - 1))
                 for table in (self.act_scale, self.act_zero_point)
@@ -268,23 +277,6 @@ class PackedLayer(nn.Module):
             f"{spec.in_channels}, {spec.out_channels}, weight_bits={spec.weight_bits}, "
             f"activation_bits={spec.activation_bits}, steps={self.steps}, parts={self.splits}"
         )
-
-
-class _PreparedPart:
-    """A part's kernel with the weight in that kernel's layout."""
-
-    def __init__(
-        self,
-        spec: LayerSpec,
-        kernel_name: str,
-        kernel: ModuleType,
-        reasons: list[str],
-        state: tuple[Tensor, ...],
-        inverse_channel_scale: Tensor | None,
-    ) -> None:
-        self.spec, self.kernel_name, self.kernel = spec, kernel_name, kernel
-        self.reasons, self.state = reasons, state
-        self.inverse_channel_scale = inverse_channel_scale
 
 
 def encode(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stepquant.runtime.prepared import CallConstants
 from stepquant.runtime.spec import LayerSpec
 
 
@@ -125,6 +126,47 @@ def _call(
             spec.dilation,
         )
     return y if accumulate is None else y.add_(accumulate)
+
+
+def run_conv_codes(
+    state: tuple[Tensor, ...],
+    codes: Tensor,
+    constants: CallConstants,
+    accumulate: Tensor | None,
+    spec: LayerSpec,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A conv of codes that are padded already; the bias holds the zero point's share.
+
+    `codes` uint8 `[B, C, H + 2 ph, W + 2 pw]` channels last. `accumulate` float32 in the result's
+    shape, channels last, is added and overwritten; then `dtype` must be float32.
+    """
+    packed, weight_scale, zeros, _ = state
+    if accumulate is None:
+        return torch.ops.onednn.qconv2d_pointwise.default(
+            codes, constants.scale, 0, packed, weight_scale, zeros, constants.bias,
+            spec.stride, (0, 0), spec.dilation, 1, 1.0, 0, dtype, "none", (), "",
+        )  # fmt: skip
+    return torch.ops.onednn.qconv2d_pointwise.binary(
+        codes, constants.scale, 0, packed, weight_scale, zeros, accumulate, constants.bias,
+        spec.stride, (0, 0), spec.dilation, 1, 1.0, 0, dtype, 1.0, 0, "sum", 1.0, "none", (), "",
+    )  # fmt: skip
+
+
+def run_linear_codes(
+    state: tuple[Tensor, ...],
+    codes: Tensor,
+    constants: CallConstants,
+    accumulate: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A linear layer of `codes` uint8 `[..., C]`; `accumulate` as for convs."""
+    packed, weight_scale, zeros, _ = state
+    y = torch.ops.onednn.qlinear_pointwise.default(
+        codes, constants.scale, constants.zero_point, packed, weight_scale, zeros, constants.bias,
+        1.0, 0, dtype, "none", (), "",
+    )  # fmt: skip
+    return y if accumulate is None else accumulate.add_(y)
 
 
 def pad(codes: Tensor, zero_point: Tensor, padding: Sequence[int]) -> Tensor:

@@ -1,0 +1,130 @@
+"""Packed layers that are handed codes: the fast path of the CPU.
+
+`PackedLayer.forward` takes floats and makes codes of them. What stands before a layer (a norm, an
+activation, a sum) can make the codes in the same pass over memory, in the frame that a padded conv
+wants, and leave the float tensor out; then the layer begins here. The numbers are those of
+`PackedLayer.forward` but for the order of float operations before the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stepquant.runtime import fused
+from stepquant.runtime.grids import Grid, Output
+from stepquant.runtime.kernels import cpu
+from stepquant.runtime.prepared import CallConstants, PreparedPart
+
+if TYPE_CHECKING:
+    from stepquant.runtime.packed import PackedLayer
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether calling `module` is calling its `forward`: no hooks, none of accelerate's either."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def takes_codes(layer: PackedLayer) -> bool:
+    """Whether `layer` can be run by `run` now, to the same result as by calling it.
+
+    It cannot where another kernel than oneDNN's was chosen or asked for, the kernel wants two calls
+    (no VNNI), the input is scaled by channel, samples of the batch are at different steps, or
+    something else looks at the layer's float input: a LoRA, a bypass, a hook.
+    """
+    return (
+        layer.backend == "auto"
+        and layer.bypass is None
+        and layer.lora is None
+        and untouched(layer)
+        and (layer.steps == 1 or layer.context.rows.numel() == 1)
+        and all([_part_takes_codes(part) for part in layer.prepared_parts()])
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _part_takes_codes(part: PreparedPart) -> bool:
+    return (
+        part.kernel is cpu
+        and part.inverse_channel_scale is None
+        and not (part.spec.pair_overflows_int16 and cpu.pairs_saturate())
+    )
+
+
+def grid_in_force(layer: PackedLayer, part: PreparedPart) -> Grid:
+    """The activation grid of an input part at the step of the forward in flight."""
+    return part.grid if layer.steps == 1 else part.grid._replace(row=layer.context.rows)
+
+
+def grid_of(layer: PackedLayer) -> Grid:
+    """The activation grid in force of a layer with one input part."""
+    (part,) = layer.prepared_parts()
+    return grid_in_force(layer, part)
+
+
+def outputs(layer: PackedLayer) -> list[Output]:
+    """What a producer of the whole input `[B, C_in, H, W]` has to make of it for a conv layer."""
+    return [
+        Output(part.start, part.spec.in_channels, grid_in_force(layer, part), part.spec.padding)
+        for part in layer.prepared_parts()
+    ]
+
+
+def encode(layer: PackedLayer, x: Tensor, activation: str = "none") -> list[Tensor]:
+    """The codes of `activation(x)` for `run`, one tensor for each input part."""
+    inputs = x.split(layer.splits, dim=layer.channel_dim) if len(layer.splits) > 1 else (x,)
+    return [
+        fused.encode(each, activation, grid_in_force(layer, part), part.spec.padding)
+        for each, part in zip(inputs, layer.prepared_parts(), strict=True)
+    ]
+
+
+def encode_parts(layer: PackedLayer, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """`encode` of `inputs [B, C_i, H, W]` joined over channels, without joining what is split."""
+    if tuple([each.shape[1] for each in inputs]) != tuple(layer.splits):
+        return encode(layer, inputs[0] if len(inputs) == 1 else torch.cat(list(inputs), dim=1))
+    return [
+        fused.encode(each, "none", grid_in_force(layer, part), part.spec.padding)
+        for each, part in zip(inputs, layer.prepared_parts(), strict=True)
+    ]
+
+
+def run(
+    layer: PackedLayer,
+    codes: Sequence[Tensor],
+    accumulate: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """What `layer` gives for its input's `codes`.
+
+    `codes`: uint8, one tensor for each input part: `[B, C, H + 2 ph, W + 2 pw]` channels last with
+    the part's zero point around the image, or `[..., C]` for linear layers. `accumulate`: float32
+    in the result's shape, channels last; it is added, and overwritten. The result has `dtype`,
+    which is float32 where there are several parts or something to add.
+    """
+    y = accumulate
+    for index, (part, code) in enumerate(zip(layer.prepared_parts(), codes, strict=True)):
+        constants = part.constants or _constants(layer, part, index)
+        if part.spec.kind == "linear":
+            y = cpu.run_linear_codes(part.state, code, constants, y, dtype)
+        else:
+            y = cpu.run_conv_codes(part.state, code, constants, y, part.spec, dtype)
+    assert y is not None
+    return y
+
+
+def _constants(layer: PackedLayer, part: PreparedPart, index: int) -> CallConstants:
+    """Those of the step of the forward in flight; kept where there is only one."""
+    grid, is_conv = grid_in_force(layer, part), part.spec.kind == "conv2d"
+    bias, step_bias = (layer.bias, layer.step_bias) if index == 0 else (None, None)
+    scale, bias = fused.epilogue(grid, part.state[3], bias, step_bias, is_conv)
+    row = 0 if grid.row is None else int(grid.row)
+    found = CallConstants(float(scale), int(grid.zero_point[row]), bias)
+    if grid.row is None and step_bias is None:
+        part.constants = found
+    return found

@@ -1,0 +1,123 @@
+"""Attention of diffusers' denoisers, on codes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor
+from torch.nn import functional
+
+from stepquant.runtime import codes, fused
+from stepquant.runtime.fused import Output
+from stepquant.runtime.packed import PackedLayer
+
+MANY_SCORES = 64 * 64  # of a head; fewer are quicker in float32
+
+
+class FastAttnProcessor(AttnProcessor2_0):
+    """Norm and rounding for queries, keys and values in one pass over an image.
+
+    The products stay float, as in `AttnProcessor2_0`, whose code runs where a layer cannot take
+    codes.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As `AttnProcessor2_0`: `hidden_states [B, C, H, W]` or `[B, N, C]`, and so the result."""
+        x, context = hidden_states, encoder_hidden_states
+        if not attends_on_codes(attn, x, context) or (attn.group_norm is not None and x.dim() != 4):
+            return super().__call__(attn, x, context, attention_mask, temb, *args, **kwargs)
+        if attn.group_norm is not None:
+            inputs = _normed_image(attn, x)
+        else:
+            tokens = x if x.dim() == 3 else x.flatten(2).transpose(1, 2).contiguous()
+            inputs = encoded(attn, tokens, context)
+        y = attend(attn, inputs, attention_mask, x.dtype)
+        if x.dim() == 4:
+            y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        if attn.residual_connection:
+            y = y.add_(x)
+        if attn.rescale_output_factor != 1.0:
+            y = y.div_(attn.rescale_output_factor)
+        return y.to(x.dtype)
+
+
+def projections(attn: Attention) -> list[PackedLayer]:
+    """The layers that make queries, keys and values."""
+    return [attn.to_q, attn.to_k, attn.to_v]
+
+
+def attends_on_codes(attn: Attention, x: Tensor, context: Tensor | None) -> bool:
+    """Whether `attn` computes what `attend` does, and its layers take codes."""
+    if x.device.type != "cpu" or x.dtype not in codes.FLOATS or attn.training:
+        return False
+    parts = (attn.spatial_norm, attn.norm_q, attn.norm_k)
+    if any(part is not None for part in parts) or attn.fused_projections or attn.is_causal:
+        return False
+    if context is not None and (attn.norm_cross or attn.group_norm is not None):
+        return False
+    if attn.group_norm is not None and not codes.untouched(attn.group_norm):
+        return False
+    layers = [*projections(attn), attn.to_out[0]]
+    return all(isinstance(layer, PackedLayer) and codes.takes_codes(layer) for layer in layers)
+
+
+def encoded(attn: Attention, x: Tensor, context: Tensor | None) -> list[Tensor]:
+    """Codes of `x [B, N, C]` for queries, and of it or of `context [B, M, E]` for keys, values."""
+    source = x if context is None else context
+    query, key, value = projections(attn)
+    pairs = ((query, x), (key, source), (value, source))
+    return [codes.encode(layer, tokens)[0] for layer, tokens in pairs]
+
+
+def _normed_image(attn: Attention, image: Tensor) -> list[Tensor]:
+    """Codes `[B, H * W, C]` of the normed `image [B, C, H, W]`, for queries, keys and values."""
+    norm, channels = attn.group_norm, image.shape[1]
+    outputs = [Output(0, channels, codes.grid_of(layer), (0, 0)) for layer in projections(attn)]
+    found = fused.group_norm_encode(
+        (image,), None, norm.num_groups, norm.weight, norm.bias, norm.eps, "none", outputs
+    )
+    return [code.permute(0, 2, 3, 1).flatten(1, 2) for code in found]
+
+
+def attend(
+    attn: Attention, inputs: Sequence[Tensor], mask: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Attention and its output projection, float32 `[B, N, C]`.
+
+    `inputs`: codes for queries `[B, N, C]`, keys and values `[B, M, E]`. `mask`: as diffusers
+    passes it. `dtype`: of the model. Where the CPU multiplies bfloat16 natively and there is much
+    to multiply, the products are computed in it: their result is rounded to fewer bits right after.
+    """
+    if inputs[0].shape[1] * inputs[1].shape[1] >= MANY_SCORES and multiplies_bfloat16():
+        dtype = torch.bfloat16
+    query, key, value = (
+        codes.run(layer, [code], dtype=dtype).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        for layer, code in zip(projections(attn), inputs, strict=True)
+    )
+    if mask is not None:
+        batch, length = key.shape[0], key.shape[2]
+        mask = attn.prepare_attention_mask(mask, length, batch)
+        mask = mask.view(batch, attn.heads, -1, mask.shape[-1])
+        mask = mask if mask.dtype == torch.bool else mask.to(dtype)
+    y = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    y = y.transpose(1, 2).flatten(2)
+    return codes.run(attn.to_out[0], codes.encode(attn.to_out[0], y))
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16, AMX)."""
+    return torch.cpu._is_avx512_bf16_supported()

@@ -1,0 +1,107 @@
+"""Decoder stages of diffusers' UNets: what the encoder hands over is not joined by a copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
+from torch import Tensor, nn
+
+from stepquant.runtime.fast.resnet import FastResnetBlock2D
+
+Skips = tuple[Tensor, ...]
+
+
+def joins_in_resnets(stage: Any) -> bool:
+    """Whether the resnets of a decoder stage take what they are to join in parts."""
+    freeu = all(getattr(stage, name, None) for name in ("s1", "s2", "b1", "b2"))
+    checkpointing = torch.is_grad_enabled() and stage.gradient_checkpointing
+    return (
+        not freeu
+        and not checkpointing
+        and not torch.compiler.is_compiling()
+        and all(isinstance(resnet, FastResnetBlock2D) for resnet in stage.resnets)
+    )
+
+
+class FastUpBlock2D(UpBlock2D):
+    """Resnets, then upsampling."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        res_hidden_states_tuple: Skips,
+        temb: Tensor | None = None,
+        upsample_size: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As `UpBlock2D`: `[B, C, H, W]`, and the encoder's images, the last to be used first."""
+        x, skips = hidden_states, res_hidden_states_tuple
+        if not joins_in_resnets(self):
+            return super().forward(x, skips, temb, upsample_size, *args, **kwargs)
+        for resnet, skip in zip(self.resnets, reversed(skips), strict=False):
+            x = resnet.joined((x, skip), temb)
+        return _upsampled(self.upsamplers, x, upsample_size)
+
+
+class FastAttnUpBlock2D(AttnUpBlock2D):
+    """Resnets and self-attentions in turns, then upsampling."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        res_hidden_states_tuple: Skips,
+        temb: Tensor | None = None,
+        upsample_size: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As `AttnUpBlock2D`; see `FastUpBlock2D`."""
+        x, skips = hidden_states, res_hidden_states_tuple
+        if not joins_in_resnets(self) or self.upsample_type == "resnet":
+            return super().forward(x, skips, temb, upsample_size, *args, **kwargs)
+        for resnet, attention, skip in zip(
+            self.resnets, self.attentions, reversed(skips), strict=False
+        ):
+            x = attention(resnet.joined((x, skip), temb))
+        return _upsampled(self.upsamplers, x)
+
+
+class FastCrossAttnUpBlock2D(CrossAttnUpBlock2D):
+    """Resnets and transformers in turns, then upsampling."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        res_hidden_states_tuple: Skips,
+        temb: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        upsample_size: int | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """As `CrossAttnUpBlock2D`; see `FastUpBlock2D`."""
+        x, skips = hidden_states, res_hidden_states_tuple
+        conditions = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "attention_mask": attention_mask,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
+        if not joins_in_resnets(self):
+            return super().forward(x, skips, temb, upsample_size=upsample_size, **conditions)
+        for resnet, attention, skip in zip(
+            self.resnets, self.attentions, reversed(skips), strict=False
+        ):
+            x = resnet.joined((x, skip), temb)
+            x = attention(x, return_dict=False, **conditions)[0]
+        return _upsampled(self.upsamplers, x, upsample_size)
+
+
+def _upsampled(upsamplers: nn.ModuleList | None, x: Tensor, *size: int | None) -> Tensor:
+    for upsampler in upsamplers or ():
+        x = upsampler(x, *size)
+    return x

@@ -1,0 +1,78 @@
+"""The resnet of diffusers' UNets, on codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from stepquant.runtime import codes, fused
+from stepquant.runtime.packed import PackedConv2d, PackedLayer
+
+
+class FastResnetBlock2D(ResnetBlock2D):
+    """Norm, SiLU and rounding in one pass; the time embedding joins the second one's.
+
+    The residual is added in the last conv's kernel where a shortcut conv made it.
+    """
+
+    def forward(
+        self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As `ResnetBlock2D`: `input_tensor [B, C_in, H, W]`, `temb [B, E]`: `[B, C_out, H, W]`."""
+        if not self._runs_on_codes(input_tensor):
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        return self._of_parts((input_tensor,), temb)
+
+    def joined(self, parts: Sequence[Tensor], temb: Tensor | None) -> Tensor:
+        """What calling the block with `parts [B, C_i, H, W]`, joined over channels, gives."""
+        if codes.untouched(self) and self._runs_on_codes(parts[0]):
+            return self._of_parts(parts, temb)
+        return self(torch.cat(list(parts), dim=1), temb)
+
+    def _of_parts(self, parts: Sequence[Tensor], temb: Tensor | None) -> Tensor:
+        y = codes.run(self.conv1, _normed(self.norm1, parts, None, self.conv1))
+        added = None
+        if self.time_emb_proj is not None and temb is not None:
+            activation = "none" if self.skip_time_act else "silu"
+            added = codes.run(
+                self.time_emb_proj, codes.encode(self.time_emb_proj, temb, activation)
+            )
+        inner = _normed(self.norm2, (y,), added, self.conv2)
+        if self.conv_shortcut is not None:
+            shortcut = codes.run(self.conv_shortcut, codes.encode_parts(self.conv_shortcut, parts))
+            y = codes.run(self.conv2, inner, accumulate=shortcut)
+        else:
+            y = codes.run(self.conv2, inner)
+            y = y.add_(parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1))
+        if self.output_scale_factor != 1.0:
+            y = y.div_(self.output_scale_factor)
+        return y.to(parts[0].dtype)
+
+    def _runs_on_codes(self, x: Tensor) -> bool:
+        if x.device.type != "cpu" or x.dtype not in codes.FLOATS:
+            return False
+        if self.time_embedding_norm != "default" or not isinstance(self.nonlinearity, nn.SiLU):
+            return False
+        if self.upsample is not None or self.downsample is not None or self.training:
+            return False
+        if not (codes.untouched(self.norm1) and codes.untouched(self.norm2)):
+            return False
+        layers = [self.conv1, self.conv2, self.conv_shortcut, self.time_emb_proj]
+        return all(
+            isinstance(layer, PackedLayer) and codes.takes_codes(layer)
+            for layer in layers
+            if layer is not None
+        )
+
+
+def _normed(
+    norm: nn.GroupNorm, parts: Sequence[Tensor], added: Tensor | None, conv: PackedConv2d
+) -> list[Tensor]:
+    """The codes for `conv` of `silu(norm(parts + added))`."""
+    return fused.group_norm_encode(
+        parts, added, norm.num_groups, norm.weight, norm.bias, norm.eps, "silu", codes.outputs(conv)
+    )

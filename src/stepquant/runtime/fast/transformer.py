@@ -1,0 +1,146 @@
+"""The transformer block of diffusers' UNets, DiT and PixArt, on codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.activations import GEGLU, GELU
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.normalization import AdaLayerNormZero
+from torch import Tensor, nn
+
+from stepquant.runtime import codes, fused
+from stepquant.runtime.fast.attention import (
+    FastAttnProcessor,
+    attend,
+    attends_on_codes,
+    encoded,
+    projections,
+)
+from stepquant.runtime.packed import PackedLayer
+
+NORM_TYPES = ("layer_norm", "ada_norm_zero", "ada_norm_single")
+Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale and gate, each [B, C]
+
+
+class FastBasicTransformerBlock(BasicTransformerBlock):
+    """Norm, modulation and rounding in one pass; activation and rounding in another."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """As `BasicTransformerBlock`: `hidden_states [B, N, C]`, and so the result."""
+        x, context = hidden_states, encoder_hidden_states
+        if cross_attention_kwargs or not self._runs_on_codes(x, context):
+            return super().forward(
+                x, attention_mask, context, encoder_attention_mask, timestep,
+                cross_attention_kwargs, class_labels, added_cond_kwargs,
+            )  # fmt: skip
+        first, second = self._modulations(x, timestep, class_labels)
+        norm = self.norm1.norm if isinstance(self.norm1, AdaLayerNormZero) else self.norm1
+        inputs = _normed(norm, x, first, projections(self.attn1))
+        y = attend(self.attn1, inputs, attention_mask, x.dtype)
+        x = _gated_sum(x, y, first)
+        if self.attn2 is not None:
+            if self.norm_type == "ada_norm_single":  # PixArt has no norm here
+                inputs = encoded(self.attn2, x, context)
+            elif context is None:
+                inputs = _normed(self.norm2, x, None, projections(self.attn2))
+            else:
+                inputs = [
+                    *_normed(self.norm2, x, None, [self.attn2.to_q]),
+                    *encoded(self.attn2, x[:, :0], context)[1:],
+                ]
+            x = _gated_sum(x, attend(self.attn2, inputs, encoder_attention_mask, x.dtype), None)
+        norm = self.norm2 if self.norm_type == "ada_norm_single" else self.norm3
+        widen, _, narrow = self.ff.net[:3]
+        y = codes.run(widen.proj, _normed(norm, x, second, [widen.proj])).to(x.dtype)
+        grid = codes.grid_of(narrow)
+        if isinstance(widen, GEGLU):
+            inner = fused.gated_encode(y, "gelu", grid)
+        else:
+            activation = "gelu_tanh" if widen.approximate == "tanh" else "gelu"
+            inner = fused.encode(y, activation, grid)
+        return _gated_sum(x, codes.run(narrow, [inner]), second)
+
+    def _modulations(
+        self, x: Tensor, timestep: Tensor | None, class_labels: Tensor | None
+    ) -> tuple[Modulation | None, Modulation | None]:
+        """Those of attention and of the feed-forward layers; None without modulation."""
+        if self.norm_type == "ada_norm_zero":
+            norm = self.norm1
+            embedding = norm.emb(timestep, class_labels, hidden_dtype=x.dtype)
+            values = norm.linear(norm.silu(embedding)).unflatten(1, (6, -1))
+        elif self.norm_type == "ada_norm_single":
+            assert timestep is not None
+            values = self.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)
+        else:
+            return None, None
+        shift, scale, gate, later_shift, later_scale, later_gate = values.unbind(1)
+        return (shift, scale, gate), (later_shift, later_scale, later_gate)
+
+    def _runs_on_codes(self, x: Tensor, context: Tensor | None) -> bool:
+        plain = (
+            self.norm_type in NORM_TYPES
+            and self.pos_embed is None
+            and self._chunk_size is None
+            and not self.only_cross_attention
+            and x.dim() == 3
+            and not self.training
+        )
+        if not plain or not _feeds_on_codes(self.ff):
+            return False
+        norms = [self.norm1, self.norm2, getattr(self, "norm3", None)]
+        if isinstance(self.norm1, AdaLayerNormZero):
+            if self.norm1.emb is None:
+                return False
+            norms.append(self.norm1.norm)
+        if not all(norm is None or codes.untouched(norm) for norm in norms):
+            return False
+        sites = [(self.attn1, None), (self.attn2, context)]
+        return all(
+            codes.untouched(site)
+            and type(site.processor) is FastAttnProcessor
+            and site.group_norm is None
+            and not site.residual_connection
+            and site.rescale_output_factor == 1.0
+            and attends_on_codes(site, x, source)
+            for site, source in sites
+            if site is not None
+        )
+
+
+def _feeds_on_codes(feed: FeedForward) -> bool:
+    """Whether `feed` is two packed layers that take codes, with GELU or GEGLU between them."""
+    widen, narrow = feed.net[0], feed.net[2]
+    if type(widen) not in (GELU, GEGLU):
+        return False
+    modules = (feed, widen, narrow)
+    return all(codes.untouched(module) for module in modules) and all(
+        isinstance(layer, PackedLayer) and codes.takes_codes(layer)
+        for layer in (widen.proj, narrow)
+    )
+
+
+def _normed(
+    norm: nn.LayerNorm, x: Tensor, modulation: Modulation | None, layers: list[PackedLayer]
+) -> list[Tensor]:
+    """Codes for each of `layers` of the normed and modulated `x [B, N, C]`."""
+    shift, scale = (None, None) if modulation is None else modulation[:2]
+    grids = [codes.grid_of(layer) for layer in layers]
+    return fused.layer_norm_encode(x, norm.weight, norm.bias, norm.eps, scale, shift, grids)
+
+
+def _gated_sum(x: Tensor, y: Tensor, modulation: Modulation | None) -> Tensor:
+    """`x + gate * y` in the dtype of `x`; float32 `y [B, N, C]` is overwritten."""
+    if modulation is not None:
+        y = y.mul_(modulation[2].unsqueeze(1))
+    return y.add_(x).to(x.dtype)

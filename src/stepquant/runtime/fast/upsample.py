@@ -1,0 +1,48 @@
+"""Upsampling of diffusers' UNets, on codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor
+from torch.nn import functional
+
+from stepquant.runtime import codes, fused
+from stepquant.runtime.kernels import cpu
+from stepquant.runtime.packed import PackedConv2d
+
+
+class FastUpsample2D(Upsample2D):
+    """Rounds before it repeats pixels: the nearest pixel's code is the code of the nearest pixel."""
+
+    def forward(
+        self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As `Upsample2D`: `[B, C, H, W]`, twice as high and wide or `output_size`."""
+        x = hidden_states
+        if not self._runs_on_codes(x):
+            return super().forward(x, output_size, *args, **kwargs)
+        grid = codes.grid_of(self.conv)
+        code = fused.encode(x, "none", grid)
+        if output_size is None:
+            code = functional.interpolate(code, scale_factor=2.0, mode="nearest")
+        else:
+            code = functional.interpolate(code, size=output_size, mode="nearest")
+        zero_point = grid.zero_point[:1]
+        if grid.row is not None:
+            zero_point = grid.zero_point.index_select(0, grid.row)
+        padded = cpu.pad(code, zero_point, self.conv.spec.padding)
+        return codes.run(self.conv, [padded]).to(x.dtype)
+
+    def _runs_on_codes(self, x: Tensor) -> bool:
+        return (
+            x.device.type == "cpu"
+            and x.dtype in codes.FLOATS
+            and self.name == "conv"
+            and self.norm is None
+            and self.interpolate
+            and isinstance(self.conv, PackedConv2d)
+            and len(self.conv.splits) == 1
+            and codes.takes_codes(self.conv)
+        )

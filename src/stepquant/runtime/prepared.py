@@ -1,0 +1,45 @@
+"""A packed layer's weight as a kernel wants it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor
+
+from stepquant.runtime.grids import Grid
+from stepquant.runtime.spec import LayerSpec
+
+
+@dataclass(frozen=True)
+class CallConstants:
+    """What a kernel call needs beside codes and weight, where it is the same at every step.
+
+    `scale`, `zero_point`: of the activation grid. `bias`: float32 `[C_out]`; a conv's holds the
+    share of the zero point, see `kernels.cpu`.
+    """
+
+    scale: float
+    zero_point: int
+    bias: Tensor
+
+
+@dataclass
+class PreparedPart:
+    """One input part of a layer: its kernel, with the weight in that kernel's layout.
+
+    `reasons`: why faster kernels do not take it. `state`: what the kernel's `prepare` gave. `grid`:
+    the activation grid, at row 0. `start`: the part's first in-channel. `inverse_channel_scale`:
+    one over `act_channel_scale`, in a shape that broadcasts over the part's input, or None.
+    `constants`: filled by `runtime.codes`.
+    """
+
+    spec: LayerSpec
+    kernel_name: str
+    kernel: ModuleType
+    reasons: list[str]
+    state: tuple[Tensor, ...]
+    grid: Grid
+    start: int
+    inverse_channel_scale: Tensor | None
+    constants: CallConstants | None = None
