@@ -214,10 +214,11 @@ def _numbers(grid: Grid) -> tuple[int, int, int, int, int]:
         (scale.dtype is torch.float32 and zero_point.dtype is torch.uint8)
         and (scale.is_contiguous() and zero_point.is_contiguous() and scale.is_cpu)
         and (row is None or (row.dtype is torch.int64 and row.is_cpu))
+        and scale.numel() == zero_point.numel()
     ):
         raise StepQuantError(
-            "a grid is not as the native kernels read it: expected float32 scales, uint8 zero "
-            f"points, both contiguous, and an int64 row on the CPU, found {grid}"
+            "a grid is not as the native kernels read it: expected float32 scales, as many uint8 "
+            f"zero points, both contiguous, and an int64 row on the CPU, found {grid}"
         )
     at = 0 if row is None else row.data_ptr()
     return scale.data_ptr(), zero_point.data_ptr(), at, scale.numel(), largest
