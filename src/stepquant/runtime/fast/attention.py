@@ -15,7 +15,7 @@ from stepquant.runtime import codes, fused
 from stepquant.runtime.fused import Output
 from stepquant.runtime.packed import PackedLayer
 
-MANY_SCORES = 64 * 64  # of a head; fewer are quicker in float32
+MANY_SCORES = 128 * 128  # of a head; fewer are quicker in float32
 
 
 class FastAttnProcessor(AttnProcessor2_0):

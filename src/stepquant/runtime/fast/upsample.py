@@ -14,7 +14,7 @@ from stepquant.runtime.packed import PackedConv2d
 
 
 class FastUpsample2D(Upsample2D):
-    """Rounds before it repeats pixels: the nearest pixel's code is the code of the nearest pixel."""
+    """Rounds before it repeats pixels: equal values have equal codes."""
 
     def forward(
         self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any
