@@ -83,6 +83,7 @@ def timing_record(cell: Cell, models: Path, small: bool) -> dict[str, Any]:
             "first_call_seconds": round(time.perf_counter() - loaded, 3),
             "relative_error": relative_error(y, reference),
             "finite": bool(torch.isfinite(y).all()),
+            "layers": loader.layers(ENGINES[name]),
         }
     if EAGER not in calls:
         raise SystemExit(f"{cell.name}: {EAGER} failed, and all others are compared with it")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from speed_files import IR, load_denoiser
 from speed_models import Inputs, call
 from stepquant.errors import StepQuantError
+from stepquant.runtime.packed import PackedLayer
 
 Call = Callable[[], Tensor]
 
@@ -103,6 +104,19 @@ class Loader:
                 return call(module, inputs)
 
         return run
+
+    def layers(self, engine: Engine) -> dict[str, int]:
+        """How many layer inputs run on which kernel, and how many layers are float; torch only."""
+        counts: dict[str, int] = {}
+        module = self._modules.get(engine.files)
+        for layer in module.modules() if module is not None else ():
+            if isinstance(layer, PackedLayer):
+                names = layer.kernel_names()
+            else:
+                names = ["float"] if isinstance(layer, nn.Linear | nn.Conv2d) else []
+            for name in names:
+                counts[name] = counts.get(name, 0) + 1
+        return counts
 
     def _openvino(self, engine: Engine) -> Call:
         import openvino as ov

@@ -108,7 +108,7 @@ def run_child(arguments: list[str], what: str, reporter: Reporter) -> bool:
     """This script once more, for one piece; whether it ended well."""
     done = subprocess.run([sys.executable, __file__, *arguments])
     if done.returncode:
-        reporter.line(f"{what} ended with code {done.returncode}: its cells are missing")
+        reporter.line(f"{what}: failed with code {done.returncode}, see above")
     return done.returncode == 0
 
 
@@ -119,20 +119,20 @@ def run_grid(cells: list[Cell], args: argparse.Namespace, arguments: list[str]) 
     for number, cell in enumerate(todo, 1):
         models = args.cells / "models" / cell.subject.label
         chosen = ["--child-model", cell.subject.model]
-        ready = True
-        # An engine whose file cannot be made is an error in its row, but nothing goes without this.
-        for file in needed({ENGINES[name].files for name in cell.engines}):
-            if is_made(cell.subject, models, file):
-                continue
-            reporter.line(f"{cell.subject.label}: making {file}")
-            made = run_child(
-                [*arguments, *chosen, "--child", "make", "--file", file],
-                f"making {file} of {cell.subject.label}",
-                reporter,
-            )
+        missing = [
+            file
+            for file in needed({ENGINES[name].files for name in cell.engines})
+            if not is_made(cell.subject, models, file)
+        ]
+        # Toy models in one process, which mostly imports; large ones each with memory of its own.
+        for files in [missing] if args.small and missing else [[file] for file in missing]:
+            what = f"{', '.join(files)} of {cell.subject.label}"
+            reporter.line(f"making {what}")
+            more = [word for file in files for word in ("--file", file)]
+            made = run_child([*arguments, *chosen, "--child", "make", *more], what, reporter)
             fine &= made
-            ready &= made or file != "float32"
-        if not ready:
+        # An engine whose file cannot be made is an error in its row, but nothing goes without this.
+        if not is_made(cell.subject, models, "float32"):
             continue
         reporter.line(f"[{number}/{len(todo)}] {cell.name}")
         more = ["--child", cell.kind, "--child-batch", str(cell.batch)]
@@ -148,7 +148,8 @@ def child(args: argparse.Namespace) -> None:
     subject = Subject(args.child_model, args.small, args.layers, args.tables, args.seed)
     models = args.cells / "models" / subject.label
     if args.child == "make":
-        make(subject, models, args.file)
+        for file in args.file:
+            make(subject, models, file)
         return
     # Not at the top: footprints are told from what is loaded already.
     from cpu_cells import footprint_record, timing_record
@@ -213,7 +214,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--child-model", help=argparse.SUPPRESS)
     parser.add_argument("--child-batch", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--child-engine", action="append", help=argparse.SUPPRESS)
-    parser.add_argument("--file", help=argparse.SUPPRESS)
+    parser.add_argument("--file", action="append", help=argparse.SUPPRESS)
     args = parser.parse_args()
     for name in ("layers", "repeats", "threads", *(["batch"] if args.batch else [])):
         value = getattr(args, name)
