@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +35,7 @@ def surroundings(cell: Cell) -> dict[str, Any]:
     transformer = MODELS[cell.subject.model].transformer
     return {
         "machine": found,
+        "load_average": os.getloadavg()[0],  # work beside this slows torch's threads most
         "nncf_model_type": "TRANSFORMER" if transformer else None,
         "what": MODELS[cell.subject.model].what,
     }
