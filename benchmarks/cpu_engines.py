@@ -1,0 +1,154 @@
+"""The ways to run a denoiser on the CPU that `cpu_runtime.py` compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speed_files import IR, load_denoiser
+from speed_models import Inputs, call
+from stepquant.errors import StepQuantError
+from stepquant.runtime.packed import PackedLayer
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way: the files it loads (`speed_files.FILES`) and how it runs them.
+
+    `compiler`: the backend of `torch.compile`, None for eager torch. `precision`: OpenVINO's
+    INFERENCE_PRECISION_HINT, None for torch.
+    """
+
+    name: str
+    files: str
+    compiler: str | None = None
+    precision: str | None = None
+
+    @property
+    def compiles(self) -> bool:
+        """Whether `torch.compile` is part of it, whose first call may take minutes."""
+        return self.compiler is not None
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine("float32", "float32"),
+        Engine("float32 compiled", "float32", "inductor"),
+        Engine("bf16", "bf16"),
+        Engine("bf16 compiled", "bf16", "inductor"),
+        Engine("stepquant w8a8", "w8a8"),
+        Engine("stepquant w8a8 compiled", "w8a8", "inductor"),
+        Engine("stepquant w8a8 fused", "w8a8", "stepquant"),
+        Engine("stepquant w4a4", "w4a4"),
+        Engine("stepquant w4a4 compiled", "w4a4", "inductor"),
+        Engine("stepquant w4a4 fused", "w4a4", "stepquant"),
+        Engine("openvino float32", "openvino", precision="f32"),
+        Engine("openvino bf16", "openvino", precision="bf16"),
+        Engine("openvino nncf int8", "nncf-int8", precision="f32"),
+        Engine("openvino nncf int8 bf16", "nncf-int8", precision="bf16"),
+    )
+}
+EAGER = "float32"  # what all are compared with
+NNCF = ("openvino nncf int8", "openvino nncf int8 bf16")
+
+
+def one_sentence(error: BaseException) -> str:
+    """The first line of an error, with its class where that says more."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, StepQuantError) and lines:
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+class Loader:
+    """Makes calls of engines on one input; torch modules are loaded once for all that run them."""
+
+    def __init__(self, models: Path, inputs: Inputs) -> None:
+        self.models, self.inputs = models, inputs
+        self._modules: dict[str, nn.Module] = {}
+        # Each module that is compiled is one more version of the same forward.
+        torch._dynamo.config.recompile_limit = 64
+
+    def load(self, engine: Engine) -> Call:
+        """A call without arguments that gives the prediction `[B, C, H, W]`."""
+        if not (self.models / engine.files).is_dir():
+            raise StepQuantError(
+                f"there is no folder '{self.models / engine.files}': expected what the engine "
+                f"'{engine.name}' loads; making it has failed"
+            )
+        if engine.precision is not None:
+            return self._openvino(engine)
+        if engine.files not in self._modules:
+            self._modules[engine.files] = load_denoiser(self.models / engine.files)
+        module: Any = self._modules[engine.files]
+        dtype = torch.bfloat16 if engine.files == "bf16" else torch.float32
+        inputs = self.inputs.to(dtype)
+        if engine.compiler is not None:
+            if engine.compiler not in torch.compiler.list_backends(exclude_tags=()):
+                raise StepQuantError(
+                    f"torch.compile has no backend '{engine.compiler}': expected a stepquant that "
+                    "brings it; leave the engine out or update"
+                )
+            module = torch.compile(module, backend=engine.compiler, dynamic=False)
+
+        def run() -> Tensor:
+            with torch.no_grad():
+                return call(module, inputs)
+
+        return run
+
+    def layers(self, engine: Engine) -> dict[str, int]:
+        """How many layer inputs run on which kernel, and how many layers are float; torch only."""
+        counts: dict[str, int] = {}
+        module = self._modules.get(engine.files)
+        for layer in module.modules() if module is not None else ():
+            if isinstance(layer, PackedLayer):
+                names = layer.kernel_names()
+            else:
+                names = ["float"] if isinstance(layer, nn.Linear | nn.Conv2d) else []
+            for name in names:
+                counts[name] = counts.get(name, 0) + 1
+        return counts
+
+    def _openvino(self, engine: Engine) -> Call:
+        import openvino as ov
+
+        core = ov.Core()
+        model = core.read_model(self.models / engine.files / IR)
+        tensors = self.inputs.tensors()
+        model.reshape({index: list(tensor.shape) for index, tensor in enumerate(tensors)})
+        compiled = core.compile_model(
+            model,
+            "CPU",
+            {
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": engine.precision,
+            },
+        )
+        request = compiled.create_infer_request()
+        for index, tensor in enumerate(tensors):
+            request.set_input_tensor(index, ov.Tensor(tensor.numpy().copy()))
+        output = request.get_output_tensor(0)
+
+        def run() -> Tensor:
+            request.infer()
+            return torch.from_numpy(output.data)
+
+        return run
+
+
+def import_for(engine: Engine) -> None:
+    """Load the libraries that `engine` runs on, so that its own memory can be told from theirs."""
+    if engine.precision is not None:
+        import openvino
+
+        openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin
