@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cells import machine
 from cpu_engines import EAGER, ENGINES, NNCF, Call, Loader, import_for, one_sentence
-from integer_peak import RestingClock, count_macs, integer_peak
+from integer_peak import count_macs, integer_peak
 from speed_files import load_denoiser, read_config
 from speed_models import MODELS, Inputs, call, random_inputs
 from stepquant.evaluate import measure_latency, peak_memory_mb
@@ -90,9 +90,7 @@ def timing_record(cell: Cell, models: Path, small: bool) -> dict[str, Any]:
     if EAGER not in calls:
         raise SystemExit(f"{cell.name}: {EAGER} failed, and all others are compared with it")
     settings = cell.settings
-    timings = measure_latency(
-        calls, settings["repeats"], settings["warmup"], RestingClock(settings["rest_ms"])
-    )
+    timings = measure_latency(calls, settings["repeats"], settings["warmup"], settings["leads"])
     peaks.append(integer_peak(small))
     peak = {name: max(found[name] for found in peaks) for name in peaks[0]}
     total = sum(macs.values())

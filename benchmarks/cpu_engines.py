@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from speed_files import IR, load_denoiser
 from speed_models import Inputs, call
+from stepquant.bench import set_backend
 from stepquant.errors import StepQuantError
 from stepquant.runtime.packed import PackedLayer
 
@@ -23,13 +24,15 @@ class Engine:
     """One way: the files it loads (`speed_files.FILES`) and how it runs them.
 
     `compiler`: the backend of `torch.compile`, None for eager torch. `precision`: OpenVINO's
-    INFERENCE_PRECISION_HINT, None for torch.
+    INFERENCE_PRECISION_HINT, None for torch. `backend`: of packed layers; other than "auto" they
+    run one by one, without what blocks do for them.
     """
 
     name: str
     files: str
     compiler: str | None = None
     precision: str | None = None
+    backend: str = "auto"
 
     @property
     def compiles(self) -> bool:
@@ -46,10 +49,10 @@ ENGINES = {
         Engine("bf16 compiled", "bf16", "inductor"),
         Engine("stepquant w8a8", "w8a8"),
         Engine("stepquant w8a8 compiled", "w8a8", "inductor"),
-        Engine("stepquant w8a8 fused", "w8a8", "stepquant"),
+        Engine("stepquant w8a8 by layer", "w8a8", backend="onednn"),
         Engine("stepquant w4a4", "w4a4"),
         Engine("stepquant w4a4 compiled", "w4a4", "inductor"),
-        Engine("stepquant w4a4 fused", "w4a4", "stepquant"),
+        Engine("stepquant w4a4 by layer", "w4a4", backend="onednn"),
         Engine("openvino float32", "openvino", precision="f32"),
         Engine("openvino bf16", "openvino", precision="bf16"),
         Engine("openvino nncf int8", "nncf-int8", precision="f32"),
@@ -73,7 +76,7 @@ class Loader:
 
     def __init__(self, models: Path, inputs: Inputs) -> None:
         self.models, self.inputs = models, inputs
-        self._modules: dict[str, nn.Module] = {}
+        self._modules: dict[tuple[str, str], nn.Module] = {}
         # Each module that is compiled is one more version of the same forward.
         torch._dynamo.config.recompile_limit = 64
 
@@ -86,17 +89,14 @@ class Loader:
             )
         if engine.precision is not None:
             return self._openvino(engine)
-        if engine.files not in self._modules:
-            self._modules[engine.files] = load_denoiser(self.models / engine.files)
-        module: Any = self._modules[engine.files]
+        key = (engine.files, engine.backend)
+        if key not in self._modules:
+            self._modules[key] = load_denoiser(self.models / engine.files)
+            set_backend(self._modules[key], engine.backend)
+        module: Any = self._modules[key]
         dtype = torch.bfloat16 if engine.files == "bf16" else torch.float32
         inputs = self.inputs.to(dtype)
         if engine.compiler is not None:
-            if engine.compiler not in torch.compiler.list_backends(exclude_tags=()):
-                raise StepQuantError(
-                    f"torch.compile has no backend '{engine.compiler}': expected a stepquant that "
-                    "brings it; leave the engine out or update"
-                )
             module = torch.compile(module, backend=engine.compiler, dynamic=False)
 
         def run() -> Tensor:
@@ -108,7 +108,7 @@ class Loader:
     def layers(self, engine: Engine) -> dict[str, int]:
         """How many layer inputs run on which kernel, and how many layers are float; torch only."""
         counts: dict[str, int] = {}
-        module = self._modules.get(engine.files)
+        module = self._modules.get((engine.files, engine.backend))
         for layer in module.modules() if module is not None else ():
             if isinstance(layer, PackedLayer):
                 names = layer.kernel_names()

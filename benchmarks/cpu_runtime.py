@@ -96,7 +96,7 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
         settings = {
             "repeats": args.repeats,
             "warmup": args.warmup,
-            "rest_ms": args.rest_ms,
+            "leads": args.leads,
             "threads": args.threads,
         }
         for batch in args.batch or MODELS[model].batches:
@@ -204,7 +204,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--footprint", action="store_true", help="memory and load time instead")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--rest-ms", type=float, default=20.0, help="before each timed call")
+    parser.add_argument("--leads", type=int, default=2, help="calls right before a timed one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="toy sizes, to try the script")

@@ -63,6 +63,14 @@ def test_warmup_is_run_and_not_timed():
     assert timing == Timing(*[pytest.approx(1)] * 3, runs=3)
 
 
+def test_calls_that_lead_up_to_a_timed_one_are_its_own_and_not_timed():
+    clock, order = Clock(), []
+    work = {"a": clock.takes(9.0, 9.0, 0.001, 9.0, 9.0, 0.001), "b": lambda: order.append("b")}
+    timings = measure_latency(work, repeats=2, warmup=0, leads=2, clock=clock)
+    assert timings["a"] == Timing(*[pytest.approx(1)] * 3, runs=2)
+    assert len(order) == 6
+
+
 def test_rounds_are_interleaved_and_start_in_turn():
     order = []
     work = {name: (lambda name=name: order.append(name)) for name in "abc"}
@@ -103,16 +111,17 @@ def test_what_a_callable_raises_goes_through():
 
 
 @pytest.mark.parametrize(
-    ("callables", "repeats", "warmup", "message"),
+    ("callables", "repeats", "warmup", "leads", "message"),
     [
-        ({}, 1, 0, "no callables to time"),
-        ({"a": int}, 0, 0, "repeats is 0"),
-        ({"a": int}, 1, -1, "warmup -1"),
+        ({}, 1, 0, 0, "no callables to time"),
+        ({"a": int}, 0, 0, 0, "repeats is 0"),
+        ({"a": int}, 1, -1, 0, "warmup -1"),
+        ({"a": int}, 1, 0, -1, "leads -1"),
     ],
 )
-def test_nothing_to_time(callables, repeats, warmup, message):
+def test_nothing_to_time(callables, repeats, warmup, leads, message):
     with pytest.raises(StepQuantError, match=message):
-        measure_latency(callables, repeats, warmup)
+        measure_latency(callables, repeats, warmup, leads)
 
 
 def test_ratios_of_an_unknown_baseline():

@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from architectures import ARCHITECTURES, build
@@ -17,10 +16,7 @@ from stepquant.methods import BiasCorrection, TemporalQuantizer
 from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import named_arguments
 from stepquant.recipe import Recipe
-from stepquant.runtime import codes
 from stepquant.runtime.fast import FAST_CLASSES, use_plain_blocks
-from stepquant.runtime.fast.attention import FastAttnProcessor
-from stepquant.runtime.kernels import cpu
 from stepquant.runtime.packed import PackedLayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -42,6 +42,7 @@ def measure_latency(
     callables: Mapping[str, Callable[[], object]],
     repeats: int = 20,
     warmup: int = 3,
+    leads: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time callables in turns, in one process, and give their medians.
@@ -54,6 +55,8 @@ def measure_latency(
         callables: what to time, by name.
         repeats: timed rounds, one or more.
         warmup: rounds before them that are not timed, zero or more.
+        leads: calls of the same callable right before each timed one, zero or more. A sampler
+            calls its denoiser again and again, and finds its memory in the caches.
         clock: a monotonic clock in seconds, read before and after each timed call.
 
     Returns:
@@ -65,10 +68,10 @@ def measure_latency(
     """
     if not callables:
         raise StepQuantError("there are no callables to time: expected one or more, by name")
-    if repeats < 1 or warmup < 0:
+    if repeats < 1 or warmup < 0 or leads < 0:
         raise StepQuantError(
-            f"repeats is {repeats} and warmup {warmup}: expected repeats of one or more and "
-            "warmup of zero or more"
+            f"repeats is {repeats}, warmup {warmup} and leads {leads}: expected repeats of one or "
+            "more, warmup and leads of zero or more"
         )
     names = list(callables)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -78,6 +81,8 @@ def measure_latency(
             if turn < warmup:
                 callables[name]()
                 continue
+            for _ in range(leads):
+                callables[name]()
             _wait_for_device()
             start = clock()
             callables[name]()

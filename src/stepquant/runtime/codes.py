@@ -22,6 +22,8 @@ from stepquant.runtime.prepared import CallConstants, PreparedPart
 if TYPE_CHECKING:
     from stepquant.runtime.packed import PackedLayer
 
+FEW_ROWS = 8
+LARGEST_FEW = 1 << 21  # weights, which are held once more in rows
 FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -116,6 +118,25 @@ def run(
             y = cpu.run_conv_codes(part.state, code, constants, y, part.spec, dtype)
     assert y is not None
     return y
+
+
+def run_rows(layer: PackedLayer, x: Tensor, activation: str = "none") -> Tensor:
+    """What a linear layer that takes codes gives for `activation(x)`, `x [..., C_in]`: float32.
+
+    A few rows, such as a time embedding, do not pay for a matrix kernel's set-up.
+    """
+    parts = layer.prepared_parts()
+    few = x.numel() <= FEW_ROWS * x.shape[-1] and len(parts) == 1
+    if not few or parts[0].spec.in_channels * parts[0].spec.out_channels > LARGEST_FEW:
+        return run(layer, encode(layer, x, activation))
+    (part,) = parts
+    if part.row_weight is None:
+        part.row_weight = part.state[0].to_dense().t().contiguous()
+    constants = part.constants or _constants(layer, part, 0)
+    grid = grid_in_force(layer, part)
+    return fused.linear_of_few_rows(
+        x, activation, grid, part.row_weight, part.state[1], constants.bias
+    )
 
 
 def _constants(layer: PackedLayer, part: PreparedPart, index: int) -> CallConstants:

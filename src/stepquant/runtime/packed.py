@@ -184,6 +184,8 @@ class PackedLayer(nn.Module):
     def _quantized(self, x: Tensor) -> Tensor:
         self.prepared_parts()
         if x.dtype in codes.FLOATS and codes.takes_codes(self):
+            if self.spec.kind == "linear":
+                return codes.run_rows(self, x).to(x.dtype)
             return codes.run(self, codes.encode(self, x)).to(x.dtype)
         rows = self.context.rows.to(x.device)
         if self.steps == 1:

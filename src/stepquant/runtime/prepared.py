@@ -31,7 +31,8 @@ class PreparedPart:
     `reasons`: why faster kernels do not take it. `state`: what the kernel's `prepare` gave. `grid`:
     the activation grid, at row 0. `start`: the part's first in-channel. `inverse_channel_scale`:
     one over `act_channel_scale`, in a shape that broadcasts over the part's input, or None.
-    `constants`: filled by `runtime.codes`.
+    `constants`: filled by `runtime.codes`, as is `row_weight`, int8 `[C_out, C_in]` of a linear
+    layer that meets few rows.
     """
 
     spec: LayerSpec
@@ -43,3 +44,4 @@ class PreparedPart:
     start: int
     inverse_channel_scale: Tensor | None
     constants: CallConstants | None = None
+    row_weight: Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,12 @@ class FastAttnProcessor(AttnProcessor2_0):
         if attn.rescale_output_factor != 1.0:
             y = y.div_(attn.rescale_output_factor)
         return y.to(x.dtype)
+
+
+# diffusers asks for it at every call, and making it anew takes longer than a small product.
+FastAttnProcessor.__call__.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    FastAttnProcessor.__call__
+)
 
 
 def projections(attn: Attention) -> list[PackedLayer]:

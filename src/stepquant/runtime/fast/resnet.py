@@ -38,9 +38,7 @@ class FastResnetBlock2D(ResnetBlock2D):
         added = None
         if self.time_emb_proj is not None and temb is not None:
             activation = "none" if self.skip_time_act else "silu"
-            added = codes.run(
-                self.time_emb_proj, codes.encode(self.time_emb_proj, temb, activation)
-            )
+            added = codes.run_rows(self.time_emb_proj, temb, activation)
         inner = _normed(self.norm2, (y,), added, self.conv2)
         if self.conv_shortcut is not None:
             shortcut = codes.run(self.conv_shortcut, codes.encode_parts(self.conv_shortcut, parts))

@@ -28,6 +28,9 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     ),
     "gated_encode": (c_void_p, c_int32, c_void_p, c_void_p, c_int32),
     "encode_flat": (c_void_p, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_int32),
+    "linear_of_few_rows": (
+        *(c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32),
+    ),
     "epilogue": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
 }
 

@@ -19,7 +19,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "_kernels.so"
 HEADERS = ("abi.h", "elementwise.h")
-KERNELS = ("images.cpp", "rows.cpp")  # compiled once for each instruction set
+KERNELS = ("few_rows.cpp", "images.cpp", "rows.cpp")  # compiled once for each instruction set
 LEVEL = "level.cpp"
 
 # Names of instruction sets in the order of `best_level`, and the flags that it checks for.

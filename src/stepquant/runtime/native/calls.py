@@ -157,6 +157,35 @@ def gated_encode(library: Library, x: Tensor, gate_activation: str, grid: Grid) 
     return result
 
 
+def linear_of_few_rows(
+    library: Library,
+    x: Tensor,
+    activation: str,
+    grid: Grid,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """See `fused.linear_of_few_rows`."""
+    x = x.contiguous()
+    channels, out_channels = x.shape[-1], weight.shape[0]
+    result = torch.empty((*x.shape[:-1], out_channels))
+    status = library.linear_of_few_rows(
+        _ROWS(x.data_ptr(), x.dtype is torch.bfloat16, 1, x.numel() // channels, channels),
+        _CODES[activation],
+        _GRID(*_numbers(grid)),
+        weight.data_ptr(),
+        weight_scale.data_ptr(),
+        bias.data_ptr(),
+        out_channels,
+        result.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if status:
+        _fail(status)
+    return result
+
+
 def epilogue(
     library: Library,
     grid: Grid,
