@@ -10,12 +10,14 @@ from __future__ import annotations
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from stepquant.runtime.fast.attention import FastAttnProcessor
 from stepquant.runtime.fast.decoder import FastAttnUpBlock2D, FastCrossAttnUpBlock2D, FastUpBlock2D
+from stepquant.runtime.fast.projections import FastTransformer2DModel
 from stepquant.runtime.fast.resnet import FastResnetBlock2D
 from stepquant.runtime.fast.transformer import FastBasicTransformerBlock
 from stepquant.runtime.fast.upsample import FastUpsample2D
@@ -25,6 +27,7 @@ FAST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     BasicTransformerBlock: FastBasicTransformerBlock,
     CrossAttnUpBlock2D: FastCrossAttnUpBlock2D,
     ResnetBlock2D: FastResnetBlock2D,
+    Transformer2DModel: FastTransformer2DModel,
     UpBlock2D: FastUpBlock2D,
     Upsample2D: FastUpsample2D,
 }
