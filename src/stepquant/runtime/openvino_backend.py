@@ -154,7 +154,6 @@ class OpenVinoDenoiser(nn.Module):
 
     @torch.no_grad()
     def _compile(self, arguments: dict[str, Any], tensors: list[Tensor]) -> _Compiled:
-        openvino = openvino_package()
         exported, context = export_denoiser(self.denoiser)
         call = _Call(exported, context, arguments)
         template = call.output(*tensors)  # also finds the constants of these shapes
@@ -163,12 +162,7 @@ class OpenVinoDenoiser(nn.Module):
                 f"{type(self.denoiser).__name__} returned {len(tensors_in(template))} tensors: "
                 "expected the prediction alone for the backend openvino"
             )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tracing: shapes and rows are part of the key
-            model = openvino.convert_model(
-                call, example_input=tuple(tensors), input=[list(t.shape) for t in tensors]
-            )
-        compiled = self.core.compile_model(model, self.target, self._config())
+        compiled = self.core.compile_model(_traced(call, tensors), self.target, self._config())
         LOGGER.info(
             "compiled %s for %s on OpenVINO's %s: %s",
             type(self.denoiser).__name__,
@@ -245,6 +239,31 @@ class _Call(nn.Module):
         return prediction_in(self.output(rows, *tensors), self.exported)
 
 
+def _traced(call: _Call, tensors: list[Tensor]) -> Any:
+    """OpenVINO's model of `call`, for the shapes of `tensors`.
+
+    By its frontend, not by `openvino.convert_model`, which reports each use to its makers.
+    """
+    from openvino import PartialShape
+    from openvino._offline_transformations import apply_moc_transformations
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing: shapes and rows are part of the key
+        decoder = TorchScriptPythonDecoder(
+            call, example_input=tuple(tensors), skip_freeze=True
+        )
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    loaded = frontend.load(decoder)
+    for place, tensor in zip(loaded.get_inputs(), tensors, strict=True):
+        loaded.set_partial_shape(place, PartialShape(list(tensor.shape)))
+    model = frontend.convert(loaded)
+    # Ranges of FakeQuantize become constants, without which nothing runs on integers.
+    apply_moc_transformations(model, cf=False)
+    return model
+
+
 def _leaves(value: Any) -> list[Any]:
     """What is in `value` when dictionaries, lists and tuples are opened."""
     if isinstance(value, dict):
@@ -255,7 +274,7 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def _with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """`value` with the next of `tensors` in the place of each of its own, in `tensors_in`'s order."""
+    """`value` with the next of `tensors` in the place of each of its own, as `tensors_in` goes."""
     if isinstance(value, Tensor):
         return next(tensors)
     return inside(value, lambda entry: _with_tensors(entry, tensors))
