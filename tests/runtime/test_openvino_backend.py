@@ -19,9 +19,11 @@ from stepquant.errors import StepQuantError
 from stepquant.models.adapter import adapter_for
 from stepquant.quantize import quantize
 from stepquant.quantizers import StepContext
+from stepquant.runtime.kernels import cpu
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser, device_of
 from stepquant.runtime.pack import pack_layer, pack_model
 from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.spec import LayerSpec
 from stepquant.sampling import sample_images
 
 
@@ -33,7 +35,13 @@ def installed() -> bool:
     return True
 
 
+def saturates() -> bool:
+    on_cpu, spec = torch.device("cpu"), LayerSpec("linear", 1, 1, 8, 8)
+    return cpu.why_not(spec, on_cpu) is None and cpu.pairs_saturate()
+
+
 needs_openvino = pytest.mark.skipif(not installed(), reason="openvino is not installed")
+needs_vnni = pytest.mark.skipif(saturates(), reason="8 bits are refused without VNNI")
 TIMES = [torch.tensor(0), torch.tensor(40), torch.tensor([40, 0, 10])]
 
 
@@ -78,7 +86,7 @@ def test_a_layer_gives_the_packed_numbers_on_integer_kernels(
 def test_it_compiles_once_for_all_steps_and_again_for_other_shapes(
     simulate: Any, context: StepContext, caplog: Any
 ) -> None:
-    run = OpenVinoDenoiser(around(pack_layer(simulate(seeded("linear"))), context))
+    run = OpenVinoDenoiser(around(pack_layer(simulate(seeded("linear"), 4)), context))
     caplog.set_level(logging.INFO)
     for timestep in (0, 10, torch.tensor(40)):
         run(input_for("linear"), timestep)
@@ -93,7 +101,7 @@ def test_it_compiles_once_for_all_steps_and_again_for_other_shapes(
 @needs_openvino
 @torch.no_grad()
 def test_a_folder_keeps_compiled_models(simulate: Any, context: StepContext, tmp_path: Any) -> None:
-    packed, x = around(pack_layer(simulate(seeded("linear"))), context), input_for("linear")
+    packed, x = around(pack_layer(simulate(seeded("linear"), 4)), context), input_for("linear")
     first = OpenVinoDenoiser(packed, cache=tmp_path)(x, 10)
     kept = sorted(tmp_path.iterdir())
     assert kept
@@ -108,6 +116,7 @@ def packed(tiny_pipeline: Any) -> Any:
 
 
 @needs_openvino
+@needs_vnni
 def test_a_unet_with_a_bypass_and_integer_attention(packed: Any) -> None:
     with torch.no_grad():
         run = OpenVinoDenoiser(packed.unet)
@@ -124,6 +133,7 @@ def test_a_unet_with_a_bypass_and_integer_attention(packed: Any) -> None:
 
 
 @needs_openvino
+@needs_vnni
 def test_a_pipeline_samples_with_it_and_stays_as_it_was(packed: Any) -> None:
     other = with_backend(packed, "openvino")
     assert isinstance(other.unet, OpenVinoDenoiser)
@@ -137,6 +147,7 @@ def test_a_pipeline_samples_with_it_and_stays_as_it_was(packed: Any) -> None:
 
 
 @needs_openvino
+@needs_vnni
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)
 @torch.no_grad()
 def test_every_architecture_runs_with_all_its_arguments(name: str) -> None:
@@ -163,7 +174,7 @@ def test_a_missing_package_says_how_to_install_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(StepQuantError, match=r'run `pip install "stepquant\[openvino\]"`$'):
-        OpenVinoDenoiser(around(pack_layer(simulate(seeded("linear"))), context))
+        OpenVinoDenoiser(around(pack_layer(simulate(seeded("linear"), 4)), context))
 
 
 @needs_openvino
@@ -179,13 +190,13 @@ def test_bad_options_are_refused(
     changes: Any, told: str, simulate: Any, context: StepContext
 ) -> None:
     with pytest.raises(StepQuantError, match=told):
-        OpenVinoDenoiser(around(pack_layer(simulate(seeded("linear"))), context), **changes)
+        OpenVinoDenoiser(around(pack_layer(simulate(seeded("linear"), 4)), context), **changes)
 
 
 @needs_openvino
 def test_bad_calls_are_refused(simulate: Any, context: StepContext) -> None:
     run, x = (
-        OpenVinoDenoiser(around(pack_layer(simulate(seeded("linear"))), context)),
+        OpenVinoDenoiser(around(pack_layer(simulate(seeded("linear"), 4)), context)),
         torch.ones(2, 12),
     )
     with pytest.raises(StepQuantError, match="was called without a timestep"):

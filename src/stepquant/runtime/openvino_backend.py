@@ -251,9 +251,7 @@ def _traced(call: _Call, tensors: list[Tensor]) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: shapes and rows are part of the key
-        decoder = TorchScriptPythonDecoder(
-            call, example_input=tuple(tensors), skip_freeze=True
-        )
+        decoder = TorchScriptPythonDecoder(call, example_input=tuple(tensors), skip_freeze=True)
     frontend = FrontEndManager().load_by_framework("pytorch")
     loaded = frontend.load(decoder)
     for place, tensor in zip(loaded.get_inputs(), tensors, strict=True):
