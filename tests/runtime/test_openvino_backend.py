@@ -205,3 +205,16 @@ def test_bad_calls_are_refused(simulate: Any, context: StepContext) -> None:
         run(x.bfloat16(), 0)
     with pytest.raises(StepQuantError, match="argument 'more' holds a object: expected tensors"):
         run(x, 0, more=object())
+
+
+@needs_openvino
+def test_what_openvino_does_not_know_is_named(simulate: Any, context: StepContext) -> None:
+    class Odd(Denoiser):
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return torch.frexp(self.layer(sample)).mantissa
+
+    odd = Odd(pack_layer(simulate(seeded("linear"), 4)))
+    context.attach(odd)
+    with pytest.raises(StepQuantError, match="OpenVINO does not compile Odd for its CPU") as error:
+        OpenVinoDenoiser(odd)(input_for("linear"), 0)
+    assert "aten::frexp" in str(error.value) and "\n" not in str(error.value)

@@ -23,7 +23,7 @@ from stepquant.models.calling import (
     with_prediction,
 )
 from stepquant.quantizers.step_grid import StepContext, StepGrid
-from stepquant.runtime.openvino_export import check_exportable, export_denoiser
+from stepquant.runtime.openvino_export import DEFAULT, check_exportable, export_denoiser
 from stepquant.runtime.packed import PackedLayer
 
 BACKEND = "openvino"
@@ -96,7 +96,7 @@ class OpenVinoDenoiser(nn.Module):
                 f"OpenVINO has no device '{device}' on this machine: expected one of "
                 f"{', '.join(sorted(kinds))}"
             )
-        check_exportable(denoiser)
+        check_exportable(denoiser, device)
         self.denoiser, self.target, self.precision = denoiser, device, precision
         self.cache = None if cache is None else str(cache)
         self.grid: StepGrid = next(
@@ -154,7 +154,7 @@ class OpenVinoDenoiser(nn.Module):
 
     @torch.no_grad()
     def _compile(self, arguments: dict[str, Any], tensors: list[Tensor]) -> _Compiled:
-        exported, context = export_denoiser(self.denoiser)
+        exported, context = export_denoiser(self.denoiser, self.target)
         call = _Call(exported, context, arguments)
         template = call.output(*tensors)  # also finds the constants of these shapes
         if len(tensors_in(template)) > 1:
@@ -162,7 +162,14 @@ class OpenVinoDenoiser(nn.Module):
                 f"{type(self.denoiser).__name__} returned {len(tensors_in(template))} tensors: "
                 "expected the prediction alone for the backend openvino"
             )
-        compiled = self.core.compile_model(_traced(call, tensors), self.target, self._config())
+        config = self._config()
+        try:
+            compiled = self.core.compile_model(_traced(call, tensors), self.target, config)
+        except Exception as error:  # of many kinds, with pages of text
+            raise StepQuantError(
+                f"OpenVINO does not compile {type(self.denoiser).__name__} for its {self.target} "
+                f"({_reason(error)}): expected operators that it knows; {DEFAULT}"
+            ) from error
         LOGGER.info(
             "compiled %s for %s on OpenVINO's %s: %s",
             type(self.denoiser).__name__,
@@ -260,6 +267,13 @@ def _traced(call: _Call, tensors: list[Tensor]) -> Any:
     # Ranges of FakeQuantize become constants, without which nothing runs on integers.
     apply_moc_transformations(model, cf=False)
     return model
+
+
+def _reason(error: Exception) -> str:
+    """The line of OpenVINO's message that tells most, or the last one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "No conversion rule" in line or "::" in line]
+    return (telling or lines or [type(error).__name__])[-1][:200]
 
 
 def _leaves(value: Any) -> list[Any]:

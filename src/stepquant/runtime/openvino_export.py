@@ -131,12 +131,12 @@ class ExportLayer(nn.Module):
         return values.view(shape)
 
 
-def export_denoiser(denoiser: nn.Module) -> tuple[nn.Module, StepContext]:
+def export_denoiser(denoiser: nn.Module, device: str = "CPU") -> tuple[nn.Module, StepContext]:
     """A copy of a packed `denoiser` that traces, and the context whose `rows` it reads.
 
     The copy takes the rows of a step as they stand in the context: nothing reads its timestep.
     """
-    check_exportable(denoiser)
+    check_exportable(denoiser, device)
     quantized = [m for m in denoiser.modules() if isinstance(m, PackedLayer | PackedAttention)]
     copied = copy_around(denoiser, [m for m in quantized if isinstance(m, PackedLayer)])
     contexts = {m.context for m in copied.modules() if isinstance(m, PackedLayer | PackedAttention)}
@@ -151,8 +151,8 @@ def export_denoiser(denoiser: nn.Module) -> tuple[nn.Module, StepContext]:
     return replace_modules(copied, replacement).eval(), context
 
 
-def check_exportable(denoiser: nn.Module) -> None:
-    """An error that names what OpenVINO cannot run as the packed layers do, and why."""
+def check_exportable(denoiser: nn.Module, device: str = "CPU") -> None:
+    """An error that names what OpenVINO's `device` cannot run as the packed layers do, and why."""
     layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, PackedLayer)}
     if not layers:
         raise StepQuantError(
@@ -184,7 +184,7 @@ def check_exportable(denoiser: nn.Module) -> None:
                 f"computes; leave out the step adaptive_softmax, or {DEFAULT}"
             )
     for name, layer in layers.items():
-        if layer.spec.pair_overflows_int16 and _saturates(layer.spec):
+        if device in ("CPU", "AUTO") and layer.spec.pair_overflows_int16 and _saturates(layer.spec):
             raise StepQuantError(
                 f"the layer '{name}' has w{layer.spec.weight_bits}a{layer.spec.activation_bits} "
                 "and this CPU no VNNI, so that OpenVINO's integer kernels would saturate: expected "
