@@ -100,6 +100,23 @@ def test_it_compiles_once_for_all_steps_and_again_for_other_shapes(
 
 @needs_openvino
 @torch.no_grad()
+def test_precision_is_asked_for_on_every_device(simulate: Any, context: StepContext) -> None:
+    packed, x = around(pack_layer(simulate(seeded("linear"), 4)), context), input_for("linear")
+    assert_agrees(OpenVinoDenoiser(packed, "AUTO")(x, 10), packed(x, 10), 2e-6)
+
+    class Compiled:
+        def get_property(self, name: str) -> Any:
+            import openvino
+
+            names = ["INFERENCE_PRECISION_HINT"]
+            return names if name == "SUPPORTED_PROPERTIES" else openvino.Type.f16
+
+    with pytest.raises(StepQuantError, match="CPU computes in f16 where 'f32' was asked for: exp"):
+        OpenVinoDenoiser(packed)._check_precision(Compiled())
+
+
+@needs_openvino
+@torch.no_grad()
 def test_a_folder_keeps_compiled_models(simulate: Any, context: StepContext, tmp_path: Any) -> None:
     packed, x = around(pack_layer(simulate(seeded("linear"), 4)), context), input_for("linear")
     first = OpenVinoDenoiser(packed, cache=tmp_path)(x, 10)

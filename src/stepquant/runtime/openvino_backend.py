@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,11 +22,17 @@ from stepquant.models.calling import (
     with_prediction,
 )
 from stepquant.quantizers.step_grid import StepContext, StepGrid
-from stepquant.runtime.openvino_export import DEFAULT, check_exportable, export_denoiser
+from stepquant.runtime.openvino_export import (
+    DEFAULT,
+    check_exportable,
+    export_denoiser,
+    traced,
+)
 from stepquant.runtime.packed import PackedLayer
 
 BACKEND = "openvino"
 PRECISIONS = ("f32", "bf16", "f16")
+PRECISION = "INFERENCE_PRECISION_HINT"
 LOGGER = logging.getLogger(__name__)
 
 
@@ -164,12 +169,13 @@ class OpenVinoDenoiser(nn.Module):
             )
         config = self._config()
         try:
-            compiled = self.core.compile_model(_traced(call, tensors), self.target, config)
+            compiled = self.core.compile_model(traced(call, tensors), self.target, config)
         except Exception as error:  # of many kinds, with pages of text
             raise StepQuantError(
                 f"OpenVINO does not compile {type(self.denoiser).__name__} for its {self.target} "
                 f"({_reason(error)}): expected operators that it knows; {DEFAULT}"
             ) from error
+        self._check_precision(compiled)
         LOGGER.info(
             "compiled %s for %s on OpenVINO's %s: %s",
             type(self.denoiser).__name__,
@@ -180,15 +186,9 @@ class OpenVinoDenoiser(nn.Module):
         return _Compiled(compiled, template, self.denoiser)
 
     def _config(self) -> dict[str, Any]:
-        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        # AUTO does not list the second, but hands it on.
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", PRECISION: self.precision}
         known = set(self.core.get_property(self.target, "SUPPORTED_PROPERTIES"))
-        if "INFERENCE_PRECISION_HINT" in known:
-            config["INFERENCE_PRECISION_HINT"] = self.precision
-        elif self.target != "AUTO" and self.precision != "f32":
-            raise StepQuantError(
-                f"OpenVINO's {self.target} has no choice of precision: expected f32, not "
-                f"'{self.precision}'"
-            )
         if "DYNAMIC_QUANTIZATION_GROUP_SIZE" in known:
             config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0  # nothing is rounded that we do not round
         if self.target == "CPU":
@@ -196,6 +196,17 @@ class OpenVinoDenoiser(nn.Module):
         if self.cache is not None:
             config["CACHE_DIR"] = self.cache
         return config
+
+    def _check_precision(self, compiled: Any) -> None:
+        """An error where the device computes in another precision than it was asked for."""
+        if PRECISION not in compiled.get_property("SUPPORTED_PROPERTIES"):
+            return
+        found = compiled.get_property(PRECISION).to_string()
+        if found != self.precision:
+            raise StepQuantError(
+                f"OpenVINO's {self.target} computes in {found} where '{self.precision}' was asked "
+                f"for: expected the same; ask for precision '{found}', which gives other numbers"
+            )
 
     def kernels(self) -> dict[str, int]:
         """Convolutions and matmuls by OpenVINO's kernel, of the model that was compiled last."""
@@ -244,29 +255,6 @@ class _Call(nn.Module):
     def forward(self, rows: Tensor, *tensors: Tensor) -> Tensor:
         """The prediction."""
         return prediction_in(self.output(rows, *tensors), self.exported)
-
-
-def _traced(call: _Call, tensors: list[Tensor]) -> Any:
-    """OpenVINO's model of `call`, for the shapes of `tensors`.
-
-    By its frontend, not by `openvino.convert_model`, which reports each use to its makers.
-    """
-    from openvino import PartialShape
-    from openvino._offline_transformations import apply_moc_transformations
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing: shapes and rows are part of the key
-        decoder = TorchScriptPythonDecoder(call, example_input=tuple(tensors), skip_freeze=True)
-    frontend = FrontEndManager().load_by_framework("pytorch")
-    loaded = frontend.load(decoder)
-    for place, tensor in zip(loaded.get_inputs(), tensors, strict=True):
-        loaded.set_partial_shape(place, PartialShape(list(tensor.shape)))
-    model = frontend.convert(loaded)
-    # Ranges of FakeQuantize become constants, without which nothing runs on integers.
-    apply_moc_transformations(model, cf=False)
-    return model
 
 
 def _reason(error: Exception) -> str:

@@ -13,6 +13,9 @@ The zero point's share `z * sum(w)` is taken off the sum. Zero padding has the c
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -190,6 +193,29 @@ def check_exportable(denoiser: nn.Module, device: str = "CPU") -> None:
                 "and this CPU no VNNI, so that OpenVINO's integer kernels would saturate: expected "
                 f"fewer bits or a CPU with VNNI; {DEFAULT} exactly"
             )
+
+
+def traced(call: nn.Module, tensors: list[Tensor]) -> Any:
+    """OpenVINO's model of `call`, for the shapes of `tensors`.
+
+    By its frontend, not by `openvino.convert_model`, which reports each use to its makers.
+    """
+    from openvino import PartialShape
+    from openvino._offline_transformations import apply_moc_transformations
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing: shapes and rows are part of the key
+        decoder = TorchScriptPythonDecoder(call, example_input=tuple(tensors), skip_freeze=True)
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    loaded = frontend.load(decoder)
+    for place, tensor in zip(loaded.get_inputs(), tensors, strict=True):
+        loaded.set_partial_shape(place, PartialShape(list(tensor.shape)))
+    model = frontend.convert(loaded)
+    # Ranges of FakeQuantize become constants, without which nothing runs on integers.
+    apply_moc_transformations(model, cf=False)
+    return model
 
 
 def _saturates(spec: LayerSpec) -> bool:
