@@ -62,7 +62,8 @@ class OpenVinoDenoiser(nn.Module):
     Compiled for the shapes and other arguments of the first call, and again for others. Codes and
     integer sums are those of the packed layers; what is float between them is OpenVINO's, so that
     results differ by float32's rounding. Every other attribute is that of `denoiser`, which stays
-    as it is; changes to it after the first call are not seen.
+    as it is; changes to it after the first call are not seen. That call is traced: what its Python
+    reads out of a tensor's values stays.
     """
 
     def __init__(
