@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from stepquant.bench import bench, denoiser_call, is_packed, set_backend
+from stepquant.bench import bench, denoiser_call, is_packed, set_backend, with_backend
 from stepquant.errors import StepQuantError
 from stepquant.quantize import quantize
 from stepquant.runtime.packed import PackedLayer
@@ -29,7 +29,15 @@ def record(packed, pipeline):
 
 
 def test_a_record_has_a_row_for_each_model_and_batch(record):
-    assert record.keys() == {"rows", "kernels", "threads", "cpu_capability", "peak_memory_mb"}
+    assert record.keys() == {
+        "rows",
+        "kernels",
+        "openvino",
+        "threads",
+        "cpu_capability",
+        "peak_memory_mb",
+    }
+    assert record["openvino"] is None
     assert [(row["batch"], row["model"]) for row in record["rows"]] == [
         (1, "float32"),
         (1, "quantized"),
@@ -60,6 +68,37 @@ def test_a_backend_can_be_asked_for(tiny_pipeline, packed, pipeline):
     record = bench(packed, pipeline, batch=(1,), repeats=1, backend="reference")
     assert record["kernels"] == {"reference": 58}
     set_backend(packed.unet, "auto")
+
+
+def test_openvino_is_timed_beside_the_packed_layers(packed, pipeline):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    record = bench(packed, pipeline, batch=(1, 2), repeats=1, backend="openvino")
+    names = ["float32", "quantized", "openvino"]
+    assert [row["model"] for row in record["rows"]] == 2 * names
+    found = record["openvino"]
+    assert found["device"] == "CPU" and sum(found["kernels"].values()) >= 58
+    assert [entry["batch"] for entry in found["faster"]] == [1, 2]
+    for entry in found["faster"]:
+        times = {r["model"]: r["median_ms"] for r in record["rows"] if r["batch"] == entry["batch"]}
+        assert times[entry["model"]] == min(times["quantized"], times["openvino"])
+
+
+def test_a_layer_does_not_run_on_openvino_by_itself(packed):
+    with pytest.raises(StepQuantError, match="'openvino' runs a whole denoiser, not its layers"):
+        set_backend(packed.unet, "openvino")
+
+
+def test_a_pipeline_is_given_a_backend(packed, pipeline):
+    assert with_backend(pipeline, "auto") is pipeline
+    assert with_backend(packed, "reference") is packed
+    assert {name for m in layers_of(packed) for name in m.kernel_names()} == {"reference"}
+    set_backend(packed.unet, "auto")
+    with pytest.raises(StepQuantError, match="UNet2DModel has no packed layer: expected a model"):
+        with_backend(pipeline, "onednn")
+
+
+def layers_of(pipeline):
+    return [m for m in pipeline.unet.modules() if isinstance(m, PackedLayer)]
 
 
 def test_backends_agree(packed):

@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepquant.bench import bench
+from stepquant.bench import bench, with_backend
 from stepquant.checkpoint.module import load_module
 from stepquant.checkpoint.weight_only_config import DynamicConfig, WeightOnlyConfig
 from stepquant.conditioning import Conditioning
@@ -22,12 +22,14 @@ from stepquant.pack import pack
 from stepquant.progress import Reporter
 from stepquant.quantize import Quantized, quantize
 from stepquant.recipe import load_recipe, recipe_names
+from stepquant.runtime.openvino_backend import OpenVinoDenoiser
 from stepquant.sampling import AUTO, sample_images
 from stepquant.sources import open_pipeline as load
 
 __all__ = [
     "DenoiserPipeline",
     "DynamicConfig",
+    "OpenVinoDenoiser",
     "Quantized",
     "WeightOnlyConfig",
     "bench",
@@ -62,6 +64,7 @@ def sample(
     labels: int | Sequence[int] | None = None,
     guidance: float | None = None,
     call: Mapping[str, Any] | None = None,
+    backend: str = "auto",
     **more: Any,
 ) -> Tensor:
     """Images of `model` (name, folder, hub id or pipeline), float32 `[num, C, H, W]` in [0, 1].
@@ -69,9 +72,10 @@ def sample(
     Image `i` starts from the noise of seed `seed + i` and is of prompt, or class label, number `i`,
     over and over again; see `stepquant.sampling.sample_images`. `guidance`: scale of
     classifier-free guidance, else the pipeline's. `call`, and any other argument by name, goes to
-    the pipeline.
+    the pipeline. `backend`: what a packed model runs on, see `stepquant.bench.with_backend`.
     """
     conditioning = Conditioning.of(prompts, labels, guidance, {**(call or {}), **more})
+    pipeline = with_backend(load(model), backend)
     return sample_images(
-        load(model), num, steps, seed, scheduler, batch, reporter, conditioning=conditioning
+        pipeline, num, steps, seed, scheduler, batch, reporter, conditioning=conditioning
     )

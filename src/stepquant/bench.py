@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,46 @@ from stepquant.evaluate import measure_latency, peak_memory_mb
 from stepquant.models.adapter import DenoiserAdapter, adapter_for, adapter_of
 from stepquant.models.calling import named_arguments, on_device
 from stepquant.progress import Reporter
+from stepquant.runtime.openvino_backend import OpenVinoDenoiser, device_of
 from stepquant.runtime.packed import PackedLayer
-from stepquant.sampling import check_count, denoiser_of
+from stepquant.sampling import check_count, denoiser_name, denoiser_of
 from stepquant.sources import open_pipeline
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
     """Run every packed layer of `model` on `backend`: auto, onednn, int_mm or reference."""
+    if device_of(backend) is not None:
+        raise StepQuantError(
+            f"the backend '{backend}' runs a whole denoiser, not its layers: expected auto, "
+            "onednn, int_mm or reference, or OpenVinoDenoiser(denoiser) in the denoiser's place"
+        )
     for module in model.modules():
         if isinstance(module, PackedLayer):
             module.backend = backend
             module.prepare()
+
+
+def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline:
+    """`pipeline` on `backend`: its packed layers, or for openvino a copy with its denoiser there.
+
+    `backend`: as in `set_backend`, or `openvino`, `openvino:DEVICE` for another device than the
+    CPU. "auto" leaves everything as it is.
+    """
+    if backend == "auto":
+        return pipeline
+    denoiser, device = denoiser_of(pipeline), device_of(backend)
+    if device is None:
+        if not is_packed(denoiser):
+            raise StepQuantError(
+                f"{type(denoiser).__name__} has no packed layer: expected a model that stepquant "
+                f"quantize wrote for the backend '{backend}'"
+            )
+        set_backend(denoiser, backend)
+        return pipeline
+    other = copy.copy(pipeline)
+    # Not through the pipeline, which would note the class in what `save_pretrained` writes.
+    vars(other)[denoiser_name(pipeline)] = OpenVinoDenoiser(denoiser, device)
+    return other
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -39,10 +69,12 @@ def denoiser_call(
     timestep: int | None = None,
     compiled: bool = False,
     adapter: DenoiserAdapter | None = None,
+    runs: nn.Module | None = None,
 ) -> Callable[[], object]:
     """A call of the denoiser on random input of its own sizes, without arguments.
 
-    `timestep`: for all samples; None is one in the middle. Gives what the denoiser returns.
+    `timestep`: for all samples; None is one in the middle. Gives what the denoiser returns, or
+    `runs`, which takes its calls.
     """
     device = next(model.buffers(), next(model.parameters())).device
     sample, at, conditions = (adapter or adapter_for(model)).random_inputs(model, batch)
@@ -51,7 +83,7 @@ def denoiser_call(
     # Before the clock runs: what is timed is the denoiser, not the way to its device.
     sample, at, arguments = on_device((sample, at, named_arguments(model, conditions)), device)
     # Compile the module's call as a whole: one graph, whatever the step.
-    target = torch.compile(model, dynamic=False) if compiled else model
+    target = torch.compile(model, dynamic=False) if compiled else runs or model
 
     def call() -> object:
         with torch.no_grad():
@@ -73,7 +105,9 @@ def bench(
     """Milliseconds of one denoiser call of `model` and of the float model `against`.
 
     Medians of interleaved runs with 10th and 90th percentile for each batch size, and how many
-    times faster. `compiled` adds both under `torch.compile` (the first calls take minutes).
+    times faster. `backend`: of the packed layers; `openvino`, or `openvino:DEVICE`, adds the model
+    as OpenVINO runs it beside the one on the layers' best kernels, and says which is faster.
+    `compiled` adds both under `torch.compile` (the first calls take minutes).
     `adapter`: as in `quantize`, for an architecture that stepquant does not know.
     """
     reporter = reporter or Reporter(quiet=True)
@@ -87,15 +121,19 @@ def bench(
         )
     if is_packed(reference):
         raise StepQuantError(f"'{against}' is quantized: expected the float model to compare with")
-    set_backend(candidate, backend)
+    device = device_of(backend)
+    set_backend(candidate, backend if device is None else "auto")
+    openvino = None if device is None else OpenVinoDenoiser(candidate, device)
     adapter = adapter or adapter_of(theirs, reference)
-    rows = []
+    rows, faster = [], {}
     with reporter.task("timing", total=len(batch)) as task:
         for size in batch:
             calls = {
                 "float32": denoiser_call(reference, size, adapter=adapter),
                 "quantized": denoiser_call(candidate, size, adapter=adapter),
             }
+            if openvino is not None:
+                calls["openvino"] = denoiser_call(candidate, size, adapter=adapter, runs=openvino)
             if compiled:
                 for label, denoiser in (("float32", reference), ("quantized", candidate)):
                     calls[f"{label} compiled"] = denoiser_call(
@@ -113,15 +151,22 @@ def bench(
                         "times_faster": timings["float32"].median_ms / timing.median_ms,
                     }
                 )
+            if openvino is not None:
+                both = ("quantized", "openvino")
+                faster[size] = min(both, key=lambda name: timings[name].median_ms)
             task.advance()
     kernels: dict[str, int] = {}
     for module in candidate.modules():
         if isinstance(module, PackedLayer):
             for name in module.kernel_names():
                 kernels[name] = kernels.get(name, 0) + 1
+    measured = {"device": device, "kernels": openvino.kernels()} if openvino else None
+    if measured is not None:
+        measured["faster"] = [{"batch": size, "model": name} for size, name in faster.items()]
     return {
         "rows": rows,
         "kernels": kernels,
+        "openvino": measured,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "peak_memory_mb": peak_memory_mb(),

@@ -172,6 +172,22 @@ def test_bench_times_both_models(float_folder, packed_folder, tmp_path):
     assert "times faster" in result.stdout
 
 
+def test_sample_and_bench_take_openvino(float_folder, packed_folder, tmp_path):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    grid = tmp_path / "grid.png"
+    told = refused("sample", float_folder, "--grid", grid, "--backend=openvino")
+    assert told.startswith("UNet2DModel has no packed layer: expected a model")
+    sampled = ["--num=1", "--steps=2", "--backend=openvino", "--quiet"]
+    result = run("sample", packed_folder, "--grid", grid, *sampled)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+    assert grid.is_file()
+    timed = ["--batch=1", "--repeats=1", "--backend=openvino:CPU"]
+    result = run("bench", packed_folder, "--against", float_folder, *timed)
+    assert result.exit_code == 0, result.stderr
+    assert "OpenVINO's kernels on CPU: " in result.stdout
+    assert "faster at batch 1 on this machine: " in result.stdout
+
+
 def test_inspect_shows_a_float_model(float_folder, tmp_path):
     result = run(
         "inspect", float_folder, "--num=1", "--steps=2", "--json", tmp_path / "record.json"

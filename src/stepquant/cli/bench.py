@@ -20,7 +20,11 @@ def bench(
         typer.Option(help="Batch size to time; repeat for several.", show_default="1, 4 and 16"),
     ] = None,
     backend: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, onednn, int_mm or reference.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="auto, onednn, int_mm, reference, or openvino[:DEVICE], timed beside auto.",
+        ),
     ] = "auto",
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Also under torch.compile (takes minutes).")
@@ -45,3 +49,9 @@ def bench(
             f"layer inputs by kernel: {kernels}; {record['threads']} threads, "
             f"{record['cpu_capability']}, peak memory {record['peak_memory_mb']:.0f} MB"
         )
+        if record["openvino"] is not None:
+            found = record["openvino"]
+            kernels = ", ".join(f"{name} {count}" for name, count in found["kernels"].items())
+            output.line(f"OpenVINO's kernels on {found['device']}: {kernels}")
+            for entry in found["faster"]:
+                output.line(f"faster at batch {entry['batch']} on this machine: {entry['model']}")

@@ -47,6 +47,13 @@ def sample(
     label: Label = None,
     guidance: Guidance = None,
     call: Call = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Of a packed model: auto, onednn, int_mm, reference or openvino[:DEVICE].",
+        ),
+    ] = "auto",
     lora: Loras = None,
     config: Config = None,
     json_file: Json = None,
@@ -72,6 +79,7 @@ def sample(
             scheduler_name(scheduler),
             batch,
             output.reporter,
+            backend=backend,
             **conditions(prompt, prompts, label, guidance, call),
         )
         files = [] if out is None else images.save_images(drawn, out)
