@@ -14,6 +14,7 @@ from speed_files import IR, load_denoiser
 from speed_models import Inputs, call
 from stepquant.bench import set_backend
 from stepquant.errors import StepQuantError
+from stepquant.runtime.openvino_backend import OpenVinoDenoiser
 from stepquant.runtime.packed import PackedLayer
 
 Call = Callable[[], Tensor]
@@ -24,7 +25,8 @@ class Engine:
     """One way: the files it loads (`speed_files.FILES`) and how it runs them.
 
     `compiler`: the backend of `torch.compile`, None for eager torch. `precision`: OpenVINO's
-    INFERENCE_PRECISION_HINT, None for torch. `backend`: of packed layers; other than "auto" they
+    INFERENCE_PRECISION_HINT, None for torch; packed files then run on stepquant's own export to
+    it. `backend`: of packed layers; other than "auto" they
     run one by one, without what blocks do for them.
     """
 
@@ -50,15 +52,20 @@ ENGINES = {
         Engine("stepquant w8a8", "w8a8"),
         Engine("stepquant w8a8 compiled", "w8a8", "inductor"),
         Engine("stepquant w8a8 by layer", "w8a8", backend="onednn"),
+        Engine("stepquant w8a8 openvino", "w8a8", precision="f32"),
+        Engine("stepquant w8a8 openvino bf16", "w8a8", precision="bf16"),
         Engine("stepquant w4a4", "w4a4"),
         Engine("stepquant w4a4 compiled", "w4a4", "inductor"),
         Engine("stepquant w4a4 by layer", "w4a4", backend="onednn"),
+        Engine("stepquant w4a4 openvino", "w4a4", precision="f32"),
+        Engine("stepquant w4a4 openvino bf16", "w4a4", precision="bf16"),
         Engine("openvino float32", "openvino", precision="f32"),
         Engine("openvino bf16", "openvino", precision="bf16"),
         Engine("openvino nncf int8", "nncf-int8", precision="f32"),
         Engine("openvino nncf int8 bf16", "nncf-int8", precision="bf16"),
     )
 }
+IR_FILES = ("openvino", "nncf-int8")  # what OpenVINO itself reads
 EAGER = "float32"  # what all are compared with
 NNCF = ("openvino nncf int8", "openvino nncf int8 bf16")
 
@@ -87,13 +94,15 @@ class Loader:
                 f"there is no folder '{self.models / engine.files}': expected what the engine "
                 f"'{engine.name}' loads; making it has failed"
             )
-        if engine.precision is not None:
+        if engine.precision is not None and engine.files in IR_FILES:
             return self._openvino(engine)
         key = (engine.files, engine.backend)
         if key not in self._modules:
             self._modules[key] = load_denoiser(self.models / engine.files)
             set_backend(self._modules[key], engine.backend)
         module: Any = self._modules[key]
+        if engine.precision is not None:
+            module = OpenVinoDenoiser(module, precision=engine.precision)
         dtype = torch.bfloat16 if engine.files == "bf16" else torch.float32
         inputs = self.inputs.to(dtype)
         if engine.compiler is not None:

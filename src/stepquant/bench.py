@@ -16,6 +16,7 @@ from stepquant.evaluate import measure_latency, peak_memory_mb
 from stepquant.models.adapter import DenoiserAdapter, adapter_for, adapter_of
 from stepquant.models.calling import named_arguments, on_device
 from stepquant.progress import Reporter
+from stepquant.runtime.fastest_backend import FASTEST, FastestDenoiser
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser, device_of
 from stepquant.runtime.packed import PackedLayer
 from stepquant.sampling import check_count, denoiser_name, denoiser_of
@@ -39,12 +40,12 @@ def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline
     """`pipeline` on `backend`: its packed layers, or for openvino a copy with its denoiser there.
 
     `backend`: as in `set_backend`, or `openvino`, `openvino:DEVICE` for another device than the
-    CPU. "auto" leaves everything as it is.
+    CPU, or "fastest", which times the two. "auto" leaves everything as it is.
     """
     if backend == "auto":
         return pipeline
     denoiser, device = denoiser_of(pipeline), device_of(backend)
-    if device is None:
+    if device is None and backend != FASTEST:
         if not is_packed(denoiser):
             raise StepQuantError(
                 f"{type(denoiser).__name__} has no packed layer: expected a model that stepquant "
@@ -54,7 +55,9 @@ def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline
         return pipeline
     other = copy.copy(pipeline)
     # Not through the pipeline, which would note the class in what `save_pretrained` writes.
-    vars(other)[denoiser_name(pipeline)] = OpenVinoDenoiser(denoiser, device)
+    vars(other)[denoiser_name(pipeline)] = (
+        FastestDenoiser(denoiser) if device is None else OpenVinoDenoiser(denoiser, device)
+    )
     return other
 
 

@@ -51,7 +51,7 @@ def sample(
         str,
         typer.Option(
             metavar="NAME",
-            help="Of a packed model: auto, onednn, int_mm, reference or openvino[:DEVICE].",
+            help="auto, onednn, int_mm, reference, openvino[:DEVICE] or fastest (auto, openvino).",
         ),
     ] = "auto",
     lora: Loras = None,

@@ -137,7 +137,7 @@ class OpenVinoDenoiser(nn.Module):
         context = StepContext(self.grid)
         context.set_timestep(arguments["timestep"].cpu())
         tensors = [context.rows, *tensors]
-        key = (_description(arguments), context.rows.shape)
+        key = (description(arguments), context.rows.shape)
         if key not in self._compiled:
             self._compiled[key] = self._compile(arguments, tensors)
         return self._compiled[key].run(tensors)
@@ -281,8 +281,8 @@ def _with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
     return inside(value, lambda entry: _with_tensors(entry, tensors))
 
 
-def _description(value: Any) -> str:
+def description(value: Any) -> str:
     """What decides the graph of a call: all but the numbers in its tensors."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)}"
-    return repr(inside(value, _description))
+    return repr(inside(value, description))

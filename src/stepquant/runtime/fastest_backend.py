@@ -1,0 +1,61 @@
+"""A packed denoiser on the packed kernels or on OpenVINO: what is faster on this machine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepquant.runtime.openvino_backend import OpenVinoDenoiser, description
+
+FASTEST = "fastest"
+TIMED_CALLS = 3
+LOGGER = logging.getLogger(__name__)
+
+
+class FastestDenoiser(OpenVinoDenoiser):
+    """Times both ways at the first call of each shape, and stays with the faster one.
+
+    The two differ by float32's rounding between integer sums. Which one was taken is a matter of
+    the machine and its load, so results are the same bit by bit only where `choices` are: what has
+    to be reproduced names its backend. The first call takes the time that OpenVINO compiles.
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        """As `OpenVinoDenoiser` on the CPU in float32; the same errors."""
+        super().__init__(denoiser)
+        self.choices: dict[str, str] = {}  # by the shapes of a call: "packed" or "openvino"
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ways: dict[str, Callable[[], Any]] = {
+            "packed": lambda: self.denoiser(*args, **kwargs),
+            "openvino": lambda: super(FastestDenoiser, self)._call(args, kwargs),
+        }
+        shapes = description({"args": list(args), **kwargs})
+        if shapes not in self.choices:
+            seconds = {name: seconds_of(way) for name, way in ways.items()}
+            self.choices[shapes] = min(seconds, key=lambda name: seconds[name])
+            LOGGER.warning(
+                "%s runs on %s from now on: packed kernels take %.1f ms a call here, OpenVINO %.1f",
+                type(self.denoiser).__name__,
+                self.choices[shapes],
+                seconds["packed"] * 1e3,
+                seconds["openvino"] * 1e3,
+            )
+        return ways[self.choices[shapes]]()
+
+
+@torch.no_grad()
+def seconds_of(way: Callable[[], object]) -> float:
+    """The quickest of a few calls after a first one, which prepares what later ones find ready."""
+    way()
+    found = []
+    for _ in range(TIMED_CALLS):
+        start = time.perf_counter()
+        way()
+        found.append(time.perf_counter() - start)
+    return min(found)
