@@ -22,6 +22,7 @@ from stepquant.pack import pack
 from stepquant.progress import Reporter
 from stepquant.quantize import Quantized, quantize
 from stepquant.recipe import load_recipe, recipe_names
+from stepquant.runtime.resident import WeightBytes, set_memory_mode, weight_bytes_resident
 from stepquant.sampling import AUTO, sample_images
 from stepquant.sources import open_pipeline as load
 
@@ -29,6 +30,7 @@ __all__ = [
     "DenoiserPipeline",
     "DynamicConfig",
     "Quantized",
+    "WeightBytes",
     "WeightOnlyConfig",
     "bench",
     "demo",
@@ -45,7 +47,9 @@ __all__ = [
     "recipe_names",
     "sample",
     "set_lora_scales",
+    "set_memory_mode",
     "unload_lora",
+    "weight_bytes_resident",
 ]
 
 

@@ -16,6 +16,7 @@ from stepquant.models.adapter import DenoiserAdapter, adapter_for, adapter_of
 from stepquant.models.calling import named_arguments, on_device
 from stepquant.progress import Reporter
 from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.resident import set_memory_mode, weight_bytes_resident
 from stepquant.sampling import check_count, denoiser_of
 from stepquant.sources import open_pipeline
 
@@ -69,12 +70,14 @@ def bench(
     repeats: int = 20,
     reporter: Reporter | None = None,
     adapter: DenoiserAdapter | None = None,
+    memory: str = "fast",
 ) -> dict[str, Any]:
     """Milliseconds of one denoiser call of `model` and of the float model `against`.
 
     Medians of interleaved runs with 10th and 90th percentile for each batch size, and how many
     times faster. `compiled` adds both under `torch.compile` (the first calls take minutes).
-    `adapter`: as in `quantize`, for an architecture that stepquant does not know.
+    `adapter`: as in `quantize`, for an architecture that stepquant does not know. `memory`: the
+    mode, see `set_memory_mode`; the record says what weights take in it.
     """
     reporter = reporter or Reporter(quiet=True)
     for size in batch:
@@ -87,6 +90,7 @@ def bench(
         )
     if is_packed(reference):
         raise StepQuantError(f"'{against}' is quantized: expected the float model to compare with")
+    set_memory_mode(candidate, memory)
     set_backend(candidate, backend)
     adapter = adapter or adapter_of(theirs, reference)
     rows = []
@@ -119,9 +123,16 @@ def bench(
         if isinstance(module, PackedLayer):
             for name in module.kernel_names():
                 kernels[name] = kernels.get(name, 0) + 1
+    weights = weight_bytes_resident(candidate)
     return {
         "rows": rows,
         "kernels": kernels,
+        "weights": {
+            "memory": memory,
+            "resident_bytes": weights.resident,
+            "float32_bytes": weights.float32,
+            "times_smaller": weights.times_smaller,
+        },
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "peak_memory_mb": peak_memory_mb(),

@@ -33,6 +33,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
             f"codes to pack lie in {int(flat.min())}..{int(flat.max())}: expected 0.."
             f"{max_code(bits)} for {bits} bits"
         )
+    if bits == 8:
+        return flat.to(torch.uint8, copy=True)
     if bits == 4:
         return _pack_nibbles(flat.to(torch.uint8))
     bytes_ = flat.to(torch.uint8).numpy()[:, None]
@@ -41,7 +43,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes of a stream that `pack_bits` made, as uint8 `[count]`."""
+    """The first `count` codes of a stream that `pack_bits` made, uint8 `[count]`, on its device."""
     check_bits(bits, "bits of the packed codes")
     if packed.dtype != torch.uint8 or packed.dim() != 1:
         raise StepQuantError(
@@ -53,11 +55,11 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
             f"packed codes hold {packed.numel()} bytes: expected {packed_size(count, bits)} for "
             f"{count} codes of {bits} bits"
         )
-    if bits == 4:
-        return unpack_nibbles(packed.cpu(), count)
+    if 8 % bits == 0:
+        return _unpack_even(packed, bits, count)
     stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little")
     codes = np.packbits(stream.reshape(count, bits), axis=1, bitorder="little")
-    return torch.from_numpy(codes.reshape(count))
+    return torch.from_numpy(codes.reshape(count)).to(packed.device)
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:
@@ -67,9 +69,26 @@ def _pack_nibbles(codes: Tensor) -> Tensor:
     return packed
 
 
+# By bits of a code: a type as wide as the codes of one byte, with a byte for each.
+_WIDE = {1: torch.int64, 2: torch.int32, 4: torch.int16}
+
+
+def _unpack_even(packed: Tensor, bits: int, count: int) -> Tensor:
+    """`unpack_bits` for bits that divide a byte, in few passes over memory; a new tensor."""
+    if bits == 8 or count == 0:
+        return packed.clone()
+    byte = packed.to(_WIDE[bits])
+    # Byte `i` of the wide number becomes code `i`: shifted there, and the rest masked out.
+    wide = byte.clone()
+    for i in range(1, 8 // bits):
+        wide |= byte << i * (8 - bits)
+    wide &= sum(max_code(bits) << 8 * i for i in range(8 // bits))
+    return wide.view(torch.uint8)[:count]
+
+
 def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
-    """`unpack_bits` for four bits, in few operations: uint8 `[count]` on the device of `packed`."""
-    return torch.stack([packed & 15, packed >> 4], dim=1).flatten()[:count]
+    """`unpack_bits` for four bits without its checks: uint8 `[count]` on the device of `packed`."""
+    return _unpack_even(packed, 4, count)
 
 
 def pack_channels(codes: Tensor, channel_bits: Tensor) -> Tensor:
@@ -91,8 +110,11 @@ def pack_channels(codes: Tensor, channel_bits: Tensor) -> Tensor:
 
 
 def unpack_channels(packed: Tensor, channel_bits: Tensor, columns: int) -> Tensor:
-    """The inverse of `pack_channels`: uint8 codes `[C_out, columns]`."""
-    codes = torch.empty(len(channel_bits), columns, dtype=torch.uint8)
+    """The inverse of `pack_channels`: uint8 codes `[C_out, columns]` on the device of `packed`.
+
+    `channel_bits` whole numbers `[C_out]` on the same device.
+    """
+    codes = torch.empty(len(channel_bits), columns, dtype=torch.uint8, device=packed.device)
     start = 0
     for bits in sorted(int(b) for b in channel_bits.unique()):
         members = channel_bits == bits

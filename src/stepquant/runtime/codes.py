@@ -18,6 +18,7 @@ from stepquant.runtime import fused
 from stepquant.runtime.grids import Grid, Output
 from stepquant.runtime.kernels import cpu
 from stepquant.runtime.prepared import CallConstants, PreparedPart
+from stepquant.runtime.resident import state_of
 
 if TYPE_CHECKING:
     from stepquant.runtime.packed import PackedLayer
@@ -108,21 +109,22 @@ def run(
     which is float32 where there are several parts or something to add.
     """
     y = accumulate
-    for index, (part, code) in enumerate(zip(layer.prepared_parts(), codes, strict=True)):
-        constants = part.constants or _constants(layer, part, index)
+    for part, code in zip(layer.prepared_parts(), codes, strict=True):
+        constants = part.constants or _constants(layer, part)
+        state = state_of(layer, part)
         if part.spec.kind == "linear":
-            y = cpu.run_linear_codes(part.state, code, constants, y, dtype)
+            y = cpu.run_linear_codes(state, code, constants, y, dtype)
         else:
-            y = cpu.run_conv_codes(part.state, code, constants, y, part.spec, dtype)
+            y = cpu.run_conv_codes(state, code, constants, y, part.spec, dtype)
     assert y is not None
     return y
 
 
-def _constants(layer: PackedLayer, part: PreparedPart, index: int) -> CallConstants:
+def _constants(layer: PackedLayer, part: PreparedPart) -> CallConstants:
     """Those of the step of the forward in flight; kept where there is only one."""
     grid, is_conv = grid_in_force(layer, part), part.spec.kind == "conv2d"
-    bias, step_bias = (layer.bias, layer.step_bias) if index == 0 else (None, None)
-    scale, bias = fused.epilogue(grid, part.state[3], bias, step_bias, is_conv)
+    bias, step_bias = (layer.bias, layer.step_bias) if part.index == 0 else (None, None)
+    scale, bias = fused.epilogue(grid, part.rest[2], bias, step_bias, is_conv)
     row = 0 if grid.row is None else int(grid.row)
     found = CallConstants(float(scale), int(grid.zero_point[row]), bias)
     if grid.row is None and step_bias is None:
