@@ -10,6 +10,7 @@ from stepquant.bench import bench, denoiser_call, is_packed, set_backend, with_b
 from stepquant.errors import StepQuantError
 from stepquant.quantize import quantize
 from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.resident import set_memory_mode, weight_bytes_resident
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,7 @@ def test_a_record_has_a_row_for_each_model_and_batch(record):
         "rows",
         "kernels",
         "openvino",
+        "weights",
         "threads",
         "cpu_capability",
         "peak_memory_mb",
@@ -101,6 +103,20 @@ def layers_of(pipeline):
     return [m for m in pipeline.unet.modules() if isinstance(m, PackedLayer)]
 
 
+@pytest.mark.parametrize("mode", ["fast", "low"])
+def test_what_weights_take_in_memory_is_told(packed, pipeline, mode):
+    weights = bench(packed, pipeline, batch=(1,), repeats=1, memory=mode)["weights"]
+    found = weight_bytes_resident(packed.unet)
+    assert weights == {
+        "memory": mode,
+        "resident_bytes": found.resident,
+        "float32_bytes": found.float32,
+        "times_smaller": found.times_smaller,
+    }
+    assert found.float32 > found.resident
+    set_memory_mode(packed.unet, "fast")
+
+
 def test_backends_agree(packed):
     call = denoiser_call(packed.unet, 2, 500)
     outputs = {}
@@ -145,6 +161,7 @@ def test_a_reference_that_is_quantized_is_refused(packed):
     [
         ({"batch": (1, 0)}, "batch size is 0: expected at least 1"),
         ({"backend": "cuda"}, "unknown backend 'cuda': expected auto or one of onednn"),
+        ({"memory": "tiny"}, "unknown memory mode 'tiny': expected fast or low"),
         ({"repeats": 0}, "repeats is 0"),
     ],
     ids=str,

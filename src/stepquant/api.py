@@ -23,6 +23,7 @@ from stepquant.progress import Reporter
 from stepquant.quantize import Quantized, quantize
 from stepquant.recipe import load_recipe, recipe_names
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser
+from stepquant.runtime.resident import WeightBytes, set_memory_mode, weight_bytes_resident
 from stepquant.sampling import AUTO, sample_images
 from stepquant.sources import open_pipeline as load
 
@@ -31,6 +32,7 @@ __all__ = [
     "DynamicConfig",
     "OpenVinoDenoiser",
     "Quantized",
+    "WeightBytes",
     "WeightOnlyConfig",
     "bench",
     "demo",
@@ -47,7 +49,9 @@ __all__ = [
     "recipe_names",
     "sample",
     "set_lora_scales",
+    "set_memory_mode",
     "unload_lora",
+    "weight_bytes_resident",
 ]
 
 

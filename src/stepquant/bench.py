@@ -19,6 +19,7 @@ from stepquant.progress import Reporter
 from stepquant.runtime.fastest_backend import FASTEST, FastestDenoiser
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser, device_of
 from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.resident import set_memory_mode, weight_bytes_resident
 from stepquant.sampling import check_count, denoiser_name, denoiser_of
 from stepquant.sources import open_pipeline
 
@@ -104,6 +105,7 @@ def bench(
     repeats: int = 20,
     reporter: Reporter | None = None,
     adapter: DenoiserAdapter | None = None,
+    memory: str = "fast",
 ) -> dict[str, Any]:
     """Milliseconds of one denoiser call of `model` and of the float model `against`.
 
@@ -111,7 +113,8 @@ def bench(
     times faster. `backend`: of the packed layers; `openvino`, or `openvino:DEVICE`, adds the model
     as OpenVINO runs it beside the one on the layers' best kernels, and says which is faster.
     `compiled` adds both under `torch.compile` (the first calls take minutes).
-    `adapter`: as in `quantize`, for an architecture that stepquant does not know.
+    `adapter`: as in `quantize`, for an architecture that stepquant does not know. `memory`: the
+    mode, see `set_memory_mode`; the record says what weights take in it.
     """
     reporter = reporter or Reporter(quiet=True)
     for size in batch:
@@ -124,6 +127,7 @@ def bench(
         )
     if is_packed(reference):
         raise StepQuantError(f"'{against}' is quantized: expected the float model to compare with")
+    set_memory_mode(candidate, memory)
     device = device_of(backend)
     set_backend(candidate, backend if device is None else "auto")
     openvino = None if device is None else OpenVinoDenoiser(candidate, device)
@@ -166,10 +170,17 @@ def bench(
     measured = {"device": device, "kernels": openvino.kernels()} if openvino else None
     if measured is not None:
         measured["faster"] = [{"batch": size, "model": name} for size, name in faster.items()]
+    weights = weight_bytes_resident(candidate)
     return {
         "rows": rows,
         "kernels": kernels,
         "openvino": measured,
+        "weights": {
+            "memory": memory,
+            "resident_bytes": weights.resident,
+            "float32_bytes": weights.float32,
+            "times_smaller": weights.times_smaller,
+        },
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "peak_memory_mb": peak_memory_mb(),

@@ -134,7 +134,7 @@ def _check_ready(
     label: str, pipeline: DiffusionPipeline, component: str, name: str, layer: nn.Module
 ) -> None:
     """A branch can be put beside the layer as it is now, and will be computed."""
-    if any(tensor.is_meta for tensor in layer.state_dict().values()):
+    if any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers())):
         raise StepQuantError(
             f"the layer '{name}' of {component} has its tensors offloaded: expected them in "
             "memory; load the LoRA before enable_sequential_cpu_offload"

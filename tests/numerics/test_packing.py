@@ -27,8 +27,18 @@ def codes_and_bits(draw: st.DrawFn) -> tuple[list[int], int]:
 def test_unpacking_gives_the_codes_back(case: tuple[list[int], int]) -> None:
     codes, bits = case
     packed = pack_bits(torch.tensor(codes, dtype=torch.uint8), bits)
-    assert packed.dtype == torch.uint8
+    assert packed.dtype == torch.uint8 and packed.is_contiguous()
     assert unpack_bits(packed, bits, len(codes)).tolist() == codes
+
+
+@given(st.binary(max_size=67), st.integers(1, 8), st.integers(0, 7))
+def test_unused_bits_do_not_matter(stream: bytes, bits: int, fewer: int) -> None:
+    count = max(0, 8 * len(stream) // bits - fewer)
+    stream = stream[: packed_size(count, bits)]
+    number = int.from_bytes(stream, "little")
+    codes = [(number >> index * bits) & max_code(bits) for index in range(count)]
+    packed = torch.tensor(list(stream), dtype=torch.uint8)
+    assert unpack_bits(packed, bits, count).tolist() == codes
 
 
 @given(codes_and_bits())

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from stepquant.cli.opening import Config, opened
-from stepquant.cli.options import Against, Json, Model, Quiet
+from stepquant.cli.options import Against, Json, MemoryMode, Model, Quiet
 from stepquant.cli.session import talk
 
 
@@ -29,6 +29,7 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Also under torch.compile (takes minutes).")
     ] = False,
+    memory: MemoryMode = "fast",
     repeats: Annotated[int, typer.Option(help="Timed rounds, interleaved.")] = 20,
     config: Config = None,
     json_file: Json = None,
@@ -40,7 +41,14 @@ def bench(
 
         ours, theirs = opened(config, model, against)
         record = api.bench(
-            ours, theirs, batch or (1, 4, 16), backend, compiled, repeats, output.reporter
+            ours,
+            theirs,
+            batch or (1, 4, 16),
+            backend,
+            compiled,
+            repeats,
+            output.reporter,
+            memory=memory,
         )
         output.results = record
         output.table(record["rows"])
@@ -55,3 +63,9 @@ def bench(
             output.line(f"OpenVINO's kernels on {found['device']}: {kernels}")
             for entry in found["faster"]:
                 output.line(f"faster at batch {entry['batch']} on this machine: {entry['model']}")
+        weights = record["weights"]
+        output.line(
+            f"weights in memory: {weights['resident_bytes'] / 1e6:.2f} MB for "
+            f"{weights['float32_bytes'] / 1e6:.2f} MB of float32, {weights['times_smaller']:.2f} "
+            "times smaller"
+        )

@@ -59,6 +59,13 @@ Call = Annotated[
         metavar="KEY=VALUE", help="Further argument of the pipeline, as height=512; repeat."
     ),
 ]
+MemoryMode = Annotated[
+    str,
+    typer.Option(
+        metavar="MODE",
+        help="Of packed layers: fast, or low, which keeps packed weights only and is slower.",
+    ),
+]
 Batch = Annotated[int, typer.Option(help="Images sampled at a time; changes no image.")]
 
 

@@ -15,6 +15,7 @@ from stepquant.cli.options import (
     Guidance,
     Json,
     Label,
+    MemoryMode,
     Model,
     Prompt,
     Prompts,
@@ -54,6 +55,7 @@ def sample(
             help="auto, onednn, int_mm, reference, openvino[:DEVICE] or fastest (auto, openvino).",
         ),
     ] = "auto",
+    memory: MemoryMode = "fast",
     lora: Loras = None,
     config: Config = None,
     json_file: Json = None,
@@ -64,6 +66,7 @@ def sample(
         if grid is None and out is None:
             raise StepQuantError("the images would go nowhere: expected --grid FILE or --out DIR")
         from stepquant import api, images  # not at the top: see demo.py
+        from stepquant.sampling import denoiser_of
 
         if grid is not None:
             images.check_picture_path(grid)
@@ -71,6 +74,9 @@ def sample(
             images.check_new_folder(out)
         (pipeline,) = opened(config, model)
         pipeline, loras = with_loras(pipeline, lora)
+        if memory != "fast":
+            pipeline = api.load(pipeline)
+            api.set_memory_mode(denoiser_of(pipeline), memory)
         drawn = api.sample(
             pipeline,
             num,

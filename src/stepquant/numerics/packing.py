@@ -7,7 +7,6 @@ stream bits `i*b .. i*b + b - 1`, its least significant bit first; stream bit `k
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,15 +32,15 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
             f"codes to pack lie in {int(flat.min())}..{int(flat.max())}: expected 0.."
             f"{max_code(bits)} for {bits} bits"
         )
+    if bits == 8:
+        return flat.to(torch.uint8, copy=True)
     if bits == 4:
         return _pack_nibbles(flat.to(torch.uint8))
-    bytes_ = flat.to(torch.uint8).numpy()[:, None]
-    stream = np.unpackbits(bytes_, axis=1, bitorder="little")[:, :bits]
-    return torch.from_numpy(np.packbits(stream.reshape(-1), bitorder="little"))
+    return _pack_groups(flat.to(torch.uint8), bits)
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes of a stream that `pack_bits` made, as uint8 `[count]`."""
+    """The first `count` codes of a stream that `pack_bits` made, uint8 `[count]`, on its device."""
     check_bits(bits, "bits of the packed codes")
     if packed.dtype != torch.uint8 or packed.dim() != 1:
         raise StepQuantError(
@@ -53,23 +52,60 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
             f"packed codes hold {packed.numel()} bytes: expected {packed_size(count, bits)} for "
             f"{count} codes of {bits} bits"
         )
-    if bits == 4:
-        return unpack_nibbles(packed.cpu(), count)
-    stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little")
-    codes = np.packbits(stream.reshape(count, bits), axis=1, bitorder="little")
-    return torch.from_numpy(codes.reshape(count))
+    if bits == 8:
+        return packed.clone()
+    return unpack_nibbles(packed, count) if bits == 4 else _unpack_groups(packed, bits, count)
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:
     """`pack_bits` of uint8 `codes [n]` for four bits, in an eighth of the memory."""
-    packed = codes[0::2].clone()
+    packed = codes[0::2].clone(memory_format=torch.contiguous_format)
     packed[: len(codes) // 2] |= codes[1::2] << 4
     return packed
 
 
 def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
-    """`unpack_bits` for four bits, in few operations: uint8 `[count]` on the device of `packed`."""
-    return torch.stack([packed & 15, packed >> 4], dim=1).flatten()[:count]
+    """`unpack_bits` for four bits without its checks: uint8 `[count]` on the device of `packed`."""
+    # A byte for each of two codes. Made by hand, because `to` keeps odd strides of one byte.
+    wide = torch.empty(len(packed), dtype=torch.int16, device=packed.device).copy_(packed)
+    wide |= wide << 4
+    wide &= 0x0F0F
+    return wide.view(torch.uint8)[:count]
+
+
+# Eight codes of any width are one int64: spread over its eight bytes, or in its lowest bits. Lanes
+# of 8, 16 and 32 bits are joined in pairs from the one form to the other, or split.
+
+
+def _pair_steps(bits: int) -> list[tuple[int, int, int]]:
+    """`(filled, gap, low)`: lanes of `filled` bits and a gap; `low` masks each pair's lower."""
+    return [
+        (filled, width - filled, sum(((1 << filled) - 1) << at for at in range(0, 64, 2 * width)))
+        for width, filled in ((8, bits), (16, 2 * bits), (32, 4 * bits))
+    ]
+
+
+def _pack_groups(codes: Tensor, bits: int) -> Tensor:
+    """`pack_bits` of uint8 `codes [n]` for fewer than eight bits."""
+    groups = codes.new_zeros(-(-len(codes) // 8), 8)
+    groups.view(-1)[: len(codes)] = codes
+    wide = groups.view(torch.int64)
+    for filled, gap, low in _pair_steps(bits):
+        wide = (wide & low) | ((wide >> gap) & (low << filled))
+    return wide.view(torch.uint8)[:, :bits].contiguous().view(-1)[: packed_size(len(codes), bits)]
+
+
+def _unpack_groups(packed: Tensor, bits: int, count: int) -> Tensor:
+    """`unpack_bits` for fewer than eight bits."""
+    groups = packed.new_zeros(-(-count // 8), 8)
+    whole = len(packed) // bits
+    groups[:whole, :bits] = packed[: whole * bits].view(whole, bits)
+    if whole < len(groups):
+        groups[whole, : len(packed) - whole * bits] = packed[whole * bits :]
+    wide = groups.view(torch.int64)
+    for filled, gap, low in reversed(_pair_steps(bits)):
+        wide = (wide & low) | ((wide & (low << filled)) << gap)
+    return wide.view(torch.uint8).flatten()[:count]
 
 
 def pack_channels(codes: Tensor, channel_bits: Tensor) -> Tensor:
@@ -91,8 +127,11 @@ def pack_channels(codes: Tensor, channel_bits: Tensor) -> Tensor:
 
 
 def unpack_channels(packed: Tensor, channel_bits: Tensor, columns: int) -> Tensor:
-    """The inverse of `pack_channels`: uint8 codes `[C_out, columns]`."""
-    codes = torch.empty(len(channel_bits), columns, dtype=torch.uint8)
+    """The inverse of `pack_channels`: uint8 codes `[C_out, columns]` on the device of `packed`.
+
+    `channel_bits` whole numbers `[C_out]` on the same device.
+    """
+    codes = torch.empty(len(channel_bits), columns, dtype=torch.uint8, device=packed.device)
     start = 0
     for bits in sorted(int(b) for b in channel_bits.unique()):
         members = channel_bits == bits

@@ -18,6 +18,7 @@ from stepquant.runtime import fused
 from stepquant.runtime.grids import Grid, Output
 from stepquant.runtime.kernels import cpu
 from stepquant.runtime.prepared import CallConstants, PreparedPart
+from stepquant.runtime.resident import state_of
 
 if TYPE_CHECKING:
     from stepquant.runtime.packed import PackedLayer
@@ -110,12 +111,13 @@ def run(
     which is float32 where there are several parts or something to add.
     """
     y = accumulate
-    for index, (part, code) in enumerate(zip(layer.prepared_parts(), codes, strict=True)):
-        constants = part.constants or _constants(layer, part, index)
+    for part, code in zip(layer.prepared_parts(), codes, strict=True):
+        constants = part.constants or _constants(layer, part)
+        state = state_of(layer, part)
         if part.spec.kind == "linear":
-            y = cpu.run_linear_codes(part.state, code, constants, y, dtype)
+            y = cpu.run_linear_codes(state, code, constants, y, dtype)
         else:
-            y = cpu.run_conv_codes(part.state, code, constants, y, part.spec, dtype)
+            y = cpu.run_conv_codes(state, code, constants, y, part.spec, dtype)
     assert y is not None
     return y
 
@@ -126,24 +128,23 @@ def run_rows(layer: PackedLayer, x: Tensor, activation: str = "none") -> Tensor:
     A few rows, such as a time embedding, do not pay for a matrix kernel's set-up.
     """
     parts = layer.prepared_parts()
-    few = x.numel() <= FEW_ROWS * x.shape[-1] and len(parts) == 1
-    if not few or parts[0].spec.in_channels * parts[0].spec.out_channels > LARGEST_FEW:
+    part = parts[0]
+    few = len(parts) == 1 and x.numel() <= FEW_ROWS * part.spec.in_channels
+    if not few or part.weight is None or part.weight.numel() > LARGEST_FEW:
         return run(layer, encode(layer, x, activation))
-    (part,) = parts
     if part.row_weight is None:
-        part.row_weight = part.state[0].to_dense().t().contiguous()
-    constants = part.constants or _constants(layer, part, 0)
-    grid = grid_in_force(layer, part)
+        part.row_weight = part.weight.to_dense().t().contiguous()
+    constants, grid = part.constants or _constants(layer, part), grid_in_force(layer, part)
     return fused.linear_of_few_rows(
-        x, activation, grid, part.row_weight, part.state[1], constants.bias
+        x, activation, grid, part.row_weight, part.rest[0], constants.bias
     )
 
 
-def _constants(layer: PackedLayer, part: PreparedPart, index: int) -> CallConstants:
+def _constants(layer: PackedLayer, part: PreparedPart) -> CallConstants:
     """Those of the step of the forward in flight; kept where there is only one."""
     grid, is_conv = grid_in_force(layer, part), part.spec.kind == "conv2d"
-    bias, step_bias = (layer.bias, layer.step_bias) if index == 0 else (None, None)
-    scale, bias = fused.epilogue(grid, part.state[3], bias, step_bias, is_conv)
+    bias, step_bias = (layer.bias, layer.step_bias) if part.index == 0 else (None, None)
+    scale, bias = fused.epilogue(grid, part.rest[2], bias, step_bias, is_conv)
     row = 0 if grid.row is None else int(grid.row)
     found = CallConstants(float(scale), int(grid.zero_point[row]), bias)
     if grid.row is None and step_bias is None:

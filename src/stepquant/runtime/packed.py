@@ -8,10 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stepquant.numerics import check_bits, max_code, unpack_channels
+from stepquant.numerics import check_bits, max_code
 from stepquant.quantizers.activation import TakesErrors, neighbours, spread_rows
 from stepquant.quantizers.step_grid import StepContext
-from stepquant.runtime import codes, kernels
+from stepquant.runtime import codes, kernels, resident
+from stepquant.runtime.differences import differences_of
+from stepquant.runtime.encoding import encode, input_error
 from stepquant.runtime.grids import Grid
 from stepquant.runtime.prepared import PreparedPart
 from stepquant.runtime.spec import LayerSpec
@@ -34,7 +36,8 @@ class PackedLayer(nn.Module):
     point where the spec says `half_zero_points`), `channel_bits` uint8 `[C_out]` or absent,
     `act_scale` float32 `[P, T]`, `act_zero_point` uint8 `[P, T]`, `bias` float32 `[C_out]` or
     absent, `step_bias` float32 `[T, C_out]` or absent (added to `bias` at each step),
-    `act_channel_scale` float32 `[C_in]` or absent (the input is divided by it).
+    `act_channel_scale` float32 `[C_in]` or absent (the input is divided by it). What is kept of the
+    weight between calls, see `runtime.resident`.
     """
 
     channel_dim: int
@@ -64,7 +67,7 @@ class PackedLayer(nn.Module):
         check_bits(spec.weight_bits, "weight bits")
         check_bits(spec.activation_bits, "activation bits")
         self.spec, self.splits, self.steps, self.context = spec, splits, steps, context
-        self.backend = "auto"
+        self.backend, self.memory = "auto", "fast"
         parts, out = len(splits), spec.out_channels
         count = sum(part.packed_bytes for part in self.part_specs())
         self.register_buffer("weight_packed", torch.zeros(count, dtype=torch.uint8))
@@ -88,28 +91,20 @@ class PackedLayer(nn.Module):
         """The spec of each input part."""
         return [replace(self.spec, in_channels=channels) for channels in self.splits]
 
+    def part_differences(self, index: int) -> Tensor:
+        """`weight_differences` of one input part, on the device of the layer."""
+        parts = self.part_specs()
+        start = sum(part.packed_bytes for part in parts[:index])
+        packed = resident.packed_bytes(self)[start : start + parts[index].packed_bytes]
+        zero_point = self.weight_zero_point[index]
+        return differences_of(packed, zero_point, self.channel_bits, parts[index])
+
     def weight_differences(self) -> list[Tensor]:
         """`code - zero point` of each part, int8 `[C_out, C_part, kh, kw]` (linear: two dims).
 
         In half steps, `2 * code - 2 * zero point`, where the spec says `half_zero_points`.
         """
-        out, start = self.spec.out_channels, 0
-        bits = torch.full((out,), self.spec.weight_bits)
-        if self.channel_bits is not None:
-            bits = self.channel_bits.cpu().to(torch.int64)
-        step = 2 if self.spec.half_zero_points else 1
-        differences = []
-        packed = self.weight_packed.cpu()
-        for index, part in enumerate(self.part_specs()):
-            stop = start + part.packed_bytes
-            codes = unpack_channels(packed[start:stop], bits, part.columns).to(torch.int16)
-            zero = self.weight_zero_point[index].cpu().to(torch.int16)[:, None]
-            shape: tuple[int, ...] = (out, part.in_channels)
-            if part.kind == "conv2d":
-                shape += part.kernel_size
-            differences.append((step * codes - zero).to(torch.int8).view(shape))
-            start = stop
-        return differences
+        return [self.part_differences(index).cpu() for index in range(len(self.splits))]
 
     def difference_scales(self) -> Tensor:
         """What `weight_differences` count in, float32 `[P, C_out]`."""
@@ -128,14 +123,12 @@ class PackedLayer(nn.Module):
     @torch.compiler.disable  # its result is a constant of the graph
     def prepare(self) -> None:
         """Choose kernels and lay the weight out for them; the first call does it otherwise."""
-        device = self.weight_packed.device
-        prepared = []
-        differences, scales = self.weight_differences(), self.difference_scales()
-        start = 0
+        device, scales = self.weight_scale.device, self.difference_scales()
+        self.weight_packed = resident.packed_bytes(self)
+        prepared, start = [], 0
         for index, part in enumerate(self.part_specs()):
             name, kernel, reasons = kernels.choose(part, device, self.backend)
-            weight = differences[index].to(device)
-            state = kernel.prepare(weight, scales[index], part)
+            weight, *rest = kernel.prepare(self.part_differences(index), scales[index], part)
             inverse = None
             if self.act_channel_scale is not None:
                 shape = [1] * (4 if part.kind == "conv2d" else 1)
@@ -148,16 +141,23 @@ class PackedLayer(nn.Module):
                 None,
                 max_code(self.spec.activation_bits),
             )
-            prepared.append(PreparedPart(part, name, kernel, reasons, state, grid, start, inverse))
+            kept = weight if self.memory == "fast" else None
+            prepared.append(
+                PreparedPart(
+                    index, part, name, kernel, reasons, kept, tuple(rest), grid, start, inverse
+                )
+            )
             start += part.in_channels
         self._prepared, self._prepared_on = prepared, device
+        if self.memory == "fast":
+            resident.release(self, prepared)
 
     def prepared_parts(self) -> list[PreparedPart]:
-        """The parts, laid out on the device where the tensors are now.
+        """The parts, prepared on the device where the tensors are now.
 
         accelerate's hooks put tensors on another device without asking the module.
         """
-        if self._prepared is None or self._prepared_on != self.weight_packed.device:
+        if self._prepared is None or self._prepared_on != self.weight_scale.device:
             self.prepare()
         assert self._prepared is not None
         return self._prepared
@@ -182,35 +182,36 @@ class PackedLayer(nn.Module):
         return y if self.lora is None else self.lora.add_to(y, x)
 
     def _quantized(self, x: Tensor) -> Tensor:
-        self.prepared_parts()
+        parts = self.prepared_parts()
         if x.dtype in codes.FLOATS and codes.takes_codes(self):
             if self.spec.kind == "linear":
                 return codes.run_rows(self, x).to(x.dtype)
             return codes.run(self, codes.encode(self, x)).to(x.dtype)
+        states = [resident.state_of(self, part) for part in parts]
         rows = self.context.rows.to(x.device)
         if self.steps == 1:
-            return self._run(x, torch.zeros_like(rows[:1])).to(x.dtype)
+            return self._run(states, x, torch.zeros_like(rows[:1])).to(x.dtype)
         if rows.numel() == 1:
-            return self._run(x, rows).to(x.dtype)
+            return self._run(states, x, rows).to(x.dtype)
         if torch.compiler.is_compiling():
             # A graph cannot ask which rows are alike: one kernel call for each, same numbers.
-            parts = x.split(neighbours(rows, x.shape[0]))
-            found = [self._run(part, rows[b : b + 1]) for b, part in enumerate(parts)]
+            pieces = x.split(neighbours(rows, x.shape[0]))
+            found = [self._run(states, each, rows[b : b + 1]) for b, each in enumerate(pieces)]
             return torch.cat(found).to(x.dtype)
         # Samples at different steps: one kernel call for each distinct row.
         rows = spread_rows(rows, x.shape[0])
         y: Tensor | None = None
         for row in rows.unique():
             members = rows == row
-            part = self._run(x[members], row.view(1))
+            of_row = self._run(states, x[members], row.view(1))
             if y is None:
-                y = part.new_empty((x.shape[0], *part.shape[1:]))
-            y[members] = part
+                y = of_row.new_empty((x.shape[0], *of_row.shape[1:]))
+            y[members] = of_row
         assert y is not None
         return y.to(x.dtype)
 
-    def _run(self, x: Tensor, row: Tensor) -> Tensor:
-        """Every sample of `x` at step row `row [1]`."""
+    def _run(self, states: list[tuple[Tensor, ...]], x: Tensor, row: Tensor) -> Tensor:
+        """Every sample of `x` at step row `row [1]`; `states`: what the parts' kernels run on."""
         assert self._prepared is not None
         y = None
         bias = self.bias
@@ -225,7 +226,7 @@ class PackedLayer(nn.Module):
                 part = part * prepared.inverse_channel_scale
             codes = encode(part, scale, zero_point, self.spec.activation_bits)
             y = prepared.kernel.run(
-                prepared.state,
+                states[index],
                 codes,
                 scale,
                 zero_point.to(torch.int32),
@@ -238,24 +239,10 @@ class PackedLayer(nn.Module):
 
     def input_error(self, x: Tensor) -> Tensor:
         """What the activation grids do not hold of the input `x`, in its shape, float32."""
-        rows = torch.zeros_like(self.context.rows[:1]) if self.steps == 1 else self.context.rows
-        rows = spread_rows(rows.to(x.device), x.shape[0])
-        errors = []
-        inputs = x.to(torch.float32).split(self.splits, dim=self.channel_dim)
-        for index, (part, prepared) in enumerate(zip(inputs, self.prepared_parts(), strict=True)):
-            scale, zero_point = (
-                table[index].index_select(0, rows).view(-1, *(1,) * (x.dim() - 1))
-                for table in (self.act_scale, self.act_zero_point)
-            )
-            inverse = prepared.inverse_channel_scale
-            scaled = part if inverse is None else part * inverse
-            codes = encode(scaled, scale, zero_point, self.spec.activation_bits)
-            error = scaled - (codes.to(torch.float32) - zero_point) * scale
-            errors.append(error if inverse is None else error / inverse)
-        return torch.cat(errors, dim=self.channel_dim)
+        return input_error(self, x)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLayer:
-        self._prepared = None  # the kernel's layout belongs to the old device
+        resident.restore(self)  # the kernel's layout belongs to the old device
 
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -264,13 +251,19 @@ class PackedLayer(nn.Module):
 
         return super()._apply(keep_float32, recurse)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if keep_vars:  # else torch detaches, which makes the bytes
+            destination[f"{prefix}weight_packed"] = resident.packed_bytes(self)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._prepared = None
+        resident.restore(self)
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy lays its weight out anew: the kernel's layout cannot be copied.
-        return {**self.__dict__, "_prepared": None}
+        buffers = {**self._buffers, "weight_packed": resident.packed_bytes(self)}
+        return {**self.__dict__, "_buffers": buffers, "_prepared": None}
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -279,16 +272,6 @@ class PackedLayer(nn.Module):
             f"{spec.in_channels}, {spec.out_channels}, weight_bits={spec.weight_bits}, "
             f"activation_bits={spec.activation_bits}, steps={self.steps}, parts={self.splits}"
         )
-
-
-def encode(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """uint8 codes of `x` for `scale [1]` and `zero_point [1]`: `numerics.quantize` in one pass."""
-    x = x.to(torch.float32)
-    if torch.compiler.is_compiling():
-        codes = torch.round(x * (1.0 / scale)) + zero_point
-        return codes.clamp(0, max_code(bits)).to(torch.uint8)
-    codes = x * (1.0 / scale)
-    return codes.round_().add_(zero_point).clamp_(0, max_code(bits)).to(torch.uint8)
 
 
 class PackedLinear(PackedLayer):

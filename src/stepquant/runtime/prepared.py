@@ -26,20 +26,23 @@ class CallConstants:
 
 @dataclass
 class PreparedPart:
-    """One input part of a layer: its kernel, with the weight in that kernel's layout.
+    """Input part number `index` of a layer: its kernel, with the weight in that kernel's layout.
 
-    `reasons`: why faster kernels do not take it. `state`: what the kernel's `prepare` gave. `grid`:
-    the activation grid, at row 0. `start`: the part's first in-channel. `inverse_channel_scale`:
+    `reasons`: why faster kernels do not take it. `weight` and `rest`: what the kernel's `prepare`
+    gave; `weight` is None where each call lays it out (`runtime.resident`). `grid`: the activation
+    grid, at row 0. `start`: the part's first in-channel. `inverse_channel_scale`:
     one over `act_channel_scale`, in a shape that broadcasts over the part's input, or None.
     `constants`: filled by `runtime.codes`, as is `row_weight`, int8 `[C_out, C_in]` of a linear
     layer that meets few rows.
     """
 
+    index: int
     spec: LayerSpec
     kernel_name: str
     kernel: ModuleType
     reasons: list[str]
-    state: tuple[Tensor, ...]
+    weight: Tensor | None
+    rest: tuple[Tensor, ...]
     grid: Grid
     start: int
     inverse_channel_scale: Tensor | None

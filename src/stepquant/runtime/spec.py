@@ -32,6 +32,12 @@ class LayerSpec:
     half_zero_points: bool = False
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """`(C_out, C_in)`, and the kernel's size where it is a conv layer."""
+        shape = (self.out_channels, self.in_channels)
+        return shape + self.kernel_size if self.kind == "conv2d" else shape
+
+    @property
     def columns(self) -> int:
         """Weights per out-channel."""
         return self.in_channels * self.kernel_size[0] * self.kernel_size[1]

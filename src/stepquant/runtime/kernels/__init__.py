@@ -9,6 +9,9 @@ differences `code - zero point` (`[C_out, C_in, kh, kw]` or `[C_out, C_in]`), `a
 float32 and `act_zero_point [1]` int32, `weight_scale [C_out]` float32; `y` is float32. Zero padding
 is float zero, that is, code `act_zero_point`. Sums are exact; `sum(codes * weight)` and the zero
 point's share may be joined in float32, which is exact as long as each is below 2^24.
+
+`prepare` gives the state that `run` takes: first the weight as `lay_out` makes it, then small
+tensors of the weight. `differences` gives back the weight that was laid out, bit for bit.
 """
 
 from __future__ import annotations

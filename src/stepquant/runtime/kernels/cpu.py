@@ -62,15 +62,24 @@ def prepare(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> tuple[Tens
     The sums `[C_out]` float32 are those of the weight that the codes stand for.
     """
     zeros = torch.zeros(spec.out_channels, dtype=torch.int32)
-    weight = weight.contiguous()
     sums = weight.flatten(1).sum(dim=1).to(torch.float32) * weight_scale
+    return lay_out(weight, weight_scale, spec), weight_scale, zeros, sums
+
+
+def lay_out(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> Tensor:
+    """See the package docstring; an opaque tensor of oneDNN."""
+    weight = weight.contiguous()
     if spec.kind == "linear":
-        packed = torch.ops.onednn.qlinear_prepack(weight, None)
-    else:
-        packed = torch.ops.onednn.qconv_prepack(
-            weight, weight_scale, 1.0, 0, spec.stride, [0, 0], spec.dilation, 1, None
-        )
-    return packed, weight_scale, zeros, sums
+        return torch.ops.onednn.qlinear_prepack(weight, None)
+    return torch.ops.onednn.qconv_prepack(
+        weight, weight_scale, 1.0, 0, spec.stride, [0, 0], spec.dilation, 1, None
+    )
+
+
+def differences(laid_out: Tensor, spec: LayerSpec) -> Tensor:
+    """See the package docstring."""
+    dense = laid_out.to_dense()
+    return dense.t() if spec.kind == "linear" else dense
 
 
 def run(

@@ -30,9 +30,19 @@ def why_not(spec: LayerSpec, device: torch.device) -> str | None:
 
 def prepare(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
     """`(weight [K, C_out] int8, column sums [C_out] int32, weight_scale)`."""
-    del spec
-    matrix = weight.reshape(weight.shape[0], -1)
-    return matrix.t(), matrix.sum(dim=1, dtype=torch.int32), weight_scale
+    sums = weight.flatten(1).sum(dim=1, dtype=torch.int32)
+    return lay_out(weight, weight_scale, spec), sums, weight_scale
+
+
+def lay_out(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> Tensor:
+    """See the package docstring."""
+    del weight_scale, spec
+    return weight.reshape(weight.shape[0], -1).t()
+
+
+def differences(laid_out: Tensor, spec: LayerSpec) -> Tensor:
+    """See the package docstring."""
+    return laid_out.t().reshape(spec.weight_shape)
 
 
 def run(

@@ -16,9 +16,20 @@ def why_not(spec: LayerSpec, device: torch.device) -> str | None:
 
 
 def prepare(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
-    """Keep the int8 differences as they are."""
+    """`(weight, weight_scale)`."""
+    return lay_out(weight, weight_scale, spec), weight_scale
+
+
+def lay_out(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> Tensor:
+    """The int8 differences as they are."""
+    del weight_scale, spec
+    return weight
+
+
+def differences(laid_out: Tensor, spec: LayerSpec) -> Tensor:
+    """The int8 differences as they are."""
     del spec
-    return weight, weight_scale
+    return laid_out
 
 
 def run(
