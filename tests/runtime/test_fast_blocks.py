@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from architectures import ARCHITECTURES, build
@@ -19,7 +18,6 @@ from stepquant.models.calling import named_arguments
 from stepquant.recipe import Recipe
 from stepquant.runtime import codes
 from stepquant.runtime.fast import FAST_CLASSES, use_plain_blocks
-from stepquant.runtime.fast.attention import FastAttnProcessor
 from stepquant.runtime.kernels import cpu
 from stepquant.runtime.packed import PackedLayer
 

@@ -183,7 +183,7 @@ class PackedLayer(nn.Module):
 
     def _quantized(self, x: Tensor) -> Tensor:
         self.prepared_parts()
-        if x.dtype in codes.FLOATS and codes.takes_codes(self):
+        if x.dtype in codes.FLOATS and codes.why_not(self) is None:
             return codes.run(self, codes.encode(self, x)).to(x.dtype)
         rows = self.context.rows.to(x.device)
         if self.steps == 1:
