@@ -15,6 +15,7 @@ from stepquant.evaluate import measure_latency, peak_memory_mb
 from stepquant.models.adapter import DenoiserAdapter, adapter_for, adapter_of
 from stepquant.models.calling import named_arguments, on_device
 from stepquant.progress import Reporter
+from stepquant.runtime.notes import slow_paths
 from stepquant.runtime.packed import PackedLayer
 from stepquant.sampling import check_count, denoiser_of
 from stepquant.sources import open_pipeline
@@ -73,7 +74,8 @@ def bench(
     """Milliseconds of one denoiser call of `model` and of the float model `against`.
 
     Medians of interleaved runs with 10th and 90th percentile for each batch size, and how many
-    times faster. `compiled` adds both under `torch.compile` (the first calls take minutes).
+    times faster; `slow_paths` is what is slower on this machine than it could be
+    (`runtime.notes`). `compiled` adds both under `torch.compile` (the first calls take minutes).
     `adapter`: as in `quantize`, for an architecture that stepquant does not know.
     """
     reporter = reporter or Reporter(quiet=True)
@@ -125,4 +127,5 @@ def bench(
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "peak_memory_mb": peak_memory_mb(),
+        "slow_paths": slow_paths(candidate),
     }

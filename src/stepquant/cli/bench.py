@@ -45,3 +45,4 @@ def bench(
             f"layer inputs by kernel: {kernels}; {record['threads']} threads, "
             f"{record['cpu_capability']}, peak memory {record['peak_memory_mb']:.0f} MB"
         )
+        output.slow_paths(record["slow_paths"])

@@ -57,6 +57,8 @@ def sample(
         if grid is None and out is None:
             raise StepQuantError("the images would go nowhere: expected --grid FILE or --out DIR")
         from stepquant import api, images  # not at the top: see demo.py
+        from stepquant.runtime.notes import slow_paths
+        from stepquant.sampling import denoiser_of
 
         if grid is not None:
             images.check_picture_path(grid)
@@ -64,6 +66,7 @@ def sample(
             images.check_new_folder(out)
         (pipeline,) = opened(config, model)
         pipeline, loras = with_loras(pipeline, lora)
+        pipeline = api.load(pipeline)
         drawn = api.sample(
             pipeline,
             num,
@@ -80,9 +83,11 @@ def sample(
         shape = list(drawn.shape[1:])
         output.results = {"num": num, "shape": shape, "grid": grid, "out": out, "files": files}
         output.results["loras"] = loras
+        output.results["slow_paths"] = slow_paths(denoiser_of(pipeline))
         output.table([{"images": num, "channels": shape[0], "height": shape[1], "width": shape[2]}])
         for entry in loras:
             output.line(lora_line(entry))
         for place in (grid, out):
             if place is not None:
                 output.line(f"written to {place}")
+        output.slow_paths(output.results["slow_paths"])

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from stepquant.runtime.packed import PackedLayer
 
 FLOATS = (torch.float32, torch.bfloat16)
+NO_VNNI = "no VNNI"
+OTHER_KERNEL = "the kernel "
 
 
 def untouched(module: nn.Module) -> bool:
@@ -78,11 +80,11 @@ def why_not(layer: PackedLayer) -> str | None:
             return f"timesteps on {rows.device.type}"
     for part in layer.prepared_parts():
         if part.kernel is not cpu:
-            return f"the kernel {part.kernel_name}"
+            return f"{OTHER_KERNEL}{part.kernel_name}"
         if part.inverse_channel_scale is not None:
             return "inputs that are scaled by channel"
         if part.spec.pair_overflows_int16 and cpu.pairs_saturate():
-            return "no VNNI"
+            return NO_VNNI
     return None
 
 
