@@ -22,7 +22,8 @@ from stepquant.pack import pack
 from stepquant.progress import Reporter
 from stepquant.quantize import Quantized, quantize
 from stepquant.recipe import load_recipe, recipe_names
-from stepquant.sampling import AUTO, sample_images
+from stepquant.runtime import notes
+from stepquant.sampling import AUTO, denoiser_of, sample_images
 from stepquant.sources import open_pipeline as load
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "recipe_names",
     "sample",
     "set_lora_scales",
+    "slow_paths",
     "unload_lora",
 ]
 
@@ -75,3 +77,11 @@ def sample(
     return sample_images(
         load(model), num, steps, seed, scheduler, batch, reporter, conditioning=conditioning
     )
+
+
+def slow_paths(pipeline: DiffusionPipeline) -> list[str]:
+    """What of a packed `pipeline` is slower on this machine than it could be, a sentence each.
+
+    None for a float pipeline; see `stepquant.runtime.notes`.
+    """
+    return notes.slow_paths(denoiser_of(pipeline))

@@ -57,8 +57,6 @@ def sample(
         if grid is None and out is None:
             raise StepQuantError("the images would go nowhere: expected --grid FILE or --out DIR")
         from stepquant import api, images  # not at the top: see demo.py
-        from stepquant.runtime.notes import slow_paths
-        from stepquant.sampling import denoiser_of
 
         if grid is not None:
             images.check_picture_path(grid)
@@ -83,7 +81,7 @@ def sample(
         shape = list(drawn.shape[1:])
         output.results = {"num": num, "shape": shape, "grid": grid, "out": out, "files": files}
         output.results["loras"] = loras
-        output.results["slow_paths"] = slow_paths(denoiser_of(pipeline))
+        output.results["slow_paths"] = api.slow_paths(pipeline)
         output.table([{"images": num, "channels": shape[0], "height": shape[1], "width": shape[2]}])
         for entry in loras:
             output.line(lora_line(entry))
