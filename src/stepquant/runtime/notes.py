@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,7 +71,7 @@ def _without_library(layers: list[PackedLayer]) -> Iterable[str]:
 
 
 def _plain_blocks(model: nn.Module) -> Iterable[str]:
-    blocks = [module for module in model.modules() if hasattr(module, "why_plain")]
+    blocks: list[Any] = [module for module in model.modules() if hasattr(module, "why_plain")]
     if not blocks:
         yield f"{type(model).__name__} has no blocks with a fused form: it runs layer by layer"
     reasons = Counter(block.why_plain() for block in blocks)

@@ -35,8 +35,11 @@ class FastAttention(Attention):
         """As `Attention`: `hidden_states [B, C, H, W]` or `[B, N, C]`, and so the result."""
         x, context = hidden_states, encoder_hidden_states
         # A time embedding is only for the spatial norm, with which nothing here runs.
-        if not (kwargs.keys() <= {"temb"} and attends_on_codes(self, x, context)) or (
-            self.group_norm is not None and x.dim() != 4
+        if (
+            not kwargs.keys() <= {"temb"}
+            or not fits(self, x, context)
+            or (self.group_norm is not None and x.dim() != 4)
+            or why_plain(self) is not None
         ):
             return super().forward(x, context, attention_mask, **kwargs)
         if self.group_norm is not None:
@@ -63,13 +66,11 @@ def projections(attn: Attention) -> list[PackedLayer]:
     return [attn.to_q, attn.to_k, attn.to_v]
 
 
-def attends_on_codes(attn: Attention, x: Tensor, context: Tensor | None) -> bool:
-    """Whether `attn`, called with these, computes what `attend` does, and its layers take codes."""
+def fits(attn: Attention, x: Tensor, context: Tensor | None) -> bool:
+    """Whether `attn` computes what `attend` does with these, if `why_plain` has no reason."""
     if x.device.type != "cpu" or x.dtype not in codes.FLOATS:
         return False
-    if context is not None and (attn.norm_cross or attn.group_norm is not None):
-        return False
-    return why_plain(attn) is None
+    return context is None or not (attn.norm_cross or attn.group_norm is not None)
 
 
 def why_plain(attn: Attention) -> str | None:

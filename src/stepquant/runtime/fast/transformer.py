@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from stepquant.runtime import codes, fused
 from stepquant.runtime.fast.attention import (
     attend,
-    attends_on_codes,
     encoded,
+    fits,
     projections,
     why_plain,
 )
@@ -89,11 +89,11 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
         return (shift, scale, gate), (later_shift, later_scale, later_gate)
 
     def _runs_on_codes(self, x: Tensor, context: Tensor | None) -> bool:
-        if x.dim() != 3 or self.why_plain() is not None:
-            return False
-        sites = [(self.attn1, None), (self.attn2, context)]
-        return all(
-            [attends_on_codes(site, x, source) for site, source in sites if site is not None]
+        return (
+            x.dim() == 3
+            and fits(self.attn1, x, None)
+            and (self.attn2 is None or fits(self.attn2, x, context))
+            and self.why_plain() is None
         )
 
     def why_plain(self) -> str | None:
