@@ -5,6 +5,8 @@ TORCH_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NATIVE := src/stepquant/runtime/native
+KERNELS := $(NATIVE)/_kernels.so
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format clean
@@ -32,15 +34,20 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt -e ".[evaluate,dev]"
 	@touch $@
 
-demo: $(STAMP)
+# The installation compiles the native kernels; this does it again when their sources are newer, as
+# the package refuses a library of other sources, and is slow without one. No compiler is no failure.
+$(KERNELS): $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h $(NATIVE)/build.py) | $(STAMP)
+	@$(BIN)/python -m stepquant.runtime.native || true
+
+demo: $(STAMP) $(KERNELS)
 	rm -rf demo
 	$(BIN)/stepquant demo --out demo
 
 # Files side by side, each process with one thread: the tests' tensors are tiny.
-test: $(STAMP)
+test: $(STAMP) $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
-test-slow: $(STAMP)
+test-slow: $(STAMP) $(KERNELS)
 	$(BIN)/pytest -m slow
 
 lint: $(STAMP)

@@ -16,6 +16,7 @@ from stepquant.calibration.trajectories import capture_trajectories, drawer
 from stepquant.models.adapter import adapter_for
 from stepquant.progress import Reporter
 from stepquant.quantizers import QuantConv2d, QuantLayer, QuantLinear, StepContext, StepGrid
+from stepquant.runtime import native
 from stepquant.sampling import set_scheduler
 from stepquant.scheme import Scheme
 from stepquant.session import Session
@@ -25,6 +26,13 @@ from stepquant.workfolder import WorkFolder
 # The same examples on every machine, and no verdict by stopwatch.
 settings.register_profile("stepquant", deadline=None, derandomize=True)
 settings.load_profile("stepquant")
+
+
+def pytest_report_header() -> str:
+    """Tests of native kernels skip themselves where there are none: tell which it is."""
+    library = native.library()
+    return f"native kernels: {native.why_not() if library is None else library.level}"
+
 
 Simulate = Callable[..., QuantLayer]
 BuildUNet = Callable[..., UNet2DModel]

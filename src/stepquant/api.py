@@ -22,9 +22,10 @@ from stepquant.pack import pack
 from stepquant.progress import Reporter
 from stepquant.quantize import Quantized, quantize
 from stepquant.recipe import load_recipe, recipe_names
+from stepquant.runtime import notes
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser
 from stepquant.runtime.resident import WeightBytes, set_memory_mode, weight_bytes_resident
-from stepquant.sampling import AUTO, sample_images
+from stepquant.sampling import AUTO, denoiser_of, sample_images
 from stepquant.sources import open_pipeline as load
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "sample",
     "set_lora_scales",
     "set_memory_mode",
+    "slow_paths",
     "unload_lora",
     "weight_bytes_resident",
 ]
@@ -83,3 +85,11 @@ def sample(
     return sample_images(
         pipeline, num, steps, seed, scheduler, batch, reporter, conditioning=conditioning
     )
+
+
+def slow_paths(pipeline: DiffusionPipeline) -> list[str]:
+    """What of a packed `pipeline` is slower on this machine than it could be, a sentence each.
+
+    None for a float pipeline; see `stepquant.runtime.notes`.
+    """
+    return notes.slow_paths(denoiser_of(pipeline))

@@ -17,6 +17,7 @@ from stepquant.models.adapter import DenoiserAdapter, adapter_for, adapter_of
 from stepquant.models.calling import named_arguments, on_device
 from stepquant.progress import Reporter
 from stepquant.runtime.fastest_backend import FASTEST, FastestDenoiser
+from stepquant.runtime.notes import slow_paths
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser, device_of
 from stepquant.runtime.packed import PackedLayer
 from stepquant.runtime.resident import set_memory_mode, weight_bytes_resident
@@ -112,6 +113,7 @@ def bench(
     Medians of interleaved runs with 10th and 90th percentile for each batch size, and how many
     times faster. `backend`: of the packed layers; `openvino`, or `openvino:DEVICE`, adds the model
     as OpenVINO runs it beside the one on the layers' best kernels, and says which is faster.
+    `slow_paths` is what is slower on this machine than it could be (`runtime.notes`).
     `compiled` adds both under `torch.compile` (the first calls take minutes).
     `adapter`: as in `quantize`, for an architecture that stepquant does not know. `memory`: the
     mode, see `set_memory_mode`; the record says what weights take in it.
@@ -184,4 +186,5 @@ def bench(
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "peak_memory_mb": peak_memory_mb(),
+        "slow_paths": slow_paths(candidate),
     }

@@ -22,6 +22,7 @@ from stepquant.evaluate import (
     paired_ssim,
 )
 from stepquant.progress import Reporter
+from stepquant.runtime.notes import slow_paths
 from stepquant.sampling import AUTO, denoiser_of, resolve_scheduler, sample_images
 from stepquant.sources import default_features, open_pipeline
 
@@ -50,7 +51,8 @@ def evaluate(
     prediction at each step (on the float model's own trajectories), and, where a feature network
     is named (or known for an embedded model), the Fréchet distance `fd_<features>` to the training
     data and to the float model's samples, each with a bootstrap interval. Images `[num, C, H, W]`
-    that exist already can be handed over. `prompts`, `labels`, `guidance`, `call`: what images are
+    that exist already can be handed over. `slow_paths` says what of `model` is slower on this
+    machine than it could be. `prompts`, `labels`, `guidance`, `call`: what images are
     drawn of, as in `quantize`.
     """
     reporter = reporter or Reporter(quiet=True)
@@ -86,6 +88,7 @@ def evaluate(
             reporter=reporter,
             conditioning=conditioning,
         ),
+        "slow_paths": slow_paths(denoiser_of(candidate)),
     }
     if name is not None:
         record.update(distances(images, float_images, name))

@@ -105,6 +105,7 @@ def test_sample_writes_a_grid_and_single_images(packed_folder, tmp_path):
     assert [Image.open(path).size for path in results["files"]] == [(16, 16)] * 5
     assert Image.open(results["grid"]).size == (2 + 3 * 34, 2 + 2 * 34)
     assert f"written to {tmp_path / 'grid.png'}" in result.stdout
+    assert result.stdout.count("slower than it could be: ") == len(results["slow_paths"])
 
 
 @pytest.mark.parametrize("scheduler", ["own", "ddpm"])
@@ -144,6 +145,7 @@ def test_evaluate_tells_the_distance_to_the_float_model(float_folder, packed_fol
     assert -1 <= results["paired_ssim"] <= 1
     assert len(results["noise_error"]) == 2
     assert "paired psnr db" in result.stdout.replace("_", " ")
+    assert result.stdout.count("slower than it could be: ") == len(results["slow_paths"])
 
 
 def test_bench_times_both_models(float_folder, packed_folder, tmp_path):
@@ -170,6 +172,9 @@ def test_bench_times_both_models(float_folder, packed_folder, tmp_path):
     ]
     assert set(results["kernels"]) == {"reference"}
     assert "times faster" in result.stdout
+    assert "the reference kernel: the backend 'reference' was asked for" in results["slow_paths"][0]
+    for note in results["slow_paths"]:
+        assert f"slower than it could be: {note}\n" in result.stdout
 
 
 def test_sample_and_bench_take_openvino(float_folder, packed_folder, tmp_path):

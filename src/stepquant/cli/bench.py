@@ -69,3 +69,4 @@ def bench(
             f"{weights['float32_bytes'] / 1e6:.2f} MB of float32, {weights['times_smaller']:.2f} "
             "times smaller"
         )
+        output.slow_paths(record["slow_paths"])

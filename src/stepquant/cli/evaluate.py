@@ -25,6 +25,7 @@ from stepquant.cli.options import (
 )
 from stepquant.cli.session import talk
 
+LISTS = ("noise_error", "slow_paths")
 SETTING = ("num", "steps", "scheduler", "seed", "features")
 
 
@@ -78,9 +79,7 @@ def evaluate(
         output.results = {**record, "loras": loras}
         errors = record["noise_error"]
         worst = max(errors, key=lambda row: row["relative_mse"])
-        values = {
-            key: value for key, value in record.items() if key not in (*SETTING, "noise_error")
-        }
+        values = {key: value for key, value in record.items() if key not in (*SETTING, *LISTS)}
         mean = sum(row["relative_mse"] for row in errors) / len(errors)
         values["noise_error, mean over steps"] = mean
         values[f"noise_error, worst step ({worst['timestep']})"] = worst["relative_mse"]
@@ -89,3 +88,4 @@ def evaluate(
         for entry in loras:
             output.line(lora_line(entry))
         output.line(f"{num} images of each model, {used} {steps} steps, seeds from {seed}")
+        output.slow_paths(record["slow_paths"])

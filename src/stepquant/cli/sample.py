@@ -74,8 +74,8 @@ def sample(
             images.check_new_folder(out)
         (pipeline,) = opened(config, model)
         pipeline, loras = with_loras(pipeline, lora)
+        pipeline = api.load(pipeline)
         if memory != "fast":
-            pipeline = api.load(pipeline)
             api.set_memory_mode(denoiser_of(pipeline), memory)
         drawn = api.sample(
             pipeline,
@@ -94,9 +94,11 @@ def sample(
         shape = list(drawn.shape[1:])
         output.results = {"num": num, "shape": shape, "grid": grid, "out": out, "files": files}
         output.results["loras"] = loras
+        output.results["slow_paths"] = api.slow_paths(pipeline)
         output.table([{"images": num, "channels": shape[0], "height": shape[1], "width": shape[2]}])
         for entry in loras:
             output.line(lora_line(entry))
         for place in (grid, out):
             if place is not None:
                 output.line(f"written to {place}")
+        output.slow_paths(output.results["slow_paths"])

@@ -48,6 +48,11 @@ class Talk:
         """Print one line."""
         self._console.print(text, markup=False, soft_wrap=True)
 
+    def slow_paths(self, notes: Sequence[str]) -> None:
+        """Print what `runtime.notes.slow_paths` found, a line each."""
+        for note in notes:
+            self.line(f"slower than it could be: {note}")
+
     def table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Print one table; its columns are the keys of the first row."""
         columns = list(rows[0]) if rows else []

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 from stepquant.runtime import fused
 from stepquant.runtime.grids import Grid, Output
@@ -26,37 +27,68 @@ if TYPE_CHECKING:
 FEW_ROWS = 8
 LARGEST_FEW = 1 << 21  # weights, which are held once more in rows
 FLOATS = (torch.float32, torch.bfloat16)
+NO_VNNI = "no VNNI"
+OTHER_KERNEL = "the kernel "
 
 
 def untouched(module: nn.Module) -> bool:
     """Whether calling `module` is calling its `forward`: no hooks, none of accelerate's either."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in module.__dict__
+        or hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+    )
 
 
-def takes_codes(layer: PackedLayer) -> bool:
-    """Whether `layer` can be run by `run` now, to the same result as by calling it.
+def why_not_from_outside(layer: nn.Module | None, parts: int | None = None) -> str | None:
+    """Why a block cannot run `layer` by `run` now to the same result as by calling it, or None.
 
-    It cannot where another kernel than oneDNN's was chosen or asked for, the kernel wants two calls
-    (no VNNI), the input is scaled by channel, samples of the batch are at different steps, or
-    something else looks at the layer's float input: a LoRA, a bypass, a hook.
+    `parts`: how many input parts the block can feed; None: any number. No layer at all is no
+    obstacle. Beside the reasons of `why_not` there is whatever else looks at the layer's float
+    input: a LoRA, a bypass, a hook.
     """
-    return (
-        layer.backend == "auto"
-        and layer.bypass is None
-        and layer.lora is None
-        and untouched(layer)
-        and (layer.steps == 1 or layer.context.rows.numel() == 1)
-        and all([_part_takes_codes(part) for part in layer.prepared_parts()])
-        and not torch.compiler.is_compiling()
-    )
+    if layer is None:
+        return None
+    if not hasattr(layer, "prepared_parts"):  # packed.py imports this module
+        return f"a layer of the class {type(layer).__name__}"
+    packed: PackedLayer = layer  # type: ignore[assignment]
+    if packed.lora is not None:
+        return "a LoRA"
+    if packed.bypass is not None:
+        return "an input error bypass"
+    if not untouched(packed):
+        return "a hook"
+    if parts is not None and len(packed.splits) != parts:
+        return "a layer with several input parts"
+    return why_not(packed)
 
 
-def _part_takes_codes(part: PreparedPart) -> bool:
-    return (
-        part.kernel is cpu
-        and part.inverse_channel_scale is None
-        and not (part.spec.pair_overflows_int16 and cpu.pairs_saturate())
-    )
+def why_not(layer: PackedLayer) -> str | None:
+    """Why `run` does not do now what the layer's own kernel does with its codes, or None.
+
+    It does not where another kernel than oneDNN's was chosen or asked for, the kernel wants two
+    calls (no VNNI), the input is scaled by channel, or samples of the batch are at different steps.
+    """
+    if torch.compiler.is_compiling():
+        return "torch.compile"
+    if layer.backend != "auto":
+        return f"the backend '{layer.backend}'"
+    if layer.steps != 1:
+        rows = layer.context.rows
+        if rows.numel() != 1:
+            return "samples at different timesteps"
+        if not rows.is_cpu:
+            return f"timesteps on {rows.device.type}"
+    for part in layer.prepared_parts():
+        if part.kernel is not cpu:
+            return f"{OTHER_KERNEL}{part.kernel_name}"
+        if part.inverse_channel_scale is not None:
+            return "inputs that are scaled by channel"
+        if part.spec.pair_overflows_int16 and cpu.pairs_saturate():
+            return NO_VNNI
+    return None
 
 
 def grid_in_force(layer: PackedLayer, part: PreparedPart) -> Grid:

@@ -183,7 +183,7 @@ class PackedLayer(nn.Module):
 
     def _quantized(self, x: Tensor) -> Tensor:
         parts = self.prepared_parts()
-        if x.dtype in codes.FLOATS and codes.takes_codes(self):
+        if x.dtype in codes.FLOATS and codes.why_not(self) is None:
             if self.spec.kind == "linear":
                 return codes.run_rows(self, x).to(x.dtype)
             return codes.run(self, codes.encode(self, x)).to(x.dtype)

@@ -8,14 +8,14 @@ cannot take codes, and under `torch.compile`, it runs the code of diffusers.
 from __future__ import annotations
 
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from stepquant.runtime.fast.attention import FastAttnProcessor
+from stepquant.runtime.fast.attention import FastAttention
 from stepquant.runtime.fast.decoder import FastAttnUpBlock2D, FastCrossAttnUpBlock2D, FastUpBlock2D
 from stepquant.runtime.fast.projections import FastTransformer2DModel
 from stepquant.runtime.fast.resnet import FastResnetBlock2D
@@ -23,6 +23,7 @@ from stepquant.runtime.fast.transformer import FastBasicTransformerBlock
 from stepquant.runtime.fast.upsample import FastUpsample2D
 
 FAST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    Attention: FastAttention,
     AttnUpBlock2D: FastAttnUpBlock2D,
     BasicTransformerBlock: FastBasicTransformerBlock,
     CrossAttnUpBlock2D: FastCrossAttnUpBlock2D,
@@ -40,8 +41,6 @@ def use_fast_blocks(model: nn.Module) -> nn.Module:
         fast = FAST_CLASSES.get(type(module))
         if fast is not None:
             module.__class__ = fast
-        elif isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0:
-            module.set_processor(FastAttnProcessor())
     return model
 
 
@@ -51,6 +50,4 @@ def use_plain_blocks(model: nn.Module) -> nn.Module:
         plain = PLAIN_CLASSES.get(type(module))
         if plain is not None:
             module.__class__ = plain
-        elif isinstance(module, Attention) and type(module.processor) is FastAttnProcessor:
-            module.set_processor(AttnProcessor2_0())
     return model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,46 +18,47 @@ from stepquant.runtime.packed import PackedLayer
 MANY_SCORES = 128 * 128  # of a head; fewer are quicker in float32
 
 
-class FastAttnProcessor(AttnProcessor2_0):
+class FastAttention(Attention):
     """Norm and rounding for queries, keys and values in one pass over an image.
 
-    The products stay float, as in `AttnProcessor2_0`, whose code runs where a layer cannot take
-    codes.
+    The products stay float, as in `AttnProcessor2_0`, which is the processor that this stands for.
+    With any other the code of diffusers runs.
     """
 
-    def __call__(
+    def forward(
         self,
-        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """As `AttnProcessor2_0`: `hidden_states [B, C, H, W]` or `[B, N, C]`, and so the result."""
+        """As `Attention`: `hidden_states [B, C, H, W]` or `[B, N, C]`, and so the result."""
         x, context = hidden_states, encoder_hidden_states
-        if not attends_on_codes(attn, x, context) or (attn.group_norm is not None and x.dim() != 4):
-            return super().__call__(attn, x, context, attention_mask, temb, *args, **kwargs)
-        if attn.group_norm is not None:
-            inputs = _normed_image(attn, x)
+        # A time embedding is only for the spatial norm, with which nothing here runs.
+        if (
+            not kwargs.keys() <= {"temb"}
+            or not fits(self, x, context)
+            or (self.group_norm is not None and x.dim() != 4)
+            or why_plain(self) is not None
+        ):
+            return super().forward(x, context, attention_mask, **kwargs)
+        if self.group_norm is not None:
+            inputs = _normed_image(self, x)
         else:
             tokens = x if x.dim() == 3 else x.flatten(2).transpose(1, 2).contiguous()
-            inputs = encoded(attn, tokens, context)
-        y = attend(attn, inputs, attention_mask, x.dtype)
+            inputs = encoded(self, tokens, context)
+        y = attend(self, inputs, attention_mask, x.dtype)
         if x.dim() == 4:
             y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-        if attn.residual_connection:
+        if self.residual_connection:
             y = y.add_(x)
-        if attn.rescale_output_factor != 1.0:
-            y = y.div_(attn.rescale_output_factor)
+        if self.rescale_output_factor != 1.0:
+            y = y.div_(self.rescale_output_factor)
         return y.to(x.dtype)
 
-
-# diffusers asks for it at every call, and making it anew takes longer than a small product.
-FastAttnProcessor.__call__.__signature__ = inspect.signature(  # type: ignore[attr-defined]
-    FastAttnProcessor.__call__
-)
+    def why_plain(self) -> str | None:
+        """Why the block runs the code of diffusers whatever it is called with, or None."""
+        return why_plain(self)
 
 
 def projections(attn: Attention) -> list[PackedLayer]:
@@ -66,19 +66,30 @@ def projections(attn: Attention) -> list[PackedLayer]:
     return [attn.to_q, attn.to_k, attn.to_v]
 
 
-def attends_on_codes(attn: Attention, x: Tensor, context: Tensor | None) -> bool:
-    """Whether `attn` computes what `attend` does, and its layers take codes."""
-    if x.device.type != "cpu" or x.dtype not in codes.FLOATS or attn.training:
+def fits(attn: Attention, x: Tensor, context: Tensor | None) -> bool:
+    """Whether `attn` computes what `attend` does with these, if `why_plain` has no reason."""
+    if x.device.type != "cpu" or x.dtype not in codes.FLOATS:
         return False
-    parts = (attn.spatial_norm, attn.norm_q, attn.norm_k)
-    if any(part is not None for part in parts) or attn.fused_projections or attn.is_causal:
-        return False
-    if context is not None and (attn.norm_cross or attn.group_norm is not None):
-        return False
-    if attn.group_norm is not None and not codes.untouched(attn.group_norm):
-        return False
-    layers = [*projections(attn), attn.to_out[0]]
-    return all(isinstance(layer, PackedLayer) and codes.takes_codes(layer) for layer in layers)
+    return context is None or not (attn.norm_cross or attn.group_norm is not None)
+
+
+def why_plain(attn: Attention) -> str | None:
+    """Why `attn` runs the code of diffusers whatever it is called with, or None."""
+    if type(attn.processor) is not AttnProcessor2_0:
+        return f"the attention processor {type(attn.processor).__name__}"
+    if attn.training:
+        return "training mode"
+    norms = (attn.spatial_norm, attn.norm_q, attn.norm_k)
+    if any([norm is not None for norm in norms]) or attn.fused_projections or attn.is_causal:
+        return "attention of another kind"
+    for inner in (attn.group_norm, *attn.to_out[1:]):
+        if inner is not None and not codes.untouched(inner):
+            return "a hook"
+    for layer in (*projections(attn), attn.to_out[0]):
+        reason = codes.why_not_from_outside(layer, parts=1)
+        if reason is not None:
+            return reason
+    return None
 
 
 def encoded(attn: Attention, x: Tensor, context: Tensor | None) -> list[Tensor]:

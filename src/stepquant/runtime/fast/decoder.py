@@ -41,8 +41,8 @@ class FastUpBlock2D(UpBlock2D):
         x, skips = hidden_states, res_hidden_states_tuple
         if not joins_in_resnets(self):
             return super().forward(x, skips, temb, upsample_size, *args, **kwargs)
-        for resnet, skip in zip(self.resnets, reversed(skips), strict=False):
-            x = resnet.joined((x, skip), temb)
+        for number, resnet in enumerate(self.resnets, 1):
+            x = resnet.joined((x, skips[-number]), temb)
         return _upsampled(self.upsamplers, x, upsample_size)
 
 
@@ -62,10 +62,9 @@ class FastAttnUpBlock2D(AttnUpBlock2D):
         x, skips = hidden_states, res_hidden_states_tuple
         if not joins_in_resnets(self) or self.upsample_type == "resnet":
             return super().forward(x, skips, temb, upsample_size, *args, **kwargs)
-        for resnet, attention, skip in zip(
-            self.resnets, self.attentions, reversed(skips), strict=False
-        ):
-            x = attention(resnet.joined((x, skip), temb))
+        pairs = zip(self.resnets, self.attentions, strict=False)
+        for number, (resnet, attention) in enumerate(pairs, 1):
+            x = attention(resnet.joined((x, skips[-number]), temb))
         return _upsampled(self.upsamplers, x)
 
 
@@ -93,10 +92,9 @@ class FastCrossAttnUpBlock2D(CrossAttnUpBlock2D):
         }
         if not joins_in_resnets(self):
             return super().forward(x, skips, temb, upsample_size=upsample_size, **conditions)
-        for resnet, attention, skip in zip(
-            self.resnets, self.attentions, reversed(skips), strict=False
-        ):
-            x = resnet.joined((x, skip), temb)
+        pairs = zip(self.resnets, self.attentions, strict=False)
+        for number, (resnet, attention) in enumerate(pairs, 1):
+            x = resnet.joined((x, skips[-number]), temb)
             x = attention(x, return_dict=False, **conditions)[0]
         return _upsampled(self.upsamplers, x, upsample_size)
 

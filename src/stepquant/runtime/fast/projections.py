@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepquant.runtime import codes, fused
 from stepquant.runtime.grids import Output
-from stepquant.runtime.packed import PackedLayer
 
 
 class FastTransformer2DModel(Transformer2DModel):
@@ -49,14 +48,17 @@ class FastTransformer2DModel(Transformer2DModel):
             y = codes.run(project, codes.encode(project, _image(x, height, width)))
         return y.add_(residual).to(residual.dtype)
 
+    def why_plain(self) -> str | None:
+        """Why one of the projections runs as in diffusers whatever it is called with, or None."""
+        layers = [codes.why_not_from_outside(each, 1) for each in (self.proj_in, self.proj_out)]
+        return layers[0] or layers[1]
 
-def _on_codes(layer: PackedLayer, x: Tensor) -> bool:
+
+def _on_codes(layer: nn.Module, x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype in codes.FLOATS
-        and isinstance(layer, PackedLayer)
-        and len(layer.splits) == 1
-        and codes.takes_codes(layer)
+        and codes.why_not_from_outside(layer, parts=1) is None
     )
 
 

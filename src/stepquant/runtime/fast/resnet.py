@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from stepquant.runtime import codes, fused
-from stepquant.runtime.packed import PackedConv2d, PackedLayer
+from stepquant.runtime.packed import PackedConv2d
 
 
 class FastResnetBlock2D(ResnetBlock2D):
@@ -23,22 +23,25 @@ class FastResnetBlock2D(ResnetBlock2D):
         self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """As `ResnetBlock2D`: `input_tensor [B, C_in, H, W]`, `temb [B, E]`: `[B, C_out, H, W]`."""
-        if not self._runs_on_codes(input_tensor):
+        if not self._runs_on_codes(input_tensor, temb):
             return super().forward(input_tensor, temb, *args, **kwargs)
         return self._of_parts((input_tensor,), temb)
 
     def joined(self, parts: Sequence[Tensor], temb: Tensor | None) -> Tensor:
         """What calling the block with `parts [B, C_i, H, W]`, joined over channels, gives."""
-        if codes.untouched(self) and self._runs_on_codes(parts[0]):
+        alike = all([part.dtype == parts[0].dtype for part in parts])
+        if alike and codes.untouched(self) and self._runs_on_codes(parts[0], temb):
             return self._of_parts(parts, temb)
         return self(torch.cat(list(parts), dim=1), temb)
 
     def _of_parts(self, parts: Sequence[Tensor], temb: Tensor | None) -> Tensor:
         y = codes.run(self.conv1, _normed(self.norm1, parts, None, self.conv1))
         added = None
-        if self.time_emb_proj is not None and temb is not None:
+        if self.time_emb_proj is not None:
+            assert temb is not None
             activation = "none" if self.skip_time_act else "silu"
             added = codes.run_rows(self.time_emb_proj, temb, activation)
+            added = added.expand(len(y), -1)  # one embedding may be for all samples
         inner = _normed(self.norm2, (y,), added, self.conv2)
         if self.conv_shortcut is not None:
             shortcut = codes.run(self.conv_shortcut, codes.encode_parts(self.conv_shortcut, parts))
@@ -50,21 +53,30 @@ class FastResnetBlock2D(ResnetBlock2D):
             y = y.div_(self.output_scale_factor)
         return y.to(parts[0].dtype)
 
-    def _runs_on_codes(self, x: Tensor) -> bool:
-        if x.device.type != "cpu" or x.dtype not in codes.FLOATS:
-            return False
-        if self.time_embedding_norm != "default" or not isinstance(self.nonlinearity, nn.SiLU):
-            return False
-        if self.upsample is not None or self.downsample is not None or self.training:
-            return False
-        if not (codes.untouched(self.norm1) and codes.untouched(self.norm2)):
-            return False
-        layers = [self.conv1, self.conv2, self.conv_shortcut, self.time_emb_proj]
-        return all(
-            isinstance(layer, PackedLayer) and codes.takes_codes(layer)
-            for layer in layers
-            if layer is not None
+    def _runs_on_codes(self, x: Tensor, temb: Tensor | None) -> bool:
+        return (
+            x.device.type == "cpu"
+            and x.dtype in codes.FLOATS
+            and (temb is None) == (self.time_emb_proj is None)
+            and self.why_plain() is None
         )
+
+    def why_plain(self) -> str | None:
+        """Why the block runs the code of diffusers whatever it is called with, or None."""
+        if self.time_embedding_norm != "default" or not isinstance(self.nonlinearity, nn.SiLU):
+            return "another norm or activation than group norm and SiLU"
+        if self.upsample is not None or self.downsample is not None:
+            return "a resnet that changes the size"
+        if self.training:
+            return "training mode"
+        inner = (self.norm1, self.norm2, self.nonlinearity, self.dropout)
+        if not all([codes.untouched(module) for module in inner]):
+            return "a hook"
+        for layer in (self.conv1, self.conv2, self.conv_shortcut, self.time_emb_proj):
+            reason = codes.why_not_from_outside(layer)
+            if reason is not None:
+                return reason
+        return None
 
 
 def _normed(

@@ -6,16 +6,17 @@ from typing import Any
 
 from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
 from stepquant.runtime import codes, fused
 from stepquant.runtime.fast.attention import (
-    FastAttnProcessor,
     attend,
-    attends_on_codes,
     encoded,
+    fits,
     projections,
+    why_plain,
 )
 from stepquant.runtime.packed import PackedLayer
 
@@ -88,46 +89,54 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
         return (shift, scale, gate), (later_shift, later_scale, later_gate)
 
     def _runs_on_codes(self, x: Tensor, context: Tensor | None) -> bool:
-        plain = (
-            self.norm_type in NORM_TYPES
-            and self.pos_embed is None
-            and self._chunk_size is None
-            and not self.only_cross_attention
-            and x.dim() == 3
-            and not self.training
+        return (
+            x.dim() == 3
+            and fits(self.attn1, x, None)
+            and (self.attn2 is None or fits(self.attn2, x, context))
+            and self.why_plain() is None
         )
-        if not plain or not _feeds_on_codes(self.ff):
-            return False
+
+    def why_plain(self) -> str | None:
+        """Why the block runs the code of diffusers whatever it is called with, or None."""
+        if self.norm_type not in NORM_TYPES or self.pos_embed is not None:
+            return f"norms of the kind {self.norm_type}"
+        if self._chunk_size is not None or self.only_cross_attention:
+            return "chunked layers or cross-attention alone"
+        if self.training:
+            return "training mode"
         norms = [self.norm1, self.norm2, getattr(self, "norm3", None)]
         if isinstance(self.norm1, AdaLayerNormZero):
             if self.norm1.emb is None:
-                return False
+                return "a norm without an embedding"
             norms.append(self.norm1.norm)
-        if not all(norm is None or codes.untouched(norm) for norm in norms):
-            return False
-        sites = [(self.attn1, None), (self.attn2, context)]
-        return all(
-            codes.untouched(site)
-            and type(site.processor) is FastAttnProcessor
-            and site.group_norm is None
-            and not site.residual_connection
-            and site.rescale_output_factor == 1.0
-            and attends_on_codes(site, x, source)
-            for site, source in sites
-            if site is not None
-        )
+        for norm in norms:
+            if norm is not None and not codes.untouched(norm):
+                return "a hook"
+        for site in (self.attn1, self.attn2):
+            reason = None if site is None else _why_not_site(site)
+            if reason is not None:
+                return reason
+        return _why_not_feed(self.ff)
 
 
-def _feeds_on_codes(feed: FeedForward) -> bool:
-    """Whether `feed` is two packed layers that take codes, with GELU or GEGLU between them."""
+def _why_not_site(site: Attention) -> str | None:
+    """Why the block cannot run the attention `site` on codes itself."""
+    if not codes.untouched(site):
+        return "a hook"
+    if site.group_norm is not None or site.residual_connection or site.rescale_output_factor != 1.0:
+        return "attention of another kind"
+    return why_plain(site)
+
+
+def _why_not_feed(feed: FeedForward) -> str | None:
+    """Why `feed` is not two packed layers that take codes, with GELU or GEGLU between them."""
     widen, narrow = feed.net[0], feed.net[2]
     if type(widen) not in (GELU, GEGLU):
-        return False
-    modules = (feed, widen, narrow)
-    return all(codes.untouched(module) for module in modules) and all(
-        isinstance(layer, PackedLayer) and codes.takes_codes(layer)
-        for layer in (widen.proj, narrow)
-    )
+        return f"feed-forward layers with {type(widen).__name__}"
+    if not all([codes.untouched(module) for module in (feed, *feed.net)]):
+        return "a hook"
+    reason = codes.why_not_from_outside(widen.proj, parts=1)
+    return codes.why_not_from_outside(narrow, parts=1) if reason is None else reason
 
 
 def _normed(

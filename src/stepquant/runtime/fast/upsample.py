@@ -39,10 +39,14 @@ class FastUpsample2D(Upsample2D):
         return (
             x.device.type == "cpu"
             and x.dtype in codes.FLOATS
-            and self.name == "conv"
-            and self.norm is None
-            and self.interpolate
-            and isinstance(self.conv, PackedConv2d)
-            and len(self.conv.splits) == 1
-            and codes.takes_codes(self.conv)
+            and x.shape[1] == self.channels  # or diffusers says that it is not
+            and self.why_plain() is None
         )
+
+    def why_plain(self) -> str | None:
+        """Why the block runs the code of diffusers whatever it is called with, or None."""
+        if self.name != "conv" or self.norm is not None or not self.interpolate:
+            return "an upsampler of another kind"
+        if not isinstance(self.conv, PackedConv2d):
+            return "an upsampler without a packed conv"
+        return codes.why_not_from_outside(self.conv, parts=1)

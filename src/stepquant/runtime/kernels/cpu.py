@@ -46,10 +46,12 @@ def pairs_saturate() -> bool:
 
 @functools.cache
 def _pairs_saturate() -> bool:
-    codes = torch.full((1, 64), 255, dtype=torch.uint8)
-    weight = torch.full((16, 64), 127, dtype=torch.int8)
+    # Whatever the default dtype and device are: the answer is kept.
+    codes = torch.full((1, 64), 255, dtype=torch.uint8, device="cpu")
+    weight = torch.full((16, 64), 127, dtype=torch.int8, device="cpu")
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
-    ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int32)
+    ones = torch.ones(16, dtype=torch.float32, device="cpu")
+    zeros = torch.zeros(16, dtype=torch.int32, device="cpu")
     y = torch.ops.onednn.qlinear_pointwise(
         codes, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
@@ -61,7 +63,7 @@ def prepare(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> tuple[Tens
 
     The sums `[C_out]` float32 are those of the weight that the codes stand for.
     """
-    zeros = torch.zeros(spec.out_channels, dtype=torch.int32)
+    zeros = torch.zeros(spec.out_channels, dtype=torch.int32, device=weight.device)
     sums = weight.flatten(1).sum(dim=1).to(torch.float32) * weight_scale
     return lay_out(weight, weight_scale, spec), weight_scale, zeros, sums
 
@@ -171,6 +173,9 @@ def run_linear_codes(
 ) -> Tensor:
     """A linear layer of `codes` uint8 `[..., C]`; `accumulate` as for convs."""
     packed, weight_scale, zeros, _ = state
+    if not codes.numel():  # oneDNN gives [0, C_out] for every shape
+        y = torch.empty((*codes.shape[:-1], len(weight_scale)), dtype=dtype, device=codes.device)
+        return y if accumulate is None else accumulate
     y = torch.ops.onednn.qlinear_pointwise.default(
         codes, constants.scale, constants.zero_point, packed, weight_scale, zeros, constants.bias,
         1.0, 0, dtype, "none", (), "",

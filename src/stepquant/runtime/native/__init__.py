@@ -1,19 +1,22 @@
 """Elementwise kernels in C++ for x86-64 CPUs, between torch's integer kernels.
 
 The library is compiled when the package is built or installed (`hatch_build.py`), or by
-`python -m stepquant.runtime.native`. Where there is none, `runtime.fused` computes the same
-with torch, only slower.
+`python -m stepquant.runtime.native`. Where there is none, or `STEPQUANT_NATIVE` is 0,
+`runtime.fused` computes the same with torch, only slower.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from ctypes import c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
 from stepquant.runtime.native import build
+
+SWITCH = "STEPQUANT_NATIVE"  # set to 0 or off, the library is not loaded
 
 # The arguments of each function, as in its definition.
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
@@ -72,9 +75,11 @@ class Library:
 
 @functools.cache
 def _load() -> Library | str:
+    if os.environ.get(SWITCH, "").lower() in ("0", "off"):
+        return f"{SWITCH} is {os.environ[SWITCH]}"
     try:
         return Library()
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # no attribute: it is another library's file
         return str(error)
 
 

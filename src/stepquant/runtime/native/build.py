@@ -57,7 +57,14 @@ def compiler() -> list[str] | None:
 
 def build(target: Path = LIBRARY) -> str | None:
     """Write the library to `target`; None, or the reason why there is none now."""
-    target.unlink(missing_ok=True)  # a library of other sources is worse than none
+    try:
+        target.unlink(missing_ok=True)  # a library of other sources is worse than none
+        return _build(target)
+    except OSError as error:
+        return f"the library could not be written: {error}"
+
+
+def _build(target: Path) -> str | None:
     if not sys.platform.startswith("linux") or platform.machine() not in ("x86_64", "AMD64"):
         return f"made for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
     command = compiler()

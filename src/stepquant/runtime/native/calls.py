@@ -88,7 +88,7 @@ def encode(
         )
     else:
         x = x.contiguous()
-        result = torch.empty(x.shape, dtype=torch.uint8)
+        result = _empty_rows(x.shape)
         status = library.encode_flat(
             x.data_ptr(),
             x.dtype is torch.bfloat16,
@@ -117,7 +117,7 @@ def layer_norm_encode(
     x = x.contiguous()
     batch, channels = (x.shape[0] if x.dim() > 1 else 1), x.shape[-1]
     weight, bias, scale, shift = _floats(weight), _floats(bias), _rows(scale), _rows(shift)
-    results = [torch.empty(x.shape, dtype=torch.uint8) for _ in grids]
+    results = [_empty_rows(x.shape) for _ in grids]
     status = library.layer_norm_encode(
         _ROWS(
             *(x.data_ptr(), x.dtype is torch.bfloat16),
@@ -144,7 +144,7 @@ def gated_encode(library: Library, x: Tensor, gate_activation: str, grid: Grid) 
     """See `fused.gated_encode`."""
     x = x.contiguous()
     channels = x.shape[-1] // 2
-    result = torch.empty((*x.shape[:-1], channels), dtype=torch.uint8)
+    result = _empty_rows((*x.shape[:-1], channels))
     status = library.gated_encode(
         _ROWS(x.data_ptr(), x.dtype is torch.bfloat16, 1, result.numel() // channels, channels),
         _CODES[gate_activation],
@@ -197,7 +197,7 @@ def epilogue(
     """See `fused.epilogue`."""
     channels = sums.shape[0]
     sums_, bias, step_bias = _floats(sums), _floats(bias), _floats(step_bias)
-    result = torch.empty(channels + 1)
+    result = torch.empty(channels + 1, dtype=torch.float32, device="cpu")
     status = library.epilogue(
         _GRID(*_numbers(grid)),
         _address(sums_) if add_share else None,
@@ -212,9 +212,15 @@ def epilogue(
     return scale, found
 
 
+# Results name their dtype and device: a default that somebody has set is no place for the kernels
+# to write to.
 def _empty(batch: int, channels: int, height: int, width: int, padding: tuple[int, int]) -> Tensor:
     shape = (batch, channels, height + 2 * padding[0], width + 2 * padding[1])
-    return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=torch.uint8, device="cpu", memory_format=torch.channels_last)
+
+
+def _empty_rows(shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8, device="cpu")
 
 
 def _floats(x: Tensor | None) -> Tensor | None:

@@ -1,0 +1,102 @@
+"""What of a packed model runs slower here than it could, told in sentences."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepquant.runtime import codes, native
+from stepquant.runtime.kernels import cpu
+from stepquant.runtime.packed import PackedLayer
+
+
+def slow_paths(model: nn.Module) -> list[str]:
+    """One sentence for each thing that is slower than it could be on this machine, and why.
+
+    About the state that `model` is in now: ask after it was called or `set_backend` was. Empty
+    where nothing is slower, and for a model without packed layers. The numbers are the same either
+    way, but for what docs/architecture.md says of fused blocks.
+    """
+    # Layers that are offloaded one by one are elsewhere between two calls.
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, PackedLayer) and not module.weight_packed.is_meta
+    ]
+    notes = [*_on_reference(layers)]
+    if any(layer.weight_packed.is_cpu for layer in layers):
+        notes += [*_without_vnni(layers), *_without_library(layers), *_plain_blocks(model)]
+        notes += [*_dtype(model), *_threads()]
+    return notes
+
+
+def _on_reference(layers: list[PackedLayer]) -> Iterable[str]:
+    reasons: Counter[str] = Counter()
+    for layer in layers:
+        for part in layer.prepared_parts():
+            if part.kernel_name == "reference":
+                asked = f"the backend '{layer.backend}' was asked for"
+                reasons["; ".join(part.reasons) or asked] += 1
+    for reason, count in reasons.items():
+        yield f"{count} layer inputs run on the reference kernel: {reason}"
+
+
+def _without_vnni(layers: list[PackedLayer]) -> Iterable[str]:
+    parts = [part for layer in layers for part in layer.prepared_parts() if part.kernel is cpu]
+    twice = sum(part.spec.pair_overflows_int16 for part in parts)
+    if twice and cpu.pairs_saturate():
+        yield (
+            f"{twice} of {len(parts)} layer inputs take two kernel calls, and their blocks run "
+            f"layer by layer: {_no_vnni()}"
+        )
+
+
+def _no_vnni() -> str:
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return "the CPU has no VNNI" if cap is None else f"no VNNI, as ONEDNN_MAX_CPU_ISA is {cap}"
+
+
+def _without_library(layers: list[PackedLayer]) -> Iterable[str]:
+    reason = native.why_not()
+    if reason is not None and any(codes.why_not(layer) is None for layer in layers):
+        yield (
+            "norms, activations and rounding are several passes of torch instead of one native "
+            f"pass: {reason}"
+        )
+
+
+def _plain_blocks(model: nn.Module) -> Iterable[str]:
+    blocks: list[Any] = [module for module in model.modules() if hasattr(module, "why_plain")]
+    if not blocks:
+        yield f"{type(model).__name__} has no blocks with a fused form: it runs layer by layer"
+    reasons = Counter(block.why_plain() for block in blocks)
+    for reason, count in reasons.items():
+        # What is true of the kernels is said there.
+        if reason not in (None, codes.NO_VNNI) and not reason.startswith(codes.OTHER_KERNEL):
+            yield (
+                f"{count} of {len(blocks)} blocks run the code of diffusers layer by layer: "
+                f"{reason}"
+            )
+
+
+def _dtype(model: nn.Module) -> Iterable[str]:
+    dtypes = {parameter.dtype for parameter in model.parameters()} - set(codes.FLOATS)
+    for dtype in sorted(dtypes, key=str):
+        yield (
+            f"what is {dtype} is rounded in several passes and its blocks run layer by layer: the "
+            "fused forms take float32 and bfloat16"
+        )
+
+
+def _threads() -> Iterable[str]:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if torch.get_num_threads() < processors:
+        yield (
+            f"torch uses {torch.get_num_threads()} of {processors} processors: OMP_NUM_THREADS or "
+            "torch.set_num_threads says so"
+        )
