@@ -1,7 +1,9 @@
 """What is saved is what is loaded: same outputs, same bytes, same dtypes, real size."""
 
+import gc
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,8 @@ from stepquant.checkpoint.save import attach_config, describe_layers, save_pipel
 from stepquant.checkpoint.validate import packed_layers
 from stepquant.errors import StepQuantError
 from stepquant.quantizers import StepGrid
+from stepquant.runtime.released import Released
+from stepquant.runtime.resident import set_memory_mode
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,28 @@ def test_pipeline_samples_equal_images(pipeline, folder):
 def test_saving_a_loaded_pipeline_writes_equal_bytes(folder, tmp_path):
     again = save_pipeline(load_pipeline(folder), "unet", tmp_path / "again")
     assert_same_files(folder, again)
+
+
+@pytest.mark.parametrize("mode", ["fast", "low"])
+def test_saving_a_model_that_has_run_writes_equal_bytes(folder, tmp_path, mode):
+    loaded = load_pipeline(folder)
+    set_memory_mode(loaded.unet, mode)
+    outputs(loaded.unet)
+    kept = [
+        isinstance(layer.weight_packed, Released) for layer in packed_layers(loaded.unet).values()
+    ]
+    assert any(kept) == (mode == "fast")
+    save_pipeline(loaded, "unet", tmp_path / "again")
+    assert_same_files(folder, tmp_path / "again")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_loaded_model_does_not_keep_its_file_mapped(pipeline, tmp_path):
+    folder = save_pipeline(pipeline, "unet", tmp_path / "saved")
+    loaded = load_pipeline(folder)
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert_same_outputs(pipeline.unet, loaded.unet)
 
 
 def test_save_pretrained_of_a_loaded_model_writes_equal_weights(folder, tmp_path):

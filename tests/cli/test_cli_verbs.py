@@ -108,6 +108,14 @@ def test_sample_writes_a_grid_and_single_images(packed_folder, tmp_path):
     assert result.stdout.count("slower than it could be: ") == len(results["slow_paths"])
 
 
+def test_the_memory_mode_changes_no_image(packed_folder, tmp_path):
+    for mode in ("fast", "low"):
+        where = ("--grid", tmp_path / f"{mode}.png", "--memory", mode)
+        result = run("sample", packed_folder, "--num=1", "--steps=2", *where)
+        assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "fast.png").read_bytes() == (tmp_path / "low.png").read_bytes()
+
+
 @pytest.mark.parametrize("scheduler", ["own", "ddpm"])
 def test_sample_takes_the_named_scheduler(float_folder, tmp_path, scheduler):
     grid = tmp_path / "grid.png"
@@ -158,6 +166,7 @@ def test_bench_times_both_models(float_folder, packed_folder, tmp_path):
         "--batch=2",
         "--repeats=1",
         "--backend=reference",
+        "--memory=low",
         "--json",
         tmp_path / "record.json",
     )
@@ -171,6 +180,9 @@ def test_bench_times_both_models(float_folder, packed_folder, tmp_path):
         (2, "quantized"),
     ]
     assert set(results["kernels"]) == {"reference"}
+    assert results["weights"]["memory"] == "low"
+    assert results["weights"]["resident_bytes"] < results["weights"]["float32_bytes"]
+    assert "weights in memory" in result.stdout
     assert "times faster" in result.stdout
     assert "the reference kernel: the backend 'reference' was asked for" in results["slow_paths"][0]
     for note in results["slow_paths"]:

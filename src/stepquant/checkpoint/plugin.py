@@ -159,6 +159,7 @@ class StepQuantQuantizer(FrozenQuantizer):
                 f"expected {(self._stored_checksum or b'').hex()}, as '{CHECKSUM_NAME}' says; "
                 f"{validate.REMEDY}"
             )
+        leave_files(model)
         assert self._context is not None
         self._context.grid = StepGrid(model.get_buffer(validate.STEP_GRID_NAME))
         bypass = bypass_of(model)
@@ -204,6 +205,24 @@ class StepQuantQuantizer(FrozenQuantizer):
         kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(kept)  # a config entry cannot be unregistered
         return model
+
+
+def leave_files(model: nn.Module) -> None:
+    """Copy the tensors of `model` that are on the CPU, which may be pieces of a mapped file.
+
+    One of them in use would keep all of the file's pages in memory, those of packed weights among
+    them, which layers do not need any more when they have laid them out.
+    """
+    copies: dict[int, Tensor] = {}
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type == "cpu":
+                if id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.clone()
+                module._buffers[key] = copies[id(buffer)]
 
 
 def float_layer(layer: PackedLayer, dtype: torch.dtype) -> nn.Linear | nn.Conv2d:
