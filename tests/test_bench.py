@@ -38,6 +38,7 @@ def test_a_record_has_a_row_for_each_model_and_batch(record):
         "threads",
         "cpu_capability",
         "peak_memory_mb",
+        "slow_paths",
     }
     assert record["openvino"] is None
     assert [(row["batch"], row["model"]) for row in record["rows"]] == [

@@ -88,11 +88,13 @@ def plain_blocks(model: nn.Module) -> dict[str, str]:
 
 
 def blocks_around(model: nn.Module, layer: str) -> set[str]:
-    """The fast blocks that `layer` lies in."""
+    """The fast blocks that hand something to `layer` or around it: not all that it lies in."""
     return {
         name
         for name, block in model.named_modules()
-        if hasattr(block, "why_plain") and layer.startswith(f"{name}.")
+        if hasattr(block, "why_plain")
+        and layer.startswith(f"{name}.")
+        and not layer.startswith(f"{name}.transformer_blocks.")  # which the block only calls
     }
 
 

@@ -53,8 +53,8 @@ def test_blocks_by_reason():
     fast.mid_block.attentions[0].eval()
     fast.down_blocks[0].resnets[0].conv1.register_forward_hook(lambda *_: None)
     assert told(fast) == [
-        "1 of 21 blocks run the code of diffusers layer by layer: a hook",
-        "2 of 21 blocks run the code of diffusers layer by layer: training mode",
+        "1 of 25 blocks run the code of diffusers layer by layer: a hook",
+        "2 of 25 blocks run the code of diffusers layer by layer: training mode",
     ]
 
 
@@ -64,7 +64,7 @@ def test_a_backend_that_was_asked_for():
     set_backend(fast, "reference")
     assert told(fast) == [
         "91 layer inputs run on the reference kernel: the backend 'reference' was asked for",
-        "21 of 21 blocks run the code of diffusers layer by layer: the backend 'reference'",
+        "25 of 25 blocks run the code of diffusers layer by layer: the backend 'reference'",
     ]
 
 

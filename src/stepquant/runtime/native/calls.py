@@ -169,7 +169,7 @@ def linear_of_few_rows(
     """See `fused.linear_of_few_rows`."""
     x = x.contiguous()
     channels, out_channels = x.shape[-1], weight.shape[0]
-    result = torch.empty((*x.shape[:-1], out_channels))
+    result = torch.empty((*x.shape[:-1], out_channels), dtype=torch.float32, device="cpu")
     status = library.linear_of_few_rows(
         _ROWS(x.data_ptr(), x.dtype is torch.bfloat16, 1, x.numel() // channels, channels),
         _CODES[activation],
