@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import gc
 import os
+import statistics
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cells import machine
 from cpu_engines import EAGER, ENGINES, NNCF, Call, Loader, import_for, one_sentence
 from integer_peak import count_macs, integer_peak
 from speed_files import load_denoiser, read_config
 from speed_models import MODELS, Inputs, call, random_inputs
+from stepquant.bench import is_packed
 from stepquant.evaluate import measure_latency, peak_memory_mb
 from stepquant.progress import Reporter
+from stepquant.runtime.resident import MODES, set_memory_mode, weight_bytes_resident
 
 if TYPE_CHECKING:
     from cpu_runtime import Cell
+
+MODE_CALLS = 5
 
 
 def surroundings(cell: Cell) -> dict[str, Any]:
@@ -127,6 +132,27 @@ def resident_memory(status: Path = Path("/proc/self/status")) -> dict[str, float
     return found
 
 
+def memory_modes(module: nn.Module, run: Call) -> dict[str, dict[str, float]]:
+    """What the weights of a packed denoiser take in each memory mode, and how long a call is."""
+    found = {}
+    for mode in MODES:
+        set_memory_mode(module, mode)
+        run()
+        seconds = []
+        for _ in range(MODE_CALLS):
+            started = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - started)
+        weights = weight_bytes_resident(module)
+        found[mode] = {
+            "resident_bytes": weights.resident,
+            "float32_bytes": weights.float32,
+            "times_smaller": weights.times_smaller,
+            "median_ms": statistics.median(seconds) * 1e3,
+        }
+    return found
+
+
 def footprint_record(cell: Cell, models: Path, small: bool) -> dict[str, Any]:
     """One engine: seconds to load and of the first call, and the memory that both leave."""
     del small
@@ -137,7 +163,8 @@ def footprint_record(cell: Cell, models: Path, small: bool) -> dict[str, Any]:
     before = resident_memory()
     started = time.perf_counter()
     try:
-        run = Loader(models, inputs).load(engine)
+        loader = Loader(models, inputs)
+        run = loader.load(engine)
         loaded = time.perf_counter()
         run()
         called = time.perf_counter()
@@ -146,7 +173,9 @@ def footprint_record(cell: Cell, models: Path, small: bool) -> dict[str, Any]:
         return {**surroundings(cell), "error": one_sentence(error)}
     again = time.perf_counter() - called
     gc.collect()
-    after = resident_memory()
+    after, peak = resident_memory(), round(peak_memory_mb(), 1)
+    module = loader.module(engine)
+    modes = memory_modes(module, run) if module is not None and is_packed(module) else None
     folder = models / engine.files
     weights = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".xml")]
     return {
@@ -159,5 +188,6 @@ def footprint_record(cell: Cell, models: Path, small: bool) -> dict[str, Any]:
         "resident_after_mb": round(after["VmRSS"], 1),
         "resident_model_mb": round(after["VmRSS"] - before["VmRSS"], 1),
         "anonymous_model_mb": round(after["RssAnon"] - before["RssAnon"], 1),
-        "peak_memory_mb": round(peak_memory_mb(), 1),
+        "peak_memory_mb": peak,
+        "memory_modes": modes,
     }

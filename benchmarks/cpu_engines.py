@@ -114,6 +114,12 @@ class Loader:
 
         return run
 
+    def module(self, engine: Engine) -> nn.Module | None:
+        """The torch module that `engine` runs, if it does and was loaded."""
+        if engine.precision is not None:
+            return None
+        return self._modules.get((engine.files, engine.backend))
+
     def layers(self, engine: Engine) -> dict[str, int]:
         """How many layer inputs run on which kernel, and how many layers are float; torch only."""
         counts: dict[str, int] = {}
