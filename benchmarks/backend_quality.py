@@ -18,10 +18,12 @@ from typing import Any
 from cells import machine
 from quality import parse_bits
 from stepquant.api import sample
+from stepquant.bench import set_backend
 from stepquant.evaluate import paired_psnr
 from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.recipe import load_recipe
+from stepquant.sampling import denoiser_of
 from stepquant.sources import open_pipeline
 from stepquant.workfolder import atomic_write
 
@@ -50,6 +52,7 @@ def main() -> None:
         )
         packed = quantize(pipeline, recipe, steps=args.steps, reporter=reporter).pipeline
         for backend in args.backend or BACKENDS:
+            set_backend(denoiser_of(packed), "auto")  # what the last one was asked for stays
             count = args.reference_num if backend == "reference" else args.num
             found = sample(packed, count, args.steps, backend=backend, reporter=reporter)
             psnr = paired_psnr(found, images[:count])
