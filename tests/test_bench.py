@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from stepquant.api import sample
 from stepquant.bench import bench, denoiser_call, is_packed, set_backend, with_backend
 from stepquant.errors import StepQuantError
 from stepquant.quantize import quantize
@@ -173,3 +174,9 @@ def test_bad_settings_are_refused(packed, pipeline, changes, told):
             bench(packed, pipeline, **{"batch": (1,), "repeats": 1, **changes})
     finally:
         set_backend(packed.unet, "auto")
+
+
+def test_sampling_leaves_the_backend_as_it_was(packed):
+    sample(packed, 1, 2, backend="reference")
+    assert {layer.backend for layer in layers_of(packed)} == {"auto"}
+    assert {name for m in layers_of(packed) for name in m.kernel_names()} != {"reference"}

@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepquant.bench import bench, with_backend
+from stepquant.bench import bench, settings_kept, with_backend
 from stepquant.checkpoint.module import load_module
 from stepquant.checkpoint.weight_only_config import DynamicConfig, WeightOnlyConfig
 from stepquant.conditioning import Conditioning
@@ -81,10 +81,18 @@ def sample(
     the pipeline. `backend`: what a packed model runs on, see `stepquant.bench.with_backend`.
     """
     conditioning = Conditioning.of(prompts, labels, guidance, {**(call or {}), **more})
-    pipeline = with_backend(load(model), backend)
-    return sample_images(
-        pipeline, num, steps, seed, scheduler, batch, reporter, conditioning=conditioning
-    )
+    pipeline = load(model)
+    with settings_kept(denoiser_of(pipeline)):
+        return sample_images(
+            with_backend(pipeline, backend),
+            num,
+            steps,
+            seed,
+            scheduler,
+            batch,
+            reporter,
+            conditioning=conditioning,
+        )
 
 
 def slow_paths(pipeline: DiffusionPipeline) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from stepquant.runtime.fastest_backend import FASTEST, FastestDenoiser
 from stepquant.runtime.notes import slow_paths
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser, device_of
 from stepquant.runtime.packed import PackedLayer
-from stepquant.runtime.resident import set_memory_mode, weight_bytes_resident
+from stepquant.runtime.resident import restore, set_memory_mode, weight_bytes_resident
 from stepquant.sampling import check_count, denoiser_name, denoiser_of
 from stepquant.sources import open_pipeline
 
@@ -36,6 +37,19 @@ def set_backend(model: nn.Module, backend: str) -> None:
         if isinstance(module, PackedLayer):
             module.backend = backend
             module.prepare()
+
+
+@contextmanager
+def settings_kept(model: nn.Module) -> Iterator[None]:
+    """Give the packed layers of `model` back the backend and memory mode that they came with."""
+    before = [(m, m.backend, m.memory) for m in model.modules() if isinstance(m, PackedLayer)]
+    try:
+        yield
+    finally:
+        for layer, backend, memory in before:
+            if (layer.backend, layer.memory) != (backend, memory):
+                restore(layer)  # it is laid out anew by its next call
+                layer.backend, layer.memory = backend, memory
 
 
 def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline:

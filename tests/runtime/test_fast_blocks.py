@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 from fast_models import (
     STATIC,
     TABLES,
@@ -18,6 +19,8 @@ from fast_models import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepquant.runtime import native
+from stepquant.runtime.fast import attention, use_fast_blocks
+from stepquant.runtime.fast.attention import FastAttention
 from stepquant.runtime.kernels import cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,3 +67,27 @@ def test_rounding_is_part_of_other_passes():
     assert ours.count["native_layer_norm"] == 0 < theirs.count["native_layer_norm"]
     assert ours.count["native_group_norm"] == 1 < theirs.count["native_group_norm"]
     assert ours.count["cat"] < theirs.count["cat"]
+
+
+def test_diffusers_finds_the_blocks_by_name():
+    fast = packed("sd", STATIC)
+    names = {type(module).__name__ for module in fast.modules()}
+    assert set(fast._repeated_blocks) & names
+    before = list(fast._repeated_blocks)
+    assert use_fast_blocks(fast)._repeated_blocks == before
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_bfloat16_is_as_near_as_bfloat16_is(masked, monkeypatch):
+    fast = packed("sd", STATIC)
+    block = next(m for m in fast.modules() if type(m) is FastAttention)
+    predictor(fast)(fast)  # a timestep is in force
+    x = torch.randn(2, 64, block.to_q.in_features, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(2, 64).masked_fill(torch.arange(64) > 40, -1e4) if masked else None
+    inputs = attention.encoded(block, x, None)
+    exact = attention.attend(block, inputs, mask, torch.float32)
+    monkeypatch.setattr(attention, "MANY_SCORES", 1)
+    monkeypatch.setattr(attention, "multiplies_bfloat16", lambda: True)
+    found = attention.attend(block, inputs, mask, torch.float32)
+    assert found.dtype == torch.float32
+    assert 0 < (found - exact).norm() < 0.02 * exact.norm()

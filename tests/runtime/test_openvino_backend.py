@@ -20,6 +20,7 @@ from stepquant.models.adapter import adapter_for
 from stepquant.quantize import quantize
 from stepquant.quantizers import StepContext
 from stepquant.runtime.kernels import cpu
+from stepquant.runtime.lora_branch import LoraBranch, attach_branch
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser, device_of
 from stepquant.runtime.pack import pack_layer, pack_model
 from stepquant.runtime.packed import PackedLayer
@@ -222,6 +223,12 @@ def test_bad_calls_are_refused(simulate: Any, context: StepContext) -> None:
         run(x.bfloat16(), 0)
     with pytest.raises(StepQuantError, match="argument 'more' holds a object: expected tensors"):
         run(x, 0, more=object())
+    run(x, 0)
+    attach_branch(
+        run.denoiser.layer, "late", LoraBranch(torch.ones(1, 12), torch.ones(8, 1), 1.0, 1.0)
+    )
+    with pytest.raises(StepQuantError, match="'layer' has the LoRA 'late': expected none"):
+        run(x, 0)
 
 
 @needs_openvino

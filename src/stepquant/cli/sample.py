@@ -66,6 +66,8 @@ def sample(
         if grid is None and out is None:
             raise StepQuantError("the images would go nowhere: expected --grid FILE or --out DIR")
         from stepquant import api, images  # not at the top: see demo.py
+        from stepquant.runtime.fastest_backend import FASTEST
+        from stepquant.runtime.openvino_backend import device_of
         from stepquant.sampling import denoiser_of
 
         if grid is not None:
@@ -94,7 +96,8 @@ def sample(
         shape = list(drawn.shape[1:])
         output.results = {"num": num, "shape": shape, "grid": grid, "out": out, "files": files}
         output.results["loras"] = loras
-        output.results["slow_paths"] = api.slow_paths(pipeline)
+        packed_ran = backend != FASTEST and device_of(backend) is None
+        output.results["slow_paths"] = api.slow_paths(pipeline) if packed_ran else []
         output.table([{"images": num, "channels": shape[0], "height": shape[1], "width": shape[2]}])
         for entry in loras:
             output.line(lora_line(entry))

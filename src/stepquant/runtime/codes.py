@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from stepquant.runtime import fused
+from stepquant.runtime import fused, native
 from stepquant.runtime.grids import Grid, Output
 from stepquant.runtime.kernels import cpu
 from stepquant.runtime.prepared import CallConstants, PreparedPart
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 8
 LARGEST_FEW = 1 << 21  # weights, which are held once more in rows
+MOST_COLUMNS = 1 << 15  # whose products an int32 sum holds, whatever the codes are
 FLOATS = (torch.float32, torch.bfloat16)
 NO_VNNI = "no VNNI"
 OTHER_KERNEL = "the kernel "
@@ -161,7 +162,12 @@ def run_rows(layer: PackedLayer, x: Tensor, activation: str = "none") -> Tensor:
     """
     parts = layer.prepared_parts()
     part = parts[0]
-    few = len(parts) == 1 and x.numel() <= FEW_ROWS * part.spec.in_channels
+    few = (
+        native.available()
+        and len(parts) == 1
+        and x.numel() <= FEW_ROWS * part.spec.in_channels
+        and part.spec.in_channels <= MOST_COLUMNS
+    )
     if not few or part.weight is None or part.weight.numel() > LARGEST_FEW:
         return run(layer, encode(layer, x, activation))
     if part.row_weight is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepquant.models.calling import argument_names
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser, description
 
 FASTEST = "fastest"
@@ -35,7 +36,9 @@ class FastestDenoiser(OpenVinoDenoiser):
             "packed": lambda: self.denoiser(*args, **kwargs),
             "openvino": lambda: super(FastestDenoiser, self)._call(args, kwargs),
         }
-        shapes = description({"args": list(args), **kwargs})
+        arguments = dict(zip(argument_names(self.denoiser), args, strict=False)) | kwargs
+        arguments["timestep"] = torch.as_tensor(arguments.get("timestep", 0))
+        shapes = description(arguments)
         if shapes not in self.choices:
             seconds = {name: seconds_of(way) for name, way in ways.items()}
             self.choices[shapes] = min(seconds, key=lambda name: seconds[name])

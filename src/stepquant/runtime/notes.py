@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -95,6 +96,8 @@ def _dtype(model: nn.Module) -> Iterable[str]:
 
 def _threads() -> Iterable[str]:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    # torch's default is a thread for each core, not for each of its hardware threads.
+    processors = min(processors, psutil.cpu_count(logical=False) or processors)
     if torch.get_num_threads() < processors:
         yield (
             f"torch uses {torch.get_num_threads()} of {processors} processors: OMP_NUM_THREADS or "

@@ -25,6 +25,7 @@ from stepquant.quantizers.step_grid import StepContext, StepGrid
 from stepquant.runtime.openvino_export import (
     DEFAULT,
     check_exportable,
+    check_no_lora,
     export_denoiser,
     traced,
 )
@@ -132,6 +133,7 @@ class OpenVinoDenoiser(nn.Module):
                 "for each sample; the scales of a quantized model depend on it"
             )
         arguments["timestep"] = torch.as_tensor(arguments["timestep"])
+        check_no_lora(self.denoiser)
         tensors = [tensor.detach() for tensor in tensors_in(arguments)]
         self._check(arguments, tensors)
         context = StepContext(self.grid)

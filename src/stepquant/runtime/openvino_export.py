@@ -173,11 +173,7 @@ def check_exportable(denoiser: nn.Module, device: str = "CPU") -> None:
             f"{type(denoiser).__name__} is in {dtype}: expected float32 for the backend openvino, "
             "whose option precision chooses what it computes in; load it in float32"
         )
-    for name, _, lora, _ in named_branches(denoiser):
-        raise StepQuantError(
-            f"the layer '{name}' has the LoRA '{lora}': expected none for the backend openvino, "
-            f"which would not see its scale change; unload it, or {DEFAULT}"
-        )
+    check_no_lora(denoiser)
     for name, module in denoiser.named_modules():
         if isinstance(module, PackedAttention) and bool(module.probability_log2.any()):
             steps = int(module.probability_log2.sum())
@@ -193,6 +189,15 @@ def check_exportable(denoiser: nn.Module, device: str = "CPU") -> None:
                 "and this CPU no VNNI, so that OpenVINO's integer kernels would saturate: expected "
                 f"fewer bits or a CPU with VNNI; {DEFAULT} exactly"
             )
+
+
+def check_no_lora(denoiser: nn.Module) -> None:
+    """An error that names a layer with a LoRA, which a compiled model would leave out."""
+    for name, _, lora, _ in named_branches(denoiser):
+        raise StepQuantError(
+            f"the layer '{name}' has the LoRA '{lora}': expected none for the backend openvino, "
+            f"which would not see its scale change; unload it, or {DEFAULT}"
+        )
 
 
 def traced(call: nn.Module, tensors: list[Tensor]) -> Any:

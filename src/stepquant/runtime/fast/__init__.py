@@ -1,8 +1,8 @@
 """Blocks of diffusers that hand codes to their packed layers; see `runtime.codes`.
 
 A fast block is the block itself, in a class that derives from the block's and computes the same
-from the same parts: names, hooks, configs and checks of its class stay as they are. Where a layer
-cannot take codes, and under `torch.compile`, it runs the code of diffusers.
+from the same parts: names of modules, hooks, configs and checks of its class stay as they are.
+Where a layer cannot take codes, and under `torch.compile`, it runs the code of diffusers.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ FAST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     UpBlock2D: FastUpBlock2D,
     Upsample2D: FastUpsample2D,
 }
+FAST_NAMES = {plain.__name__: fast.__name__ for plain, fast in FAST_CLASSES.items()}
 PLAIN_CLASSES = {fast: plain for plain, fast in FAST_CLASSES.items()}
 
 
@@ -39,8 +40,13 @@ def use_fast_blocks(model: nn.Module) -> nn.Module:
     """Let the blocks of the packed `model` hand codes to their layers; in place."""
     for module in model.modules():
         fast = FAST_CLASSES.get(type(module))
-        if fast is not None:
+        if fast is not None and module is not model:  # whose class is written to its config
             module.__class__ = fast
+    for names in ("_repeated_blocks", "_no_split_modules"):  # diffusers finds blocks by them
+        known = getattr(model, names, None)
+        if known:
+            fast_names = [FAST_NAMES[name] for name in known if name in FAST_NAMES]
+            setattr(model, names, [*known, *(name for name in fast_names if name not in known)])
     return model
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from stepquant.runtime import codes, fused
@@ -82,6 +82,8 @@ def why_plain(attn: Attention) -> str | None:
     norms = (attn.spatial_norm, attn.norm_q, attn.norm_k)
     if any([norm is not None for norm in norms]) or attn.fused_projections or attn.is_causal:
         return "attention of another kind"
+    if not isinstance(attn.group_norm, nn.GroupNorm | None):
+        return "another norm than group norm"
     for inner in (attn.group_norm, *attn.to_out[1:]):
         if inner is not None and not codes.untouched(inner):
             return "a hook"
@@ -138,4 +140,4 @@ def attend(
 @functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16, AMX)."""
-    return torch.cpu._is_avx512_bf16_supported()
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())

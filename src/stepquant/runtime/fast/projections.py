@@ -15,7 +15,8 @@ class FastTransformer2DModel(Transformer2DModel):
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         """`[B, C, H, W]` to `[B, H * W, inner_dim]`, and the channels to come back to."""
         x, norm, project = hidden_states, self.norm, self.proj_in
-        if not (_on_codes(project, x) and codes.untouched(norm)):
+        plain = isinstance(norm, nn.GroupNorm) and codes.untouched(norm)
+        if not (_on_codes(project, x) and plain):
             return super()._operate_on_continuous_inputs(x)
         outputs = [Output(0, x.shape[1], codes.grid_of(project), (0, 0))]
         (code,) = fused.group_norm_encode(

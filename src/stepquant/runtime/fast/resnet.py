@@ -69,6 +69,8 @@ class FastResnetBlock2D(ResnetBlock2D):
             return "a resnet that changes the size"
         if self.training:
             return "training mode"
+        if not all([isinstance(norm, nn.GroupNorm) for norm in (self.norm1, self.norm2)]):
+            return "another norm than group norm"
         inner = (self.norm1, self.norm2, self.nonlinearity, self.dropout)
         if not all([codes.untouched(module) for module in inner]):
             return "a hook"

@@ -110,6 +110,8 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
                 return "a norm without an embedding"
             norms.append(self.norm1.norm)
         for norm in norms:
+            if not isinstance(norm, nn.LayerNorm | AdaLayerNormZero | None):
+                return "another norm than layer norm"
             if norm is not None and not codes.untouched(norm):
                 return "a hook"
         for site in (self.attn1, self.attn2):

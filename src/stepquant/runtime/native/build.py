@@ -52,7 +52,7 @@ def compiler() -> list[str] | None:
     chosen = shlex.split(os.environ.get("CXX", ""))
     if chosen:
         return chosen if shutil.which(chosen[0]) else None
-    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    return next(([name] for name in ("g++", "c++") if shutil.which(name)), None)
 
 
 def build(target: Path = LIBRARY) -> str | None:

@@ -267,4 +267,4 @@ def _fail(status: int) -> None:
     if status == _ROW_OUTSIDE:
         raise StepQuantError("a grid's row is outside its table")
     assert status == _NO_MEMORY, status
-    raise MemoryError("no memory for the sums of a group norm or the rows of a layer norm")
+    raise MemoryError("no memory for what a native kernel keeps during a call")
