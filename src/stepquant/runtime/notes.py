@@ -72,7 +72,14 @@ def _without_library(layers: list[PackedLayer]) -> Iterable[str]:
 
 
 def _plain_blocks(model: nn.Module) -> Iterable[str]:
-    blocks: list[Any] = [module for module in model.modules() if hasattr(module, "why_plain")]
+    blocks: list[Any] = [
+        module
+        for module in model.modules()
+        if hasattr(module, "why_plain")
+        and not any(
+            isinstance(m, PackedLayer) and m.weight_packed.is_meta for m in module.modules()
+        )
+    ]
     if not blocks:
         yield f"{type(model).__name__} has no blocks with a fused form: it runs layer by layer"
     reasons = Counter(block.why_plain() for block in blocks)
