@@ -17,6 +17,7 @@ from stepquant.sampling import sample_images
 pytestmark = pytest.mark.filterwarnings("ignore:.*biased upwards:UserWarning")
 FEW = {"num": 4, "steps": 2, "batch": 4}
 KEYS = {
+    "slow_paths",
     "num",
     "steps",
     "scheduler",
