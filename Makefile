@@ -60,5 +60,5 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(KERNELS) build dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests benchmarks training -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

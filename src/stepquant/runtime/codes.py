@@ -183,8 +183,7 @@ def _constants(layer: PackedLayer, part: PreparedPart) -> CallConstants:
     grid, is_conv = grid_in_force(layer, part), part.spec.kind == "conv2d"
     bias, step_bias = (layer.bias, layer.step_bias) if part.index == 0 else (None, None)
     scale, bias = fused.epilogue(grid, part.rest[2], bias, step_bias, is_conv)
-    row = 0 if grid.row is None else int(grid.row)
-    found = CallConstants(float(scale), int(grid.zero_point[row]), bias)
+    found = CallConstants(float(scale), int(grid.in_force()[1]), bias)
     if grid.row is None and step_bias is None:
         part.constants = found
     return found

@@ -19,7 +19,9 @@ from torch.nn import functional
 
 from stepquant.errors import StepQuantError
 from stepquant.runtime import native
+from stepquant.runtime.encoding import encode as packed_encode
 from stepquant.runtime.grids import Grid, Output
+from stepquant.runtime.kernels.cpu import pad
 from stepquant.runtime.native import Library, calls
 
 __all__ = [
@@ -133,14 +135,7 @@ def plain_encode(
     codes = _plain_codes(_activate(x.to(torch.float32), activation), output_grid)
     if x.dim() != 4:
         return codes
-    if any(padding):
-        batch, channels, height, width = codes.shape
-        top, left = padding
-        shape = (batch, channels, height + 2 * top, width + 2 * left)
-        framed = _row(output_grid)[1].view(1, 1, 1, 1).expand(shape).clone()
-        framed[:, :, top : top + height, left : left + width] = codes
-        codes = framed
-    return codes.contiguous(memory_format=torch.channels_last)
+    return pad(codes, output_grid.in_force()[1], padding)
 
 
 def layer_norm_encode(
@@ -248,7 +243,7 @@ def plain_linear_of_few_rows(
     bias: Tensor,
 ) -> Tensor:
     """`linear_of_few_rows` with torch; float64 holds the sums exactly."""
-    scale, zero_point = _row(grid)
+    scale, zero_point = grid.in_force()
     difference = plain_encode(x, activation, grid).to(torch.float64) - zero_point
     total = functional.linear(difference, weight.to(torch.float64))
     return total.to(torch.float32) * (scale * weight_scale) + bias
@@ -280,7 +275,7 @@ def plain_epilogue(
     grid: Grid, sums: Tensor, bias: Tensor | None, step_bias: Tensor | None, add_share: bool
 ) -> tuple[Tensor, Tensor]:
     """`epilogue` with torch."""
-    scale, zero_point = _row(grid)
+    scale, zero_point = grid.in_force()
     found = torch.zeros_like(sums) if bias is None else bias
     if step_bias is not None:
         found = found + (step_bias[0] if grid.row is None else step_bias[grid.row][0])
@@ -299,17 +294,8 @@ def _library(*inputs: Tensor) -> Library | None:
     return native.library()
 
 
-def _row(grid: Grid) -> tuple[Tensor, Tensor]:
-    """The scale and the zero point that are in force, `[1]` each."""
-    if grid.row is None:
-        return grid.scale[:1], grid.zero_point[:1]
-    return grid.scale.index_select(0, grid.row), grid.zero_point.index_select(0, grid.row)
-
-
 def _plain_codes(y: Tensor, grid: Grid) -> Tensor:
-    scale, zero_point = _row(grid)
-    codes = torch.round(y * (1.0 / scale)) + zero_point
-    return codes.clamp(0, grid.largest).to(torch.uint8).contiguous()
+    return packed_encode(y, *grid.in_force(), grid.largest.bit_length()).contiguous()
 
 
 def _activate(x: Tensor, activation: str) -> Tensor:

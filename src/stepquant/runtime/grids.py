@@ -19,6 +19,12 @@ class Grid(NamedTuple):
     largest: int
     """The largest code, `2^bits - 1`."""
 
+    def in_force(self) -> tuple[Tensor, Tensor]:
+        """The scale and the zero point of the row, `[1]` each."""
+        if self.row is None:
+            return self.scale[:1], self.zero_point[:1]
+        return self.scale.index_select(0, self.row), self.zero_point.index_select(0, self.row)
+
 
 class Output(NamedTuple):
     """An image of codes that is made of some of an operation's channels."""

@@ -96,10 +96,13 @@ def why_plain(attn: Attention) -> str | None:
 
 def encoded(attn: Attention, x: Tensor, context: Tensor | None) -> list[Tensor]:
     """Codes of `x [B, N, C]` for queries, and of it or of `context [B, M, E]` for keys, values."""
-    source = x if context is None else context
-    query, key, value = projections(attn)
-    pairs = ((query, x), (key, source), (value, source))
-    return [codes.encode(layer, tokens)[0] for layer, tokens in pairs]
+    query = codes.encode(attn.to_q, x)[0]
+    return [query, *encoded_sources(attn, x if context is None else context)]
+
+
+def encoded_sources(attn: Attention, source: Tensor) -> list[Tensor]:
+    """Codes of `source [B, M, E]` for keys and for values."""
+    return [codes.encode(layer, source)[0] for layer in (attn.to_k, attn.to_v)]
 
 
 def _normed_image(attn: Attention, image: Tensor) -> list[Tensor]:

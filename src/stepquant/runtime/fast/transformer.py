@@ -14,6 +14,7 @@ from stepquant.runtime import codes, fused
 from stepquant.runtime.fast.attention import (
     attend,
     encoded,
+    encoded_sources,
     fits,
     projections,
     why_plain,
@@ -56,10 +57,8 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
             elif context is None:
                 inputs = _normed(self.norm2, x, None, projections(self.attn2))
             else:
-                inputs = [
-                    *_normed(self.norm2, x, None, [self.attn2.to_q]),
-                    *encoded(self.attn2, x[:, :0], context)[1:],
-                ]
+                (query,) = _normed(self.norm2, x, None, [self.attn2.to_q])
+                inputs = [query, *encoded_sources(self.attn2, context)]
             x = _gated_sum(x, attend(self.attn2, inputs, encoder_attention_mask, x.dtype), None)
         norm = self.norm2 if self.norm_type == "ada_norm_single" else self.norm3
         widen, _, narrow = self.ff.net[:3]

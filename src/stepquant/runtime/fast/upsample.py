@@ -29,10 +29,7 @@ class FastUpsample2D(Upsample2D):
             code = functional.interpolate(code, scale_factor=2.0, mode="nearest")
         else:
             code = functional.interpolate(code, size=output_size, mode="nearest")
-        zero_point = grid.zero_point[:1]
-        if grid.row is not None:
-            zero_point = grid.zero_point.index_select(0, grid.row)
-        padded = cpu.pad(code, zero_point, self.conv.spec.padding)
+        padded = cpu.pad(code, grid.in_force()[1], self.conv.spec.padding)
         return codes.run(self.conv, [padded]).to(x.dtype)
 
     def _runs_on_codes(self, x: Tensor) -> bool:
