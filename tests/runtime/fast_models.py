@@ -18,7 +18,9 @@ from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import named_arguments
 from stepquant.recipe import Recipe
 from stepquant.runtime.fast import FAST_CLASSES, use_plain_blocks
+from stepquant.runtime.kernels import choose
 from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.spec import LayerSpec
 
 FEW = {"calibration.trajectories": 2, "ranges.weights": "minmax", "ranges.activations": "minmax"}
 STATIC = Recipe(name="static", description="One scale for all steps.", steps=())
@@ -70,8 +72,13 @@ def cast(value: object, dtype: torch.dtype) -> object:
 def plain_copy(fast: nn.Module) -> nn.Module:
     """The same layers, each called by the code of diffusers."""
     plain = use_plain_blocks(copy.deepcopy(fast))
-    set_backend(plain, "onednn")
+    set_backend(plain, best_kernel())  # the fast blocks' own, layer by layer
     return plain
+
+
+def best_kernel() -> str:
+    """The name of the kernel that packed layers of this machine run on."""
+    return choose(LayerSpec("linear", 8, 8, 8, 8), torch.device("cpu"))[0]
 
 
 def layers_of(model: nn.Module) -> list[PackedLayer]:

@@ -14,10 +14,7 @@ from stepquant.runtime import fused
 from stepquant.runtime.fused import Grid
 from stepquant.runtime.native import Library, build, calls
 
-NAMES = (
-    *("group_norm_encode", "encode", "layer_norm_encode", "gated_encode"),
-    *("linear_of_few_rows", "epilogue"),
-)
+NAMES = ("group_norm_encode", "encode", "layer_norm_encode", "gated_encode", "epilogue")
 NATIVE = tuple(build.LEVELS)
 PATHS = ("plain", *NATIVE)
 

@@ -15,7 +15,7 @@ from kernel_cases import CASES, Case, actual, expected
 
 import stepquant
 from stepquant.errors import StepQuantError
-from stepquant.runtime.kernels import KERNELS, choose, cpu
+from stepquant.runtime.kernels import KERNELS, choose, cpu, native
 from stepquant.runtime.spec import LayerSpec
 
 CPU = torch.device("cpu")
@@ -139,11 +139,12 @@ def test_two_halves_are_exact_on_every_cpu(name: str, monkeypatch: pytest.Monkey
     check_exact("onednn", NAMES[name])
 
 
-@pytest.mark.parametrize("kernel", ["reference", "onednn", "int_mm"])
+@pytest.mark.parametrize("kernel", ["reference", "native", "onednn", "int_mm"])
 @pytest.mark.parametrize("name", ["linear-17-24", "conv3x3-17-3-accumulate"])
 def test_scales_are_applied_per_tensor_and_out_channel(name: str, kernel: str) -> None:
-    if kernel == "onednn" and NO_ONEDNN:
-        pytest.skip(NO_ONEDNN)
+    reason = KERNELS[kernel].why_not(NAMES[name].spec, CPU)
+    if reason and kernel in ("native", "onednn"):
+        pytest.skip(reason)
     case = NAMES[name]
     inputs, spec = case.inputs(), case.spec
     before = {key: value.clone() for key, value in inputs.items()}
@@ -248,14 +249,18 @@ def actual_from(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @needs_onednn
-def test_auto_takes_onednn_on_the_cpu() -> None:
-    assert choose(CONV, CPU) == ("onednn", cpu, [])
+def test_auto_takes_our_own_kernel_on_the_cpu_or_else_onednn() -> None:
+    reason = native.why_not(CONV, CPU)
+    if reason is None:
+        assert choose(CONV, CPU) == ("native", native, [])
+    else:
+        assert choose(CONV, CPU) == ("onednn", cpu, [f"native: {reason}"])
 
 
 def test_auto_on_a_device_that_no_kernel_is_made_for_says_why_it_is_slow() -> None:
     name, kernel, reasons = choose(LINEAR, torch.device("meta"))
     assert (name, kernel) == ("reference", KERNELS["reference"])
-    assert [reason.split(":")[0] for reason in reasons] == ["onednn", "int_mm"]
+    assert [reason.split(":")[0] for reason in reasons] == ["native", "onednn", "int_mm"]
     assert all("meta" in reason for reason in reasons)
 
 
@@ -291,4 +296,5 @@ def test_why_int_mm_does_not_take_a_layer(spec: LayerSpec, reason: str | None) -
     assert KERNELS["int_mm"].why_not(spec, CPU) == "made for CUDA, the layer is on cpu"
     name, _, reasons = choose(spec, CUDA)
     assert (name == "int_mm") == (reason is None)
-    assert reasons[0] == "onednn: made for the CPU, the layer is on cuda"
+    apart = "made for the CPU, the layer is on cuda"
+    assert reasons[:2] == [f"native: {apart}", f"onednn: {apart}"]

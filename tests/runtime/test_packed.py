@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fast_models import best_kernel
 from layer_cases import assert_agrees, input_for, layers, seeded
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -233,7 +234,7 @@ def test_encode_is_quantize(bits: int) -> None:
 
 def test_kernel_names_tell_what_runs(simulate: Any) -> None:
     packed = pack_layer(simulate(seeded("conv3x3"), splits=(7, 5)))
-    best = "reference" if NO_ONEDNN else "onednn"
+    best = best_kernel()
     assert packed.kernel_names() == [best, best]
     if not NO_ONEDNN:
         assert packed.fallback_reasons() == []

@@ -15,18 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from stepquant.runtime import fused, native
+from stepquant.runtime import fused
 from stepquant.runtime.grids import Grid, Output
-from stepquant.runtime.kernels import cpu
+from stepquant.runtime.kernels import TAKE_CODES, cpu
+from stepquant.runtime.kernels import native as native_kernel
+from stepquant.runtime.native.products import Weight, weight_of
 from stepquant.runtime.prepared import CallConstants, PreparedPart
 from stepquant.runtime.resident import state_of
 
 if TYPE_CHECKING:
     from stepquant.runtime.packed import PackedLayer
 
-FEW_ROWS = 8
-LARGEST_FEW = 1 << 21  # weights, which are held once more in rows
-MOST_COLUMNS = 1 << 15  # whose products an int32 sum holds, whatever the codes are
 FLOATS = (torch.float32, torch.bfloat16)
 NO_VNNI = "no VNNI"
 OTHER_KERNEL = "the kernel "
@@ -69,8 +68,9 @@ def why_not_from_outside(layer: nn.Module | None, parts: int | None = None) -> s
 def why_not(layer: PackedLayer) -> str | None:
     """Why `run` does not do now what the layer's own kernel does with its codes, or None.
 
-    It does not where another kernel than oneDNN's was chosen or asked for, the kernel wants two
-    calls (no VNNI), the input is scaled by channel, or samples of the batch are at different steps.
+    It does not where the kernel does not take codes or was asked for by its name, wants two calls
+    (oneDNN's without VNNI), the input is scaled by channel, or samples of the batch are at
+    different steps.
     """
     if torch.compiler.is_compiling():
         return "torch.compile"
@@ -83,11 +83,11 @@ def why_not(layer: PackedLayer) -> str | None:
         if not rows.is_cpu:
             return f"timesteps on {rows.device.type}"
     for part in layer.prepared_parts():
-        if part.kernel is not cpu:
+        if part.kernel not in TAKE_CODES:
             return f"{OTHER_KERNEL}{part.kernel_name}"
         if part.inverse_channel_scale is not None:
             return "inputs that are scaled by channel"
-        if part.spec.pair_overflows_int16 and cpu.pairs_saturate():
+        if part.kernel is cpu and part.spec.pair_overflows_int16 and cpu.pairs_saturate():
             return NO_VNNI
     return None
 
@@ -133,49 +133,45 @@ def encode_parts(layer: PackedLayer, inputs: Sequence[Tensor]) -> list[Tensor]:
 def run(
     layer: PackedLayer,
     codes: Sequence[Tensor],
-    accumulate: Tensor | None = None,
+    added: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """What `layer` gives for its input's `codes`.
+    """What `layer` gives for its input's `codes`, times `gate`, plus `added`.
 
     `codes`: uint8, one tensor for each input part: `[B, C, H + 2 ph, W + 2 pw]` channels last with
-    the part's zero point around the image, or `[..., C]` for linear layers. `accumulate`: float32
-    in the result's shape, channels last; it is added, and overwritten. The result has `dtype`,
-    which is float32 where there are several parts or something to add.
+    the part's zero point around the image, or `[..., C]` for linear layers. `added`: float, in the
+    result's shape; it may be written over if `overwrite` is set and it is float32. `gate`: float
+    `[B, C_out]`, the same for everything in a sample; only of a layer with one input part. The
+    result has `dtype`, is channels last or contiguous, and is rounded to it once.
     """
-    y = accumulate
+    assert gate is None or len(codes) == 1
+    y = added
+    last = len(codes) - 1
     for part, code in zip(layer.prepared_parts(), codes, strict=True):
-        constants = part.constants or _constants(layer, part)
-        state = state_of(layer, part)
-        if part.spec.kind == "linear":
-            y = cpu.run_linear_codes(state, code, constants, y, dtype)
+        mine = overwrite or part.index > 0
+        out = dtype if part.index == last else torch.float32
+        if part.kernel is native_kernel:
+            weight, grid = _held(layer, part), grid_in_force(layer, part)
+            y = native_kernel.run_codes(weight, code, grid, part.spec, y, mine, out, gate)
         else:
-            y = cpu.run_conv_codes(state, code, constants, y, part.spec, dtype)
+            constants = part.constants or _constants(layer, part)
+            y = cpu.run_codes(state_of(layer, part), code, constants, part.spec, y, mine, out, gate)
     assert y is not None
     return y
 
 
-def run_rows(layer: PackedLayer, x: Tensor, activation: str = "none") -> Tensor:
-    """What a linear layer that takes codes gives for `activation(x)`, `x [..., C_in]`: float32.
-
-    A few rows, such as a time embedding, do not pay for a matrix kernel's set-up.
-    """
-    parts = layer.prepared_parts()
-    part = parts[0]
-    few = (
-        native.available()
-        and len(parts) == 1
-        and x.numel() <= FEW_ROWS * part.spec.in_channels
-        and part.spec.in_channels <= MOST_COLUMNS
-    )
-    if not few or part.weight is None or part.weight.numel() > LARGEST_FEW:
-        return run(layer, encode(layer, x, activation))
-    if part.row_weight is None:
-        part.row_weight = part.weight.to_dense().t().contiguous()
-    constants, grid = part.constants or _constants(layer, part), grid_in_force(layer, part)
-    return fused.linear_of_few_rows(
-        x, activation, grid, part.row_weight, part.rest[0], constants.bias
-    )
+def _held(layer: PackedLayer, part: PreparedPart) -> Weight:
+    """What the native kernel reads; kept as long as the layer holds the same tensors."""
+    bias, step_bias = (layer.bias, layer.step_bias) if part.index == 0 else (None, None)
+    held = part.held
+    if held is None or held.bias is not bias or held.step_bias is not step_bias:
+        tiles, scale, sums = state_of(layer, part)
+        held = weight_of(tiles, scale, sums, bias, step_bias)
+        if part.weight is not None:  # else the tiles are to go after the call
+            part.held = held
+    return held
 
 
 def _constants(layer: PackedLayer, part: PreparedPart) -> CallConstants:

@@ -32,7 +32,6 @@ __all__ = [
     "gated_encode",
     "group_norm_encode",
     "layer_norm_encode",
-    "linear_of_few_rows",
 ]
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -206,47 +205,6 @@ def plain_gated_encode(x: Tensor, gate_activation: str, output_grid: Grid) -> Te
     """`gated_encode` with torch."""
     values, gates = x.to(torch.float32).chunk(2, dim=-1)
     return _plain_codes(values * _activate(gates, gate_activation), output_grid)
-
-
-def linear_of_few_rows(
-    x: Tensor,
-    activation: str,
-    grid: Grid,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor,
-) -> Tensor:
-    """`scale * weight_scale * sum((codes - zero_point) * weight) + bias`, sums in integers.
-
-    `codes`: `encode` of `x [..., C_in]`, float, few rows. `weight`: int8 `[C_out, C_in]`,
-    contiguous. `weight_scale`, `bias`: float32 `[C_out]`, contiguous. float32 `[..., C_out]`.
-    Raises StepQuantError for an unknown activation and for shapes that do not fit.
-    """
-    _check_activation(activation)
-    if weight.shape != (weight_scale.shape[0], x.shape[-1]):
-        raise StepQuantError(
-            f"the weight is {tuple(weight.shape)}: expected {(weight_scale.shape[0], x.shape[-1])}"
-        )
-    _check_channels(weight.shape[0], weight_scale, bias)
-    library = _library(x)
-    if library is None:
-        return plain_linear_of_few_rows(x, activation, grid, weight, weight_scale, bias)
-    return calls.linear_of_few_rows(library, x, activation, grid, weight, weight_scale, bias)
-
-
-def plain_linear_of_few_rows(
-    x: Tensor,
-    activation: str,
-    grid: Grid,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor,
-) -> Tensor:
-    """`linear_of_few_rows` with torch; float64 holds the sums exactly."""
-    scale, zero_point = grid.in_force()
-    difference = plain_encode(x, activation, grid).to(torch.float64) - zero_point
-    total = functional.linear(difference, weight.to(torch.float64))
-    return total.to(torch.float32) * (scale * weight_scale) + bias
 
 
 def epilogue(

@@ -63,6 +63,17 @@ def _no_vnni() -> str:
 
 
 def _without_library(layers: list[PackedLayer]) -> Iterable[str]:
+    slow = [
+        part.kernel is cpu
+        for layer in layers
+        if layer.backend == "auto"
+        for part in layer.prepared_parts()
+    ]
+    if any(slow):
+        yield (
+            f"{sum(slow)} of {len(slow)} layer inputs run on oneDNN's kernels, which each call "
+            f"sets up anew: {native.why_no_products()}"
+        )
     reason = native.why_not()
     if reason is not None and any(codes.why_not(layer) is None for layer in layers):
         yield (

@@ -184,9 +184,7 @@ class PackedLayer(nn.Module):
     def _quantized(self, x: Tensor) -> Tensor:
         parts = self.prepared_parts()
         if x.dtype in codes.FLOATS and codes.why_not(self) is None:
-            if self.spec.kind == "linear":
-                return codes.run_rows(self, x).to(x.dtype)
-            return codes.run(self, codes.encode(self, x)).to(x.dtype)
+            return codes.run(self, codes.encode(self, x), dtype=x.dtype)
         states = [resident.state_of(self, part) for part in parts]
         rows = self.context.rows.to(x.device)
         if self.steps == 1:

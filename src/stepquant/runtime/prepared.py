@@ -8,6 +8,7 @@ from types import ModuleType
 from torch import Tensor
 
 from stepquant.runtime.grids import Grid
+from stepquant.runtime.native.products import Weight
 from stepquant.runtime.spec import LayerSpec
 
 
@@ -32,8 +33,7 @@ class PreparedPart:
     gave; `weight` is None where each call lays it out (`runtime.resident`). `grid`: the activation
     grid, at row 0. `start`: the part's first in-channel. `inverse_channel_scale`:
     one over `act_channel_scale`, in a shape that broadcasts over the part's input, or None.
-    `constants`: filled by `runtime.codes`, as is `row_weight`, int8 `[C_out, C_in]` of a linear
-    layer that meets few rows.
+    `constants` and `held` are filled by `runtime.codes`.
     """
 
     index: int
@@ -47,4 +47,4 @@ class PreparedPart:
     start: int
     inverse_channel_scale: Tensor | None
     constants: CallConstants | None = None
-    row_weight: Tensor | None = None
+    held: Weight | None = None

@@ -124,7 +124,7 @@ def weight_bytes_resident(model: nn.Module) -> WeightBytes:
         held = [buffer for buffer in buffers if not isinstance(buffer, Released)]
         own = {buffer.untyped_storage().data_ptr() for buffer in held}
         for part in layer._prepared or []:
-            held += [each for each in (part.weight, part.row_weight) if each is not None]
+            held += [] if part.weight is None else [part.weight]
             # A kernel may take a row of a buffer as it is.
             held += [each for each in part.rest if each.untyped_storage().data_ptr() not in own]
         resident += sum(_size(tensor) for tensor in held)

@@ -47,14 +47,12 @@ class FastAttention(Attention):
         else:
             tokens = x if x.dim() == 3 else x.flatten(2).transpose(1, 2).contiguous()
             inputs = encoded(self, tokens, context)
-        y = attend(self, inputs, attention_mask, x.dtype)
+        tokens = x if x.dim() == 3 else x.permute(0, 2, 3, 1).flatten(1, 2)
+        residual = tokens if self.residual_connection else None
+        y = attend(self, inputs, attention_mask, x.dtype, residual)
         if x.dim() == 4:
             y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-        if self.residual_connection:
-            y = y.add_(x)
-        if self.rescale_output_factor != 1.0:
-            y = y.div_(self.rescale_output_factor)
-        return y.to(x.dtype)
+        return y if self.rescale_output_factor == 1.0 else y / self.rescale_output_factor
 
     def why_plain(self) -> str | None:
         """Why the block runs the code of diffusers whatever it is called with, or None."""
@@ -116,28 +114,36 @@ def _normed_image(attn: Attention, image: Tensor) -> list[Tensor]:
 
 
 def attend(
-    attn: Attention, inputs: Sequence[Tensor], mask: Tensor | None, dtype: torch.dtype
+    attn: Attention,
+    inputs: Sequence[Tensor],
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """Attention and its output projection, float32 `[B, N, C]`.
+    """Attention and its output projection, times `gate`, plus `residual`: `[B, N, C]`.
 
     `inputs`: codes for queries `[B, N, C]`, keys and values `[B, M, E]`. `mask`: as diffusers
-    passes it. `dtype`: of the model. Where the CPU multiplies bfloat16 natively and there is much
-    to multiply, the products are computed in it: their result is rounded to fewer bits right after.
+    passes it. `dtype`: of the model and the result. `residual [B, N, C]`, `gate [B, C]`: float.
+    Where the CPU multiplies bfloat16 natively and there is much to multiply, the products are
+    computed in it: their result is rounded to fewer bits right after.
     """
+    inner = dtype
     if inputs[0].shape[1] * inputs[1].shape[1] >= MANY_SCORES and multiplies_bfloat16():
-        dtype = torch.bfloat16
+        inner = torch.bfloat16
     query, key, value = (
-        codes.run(layer, [code], dtype=dtype).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        codes.run(layer, [code], dtype=inner).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         for layer, code in zip(projections(attn), inputs, strict=True)
     )
     if mask is not None:
         batch, length = key.shape[0], key.shape[2]
         mask = attn.prepare_attention_mask(mask, length, batch)
         mask = mask.view(batch, attn.heads, -1, mask.shape[-1])
-        mask = mask if mask.dtype == torch.bool else mask.to(dtype)
+        mask = mask if mask.dtype == torch.bool else mask.to(inner)
     y = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     y = y.transpose(1, 2).flatten(2)
-    return codes.run(attn.to_out[0], codes.encode(attn.to_out[0], y))
+    project = attn.to_out[0]
+    return codes.run(project, codes.encode(project, y), residual, dtype, gate=gate)
 
 
 @functools.cache

@@ -23,9 +23,9 @@ class FastTransformer2DModel(Transformer2DModel):
             (x,), None, norm.num_groups, norm.weight, norm.bias, norm.eps, "none", outputs
         )
         if self.use_linear_projection:
-            y = codes.run(project, [_tokens(code)])
+            y = codes.run(project, [_tokens(code)], dtype=x.dtype)
         else:
-            y = _tokens(codes.run(project, [code]))
+            y = _tokens(codes.run(project, [code], dtype=x.dtype))
         return y.to(x.dtype), x.shape[1] if self.use_linear_projection else y.shape[-1]
 
     def _get_output_for_continuous_inputs(
@@ -44,10 +44,10 @@ class FastTransformer2DModel(Transformer2DModel):
                 x, residual, batch_size, height, width, inner_dim
             )
         if self.use_linear_projection:
-            y = _image(codes.run(project, codes.encode(project, x)), height, width)
-        else:
-            y = codes.run(project, codes.encode(project, _image(x, height, width)))
-        return y.add_(residual).to(residual.dtype)
+            y = codes.run(project, codes.encode(project, x), _tokens(residual), residual.dtype)
+            return _image(y, height, width)
+        code = codes.encode(project, _image(x, height, width))
+        return codes.run(project, code, residual, residual.dtype)
 
     def why_plain(self) -> str | None:
         """Why one of the projections runs as in diffusers whatever it is called with, or None."""

@@ -16,7 +16,7 @@ from stepquant.runtime.packed import PackedConv2d
 class FastResnetBlock2D(ResnetBlock2D):
     """Norm, SiLU and rounding in one pass; the time embedding joins the second one's.
 
-    The residual is added in the last conv's kernel where a shortcut conv made it.
+    The residual is added in the last conv's kernel.
     """
 
     def forward(
@@ -40,18 +40,22 @@ class FastResnetBlock2D(ResnetBlock2D):
         if self.time_emb_proj is not None:
             assert temb is not None
             activation = "none" if self.skip_time_act else "silu"
-            added = codes.run_rows(self.time_emb_proj, temb, activation)
+            added = codes.run(
+                self.time_emb_proj, codes.encode(self.time_emb_proj, temb, activation)
+            )
             added = added.expand(len(y), -1)  # one embedding may be for all samples
         inner = _normed(self.norm2, (y,), added, self.conv2)
-        if self.conv_shortcut is not None:
-            shortcut = codes.run(self.conv_shortcut, codes.encode_parts(self.conv_shortcut, parts))
-            y = codes.run(self.conv2, inner, accumulate=shortcut)
+        dtype, scaled = parts[0].dtype, self.output_scale_factor != 1.0
+        shortcut = self.conv_shortcut
+        if shortcut is not None:
+            residual = codes.run(shortcut, codes.encode_parts(shortcut, parts))
         else:
-            y = codes.run(self.conv2, inner)
-            y = y.add_(parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1))
-        if self.output_scale_factor != 1.0:
-            y = y.div_(self.output_scale_factor)
-        return y.to(parts[0].dtype)
+            residual = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+        y = codes.run(
+            *(self.conv2, inner, residual, torch.float32 if scaled else dtype),
+            overwrite=shortcut is not None,
+        )
+        return y.div_(self.output_scale_factor).to(dtype) if scaled else y
 
     def _runs_on_codes(self, x: Tensor, temb: Tensor | None) -> bool:
         return (

@@ -49,8 +49,8 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
         first, second = self._modulations(x, timestep, class_labels)
         norm = self.norm1.norm if isinstance(self.norm1, AdaLayerNormZero) else self.norm1
         inputs = _normed(norm, x, first, projections(self.attn1))
-        y = attend(self.attn1, inputs, attention_mask, x.dtype)
-        x = _gated_sum(x, y, first)
+        gate = None if first is None else first[2]
+        x = attend(self.attn1, inputs, attention_mask, x.dtype, x, gate)
         if self.attn2 is not None:
             if self.norm_type == "ada_norm_single":  # PixArt has no norm here
                 inputs = encoded(self.attn2, x, context)
@@ -59,17 +59,18 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
             else:
                 (query,) = _normed(self.norm2, x, None, [self.attn2.to_q])
                 inputs = [query, *encoded_sources(self.attn2, context)]
-            x = _gated_sum(x, attend(self.attn2, inputs, encoder_attention_mask, x.dtype), None)
+            x = attend(self.attn2, inputs, encoder_attention_mask, x.dtype, x)
         norm = self.norm2 if self.norm_type == "ada_norm_single" else self.norm3
         widen, _, narrow = self.ff.net[:3]
-        y = codes.run(widen.proj, _normed(norm, x, second, [widen.proj])).to(x.dtype)
+        y = codes.run(widen.proj, _normed(norm, x, second, [widen.proj]), dtype=x.dtype)
         grid = codes.grid_of(narrow)
         if isinstance(widen, GEGLU):
             inner = fused.gated_encode(y, "gelu", grid)
         else:
             activation = "gelu_tanh" if widen.approximate == "tanh" else "gelu"
             inner = fused.encode(y, activation, grid)
-        return _gated_sum(x, codes.run(narrow, [inner]), second)
+        gate = None if second is None else second[2]
+        return codes.run(narrow, [inner], x, x.dtype, gate=gate)
 
     def _modulations(
         self, x: Tensor, timestep: Tensor | None, class_labels: Tensor | None
@@ -147,10 +148,3 @@ def _normed(
     shift, scale = (None, None) if modulation is None else modulation[:2]
     grids = [codes.grid_of(layer) for layer in layers]
     return fused.layer_norm_encode(x, norm.weight, norm.bias, norm.eps, scale, shift, grids)
-
-
-def _gated_sum(x: Tensor, y: Tensor, modulation: Modulation | None) -> Tensor:
-    """`x + gate * y` in the dtype of `x`; float32 `y [B, N, C]` is overwritten."""
-    if modulation is not None:
-        y = y.mul_(modulation[2].unsqueeze(1))
-    return y.add_(x).to(x.dtype)

@@ -30,7 +30,7 @@ class FastUpsample2D(Upsample2D):
         else:
             code = functional.interpolate(code, size=output_size, mode="nearest")
         padded = cpu.pad(code, grid.in_force()[1], self.conv.spec.padding)
-        return codes.run(self.conv, [padded]).to(x.dtype)
+        return codes.run(self.conv, [padded], dtype=x.dtype)
 
     def _runs_on_codes(self, x: Tensor) -> bool:
         return (

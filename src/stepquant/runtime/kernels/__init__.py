@@ -21,11 +21,18 @@ from types import ModuleType
 import torch
 
 from stepquant.errors import StepQuantError
-from stepquant.runtime.kernels import cpu, int_mm, reference
+from stepquant.runtime.kernels import cpu, int_mm, native, reference
 from stepquant.runtime.spec import LayerSpec
 
 # In order of preference; the last one takes every layer on every device.
-KERNELS: dict[str, ModuleType] = {"onednn": cpu, "int_mm": int_mm, "reference": reference}
+KERNELS: dict[str, ModuleType] = {
+    "native": native,
+    "onednn": cpu,
+    "int_mm": int_mm,
+    "reference": reference,
+}
+# Those that take codes where they lie, in a padded image (`runtime.codes`).
+TAKE_CODES = (native, cpu)
 
 
 def choose(

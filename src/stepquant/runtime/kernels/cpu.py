@@ -139,48 +139,51 @@ def _call(
     return y if accumulate is None else y.add_(accumulate)
 
 
-def run_conv_codes(
+def run_codes(
     state: tuple[Tensor, ...],
     codes: Tensor,
     constants: CallConstants,
-    accumulate: Tensor | None,
     spec: LayerSpec,
+    added: Tensor | None,
+    overwrite: bool,
     dtype: torch.dtype,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """A conv of codes that are padded already; the bias holds the zero point's share.
+    """As `kernels.native.run_codes`, with `constants` in the place of grid and biases.
 
-    `codes` uint8 `[B, C, H + 2 ph, W + 2 pw]` channels last. `accumulate` float32 in the result's
-    shape, channels last, is added and overwritten; then `dtype` must be float32.
+    The bias of a conv holds the zero point's share.
     """
     packed, weight_scale, zeros, _ = state
-    if accumulate is None:
-        return torch.ops.onednn.qconv2d_pointwise.default(
-            codes, constants.scale, 0, packed, weight_scale, zeros, constants.bias,
-            spec.stride, (0, 0), spec.dilation, 1, 1.0, 0, dtype, "none", (), "",
-        )  # fmt: skip
-    return torch.ops.onednn.qconv2d_pointwise.binary(
-        codes, constants.scale, 0, packed, weight_scale, zeros, accumulate, constants.bias,
-        spec.stride, (0, 0), spec.dilation, 1, 1.0, 0, dtype, 1.0, 0, "sum", 1.0, "none", (), "",
-    )  # fmt: skip
-
-
-def run_linear_codes(
-    state: tuple[Tensor, ...],
-    codes: Tensor,
-    constants: CallConstants,
-    accumulate: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """A linear layer of `codes` uint8 `[..., C]`; `accumulate` as for convs."""
-    packed, weight_scale, zeros, _ = state
+    own = dtype if added is None and gate is None else torch.float32
     if not codes.numel():  # oneDNN gives [0, C_out] for every shape
-        y = torch.empty((*codes.shape[:-1], len(weight_scale)), dtype=dtype, device=codes.device)
-        return y if accumulate is None else accumulate
-    y = torch.ops.onednn.qlinear_pointwise.default(
-        codes, constants.scale, constants.zero_point, packed, weight_scale, zeros, constants.bias,
-        1.0, 0, dtype, "none", (), "",
-    )  # fmt: skip
-    return y if accumulate is None else accumulate.add_(y)
+        return torch.empty((*codes.shape[:-1], len(weight_scale)), dtype=dtype, device=codes.device)
+    if spec.kind == "linear":
+        y = torch.ops.onednn.qlinear_pointwise.default(
+            *(codes, constants.scale, constants.zero_point, packed, weight_scale, zeros),
+            *(constants.bias, 1.0, 0, own, "none", (), ""),
+        )
+    elif added is not None and gate is None and overwrite and added.dtype == dtype == torch.float32:
+        return torch.ops.onednn.qconv2d_pointwise.binary(
+            *(codes, constants.scale, 0, packed, weight_scale, zeros, added, constants.bias),
+            *(spec.stride, (0, 0), spec.dilation, 1, 1.0, 0, dtype, 1.0, 0, "sum", 1.0),
+            *("none", (), ""),
+        )
+    else:
+        y = torch.ops.onednn.qconv2d_pointwise.default(
+            *(codes, constants.scale, 0, packed, weight_scale, zeros, constants.bias),
+            *(spec.stride, (0, 0), spec.dilation, 1, 1.0, 0),
+            *(own, "none", (), ""),
+        )
+    if gate is not None:
+        y = y.mul_(_beside(gate, y, spec))
+    return y.to(dtype) if added is None else y.add_(added).to(dtype)
+
+
+def _beside(gate: Tensor, y: Tensor, spec: LayerSpec) -> Tensor:
+    """`gate [B, C_out]` in a shape that broadcasts over the layer's result `y`."""
+    if spec.kind == "conv2d":
+        return gate[:, :, None, None]
+    return gate.view(gate.shape[0], *(1,) * (y.dim() - 2), -1)
 
 
 def pad(codes: Tensor, zero_point: Tensor, padding: Sequence[int]) -> Tensor:

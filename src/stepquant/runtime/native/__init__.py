@@ -1,8 +1,9 @@
-"""Elementwise kernels in C++ for x86-64 CPUs, between torch's integer kernels.
+"""Kernels in C++ for x86-64 CPUs: integer products, and what lies between them.
 
 The library is compiled when the package is built or installed (`hatch_build.py`), or by
 `python -m stepquant.runtime.native`. Where there is none, or `STEPQUANT_NATIVE` is 0,
-`runtime.fused` computes the same with torch, only slower.
+`runtime.fused` and oneDNN's kernels compute the same with torch, only slower. Integer products are
+there for CPUs with AVX-512 VNNI, and with AMX; what caps oneDNN's instruction set caps them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from stepquant.runtime.native import build
 
 SWITCH = "STEPQUANT_NATIVE"  # set to 0 or off, the library is not loaded
+ISA_CAPS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # the first that is set counts
 
 # The arguments of each function, as in its definition.
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
@@ -31,20 +33,27 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     ),
     "gated_encode": (c_void_p, c_int32, c_void_p, c_void_p, c_int32),
     "encode_flat": (c_void_p, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_int32),
-    "linear_of_few_rows": (
-        *(c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32),
-    ),
     "epilogue": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
 }
+_PRODUCT_ARGUMENTS = (c_void_p, c_void_p, c_void_p, c_void_p, c_int32)
 
 
 class Library:
-    """The functions of one instruction set, which `native.calls` calls."""
+    """The functions of one instruction set, which `native.calls` calls.
 
-    def __init__(self, path: Path = build.LIBRARY, level: str | None = None) -> None:
-        """Load them; `level` is one of `build.LEVELS`, or None for the machine's best.
+    `products` is None, and so is `product_level`, where the machine or the compiler that made the
+    library knows none of `build.PRODUCT_LEVELS`, or the cap of oneDNN's instruction set forbids it.
+    """
 
-        Raises OSError, with a sentence, where that does not work.
+    def __init__(
+        self,
+        path: Path = build.LIBRARY,
+        level: str | None = None,
+        product_level: str | None = None,
+    ) -> None:
+        """Load them; the levels are keys of `build.LEVELS` and of `build.PRODUCT_LEVELS`.
+
+        None: the machine's best. Raises OSError, with a sentence, where that does not work.
         """
         if not path.exists():
             raise OSError(
@@ -67,10 +76,41 @@ class Library:
             function = getattr(loaded, f"{name}_{self.level}")
             function.argtypes, function.restype = arguments, c_int32
             setattr(self, name, function)
+        products = _product_levels(loaded)
+        if product_level is None:
+            self.product_level = next(iter(products), None)
+        elif product_level in products:
+            self.product_level = product_level
+        else:
+            raise OSError(
+                f"no integer products of {product_level} on this machine: there are those of "
+                f"{', '.join(products) or 'no instruction set'}"
+            )
+        self.products = products.get(self.product_level or "")
 
     def __getattr__(self, name: str) -> Any:
         """Only for names that are no function: those are attributes."""
         raise AttributeError(f"the native library has no function '{name}'")
+
+
+def _product_levels(loaded: ctypes.CDLL) -> dict[str, Any]:
+    """The functions that this machine can run, the fastest first."""
+    found = {}
+    names = list(build.PRODUCT_LEVELS)[: loaded.best_products()]
+    cap = next((os.environ[name].upper() for name in ISA_CAPS if os.environ.get(name)), "ALL")
+    for name in reversed(names):
+        if _forbids(cap, name) or not hasattr(loaded, f"products_{name}"):
+            continue
+        found[name] = getattr(loaded, f"products_{name}")
+        found[name].argtypes, found[name].restype = _PRODUCT_ARGUMENTS, c_int32
+    return found
+
+
+def _forbids(cap: str, level: str) -> bool:
+    """Whether oneDNN, with its instruction set capped to `cap`, would not use `level`'s."""
+    if cap in ("ALL", "DEFAULT") or "AMX" in cap:
+        return False
+    return level == "amx" or not cap.startswith(("AVX512_CORE_", "AVX10"))
 
 
 @functools.cache
@@ -92,6 +132,16 @@ def library() -> Library | None:
 def available() -> bool:
     """Whether there are native kernels."""
     return library() is not None
+
+
+def why_no_products() -> str | None:
+    """Why there are no native integer products, in a sentence, or None where there are."""
+    loaded = _load()
+    if isinstance(loaded, str):
+        return loaded
+    if loaded.products is not None:
+        return None
+    return "this machine has no AVX-512 VNNI, or a cap of oneDNN's instruction set leaves it out"
 
 
 def why_not() -> str | None:

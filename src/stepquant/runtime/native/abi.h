@@ -36,6 +36,31 @@ struct Rows {  // [batch, count, channels], contiguous
     int64_t batch, count, channels;
 };
 
+struct Codes {  // of an image between its border, channels last; strides count bytes
+    const uint8_t* codes;
+    int64_t batch, height, width, channels;  // height and width of the result
+    int64_t stride_b, stride_h, stride_w;    // between the first taps of the result's pixels
+    int64_t taps_h, taps_w, tap_h, tap_w;    // the kernel's size, and strides between its taps
+};
+
+struct Weight {
+    const int8_t* tiles;  // see tiles.h; columns and the last chunk are filled up with zeros
+    int64_t out_channels;
+    const float* scale;      // [out_channels]
+    const int32_t* sums;     // [out_channels]
+    const float* bias;       // [out_channels], or null
+    const float* step_bias;  // [rows of the grid, out_channels], or null
+};
+
+struct Result {  // [batch, height, width, out_channels] of float32, or of bfloat16 where bf16 is 1
+    void* data;
+    int64_t bf16;
+    const void* added;  // as `data`, or null
+    int64_t added_bf16;
+    const float* gate;  // [batch, out_channels], a factor of all but what is added; or null
+    int64_t gate_stride;
+};
+
 // Results of the functions.
 enum Status : int32_t { kDone = 0, kRowOutside = 1, kNoMemory = 2 };
 

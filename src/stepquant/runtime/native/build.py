@@ -18,8 +18,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "_kernels.so"
-HEADERS = ("abi.h", "elementwise.h")
-KERNELS = ("few_rows.cpp", "images.cpp", "rows.cpp")  # compiled once for each instruction set
+HEADERS = ("abi.h", "elementwise.h", "tiles.h")
+KERNELS = ("images.cpp", "rows.cpp")  # compiled once for each of LEVELS
+PRODUCTS = "products.cpp"  # compiled once for each of PRODUCT_LEVELS
 LEVEL = "level.cpp"
 
 # Names of instruction sets in the order of `best_level`, and the flags that it checks for.
@@ -31,6 +32,10 @@ LEVELS: dict[str, tuple[str, ...]] = {
         "-mprefer-vector-width=512",
     ),
 }
+# The same for integer products, in the order of `best_products`. A compiler that does not know one
+# leaves it out.
+PRODUCT_LEVELS: dict[str, tuple[str, ...]] = {"vnni": (*LEVELS["avx512"], "-mavx512vnni")}
+PRODUCT_LEVELS["amx"] = (*PRODUCT_LEVELS["vnni"], "-mamx-tile", "-mamx-int8")
 # No contraction: torch rounds a product before it adds to it. Without errno and traps, which
 # nobody looks at, the loops become vectors.
 FLAGS = (
@@ -42,7 +47,7 @@ FLAGS = (
 def digest() -> str:
     """The state of the sources, 16 hexadecimal digits."""
     found = hashlib.sha256()
-    for name in (*HEADERS, *KERNELS, LEVEL, Path(__file__).name):
+    for name in (*HEADERS, *KERNELS, PRODUCTS, LEVEL, Path(__file__).name):
         found.update((FOLDER / name).read_bytes())
     return found.hexdigest()[:16]
 
@@ -71,22 +76,27 @@ def _build(target: Path) -> str | None:
     if command is None:
         return f"no C++ compiler: CXX is {os.environ.get('CXX')!r}, nor is one in the path"
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        objects, calls = [], []
+        compiling, objects = [*command, *FLAGS, "-c"], []
         for level, options in LEVELS.items():
             for source in KERNELS:
                 objects.append(str(Path(folder, f"{Path(source).stem}_{level}.o")))
-                calls.append([source, "-o", objects[-1], *options, f"-DISA={level}"])
+                reason = _run([*compiling, source, "-o", objects[-1], *options, f"-DISA={level}"])
+                if reason is not None:
+                    return reason
+        for level, options in PRODUCT_LEVELS.items():
+            made = str(Path(folder, f"products_{level}.o"))
+            if _run([*compiling, PRODUCTS, "-o", made, *options, f"-DISA={level}"]) is None:
+                objects.append(made)
         objects.append(str(Path(folder, "level.o")))
-        calls.append([LEVEL, "-o", objects[-1], f'-DSOURCES="{digest()}"'])
+        reason = _run([*compiling, LEVEL, "-o", objects[-1], f'-DSOURCES="{digest()}"'])
+        if reason is not None:
+            return reason
         library = str(Path(folder, "library.so"))
         # Linked without OpenMP: its functions are found in the library that torch has loaded, so
         # that there is one pool of threads.
-        commands = [[*command, *FLAGS, "-c", *call] for call in calls]
-        commands.append([*command, "-shared", "-Wl,--as-needed", "-o", library, *objects])
-        for each in commands:
-            reason = _run(each)
-            if reason is not None:
-                return reason
+        reason = _run([*command, "-shared", "-Wl,--as-needed", "-o", library, *objects])
+        if reason is not None:
+            return reason
         os.replace(library, target)
     return None
 

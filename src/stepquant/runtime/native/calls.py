@@ -22,7 +22,7 @@ _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 _SHAPE = struct.Struct("4q").pack
 _IMAGE = struct.Struct("7q").pack
-_GRID = struct.Struct("5q").pack
+GRID = struct.Struct("5q").pack
 _OUTPUT = struct.Struct("10q").pack
 _ROWS = struct.Struct("5q").pack
 
@@ -64,7 +64,7 @@ def group_norm_encode(
         torch.get_num_threads(),
     )
     if status:
-        _fail(status)
+        fail(status)
     return results
 
 
@@ -94,12 +94,12 @@ def encode(
             x.dtype is torch.bfloat16,
             x.numel(),
             kind,
-            _GRID(*_numbers(grid)),
+            GRID(*numbers(grid)),
             result.data_ptr(),
             threads,
         )
     if status:
-        _fail(status)
+        fail(status)
     return result
 
 
@@ -130,13 +130,13 @@ def layer_norm_encode(
         0 if scale is None else scale.stride(0),
         _address(shift),
         0 if shift is None else shift.stride(0),
-        b"".join([_GRID(*_numbers(grid)) for grid in grids]),
+        b"".join([GRID(*numbers(grid)) for grid in grids]),
         struct.pack(f"{len(results)}q", *[result.data_ptr() for result in results]),
         len(results),
         torch.get_num_threads(),
     )
     if status:
-        _fail(status)
+        fail(status)
     return results
 
 
@@ -148,41 +148,12 @@ def gated_encode(library: Library, x: Tensor, gate_activation: str, grid: Grid) 
     status = library.gated_encode(
         _ROWS(x.data_ptr(), x.dtype is torch.bfloat16, 1, result.numel() // channels, channels),
         _CODES[gate_activation],
-        _GRID(*_numbers(grid)),
+        GRID(*numbers(grid)),
         result.data_ptr(),
         torch.get_num_threads(),
     )
     if status:
-        _fail(status)
-    return result
-
-
-def linear_of_few_rows(
-    library: Library,
-    x: Tensor,
-    activation: str,
-    grid: Grid,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor,
-) -> Tensor:
-    """See `fused.linear_of_few_rows`."""
-    x = x.contiguous()
-    channels, out_channels = x.shape[-1], weight.shape[0]
-    result = torch.empty((*x.shape[:-1], out_channels), dtype=torch.float32, device="cpu")
-    status = library.linear_of_few_rows(
-        _ROWS(x.data_ptr(), x.dtype is torch.bfloat16, 1, x.numel() // channels, channels),
-        _CODES[activation],
-        _GRID(*_numbers(grid)),
-        weight.data_ptr(),
-        weight_scale.data_ptr(),
-        bias.data_ptr(),
-        out_channels,
-        result.data_ptr(),
-        torch.get_num_threads(),
-    )
-    if status:
-        _fail(status)
+        fail(status)
     return result
 
 
@@ -199,7 +170,7 @@ def epilogue(
     sums_, bias, step_bias = _floats(sums), _floats(bias), _floats(step_bias)
     result = torch.empty(channels + 1, dtype=torch.float32, device="cpu")
     status = library.epilogue(
-        _GRID(*_numbers(grid)),
+        GRID(*numbers(grid)),
         _address(sums_) if add_share else None,
         _address(bias),
         _address(step_bias),
@@ -207,7 +178,7 @@ def epilogue(
         result.data_ptr(),
     )
     if status:
-        _fail(status)
+        fail(status)
     found, scale = torch.split_with_sizes(result, (channels, 1))
     return scale, found
 
@@ -243,7 +214,8 @@ def _image(x: Tensor) -> bytes:
     return _IMAGE(x.data_ptr(), x.dtype is torch.bfloat16, x.shape[1], *x.stride())
 
 
-def _numbers(grid: Grid) -> tuple[int, int, int, int, int]:
+def numbers(grid: Grid) -> tuple[int, int, int, int, int]:
+    """What `GRID` packs; raises StepQuantError for a grid that the kernels would misread."""
     scale, zero_point, row, largest = grid
     if not (
         (scale.dtype is torch.float32 and zero_point.dtype is torch.uint8)
@@ -260,10 +232,11 @@ def _numbers(grid: Grid) -> tuple[int, int, int, int, int]:
 
 
 def _output(out: Output, result: Tensor) -> bytes:
-    return _OUTPUT(result.data_ptr(), out.start, out.channels, *out.padding, *_numbers(out.grid))
+    return _OUTPUT(result.data_ptr(), out.start, out.channels, *out.padding, *numbers(out.grid))
 
 
-def _fail(status: int) -> None:
+def fail(status: int) -> None:
+    """Raise what a function's status other than 0 stands for."""
     if status == _ROW_OUTSIDE:
         raise StepQuantError("a grid's row is outside its table")
     assert status == _NO_MEMORY, status

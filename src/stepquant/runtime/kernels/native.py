@@ -1,0 +1,178 @@
+"""Our own u8 x s8 products for x86 CPUs with AVX-512 VNNI or AMX (`runtime.native`).
+
+Against oneDNN's through torch: no set-up in each call, of which a denoiser makes a hundred, most
+on small images; scale, zero point and bias are read from the step table where they lie; the zero
+point's share is taken off in integers; a gate and a residual are joined as the result is written.
+The call is wrapped as an operator, which `torch.compile` treats as one opaque node.
+"""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stepquant.runtime import native
+from stepquant.runtime.grids import Grid
+from stepquant.runtime.kernels.cpu import pad
+from stepquant.runtime.native import products
+from stepquant.runtime.spec import LayerSpec
+
+CHUNK, TILE, GROUP = 64, 16, 4  # of the layout, see native/tiles.h
+MOST_COLUMNS = 1 << 16  # whose products, and the zero point's, an int32 holds
+
+
+def why_not(spec: LayerSpec, device: torch.device) -> str | None:
+    """The reason why this kernel cannot take the layer on `device`, or None."""
+    if device.type != "cpu":
+        return f"made for the CPU, the layer is on {device.type}"
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"made for x86-64, the machine is {platform.machine()}"
+    if spec.columns > MOST_COLUMNS:
+        return f"holds sums of {MOST_COLUMNS} products, the layer has {spec.columns}"
+    return native.why_no_products()
+
+
+def prepare(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
+    """`(weight in tiles, weight_scale, weight sums [C_out] int32)`."""
+    sums = weight.flatten(1).sum(dim=1, dtype=torch.int32)
+    return lay_out(weight, weight_scale, spec), weight_scale.contiguous(), sums
+
+
+def lay_out(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> Tensor:
+    """int8 `[tiles, chunks, 16, 16, 4]`: 16 out-channels, and 64 columns in groups of four.
+
+    A column is a tap's in-channel, taps first. Filled up with zeros.
+    """
+    del weight_scale
+    rows = weight.permute(0, 2, 3, 1).flatten(1) if weight.dim() == 4 else weight
+    missing = (-spec.columns % CHUNK, -spec.out_channels % TILE)
+    rows = functional.pad(rows, (0, missing[0], 0, missing[1]))
+    tiles = rows.view(-1, TILE, rows.shape[1] // CHUNK, CHUNK // GROUP, GROUP)
+    return tiles.permute(0, 2, 3, 1, 4).contiguous()
+
+
+def differences(laid_out: Tensor, spec: LayerSpec) -> Tensor:
+    """See the package docstring."""
+    rows = laid_out.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1)
+    rows = rows[: spec.out_channels, : spec.columns]
+    if spec.kind == "linear":
+        return rows
+    by_taps = rows.reshape(spec.out_channels, *spec.kernel_size, spec.in_channels)
+    return by_taps.permute(0, 3, 1, 2)
+
+
+def run(
+    state: tuple[Tensor, ...],
+    codes: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    bias: Tensor | None,
+    accumulate: Tensor | None,
+    spec: LayerSpec,
+) -> Tensor:
+    """See the package docstring."""
+    return torch.ops.stepquant.native_u8s8(
+        *(codes, act_scale, act_zero_point.to(torch.uint8), *state, bias, accumulate),
+        *(spec.kind == "linear", spec.kernel_size, spec.stride, spec.padding, spec.dilation),
+    )
+
+
+def run_codes(
+    weight: products.Weight,
+    codes: Tensor,
+    grid: Grid,
+    spec: LayerSpec,
+    added: Tensor | None = None,
+    overwrite: bool = False,
+    dtype: torch.dtype = torch.float32,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """The layer of `codes` on `grid`, times `gate`, plus `added`; biases are those of `weight`.
+
+    `codes`: uint8 `[B, C, H + 2 ph, W + 2 pw]`, channels last, with the zero point around the
+    image, or `[..., C]`. `added`: float32 or bfloat16 in the result's shape; the result may be
+    written to its place if `overwrite`. `gate`: float `[B, C_out]`, the same for everything in a
+    sample. Sums are rounded once to float32, and to `dtype`.
+    """
+    if not codes.numel():
+        assert spec.kind == "linear"  # an image of no pixels has no result's size
+        return torch.empty((*codes.shape[:-1], spec.out_channels), dtype=dtype, device="cpu")
+    library = native.library()
+    assert library is not None
+    return products.products(library, codes, grid, weight, spec, added, overwrite, dtype, gate)
+
+
+_library = torch.library.Library("stepquant", "FRAGMENT")
+_library.define(
+    "native_u8s8(Tensor codes, Tensor act_scale, Tensor act_zero_point, Tensor weight,"
+    " Tensor weight_scale, Tensor weight_sums, Tensor? bias, Tensor? accumulate, bool linear,"
+    " int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
+)
+
+
+def _spec(codes, weight_scale, linear, kernel_size, stride, padding, dilation):  # type: ignore[no-untyped-def]
+    kind, in_channels = ("linear", codes.shape[-1]) if linear else ("conv2d", codes.shape[1])
+    geometry = {
+        "kernel_size": tuple(kernel_size),
+        "stride": tuple(stride),
+        "padding": tuple(padding),
+        "dilation": tuple(dilation),
+    }
+    return LayerSpec(kind, in_channels, weight_scale.shape[0], 8, 8, **geometry)
+
+
+def _native(  # type: ignore[no-untyped-def]
+    codes,
+    act_scale,
+    act_zero_point,
+    weight,
+    weight_scale,
+    weight_sums,
+    bias,
+    accumulate,
+    linear,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+):
+    spec = _spec(codes, weight_scale, linear, kernel_size, stride, padding, dilation)
+    if not linear:
+        codes = pad(codes, act_zero_point, padding)
+    held = products.weight_of(weight, weight_scale, weight_sums, bias, None)
+    grid = Grid(act_scale, act_zero_point, None, 255)
+    return run_codes(held, codes, grid, spec, accumulate)
+
+
+def _shape(  # type: ignore[no-untyped-def]
+    codes,
+    act_scale,
+    act_zero_point,
+    weight,
+    weight_scale,
+    weight_sums,
+    bias,
+    accumulate,
+    linear,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+):
+    channels = weight_scale.shape[0]
+    if linear:
+        return codes.new_empty((*codes.shape[:-1], channels), dtype=torch.float32)
+    size = [
+        (codes.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i]
+        + 1
+        for i in range(2)
+    ]
+    shape = (codes.shape[0], channels, *size)
+    return codes.new_empty(shape, dtype=torch.float32).to(memory_format=torch.channels_last)
+
+
+_library.impl("native_u8s8", _native, "CPU")
+torch.library.register_fake("stepquant::native_u8s8", _shape, lib=_library)

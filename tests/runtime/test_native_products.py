@@ -1,0 +1,257 @@
+"""The native integer product of each instruction set against int64 and float64."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import CASES, Case, int64_reference
+from torch import Tensor
+
+from stepquant.errors import StepQuantError
+from stepquant.runtime.grids import Grid
+from stepquant.runtime.kernels import native as kernel
+from stepquant.runtime.kernels.cpu import pad
+from stepquant.runtime.native import Library, build, products
+from stepquant.runtime.spec import LayerSpec
+
+LEVELS = tuple(build.PRODUCT_LEVELS)
+
+
+def conv(channels: int, out: int, size: int = 3, **more: tuple[int, int]) -> LayerSpec:
+    return LayerSpec("conv2d", channels, out, 8, 8, (size, size), **more)
+
+
+# What the cases of test_kernels.py are too small for.
+LARGE = [
+    Case("rows-in-place", conv(64, 40, padding=(1, 1)), (2, 3, 16), 9),
+    Case("rows-of-48", conv(64, 33, padding=(1, 1)), (1, 5, 48), 200),
+    Case("strided-in-place", conv(128, 16, padding=(1, 1), stride=(2, 2)), (1, 6, 32), 3),
+    Case("many-chunks", conv(256, 70, padding=(1, 1)), (3, 16, 16), 255, extreme=True),
+    Case("many-chunks-gathered", conv(136, 48, padding=(1, 1)), (2, 9, 11), 1),
+    Case("one-tile", conv(64, 3, padding=(1, 1)), (4, 28, 28), 77),
+    Case("one-by-one-in-place", conv(128, 64, 1), (2, 4, 8), 31),
+    Case("tokens", LayerSpec("linear", 192, 100, 8, 8), (2, 77), 4),
+    Case("even-tokens", LayerSpec("linear", 320, 64, 4, 4), (3, 64), 7),
+    Case("wide", LayerSpec("linear", 4096, 2000, 8, 8), (2, 3), 128, extreme=True),
+]
+THREADS = (1, 2, 5)
+
+
+@functools.cache
+def library(level: str) -> Library | str:
+    try:
+        return Library(product_level=level)
+    except OSError as error:
+        return str(error)
+
+
+@pytest.fixture(params=LEVELS)
+def loaded(request: pytest.FixtureRequest) -> Library:
+    found = library(request.param)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+def grid_of(case: Case, scale: float = 1.0) -> Grid:
+    zero_point = torch.tensor([case.act_zero_point], dtype=torch.uint8)
+    return Grid(torch.tensor([scale]), zero_point, None, 255)
+
+
+def run(
+    loaded: Library,
+    case: Case,
+    grid: Grid,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    step_bias: Tensor | None = None,
+    added: Tensor | None = None,
+    overwrite: bool = False,
+    dtype: torch.dtype = torch.float32,
+    gate: Tensor | None = None,
+) -> Tensor:
+    inputs, spec = case.inputs(), case.spec
+    tiles, scale, sums = kernel.prepare(inputs["weight"], weight_scale, spec)
+    held = products.weight_of(tiles, scale, sums, bias, step_bias)
+    codes = inputs["codes"]
+    if spec.kind == "conv2d":
+        codes = pad(codes, torch.tensor([case.act_zero_point]), spec.padding)
+    return products.products(loaded, codes, grid, held, spec, added, overwrite, dtype, gate)
+
+
+def sums_of(case: Case) -> Tensor:
+    inputs = case.inputs()
+    return int64_reference(inputs["codes"], inputs["weight"], case.act_zero_point, case.spec)
+
+
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=lambda case: case.name)
+def test_sums_are_exact(loaded: Library, case: Case) -> None:
+    y = run(loaded, case, grid_of(case), torch.ones(case.spec.out_channels))
+    expected = sums_of(case)
+    assert y.shape == expected.shape and y.dtype == torch.float32
+    # Beyond 2^24 the sum is rounded to float32, once.
+    assert torch.equal(y, expected.to(torch.float32))
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_threads_do_not_change_the_result(loaded: Library, case: Case) -> None:
+    scales = torch.rand(case.spec.out_channels) + 0.1
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            found.append(run(loaded, case, grid_of(case, 0.013), scales, bias=scales))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+def everything(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+    """Arguments that do all at once, and what is to come of them, float64."""
+    generator = torch.Generator().manual_seed(5)
+    spec, sums = case.spec, sums_of(case)
+    channels, batch = spec.out_channels, sums.shape[0]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    weight_scale, bias, step_bias = draw(channels).abs() + 0.1, draw(channels), draw(3, channels)
+    gate, added = draw(batch, channels), draw(*sums.shape).to(dtype)
+    if spec.kind == "conv2d":
+        added = added.contiguous(memory_format=torch.channels_last)
+    shape = (1, -1, 1, 1) if spec.kind == "conv2d" else (-1,)
+    gates = gate[:, :, None, None] if sums.dim() == 4 else gate
+    gates = gate.view(batch, *(1,) * (sums.dim() - 2), -1) if spec.kind == "linear" else gates
+    y = sums.double() * 0.0125 * weight_scale.double().view(shape)
+    y = (y + bias.double().view(shape) + step_bias[2].double().view(shape)) * gates.double()
+    arguments = {
+        "weight_scale": weight_scale,
+        "bias": bias,
+        "step_bias": step_bias,
+        "gate": gate,
+        "added": added,
+    }
+    return arguments, y + added.double()
+
+
+def table(case: Case, row: int) -> Grid:
+    zero_points = torch.tensor([0, 1, case.act_zero_point], dtype=torch.uint8)
+    return Grid(torch.tensor([1.0, 2.0, 0.0125]), zero_points, torch.tensor([row]), 255)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_scales_biases_gate_and_sum(loaded: Library, case: Case, dtype: torch.dtype) -> None:
+    arguments, expected = everything(case, dtype)
+    kept = arguments["added"].clone()
+    y = run(loaded, case, table(case, 2), dtype=dtype, **arguments)
+    largest, precision = expected.abs().max(), 2**-8 if dtype == torch.bfloat16 else 2e-6
+    assert y.dtype == dtype and y.shape == expected.shape
+    assert (y - expected).abs().max() < precision * largest
+    assert torch.equal(arguments["added"], kept)
+    memory_format = torch.channels_last if y.dim() == 4 else torch.contiguous_format
+    assert y.is_contiguous(memory_format=memory_format)
+
+
+def test_bfloat16_is_the_nearest(loaded: Library) -> None:
+    case = LARGE[0]
+    arguments, _ = everything(case, torch.float32)
+    exact = run(loaded, case, table(case, 2), **arguments)
+    rounded = run(loaded, case, table(case, 2), dtype=torch.bfloat16, **arguments)
+    assert torch.equal(rounded, exact.to(torch.bfloat16))
+
+
+def test_what_is_added_is_overwritten_only_where_that_is_allowed(loaded: Library) -> None:
+    case = LARGE[0]
+    arguments, _ = everything(case, torch.float32)
+    expected = run(loaded, case, table(case, 2), **arguments)
+    y = run(loaded, case, table(case, 2), overwrite=True, **arguments)
+    assert y is arguments["added"] and torch.equal(y, expected)
+
+
+def test_what_is_added_may_lie_in_another_order(loaded: Library) -> None:
+    case = LARGE[0]
+    arguments, _ = everything(case, torch.float32)
+    expected = run(loaded, case, table(case, 2), **arguments)
+    arguments["added"] = arguments["added"].contiguous()
+    assert torch.equal(run(loaded, case, table(case, 2), **arguments), expected)
+
+
+@pytest.mark.parametrize("row", [-1, 3])
+def test_a_row_outside_the_table_is_refused(loaded: Library, row: int) -> None:
+    case = LARGE[0]
+    with pytest.raises(StepQuantError, match="outside its table"):
+        run(loaded, case, table(case, row), torch.ones(case.spec.out_channels))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    kind=st.sampled_from(["linear", "conv2d"]),
+    channels=st.integers(1, 140),
+    out=st.integers(1, 40),
+    kernel_size=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+)
+def test_the_layout_gives_the_weight_back(
+    kind: str, channels: int, out: int, kernel_size: tuple[int, int]
+) -> None:
+    size = kernel_size if kind == "conv2d" else (1, 1)
+    spec = LayerSpec(kind, channels, out, 8, 8, size)
+    weight = torch.randint(-128, 128, spec.weight_shape, dtype=torch.int8)
+    laid_out = kernel.lay_out(weight, torch.ones(out), spec)
+    assert laid_out.shape == (-(-out // 16), -(-spec.columns // 64), 16, 16, 4)
+    assert torch.equal(kernel.differences(laid_out, spec), weight)
+
+
+@pytest.mark.parametrize("case", [LARGE[2], LARGE[7], CASES[1]], ids=lambda case: case.name)
+def test_the_operator_tells_torch_compile_the_truth(case: Case) -> None:
+    reason = kernel.why_not(case.spec, torch.device("cpu"))
+    if reason:
+        pytest.skip(reason)
+    inputs, spec = case.inputs(), case.spec
+    state = kernel.prepare(inputs["weight"], torch.ones(spec.out_channels), spec)
+    arguments = (
+        *(inputs["codes"], torch.ones(1), torch.tensor([3], dtype=torch.uint8), *state),
+        *(None, inputs["accumulate"], spec.kind == "linear"),
+        *(spec.kernel_size, spec.stride, spec.padding, spec.dilation),
+    )
+    real, planned = torch.ops.stepquant.native_u8s8(*arguments), kernel._shape(*arguments)
+    assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
+    assert planned.stride() == real.stride()
+
+
+def test_columns_that_overflow_are_left_to_other_kernels() -> None:
+    spec = LayerSpec("linear", kernel.MOST_COLUMNS + 1, 1, 8, 8)
+    reason = kernel.why_not(spec, torch.device("cpu"))
+    assert reason is not None and f"the layer has {spec.columns}" in reason
+    # The most extreme codes and weights still fit, with the zero point's share.
+    assert 255 * 128 * kernel.MOST_COLUMNS < 2**31
+
+
+@pytest.mark.parametrize(
+    ("cap", "expected"),
+    [
+        ("", LEVELS),
+        ("ALL", LEVELS),
+        ("AVX512_CORE_AMX", LEVELS),
+        ("avx10_1_512_amx", LEVELS),
+        ("AVX512_CORE_BF16", LEVELS[:1]),
+        ("AVX512_CORE_VNNI", LEVELS[:1]),
+        ("AVX512_CORE", ()),
+        ("AVX2_VNNI", ()),
+        ("SSE41", ()),
+    ],
+)
+def test_a_cap_of_onednn_is_one_of_ours(
+    cap: str, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", cap)
+    for level in LEVELS:
+        found = library.__wrapped__(level)
+        if level not in expected:
+            assert isinstance(found, str) and "no integer products of" in found
