@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from fused_paths import ACTIVATIONS, TABLE, assert_codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import CASES, Case, int64_reference
@@ -186,6 +187,54 @@ def test_a_row_outside_the_table_is_refused(loaded: Library, row: int) -> None:
     case = LARGE[0]
     with pytest.raises(StepQuantError, match="outside its table"):
         run(loaded, case, table(case, row), torch.ones(case.spec.out_channels))
+
+
+CODED = [
+    Case("tokens-64", LayerSpec("linear", 192, 64, 8, 8), (2, 77), 4),
+    Case("even-tokens-96", LayerSpec("linear", 320, 96, 4, 4), (3, 64), 7),
+    Case("deep-tokens-32", LayerSpec("linear", 4200, 32, 8, 8), (2, 40), 128),
+]
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("case", CODED, ids=lambda case: case.name)
+def test_codes_are_those_of_the_floats(
+    loaded: Library, case: Case, activation: str, gated: bool
+) -> None:
+    """What is not written to memory is what would be."""
+    inputs, spec = case.inputs(), case.spec
+    weight_scale = torch.rand(spec.out_channels) / spec.in_channels
+    bias = torch.randn(spec.out_channels)
+    held = products.weight_of(*kernel.prepare(inputs["weight"], weight_scale, spec), bias, None)
+    arguments = (loaded, inputs["codes"], grid_of(case, 0.01), held, spec)
+    found = products.product_codes(*arguments, activation, gated, TABLE)
+    y = products.products(*arguments, None, False, torch.float32).double()
+    values, gates = y.chunk(2, dim=-1) if gated else (None, y)
+    y = ACTIVATIONS[activation](gates)
+    assert_codes(found, y if values is None else values * y, TABLE)
+
+
+def test_a_row_of_the_output_grid_outside_its_table_is_refused(loaded: Library) -> None:
+    case = CODED[0]
+    inputs, spec = case.inputs(), case.spec
+    held = products.weight_of(
+        *kernel.prepare(inputs["weight"], torch.ones(spec.out_channels), spec), None, None
+    )
+    outside = TABLE._replace(row=torch.tensor([3]))
+    with pytest.raises(StepQuantError, match="outside its table"):
+        products.product_codes(
+            loaded, inputs["codes"], grid_of(case), held, spec, "none", False, outside
+        )
+
+
+@pytest.mark.parametrize(
+    ("out_channels", "gated", "fits"),
+    [(48, False, True), (48, True, False), (64, True, True), (40, False, False)],
+)
+def test_codes_take_whole_tiles(out_channels: int, gated: bool, fits: bool) -> None:
+    assert kernel.fits_in_tiles(LayerSpec("linear", 8, out_channels, 8, 8), gated) == fits
+    assert not kernel.fits_in_tiles(LayerSpec("conv2d", 8, out_channels, 8, 8), gated)
 
 
 @settings(deadline=None, max_examples=40)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from stepquant.runtime import fused
+from stepquant.runtime import fused, native
 from stepquant.runtime.grids import Grid, Output
 from stepquant.runtime.kernels import TAKE_CODES, cpu
 from stepquant.runtime.kernels import native as native_kernel
+from stepquant.runtime.native.calls import grid_structure
 from stepquant.runtime.native.products import Weight, weight_of
 from stepquant.runtime.prepared import CallConstants, PreparedPart
 from stepquant.runtime.resident import state_of
@@ -93,8 +94,18 @@ def why_not(layer: PackedLayer) -> str | None:
 
 
 def grid_in_force(layer: PackedLayer, part: PreparedPart) -> Grid:
-    """The activation grid of an input part at the step of the forward in flight."""
-    return part.grid if layer.steps == 1 else part.grid._replace(row=layer.context.rows)
+    """The activation grid of an input part at the step of the forward in flight.
+
+    It is the same object as long as the step is, with what native kernels want to know of it.
+    """
+    row = None if layer.steps == 1 else layer.context.rows
+    known = part.grid_in_force
+    if known is None or known.row is not row:
+        known = part.grid._replace(row=row)
+        if native.available() and (row is None or row.is_cpu):
+            known = known._replace(structure=grid_structure(known))
+        part.grid_in_force = known
+    return known
 
 
 def grid_of(layer: PackedLayer) -> Grid:
@@ -162,10 +173,36 @@ def run(
     return y
 
 
+def run_to_codes(
+    layer: PackedLayer,
+    code: Tensor,
+    activation: str,
+    gated: bool,
+    output_grid: Grid,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Codes of the activation of what a linear `layer` with one input part gives for `code`.
+
+    `gated`: of the first half of its channels times the activation of the second. Where the kernel
+    makes the codes itself, the values between are not written to memory; else they have `dtype`.
+    """
+    (part,) = layer.prepared_parts()
+    if part.kernel is native_kernel and native_kernel.fits_in_tiles(part.spec, gated):
+        weight, grid = _held(layer, part), grid_in_force(layer, part)
+        return native_kernel.run_to_codes(
+            weight, code, grid, part.spec, activation, gated, output_grid
+        )
+    y = run(layer, [code], dtype=dtype)
+    if gated:
+        return fused.gated_encode(y, activation, output_grid)
+    return fused.encode(y, activation, output_grid)
+
+
 def _held(layer: PackedLayer, part: PreparedPart) -> Weight:
     """What the native kernel reads; kept as long as the layer holds the same tensors."""
-    bias, step_bias = (layer.bias, layer.step_bias) if part.index == 0 else (None, None)
-    held = part.held
+    buffers, held = layer._buffers, part.held  # attributes of modules are slow to look up
+    first = part.index == 0
+    bias, step_bias = (buffers["bias"], buffers["step_bias"]) if first else (None, None)
     if held is None or held.bias is not bias or held.step_bias is not step_bias:
         tiles, scale, sums = state_of(layer, part)
         held = weight_of(tiles, scale, sums, bias, step_bias)

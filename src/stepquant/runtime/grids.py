@@ -18,6 +18,8 @@ class Grid(NamedTuple):
     """int64 `[1]`: which of the rows is in force; None: row 0."""
     largest: int
     """The largest code, `2^bits - 1`."""
+    structure: bytes | None = None
+    """Where all that lies, for the native kernels (`native.calls`); None: not written down yet."""
 
     def in_force(self) -> tuple[Tensor, Tensor]:
         """The scale and the zero point of the row, `[1]` each."""

@@ -157,7 +157,9 @@ class PackedLayer(nn.Module):
 
         accelerate's hooks put tensors on another device without asking the module.
         """
-        if self._prepared is None or self._prepared_on != self.weight_scale.device:
+        scale = self._buffers["weight_scale"]  # asked at every call: quicker than the attribute
+        assert scale is not None
+        if self._prepared is None or self._prepared_on != scale.device:
             self.prepare()
         assert self._prepared is not None
         return self._prepared

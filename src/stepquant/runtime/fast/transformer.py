@@ -62,13 +62,12 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
             x = attend(self.attn2, inputs, encoder_attention_mask, x.dtype, x)
         norm = self.norm2 if self.norm_type == "ada_norm_single" else self.norm3
         widen, _, narrow = self.ff.net[:3]
-        y = codes.run(widen.proj, _normed(norm, x, second, [widen.proj]), dtype=x.dtype)
-        grid = codes.grid_of(narrow)
-        if isinstance(widen, GEGLU):
-            inner = fused.gated_encode(y, "gelu", grid)
-        else:
-            activation = "gelu_tanh" if widen.approximate == "tanh" else "gelu"
-            inner = fused.encode(y, activation, grid)
+        (code,) = _normed(norm, x, second, [widen.proj])
+        gated, tanh = isinstance(widen, GEGLU), getattr(widen, "approximate", "none") == "tanh"
+        activation = "gelu_tanh" if tanh and not gated else "gelu"
+        inner = codes.run_to_codes(
+            widen.proj, code, activation, gated, codes.grid_of(narrow), x.dtype
+        )
         gate = None if second is None else second[2]
         return codes.run(narrow, [inner], x, x.dtype, gate=gate)
 

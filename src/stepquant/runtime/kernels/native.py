@@ -105,6 +105,36 @@ def run_codes(
     return products.products(library, codes, grid, weight, spec, added, overwrite, dtype, gate)
 
 
+def fits_in_tiles(spec: LayerSpec, gated: bool) -> bool:
+    """Whether `run_to_codes` takes the layer."""
+    return spec.kind == "linear" and spec.out_channels % ((2 if gated else 1) * TILE) == 0
+
+
+def run_to_codes(
+    weight: products.Weight,
+    codes: Tensor,
+    grid: Grid,
+    spec: LayerSpec,
+    activation: str,
+    gated: bool,
+    output_grid: Grid,
+) -> Tensor:
+    """Codes, on `output_grid`, of the activation of what a linear layer gives for `codes`.
+
+    `gated`: of the first half of the channels times the activation of the second. The values
+    between are float32 and are not written to memory. `codes`, `activation` and the result
+    (uint8 `[..., C_out]`, or half of it) as in `fused.encode` and `fused.gated_encode`.
+    """
+    if not codes.numel():
+        channels = spec.out_channels // (2 if gated else 1)
+        return torch.empty((*codes.shape[:-1], channels), dtype=torch.uint8, device="cpu")
+    library = native.library()
+    assert library is not None
+    return products.product_codes(
+        library, codes, grid, weight, spec, activation, gated, output_grid
+    )
+
+
 _library = torch.library.Library("stepquant", "FRAGMENT")
 _library.define(
     "native_u8s8(Tensor codes, Tensor act_scale, Tensor act_zero_point, Tensor weight,"
@@ -115,13 +145,8 @@ _library.define(
 
 def _spec(codes, weight_scale, linear, kernel_size, stride, padding, dilation):  # type: ignore[no-untyped-def]
     kind, in_channels = ("linear", codes.shape[-1]) if linear else ("conv2d", codes.shape[1])
-    geometry = {
-        "kernel_size": tuple(kernel_size),
-        "stride": tuple(stride),
-        "padding": tuple(padding),
-        "dilation": tuple(dilation),
-    }
-    return LayerSpec(kind, in_channels, weight_scale.shape[0], 8, 8, **geometry)
+    sizes = [tuple(each) for each in (kernel_size, stride, padding, dilation)]
+    return LayerSpec(kind, in_channels, weight_scale.shape[0], 8, 8, *sizes)  # type: ignore[arg-type]
 
 
 def _native(  # type: ignore[no-untyped-def]

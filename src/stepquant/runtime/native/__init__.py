@@ -35,7 +35,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "encode_flat": (c_void_p, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_int32),
     "epilogue": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
 }
-_PRODUCT_ARGUMENTS = (c_void_p, c_void_p, c_void_p, c_void_p, c_int32)
+_PRODUCT_ARGUMENTS = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32)
 
 
 class Library:

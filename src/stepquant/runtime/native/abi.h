@@ -61,6 +61,13 @@ struct Result {  // [batch, height, width, out_channels] of float32, or of bfloa
     int64_t gate_stride;
 };
 
+struct Encoded {  // codes in the place of a result, [batch, height, width, columns]
+    uint8_t* codes;
+    int64_t activation;
+    int64_t gated;  // 1: the first half of the columns times the activation of the second
+    Grid grid;
+};
+
 // Results of the functions.
 enum Status : int32_t { kDone = 0, kRowOutside = 1, kNoMemory = 2 };
 

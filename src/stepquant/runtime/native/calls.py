@@ -18,12 +18,12 @@ from stepquant.runtime.grids import Grid, Output
 from stepquant.runtime.native import Library
 
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh")  # in the order of `Activation` in abi.h
-_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 _SHAPE = struct.Struct("4q").pack
 _IMAGE = struct.Struct("7q").pack
-GRID = struct.Struct("5q").pack
-_OUTPUT = struct.Struct("10q").pack
+_GRID = struct.Struct("5q").pack
+_OUTPUT = struct.Struct("5q").pack
 _ROWS = struct.Struct("5q").pack
 
 _ROW_OUTSIDE, _NO_MEMORY = 1, 2
@@ -58,7 +58,7 @@ def group_norm_encode(
         _address(weight),
         _address(bias),
         eps,
-        _CODES[activation],
+        ACTIVATION_CODES[activation],
         b"".join([_output(out, result) for out, result in zip(outputs, results, strict=True)]),
         len(results),
         torch.get_num_threads(),
@@ -72,7 +72,7 @@ def encode(
     library: Library, x: Tensor, activation: str, grid: Grid, padding: tuple[int, int] = (0, 0)
 ) -> Tensor:
     """See `fused.encode`."""
-    kind, threads = _CODES[activation], torch.get_num_threads()
+    kind, threads = ACTIVATION_CODES[activation], torch.get_num_threads()
     if x.dim() == 4:
         batch, channels, height, width = x.shape
         strides = x.stride()
@@ -94,7 +94,7 @@ def encode(
             x.dtype is torch.bfloat16,
             x.numel(),
             kind,
-            GRID(*numbers(grid)),
+            grid_structure(grid),
             result.data_ptr(),
             threads,
         )
@@ -130,7 +130,7 @@ def layer_norm_encode(
         0 if scale is None else scale.stride(0),
         _address(shift),
         0 if shift is None else shift.stride(0),
-        b"".join([GRID(*numbers(grid)) for grid in grids]),
+        b"".join([grid_structure(grid) for grid in grids]),
         struct.pack(f"{len(results)}q", *[result.data_ptr() for result in results]),
         len(results),
         torch.get_num_threads(),
@@ -147,8 +147,8 @@ def gated_encode(library: Library, x: Tensor, gate_activation: str, grid: Grid) 
     result = _empty_rows((*x.shape[:-1], channels))
     status = library.gated_encode(
         _ROWS(x.data_ptr(), x.dtype is torch.bfloat16, 1, result.numel() // channels, channels),
-        _CODES[gate_activation],
-        GRID(*numbers(grid)),
+        ACTIVATION_CODES[gate_activation],
+        grid_structure(grid),
         result.data_ptr(),
         torch.get_num_threads(),
     )
@@ -170,7 +170,7 @@ def epilogue(
     sums_, bias, step_bias = _floats(sums), _floats(bias), _floats(step_bias)
     result = torch.empty(channels + 1, dtype=torch.float32, device="cpu")
     status = library.epilogue(
-        GRID(*numbers(grid)),
+        grid_structure(grid),
         _address(sums_) if add_share else None,
         _address(bias),
         _address(step_bias),
@@ -214,9 +214,11 @@ def _image(x: Tensor) -> bytes:
     return _IMAGE(x.data_ptr(), x.dtype is torch.bfloat16, x.shape[1], *x.stride())
 
 
-def numbers(grid: Grid) -> tuple[int, int, int, int, int]:
-    """What `GRID` packs; raises StepQuantError for a grid that the kernels would misread."""
-    scale, zero_point, row, largest = grid
+def grid_structure(grid: Grid) -> bytes:
+    """Where a grid lies; raises StepQuantError for one that the kernels would misread."""
+    if grid.structure is not None:
+        return grid.structure
+    scale, zero_point, row, largest, _ = grid
     if not (
         (scale.dtype is torch.float32 and zero_point.dtype is torch.uint8)
         and (scale.is_contiguous() and zero_point.is_contiguous() and scale.is_cpu)
@@ -228,11 +230,12 @@ def numbers(grid: Grid) -> tuple[int, int, int, int, int]:
             f"zero points, both contiguous, and an int64 row on the CPU, found {grid}"
         )
     at = 0 if row is None else row.data_ptr()
-    return scale.data_ptr(), zero_point.data_ptr(), at, scale.numel(), largest
+    return _GRID(scale.data_ptr(), zero_point.data_ptr(), at, scale.numel(), largest)
 
 
 def _output(out: Output, result: Tensor) -> bytes:
-    return _OUTPUT(result.data_ptr(), out.start, out.channels, *out.padding, *numbers(out.grid))
+    place = _OUTPUT(result.data_ptr(), out.start, out.channels, *out.padding)
+    return place + grid_structure(out.grid)
 
 
 def fail(status: int) -> None:

@@ -5,38 +5,16 @@
 // padded image; else they are gathered in a panel first.
 #include <omp.h>
 
-#include "elementwise.h"
-#include "tiles.h"
+#include "results.h"
 
 namespace {
 
-// What a thread reads again for each pair of column tiles: some of its second-level cache.
-const int64_t kPanelBytes = 512 << 10, kImageBytes = 1 << 20;
+// A thread's blocks of rows and of the weight, which share its second-level cache.
+const int64_t kPanelBytes = 512 << 10, kImageBytes = 1 << 20, kWeightBytes = 768 << 10;
 const int64_t kMostRows = 1024;
-const int64_t kDeep = 14;         // chunks of two column tiles that stay in the first-level cache
-const int64_t kSmallProduct = 1 << 20;  // not worth a second thread
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-struct Piece {  // rows of the product that lie equally far apart, at most kBlockRows
-    const uint8_t* codes;
-    int64_t first, rows;
-};
-
-struct Product {
-    const Codes* x;
-    const Weight* weight;
-    const Result* y;
-    const float* scales;      // [column tiles * 16]
-    const float* biases;      // [column tiles * 16]
-    const int32_t* shares;    // [column tiles * 16]: zero point times the weight's sum
-    const int64_t* offsets;   // [chunks]
-    int64_t image, pixels;    // rows of one image, and of all
-    int64_t chunks, column_tiles;
-    int64_t stride;           // bytes between rows
-    bool gathered, even;      // even: all rows of the image lie equally far apart
-};
+const int64_t kDeepPair = 14, kDeepPiece = 10;  // chunks that stay in the first-level cache
+const int64_t kManyChunks = 64;                 // of which the weight is best read in its order
+const int64_t kSmallProduct = 1 << 20;          // not worth a second thread
 
 struct Scratch {  // of a thread
     int32_t* sums;
@@ -82,73 +60,59 @@ int64_t cut(const Product& product, int64_t first, int64_t rows, const Scratch& 
     return count;
 }
 
-INLINE __m512 added_to(const Result& y, int64_t at, __mmask16 mask) {
-    if (!y.added_bf16)
-        return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(y.added) + at);
-    const __m256i halves =
-        _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(y.added) + at);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
+// The order of a thread's work. A pair of column tiles meets a piece of rows in passes over their
+// chunks, so that what is read again lies in the nearest cache; sums wait between passes.
+struct Order {
+    bool pairs_first;  // each pair meets all pieces before the next one does; else the other way
+    int64_t passes;
+    int64_t pairs;     // that a piece meets at a time, as many as stay in the second-level cache
 
-// To the nearest, ties to even.
-INLINE __m256i bf16_of(__m512 y) {
-    const __m512i bits = _mm512_castps_si512(y);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(bits, half), 16));
-}
-
-void finish(const Product& product, const int32_t* sums, const Piece& piece, int64_t tile,
-            int64_t tiles) {
-    const Result& y = *product.y;
-    const int64_t channels = product.weight->out_channels;
-    for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t c = (tile + t) * kTileColumns, left = channels - c;
-        const __mmask16 mask = left >= kTileColumns ? 0xffff : __mmask16((1u << left) - 1);
-        const __m512 scale = _mm512_loadu_ps(product.scales + c);
-        const __m512 bias = _mm512_loadu_ps(product.biases + c);
-        const __m512i share = _mm512_loadu_si512(product.shares + c);
-        for (int64_t r = 0; r < piece.rows; ++r) {
-            __m512i sum = _mm512_loadu_si512(sums + r * kBlockColumns + t * kTileColumns);
-            sum = _mm512_sub_epi32(sum, share);
-            __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, bias);
-            const int64_t at = (piece.first + r) * channels + c;
-            if (y.gate) {
-                const float* gate = y.gate + (piece.first + r) / product.image * y.gate_stride + c;
-                value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, gate));
-            }
-            if (y.added) value = _mm512_add_ps(value, added_to(y, at, mask));
-            if (y.bf16)
-                _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y.data) + at, mask, bf16_of(value));
-            else
-                _mm512_mask_storeu_ps(static_cast<float*>(y.data) + at, mask, value);
-        }
+    explicit Order(const Product& product) {
+        // Neighbouring taps read the same codes, which so stay near by themselves.
+        const bool overlapping = !product.gathered && product.x->taps_h * product.x->taps_w > 1;
+        pairs_first = overlapping || product.chunks >= kManyChunks;
+        passes = parts_of(product.chunks, pairs_first ? kDeepPair : kDeepPiece);
+        pairs = kWeightBytes / (2 * product.chunks * kTileBytes);
+        pairs = pairs < 1 ? 1 : least(pairs, product.pairs);
     }
+
+    int64_t waiting(int64_t pieces) const {  // blocks of sums
+        return passes == 1 ? 1 : (pairs_first ? pieces : pairs);
+    }
+};
+
+void add_pass(const Product& product, const Order& order, const Piece& piece, int64_t pair,
+              int64_t pass, int32_t* sums) {
+    const int64_t tile_stride = product.chunks * kTileBytes;
+    const int64_t tile = product.second == 1 ? 2 * pair : pair;
+    const int64_t skipped = product.chunks * pass / order.passes;
+    const int64_t chunks = product.chunks * (pass + 1) / order.passes - skipped;
+    const bool two = tile + product.second < product.column_tiles, tall = piece.rows > kTileRows;
+    const auto add = tall ? (two ? add_products<2, 2> : add_products<2, 1>)
+                          : (two ? add_products<1, 2> : add_products<1, 1>);
+    add(piece.codes, product.stride, product.offsets + skipped, chunks,
+        product.weight->tiles + tile * tile_stride + skipped * kTileBytes,
+        product.second * tile_stride, pass == 0, sums);
+    if (pass == order.passes - 1) finish(product, sums, piece, tile, two ? 2 : 1);
 }
 
-// All pieces with column tiles `from` to `to`. Some chunks of two tiles at a time, so that they are
-// read from the nearest cache; the sums of the pieces wait.
+// All pieces with the pairs of column tiles `from` to `to`.
 void multiply(const Product& product, const Scratch& own, int64_t count, int64_t from, int64_t to) {
-    const int64_t tile_stride = product.chunks * kTileBytes, stride = product.stride;
-    const int64_t passes = count > 1 ? parts_of(product.chunks, kDeep) : 1;
-    for (int64_t tile = from; tile < to; tile += 2) {
-        const bool two = tile + 1 < to;
-        for (int64_t pass = 0; pass < passes; ++pass) {
-            const int64_t start = product.chunks * pass / passes;
-            const int64_t chunks = product.chunks * (pass + 1) / passes - start;
-            const int64_t* offsets = product.offsets + start;
-            const int8_t* b = product.weight->tiles + tile * tile_stride + start * kTileBytes;
-            for (int64_t i = 0; i < count; ++i) {
-                const Piece& piece = own.pieces[i];
-                int32_t* sums = own.sums + (passes > 1 ? i * kBlockRows * kBlockColumns : 0);
-                const bool tall = piece.rows > kTileRows, first = pass == 0;
-                const auto add = tall ? (two ? add_products<2, 2> : add_products<2, 1>)
-                                      : (two ? add_products<1, 2> : add_products<1, 1>);
-                add(piece.codes, stride, offsets, chunks, b, tile_stride, first, sums);
-                if (pass == passes - 1) finish(product, sums, piece, tile, two ? 2 : 1);
-            }
-        }
+    const Order order(product);
+    const int64_t block = order.passes == 1 ? 0 : kBlockRows * kBlockColumns;
+    if (order.pairs_first) {
+        for (int64_t pair = from; pair < to; ++pair)
+            for (int64_t pass = 0; pass < order.passes; ++pass)
+                for (int64_t i = 0; i < count; ++i)
+                    add_pass(product, order, own.pieces[i], pair, pass, own.sums + i * block);
+        return;
     }
+    for (int64_t start = from; start < to; start += order.pairs)
+        for (int64_t i = 0; i < count; ++i)
+            for (int64_t pass = 0; pass < order.passes; ++pass)
+                for (int64_t pair = start; pair < least(start + order.pairs, to); ++pair)
+                    add_pass(product, order, own.pieces[i], pair, pass,
+                             own.sums + (pair - start) * block);
 }
 
 // Shares of the work: blocks of `rows` rows, each in `parts` parts of its columns.
@@ -161,7 +125,7 @@ Shares share_out(const Product& product, int64_t threads) {
     int64_t rows = (product.gathered ? kPanelBytes : kImageBytes) / row_bytes;
     rows = rows < kBlockRows ? kBlockRows : least(rows, kMostRows);
     int64_t blocks = parts_of(product.pixels, rows), parts = 1;
-    const bool many_columns = parts_of(product.column_tiles, 2) >= threads;
+    const bool many_columns = product.pairs >= threads;
     // With parted columns each thread reads only some of the weight, but gathers all rows.
     if (blocks == 1 && many_columns &&
         (!product.gathered || product.pixels < product.weight->out_channels))
@@ -172,17 +136,25 @@ Shares share_out(const Product& product, int64_t threads) {
     return {rows, parts_of(product.pixels, rows), parts};
 }
 
-void run(const Product& product, const Shares& shares, int threads, char* memory,
-         int64_t own_bytes) {
-    const int64_t most_pieces = shares.rows / kTileRows;
-    const int64_t pairs = parts_of(product.column_tiles, 2);
+// Bytes of `Scratch`, and where its parts begin.
+struct Room {
+    int64_t pieces, panel, all;
+
+    Room(const Product& product, const Shares& shares) {
+        pieces = Order(product).waiting(shares.rows / kTileRows) * kBlockRows * kSumBytes;
+        panel = pieces + parts_of(shares.rows / kTileRows * sizeof(Piece), 64) * 64;
+        all = panel + (product.gathered ? shares.rows * product.stride : 0);
+    }
+};
+
+void run(const Product& product, const Shares& shares, int threads, char* memory) {
+    const Room room(product, shares);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        char* at = memory + omp_get_thread_num() * own_bytes;
-        const Scratch own = {
-            reinterpret_cast<int32_t*>(at),
-            reinterpret_cast<Piece*>(at + most_pieces * kBlockRows * kSumBytes),
-            reinterpret_cast<uint8_t*>(at + most_pieces * (kBlockRows * kSumBytes + sizeof(Piece)))};
+        char* at = memory + omp_get_thread_num() * room.all;
+        const Scratch own = {reinterpret_cast<int32_t*>(at),
+                             reinterpret_cast<Piece*>(at + room.pieces),
+                             reinterpret_cast<uint8_t*>(at + room.panel)};
         int64_t ready = -1, count = 0;
         begin_tiles();
 #pragma omp for schedule(static)
@@ -192,70 +164,84 @@ void run(const Product& product, const Shares& shares, int threads, char* memory
             if (ready != block)
                 count = cut(product, first, least(shares.rows, product.pixels - first), own);
             ready = block;
-            const int64_t from = 2 * (pairs * part / shares.parts);
-            const int64_t to = 2 * (pairs * (part + 1) / shares.parts);
-            multiply(product, own, count, from, least(to, product.column_tiles));
+            multiply(product, own, count, product.pairs * part / shares.parts,
+                     product.pairs * (part + 1) / shares.parts);
         }
         end_tiles();
     }
 }
 
+// Everything of `product` that depends on the shapes alone.
+void measure(Product& product) {
+    const Codes& x = *product.x;
+    product.image = x.height * x.width;
+    product.pixels = x.batch * product.image;
+    product.chunks = parts_of(x.taps_h * x.taps_w * x.channels, kChunk);
+    product.column_tiles = parts_of(product.weight->out_channels, kTileColumns);
+    product.pairs = parts_of(product.column_tiles, 2);
+    product.second = product.encoded && product.encoded->gated ? product.column_tiles / 2 : 1;
+    product.even = x.stride_h == x.width * x.stride_w &&
+                   (x.batch == 1 || x.stride_b == x.height * x.stride_h);
+    const int64_t together = product.even ? product.pixels : x.width;
+    product.gathered = x.channels % kChunk != 0 || together % kTileRows != 0;
+    product.stride = product.gathered ? product.chunks * kChunk : x.stride_w;
+}
+
+void set_columns(const Weight& weight, const Grid& grid, int64_t columns, float* scales,
+                 float* biases, int32_t* shares) {
+    const int64_t row = grid.row ? *grid.row : 0;
+    const float scale = grid.scale[row];
+    const int32_t zero = grid.zero_point[row];
+    const float* of_step = weight.step_bias ? weight.step_bias + row * weight.out_channels : nullptr;
+    for (int64_t c = 0; c < columns; ++c) {
+        const bool inside = c < weight.out_channels;
+        scales[c] = inside ? scale * weight.scale[c] : 0.0f;
+        shares[c] = inside ? zero * weight.sums[c] : 0;
+        biases[c] = inside && weight.bias ? weight.bias[c] : 0.0f;
+        if (inside && of_step) biases[c] += of_step[c];
+    }
+}
+
+void set_offsets(const Product& product, int64_t* offsets) {
+    const Codes& x = *product.x;
+    const int64_t per_tap = x.channels / kChunk;
+    for (int64_t k = 0; k < product.chunks; ++k) {
+        const int64_t tap = product.gathered ? 0 : k / per_tap;
+        const int64_t inside = product.gathered ? k : k % per_tap;
+        offsets[k] = tap / x.taps_w * x.tap_h + tap % x.taps_w * x.tap_w + inside * kChunk;
+    }
+}
+
 }  // namespace
 
-// See fused.products.
+// See kernels/native.py. Where `encoded` is given, nothing is written to `y`, which adds nothing; then
+// columns come in whole tiles, and in pairs of tiles where they are gated.
 EXPORT int32_t NAME(products)(const Codes* x, const Weight* weight, const Grid* grid,
-                              const Result* y, int32_t threads) {
-    const int64_t row = grid->row ? *grid->row : 0;
-    if (row < 0 || row >= grid->rows) return kRowOutside;
-    Product product = {x, weight, y};
-    product.image = x->height * x->width;
-    product.pixels = x->batch * product.image;
-    product.chunks = parts_of(x->taps_h * x->taps_w * x->channels, kChunk);
-    product.column_tiles = parts_of(weight->out_channels, kTileColumns);
-    product.even = x->stride_h == x->width * x->stride_w &&
-                   (x->batch == 1 || x->stride_b == x->height * x->stride_h);
-    product.gathered = x->channels % kChunk != 0 ||
-                       (product.even ? product.pixels : x->width) % kTileRows != 0;
-    product.stride = product.gathered ? product.chunks * kChunk : x->stride_w;
+                              const Result* y, const Encoded* encoded, int32_t threads) {
+    Product product = {x, weight, y, encoded};
+    Levels levels;
+    if (!levels_of(*grid, &levels)) return kRowOutside;
+    if (encoded && !levels_of(encoded->grid, &product.levels)) return kRowOutside;
+    measure(product);
     if (product.pixels * product.chunks * product.column_tiles * kTileBytes < kSmallProduct)
         threads = 1;
     const Shares shares = share_out(product, threads);
-
-    const int64_t columns = product.column_tiles * kTileColumns, most_pieces = shares.rows / kTileRows;
-    int64_t own_bytes = most_pieces * (kBlockRows * kSumBytes + sizeof(Piece));
-    own_bytes += product.gathered ? shares.rows * product.stride : 0;
-    own_bytes = parts_of(own_bytes, 64) * 64;
-    const int64_t shared_bytes = columns * 12 + product.chunks * 8 + 64;
-    char* memory = static_cast<char*>(malloc(shared_bytes + threads * own_bytes));
+    const int64_t columns = product.column_tiles * kTileColumns;
+    const int64_t own = parts_of(columns * 12 + product.chunks * 8, 64) * 64;
+    char* memory = static_cast<char*>(malloc(64 + own + threads * Room(product, shares).all));
     if (!memory) return kNoMemory;
-    float *scales = reinterpret_cast<float*>(memory), *biases = scales + columns;
+    char* at = memory + 64 - reinterpret_cast<uintptr_t>(memory) % 64;
+    int64_t* offsets = reinterpret_cast<int64_t*>(at);
+    float* scales = reinterpret_cast<float*>(offsets + product.chunks);
+    float* biases = scales + columns;
     int32_t* zero_shares = reinterpret_cast<int32_t*>(biases + columns);
-    int64_t* offsets = reinterpret_cast<int64_t*>(zero_shares + columns);
-
-    const float scale = grid->scale[row];
-    const int32_t zero = grid->zero_point[row];
-    const float* step_bias = weight->step_bias + (weight->step_bias ? row * weight->out_channels : 0);
-    for (int64_t c = 0; c < columns; ++c) {
-        const bool inside = c < weight->out_channels;
-        scales[c] = inside ? scale * weight->scale[c] : 0.0f;
-        zero_shares[c] = inside ? zero * weight->sums[c] : 0;
-        biases[c] = inside && weight->bias ? weight->bias[c] : 0.0f;
-        if (inside && weight->step_bias) biases[c] += step_bias[c];
-    }
-    const int64_t per_tap = x->channels / kChunk;
-    for (int64_t k = 0; k < product.chunks; ++k) {
-        const int64_t tap = product.gathered ? 0 : k / per_tap;
-        offsets[k] = product.gathered ? k * kChunk
-                                      : tap / x->taps_w * x->tap_h + tap % x->taps_w * x->tap_w +
-                                            k % per_tap * kChunk;
-    }
+    set_columns(*weight, *grid, columns, scales, biases, zero_shares);
+    set_offsets(product, offsets);
     product.scales = scales;
     product.biases = biases;
     product.shares = zero_shares;
     product.offsets = offsets;
-    char* own = reinterpret_cast<char*>(offsets + product.chunks);
-    own += 64 - reinterpret_cast<uintptr_t>(own) % 64;
-    run(product, shares, threads, own, own_bytes);
+    run(product, shares, threads, at + own);
     free(memory);
     return kDone;
 }
