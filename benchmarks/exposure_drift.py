@@ -53,7 +53,7 @@ def picture(rounds: Rounds) -> bytes:
         axes.plot(list(found.values()), marker=".", label=f"round {number}")
     axes.set_xticks(range(len(rounds[0])), list(rounds[0]), rotation=90, fontsize=6)
     axes.set_yscale("log")
-    axes.set_ylabel("inputs at inference against calibration,\nrelative squared difference")
+    axes.set_ylabel("inputs: inference to calibration,\nrelative squared difference")
     axes.legend()
     file = io.BytesIO()
     figure.savefig(file, dpi=130)
