@@ -22,6 +22,7 @@ from stepquant.runtime import native
 from stepquant.runtime.fast import attention, use_fast_blocks
 from stepquant.runtime.fast.attention import FastAttention
 from stepquant.runtime.kernels import cpu
+from stepquant.runtime.native.attention import attention_codes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -88,6 +89,13 @@ def test_attention_in_bfloat16_is_as_near_as_bfloat16_is(masked, monkeypatch):
     exact = attention.attend(block, inputs, mask, torch.float32)
     monkeypatch.setattr(attention, "MANY_SCORES", 1)
     monkeypatch.setattr(attention, "multiplies_bfloat16", lambda: True)
+    ours = []
+    monkeypatch.setattr(
+        attention, "attention_codes", lambda *each: ours.append(1) or attention_codes(*each)
+    )
     found = attention.attend(block, inputs, mask, torch.float32)
     assert found.dtype == torch.float32
     assert 0 < (found - exact).norm() < 0.02 * exact.norm()
+    library = native.library()
+    there = library is not None and library.attention is not None
+    assert len(ours) == (there and not masked)

@@ -11,8 +11,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepquant.runtime import codes, fused
+from stepquant.runtime import codes, fused, native
 from stepquant.runtime.fused import Output
+from stepquant.runtime.native.attention import attention_codes
 from stepquant.runtime.packed import PackedLayer
 
 MANY_SCORES = 128 * 128  # of a head; fewer are quicker in float32
@@ -132,8 +133,18 @@ def attend(
     if inputs[0].shape[1] * inputs[1].shape[1] >= MANY_SCORES and multiplies_bfloat16():
         inner = torch.bfloat16
     query, key, value = (
-        codes.run(layer, [code], dtype=inner).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        codes.run(layer, [code], dtype=inner)
         for layer, code in zip(projections(attn), inputs, strict=True)
+    )
+    project = attn.to_out[0]
+    library = native.library()
+    pairs = query.shape[-1] // attn.heads % 2 == 0
+    if mask is None and pairs and inner is torch.bfloat16 and library and library.attention:
+        grid = codes.grid_of(project)
+        code = attention_codes(library, query, key, value, attn.heads, grid)
+        return codes.run(project, [code], residual, dtype, gate=gate)
+    query, key, value = (
+        each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in (query, key, value)
     )
     if mask is not None:
         batch, length = key.shape[0], key.shape[2]
@@ -142,7 +153,6 @@ def attend(
         mask = mask if mask.dtype == torch.bool else mask.to(inner)
     y = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     y = y.transpose(1, 2).flatten(2)
-    project = attn.to_out[0]
     return codes.run(project, codes.encode(project, y), residual, dtype, gate=gate)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import c_double, c_int32, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "encode_flat": (c_void_p, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_int32),
     "epilogue": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
 }
+_ATTENTION_ARGUMENTS = (c_void_p, c_float, c_int32)
 _PRODUCT_ARGUMENTS = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32)
 
 
@@ -43,6 +44,7 @@ class Library:
 
     `products` is None, and so is `product_level`, where the machine or the compiler that made the
     library knows none of `build.PRODUCT_LEVELS`, or the cap of oneDNN's instruction set forbids it.
+    `attention` is None where that is not the last of these levels.
     """
 
     def __init__(
@@ -87,6 +89,9 @@ class Library:
                 f"{', '.join(products) or 'no instruction set'}"
             )
         self.products = products.get(self.product_level or "")
+        self.attention = getattr(loaded, f"attention_{self.product_level}", None)
+        if self.attention is not None:
+            self.attention.argtypes, self.attention.restype = _ATTENTION_ARGUMENTS, c_int32
 
     def __getattr__(self, name: str) -> Any:
         """Only for names that are no function: those are attributes."""

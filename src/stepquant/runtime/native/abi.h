@@ -68,6 +68,14 @@ struct Encoded {  // codes in the place of a result, [batch, height, width, colu
     Grid grid;
 };
 
+struct Attention {  // of bfloat16 [batch, queries or keys, heads * head_dim], strides between rows
+    const void *q, *k, *v;
+    int64_t query_stride, key_stride, value_stride;
+    int64_t batch, heads, head_dim, queries, keys;
+    uint8_t* codes;  // [batch, queries, heads * head_dim]
+    Grid grid;
+};
+
 // Results of the functions.
 enum Status : int32_t { kDone = 0, kRowOutside = 1, kNoMemory = 2 };
 

@@ -21,6 +21,7 @@ LIBRARY = FOLDER / "_kernels.so"
 HEADERS = ("abi.h", "elementwise.h", "results.h", "tiles.h")
 KERNELS = ("images.cpp", "rows.cpp")  # compiled once for each of LEVELS
 PRODUCTS = "products.cpp"  # compiled once for each of PRODUCT_LEVELS
+ATTENTION = "attention.cpp"  # compiled for the last of them
 LEVEL = "level.cpp"
 
 # Names of instruction sets in the order of `best_level`, and the flags that it checks for.
@@ -35,7 +36,10 @@ LEVELS: dict[str, tuple[str, ...]] = {
 # The same for integer products, in the order of `best_products`. A compiler that does not know one
 # leaves it out.
 PRODUCT_LEVELS: dict[str, tuple[str, ...]] = {"vnni": (*LEVELS["avx512"], "-mavx512vnni")}
-PRODUCT_LEVELS["amx"] = (*PRODUCT_LEVELS["vnni"], "-mamx-tile", "-mamx-int8")
+PRODUCT_LEVELS["amx"] = (
+    *(*PRODUCT_LEVELS["vnni"], "-mavx512bf16"),
+    *("-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+)
 # No contraction: torch rounds a product before it adds to it. Without errno and traps, which
 # nobody looks at, the loops become vectors.
 FLAGS = (
@@ -47,7 +51,7 @@ FLAGS = (
 def digest() -> str:
     """The state of the sources, 16 hexadecimal digits."""
     found = hashlib.sha256()
-    for name in (*HEADERS, *KERNELS, PRODUCTS, LEVEL, Path(__file__).name):
+    for name in (*HEADERS, *KERNELS, PRODUCTS, ATTENTION, LEVEL, Path(__file__).name):
         found.update((FOLDER / name).read_bytes())
     return found.hexdigest()[:16]
 
@@ -83,9 +87,11 @@ def _build(target: Path) -> str | None:
                 reason = _run([*compiling, source, "-o", objects[-1], *options, f"-DISA={level}"])
                 if reason is not None:
                     return reason
-        for level, options in PRODUCT_LEVELS.items():
-            made = str(Path(folder, f"products_{level}.o"))
-            if _run([*compiling, PRODUCTS, "-o", made, *options, f"-DISA={level}"]) is None:
+        optional = [(PRODUCTS, level) for level in PRODUCT_LEVELS]
+        for source, level in (*optional, (ATTENTION, list(PRODUCT_LEVELS)[-1])):
+            made = str(Path(folder, f"{Path(source).stem}_{level}.o"))
+            options = (*PRODUCT_LEVELS[level], f"-DISA={level}")
+            if _run([*compiling, source, "-o", made, *options]) is None:
                 objects.append(made)
         objects.append(str(Path(folder, "level.o")))
         reason = _run([*compiling, LEVEL, "-o", objects[-1], f'-DSOURCES="{digest()}"'])

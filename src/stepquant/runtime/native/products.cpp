@@ -67,11 +67,11 @@ struct Order {
     int64_t passes;
     int64_t pairs;     // that a piece meets at a time, as many as stay in the second-level cache
 
-    explicit Order(const Product& product) {
+    Order(const Product& product, int64_t pieces) {
         // Neighbouring taps read the same codes, which so stay near by themselves.
         const bool overlapping = !product.gathered && product.x->taps_h * product.x->taps_w > 1;
         pairs_first = overlapping || product.chunks >= kManyChunks;
-        passes = parts_of(product.chunks, pairs_first ? kDeepPair : kDeepPiece);
+        passes = pieces == 1 ? 1 : parts_of(product.chunks, pairs_first ? kDeepPair : kDeepPiece);
         pairs = kWeightBytes / (2 * product.chunks * kTileBytes);
         pairs = pairs < 1 ? 1 : least(pairs, product.pairs);
     }
@@ -98,7 +98,7 @@ void add_pass(const Product& product, const Order& order, const Piece& piece, in
 
 // All pieces with the pairs of column tiles `from` to `to`.
 void multiply(const Product& product, const Scratch& own, int64_t count, int64_t from, int64_t to) {
-    const Order order(product);
+    const Order order(product, count);
     const int64_t block = order.passes == 1 ? 0 : kBlockRows * kBlockColumns;
     if (order.pairs_first) {
         for (int64_t pair = from; pair < to; ++pair)
@@ -141,8 +141,9 @@ struct Room {
     int64_t pieces, panel, all;
 
     Room(const Product& product, const Shares& shares) {
-        pieces = Order(product).waiting(shares.rows / kTileRows) * kBlockRows * kSumBytes;
-        panel = pieces + parts_of(shares.rows / kTileRows * sizeof(Piece), 64) * 64;
+        const int64_t most = shares.rows / kTileRows;
+        pieces = Order(product, most).waiting(most) * kBlockRows * kSumBytes;
+        panel = pieces + parts_of(most * sizeof(Piece), 64) * 64;
         all = panel + (product.gathered ? shares.rows * product.stride : 0);
     }
 };

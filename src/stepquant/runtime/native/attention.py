@@ -1,0 +1,49 @@
+"""The native attention called with tensors."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from stepquant.runtime.grids import Grid
+from stepquant.runtime.native import Library
+from stepquant.runtime.native.calls import fail, grid_structure
+
+_ATTENTION = struct.Struct("12q").pack
+
+
+def attention_codes(
+    library: Library, query: Tensor, key: Tensor, value: Tensor, heads: int, grid: Grid
+) -> Tensor:
+    """Codes of `softmax(Q K^T / sqrt(d)) V`, head by head: uint8 `[B, N, heads * d]`.
+
+    `query [B, N, heads * d]`, `key` and `value [B, M, heads * d]`: bfloat16, `d` even, none empty.
+    Products are of bfloat16, exponentials rounded to it, sums float32.
+    """
+    assert library.attention is not None
+    batch, queries, channels = query.shape
+    keys, head_dim = key.shape[1], channels // heads
+    query, key, value = (_rows(each) for each in (query, key, value))
+    result = torch.empty((batch, queries, channels), dtype=torch.uint8, device="cpu")
+    status = library.attention(
+        _ATTENTION(
+            *(query.data_ptr(), key.data_ptr(), value.data_ptr()),
+            *(query.stride(1), key.stride(1), value.stride(1)),
+            *(batch, heads, head_dim, queries, keys, result.data_ptr()),
+        )
+        + grid_structure(grid),
+        head_dim**-0.5,
+        torch.get_num_threads(),
+    )
+    if status:
+        fail(status)
+    return result
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` if the kernel can step through it as it lies."""
+    even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    pairs = x.stride(1) % 2 == 0  # of values are read together
+    return x if x.stride(2) == 1 and even and pairs else x.contiguous()
