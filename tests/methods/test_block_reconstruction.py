@@ -85,7 +85,13 @@ def correlated(simulate, context):
     inputs.zero_point.data.fill_(128)
     x = torch.randn(512, 3) @ torch.randn(3, 32) + 0.1 * torch.randn(512, 32)
     target = nn.functional.linear(x, layer.weight, layer.bias).detach()
-    return layer, BlockData((x,), {}, target, torch.zeros(512)), SimpleNamespace(context=context)
+    session = SimpleNamespace(
+        context=context,
+        float_model=None,
+        adapter=SimpleNamespace(time_embedding_layers=lambda _: set()),
+        layers=lambda: {"layer": layer},
+    )
+    return layer, BlockData((x,), {}, target, torch.zeros(512)), session
 
 
 @pytest.mark.parametrize("activations", ["together", "after"])

@@ -14,6 +14,9 @@ from stepquant.calibration.trajectories import predict
 from stepquant.methods.adaptive_softmax import AdaptiveSoftmax
 from stepquant.methods.bias_correction import BiasCorrection
 from stepquant.methods.bit_allocation import BitAllocation
+from stepquant.methods.block_distillation import BlockDistillation
+from stepquant.methods.block_reconstruction import BlockReconstruction
+from stepquant.methods.block_training import GuardedBlock
 from stepquant.methods.channel_reparameterization import ChannelReparameterization
 from stepquant.methods.input_error_bypass import InputErrorBypass
 from stepquant.methods.temporal_quantizer import TemporalQuantizer
@@ -66,6 +69,43 @@ def test_bits_are_allocated_by_the_error_of_the_prediction(name):
         assert sum(row["error"] for row in rows) <= sum(row["uniform_error"] for row in rows)
     with torch.no_grad():
         assert bool(predict(allocated.model, allocated.trajectories).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        BlockDistillation(iterations=2, batch=4, samples=16),
+        BlockReconstruction(iterations=2, batch=4, samples=16, penalty=0.0),
+    ],
+    ids=lambda step: step.name,
+)
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_time_embeddings_are_trained_only_where_they_are_blocks_of_their_own(
+    name, step, monkeypatch
+):
+    """A DiT's lie in its blocks, PixArt's stands alone. The last state is kept, better or not."""
+    monkeypatch.setattr(GuardedBlock, "restore", lambda self: None)
+    trained = session(name, 4, 4)
+    trained.ensure_ranges()
+    before = {key: value.clone() for key, value in trained.model.state_dict().items()}
+    step.apply(trained)
+    embedding = trained.adapter.time_embedding_layers(trained.float_model)
+    moved = {
+        layer
+        for layer in trained.layers()
+        if not torch.equal(trained.model.state_dict()[f"{layer}.weight"], before[f"{layer}.weight"])
+    }
+    in_blocks = {layer for layer in embedding if layer.startswith("transformer_blocks.")}
+    assert in_blocks == (embedding if name == "dit" else set())
+    assert not in_blocks & moved
+    for layer in in_blocks:
+        for key, value in trained.model.get_submodule(layer).state_dict().items():
+            assert torch.equal(value, before[f"{layer}.{key}"]), (layer, key)
+    blocks = trained.adapter.blocks(trained.float_model)
+    expected = set(trained.layers()) - in_blocks
+    assert moved == {
+        name for name in expected if any(f"{name}.".startswith(f"{b}.") for b in blocks)
+    }
 
 
 def test_steps_that_find_nothing_to_do_say_so():

@@ -10,7 +10,7 @@ from torch import nn
 
 from architectures import ARCHITECTURES, build, session
 from stepquant.bench import denoiser_call
-from stepquant.calibration.capture import execution_order
+from stepquant.calibration.capture import capture_outputs, execution_order
 from stepquant.calibration.replay import replayable_blocks
 from stepquant.calibration.trajectories import predict
 from stepquant.errors import StepQuantError
@@ -33,10 +33,15 @@ COUNTS = {
     "sd3": (2 + 2 + 1 + 1 + 2, 1),
     "flux": (2 + 3 + 1 + 1 + 2, 0),
 }
-# DiT: two norms of each block, one at the end. SD3: four of the first block and its second
-# attention, three of the last block, whose text ends there, one at the end. Flux: four of the
-# double block, one of the single one, one at the end.
-MODULATIONS = {"sd": 0, "sdxl": 0, "dit": 5, "pixart": 0, "sd3": 5 + 3 + 1, "flux": 4 + 1 + 1}
+# DiT: two norms of each block. SD3: four of the first block and its second attention, three of the
+# last block, whose text ends there. Flux: four of the double block, one of the single one. The norm
+# before the output is modulated by one unit and read by another.
+MODULATIONS = {"sd": 0, "sdxl": 0, "dit": 4, "pixart": 0, "sd3": 5 + 3, "flux": 4 + 1}
+SCALINGS = pytest.mark.parametrize(
+    "step",
+    [WeightDilation(), Smoothing(), ChannelReparameterization(layers="all")],
+    ids=lambda step: step.name,
+)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -157,11 +162,22 @@ def test_modulations_are_as_many_as_the_architecture_has(name, model, adapter):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "step",
-    [WeightDilation(), Smoothing(), ChannelReparameterization(layers="all")],
-    ids=lambda step: step.name,
-)
+@SCALINGS
+def test_scaled_blocks_give_what_the_float_ones_give(name, step):
+    """Or else training them to do so would undo a scaling that another block takes back."""
+    changed = session(name)
+    blocks = changed.adapter.blocks(changed.float_model)
+    step.apply(changed)
+    chains = (changed.float_model, changed.model)
+    expected, found = (capture_outputs(one, blocks, changed.trajectories, 8) for one in chains)
+    for block in blocks:
+        torch.testing.assert_close(
+            found[block], expected[block], rtol=1e-4, atol=1e-4, msg=lambda m, b=block: f"{b}: {m}"
+        )
+
+
+@torch.no_grad()
+@SCALINGS
 def test_equivalent_transforms_leave_the_prediction_alone(name, step):
     changed = session(name)
     expected = predict(changed.float_model, changed.trajectories)

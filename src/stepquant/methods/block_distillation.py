@@ -16,12 +16,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stepquant.calibration.capture import BlockData
-from stepquant.calibration.observe import quant_layers
 from stepquant.errors import StepQuantError
 from stepquant.methods.block_training import (
     GuardedBlock,
     is_check,
     train_blocks,
+    trained_layers,
     training_inputs,
 )
 from stepquant.methods.coherence import check_together
@@ -44,6 +44,8 @@ class BlockDistillation(Step):
     EfficientDM (ICLR 2024) trains, for comparison. `steps_together`: above 1 the loss is of the
     mean error over so many steps of one trajectory (`methods.coherence`, ours), and `samples` are
     whole trajectories; with mixed batches only.
+
+    Layers that embed the timestep inside a block are not trained (`trained_layers`).
 
     Deviations: learning rates are relative to each quantizer's grid (the published 1e-2 for raw
     weights is not believable); biases are trained with the weights; each block keeps the
@@ -100,7 +102,7 @@ class BlockDistillation(Step):
         )
         if self.iterations == 0:
             return guarded.finish()
-        layers = list(quant_layers(block).values())
+        layers = trained_layers(session, name)
         optimizer = LayerOptimizer(
             layers, self.weight_rate, self.scale_rate, self.activation_rate, self.iterations
         )

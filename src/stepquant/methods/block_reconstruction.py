@@ -22,6 +22,7 @@ from stepquant.methods.block_training import (
     GuardedBlock,
     is_check,
     train_blocks,
+    trained_layers,
     training_inputs,
 )
 from stepquant.methods.coherence import check_together
@@ -71,6 +72,8 @@ class BlockReconstruction(Step):
     Q-Diffusion's own values: 20,000 iterations for the rounding at the rate 1e-3 and lambda 0.01 on
     a squared error that is summed over channels, 5,000 for the activation scales at 4e-4, batches
     of 32 from 5,120 samples; warm-up 0.2.
+
+    Layers that embed the timestep inside a block are not trained (`trained_layers`).
 
     Deviations: losses are relative to the power of the target, and so lambda to the first loss, as
     the published one means something else in every block; activations are quantized while the
@@ -143,7 +146,7 @@ class BlockReconstruction(Step):
         guarded = GuardedBlock(
             session, self.name, name, block, data, self.batch, self.steps_together
         )
-        layers = list(quant_layers(block).values())
+        layers = trained_layers(session, name)
         count = sum(layer.weight.numel() for layer in layers)
         strength = self.penalty * guarded.first / count  # lambda
 

@@ -27,6 +27,7 @@ from stepquant.methods.coherence import (
     whole_trajectories,
 )
 from stepquant.models.calling import tensors_in
+from stepquant.quantizers import QuantLayer
 from stepquant.session import Session
 
 BYTES_OF_TARGETS = 512 << 20  # float-chain outputs that are kept at once
@@ -59,6 +60,24 @@ def training_inputs(
             "to train on and one held out; raise calibration.trajectories or calibration.steps"
         )
     return data
+
+
+def trained_layers(session: Session, block: str) -> list[QuantLayer]:
+    """The quantized layers of `block` that are trained with it.
+
+    Not those that embed the timestep where they are a part of the block only, as in a DiT's: they
+    keep their first grids and nearest codes. All that such a block does hangs on one row for each
+    sample; training it along with the rest, weights or their rounding, drives it off and leaves
+    blocks worse on held-out inputs (`docs/methods.md` has figures). An embedding that is a block of
+    its own has a target of its own, and is trained.
+    """
+    embeds = session.adapter.time_embedding_layers(session.float_model)
+    layers = {
+        name: layer
+        for name, layer in session.layers().items()
+        if name == block or name.startswith(f"{block}.")
+    }
+    return [layer for name, layer in layers.items() if name not in embeds] or list(layers.values())
 
 
 def train_blocks(

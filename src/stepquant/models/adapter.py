@@ -52,12 +52,16 @@ class DenoiserAdapter(Protocol):
         The producer's output channel `k` is divided by `s[k]`, through its weight and bias, and
         every consumer's weight is multiplied with `s[k]` along in-channel `k`. A producer with more
         output channels than the consumers have in-channels is divided in its first ones: the linear
-        half of a GEGLU.
+        half of a GEGLU. Producer and consumers lie in one of `blocks`, which is trained to give
+        what the float one gives: a division that another block takes back would be undone.
         """
         ...
 
     def modulations(self, model: nn.Module) -> list[Modulation]:
-        """Modulated norms, into whose linear layer an equivalent scaling folds exactly."""
+        """Modulated norms, into whose linear layer an equivalent scaling folds exactly.
+
+        The linear layer lies in one block with its consumers, as in `folds`.
+        """
         ...
 
     def relation_site(self, model: nn.Module) -> str:

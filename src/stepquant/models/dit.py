@@ -26,8 +26,8 @@ class DiTAdapter(DiffusersAdapter):
         return value_folds(model, self.attention_sites(model))
 
     def modulations(self, model: nn.Module) -> list[Modulation]:
-        """Both norms of each block, and the last one before the output."""
-        found = [Modulation("proj_out_1", 0, 1, ("proj_out_2",))]
+        """Both norms of each block; the last one lies between two units."""
+        found: list[Modulation] = []
         for b in range(len(model.transformer_blocks)):
             block = f"transformer_blocks.{b}"
             found += norm_modulations(

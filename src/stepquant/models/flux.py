@@ -48,8 +48,8 @@ class FluxAdapter(DiffusersAdapter):
         return []
 
     def modulations(self, model: nn.Module) -> list[Modulation]:
-        """The norms of each block, for image and text, and the last one before the output."""
-        found = norm_modulations(model, "norm_out", ("proj_out",))
+        """The norms of each block, for image and text; the last one lies between two units."""
+        found: list[Modulation] = []
         for b in range(len(model.transformer_blocks)):
             name = f"transformer_blocks.{b}"
             for text, norm, ff in ((False, "norm1", "ff"), (True, "norm1_context", "ff_context")):

@@ -30,11 +30,11 @@ class SD3Adapter(DiffusersAdapter):
         return value_folds(model, self.attention_sites(model))
 
     def modulations(self, model: nn.Module) -> list[Modulation]:
-        """The norms of each block, for image and text, and the last one before the output.
+        """The norms of each block, for image and text; the last one lies between two units.
 
         Where 3.5 has a second attention, it reads the same norm under a modulation of its own.
         """
-        found = norm_modulations(model, "norm_out", ("proj_out",))
+        found: list[Modulation] = []
         for b, block in enumerate(model.transformer_blocks):
             name = f"transformer_blocks.{b}"
             found += norm_modulations(
