@@ -162,7 +162,7 @@ def test_a_reference_that_is_quantized_is_refused(packed):
     ("changes", "told"),
     [
         ({"batch": (1, 0)}, "batch size is 0: expected at least 1"),
-        ({"backend": "cuda"}, "unknown backend 'cuda': expected auto or one of onednn"),
+        ({"backend": "cuda"}, "unknown backend 'cuda': expected auto or one of native"),
         ({"memory": "tiny"}, "unknown memory mode 'tiny': expected fast or low"),
         ({"repeats": 0}, "repeats is 0"),
     ],

@@ -89,42 +89,32 @@ void write_floats(const Product& product, const int32_t* sums, const Piece& piec
     }
 }
 
-// 16 codes of `activation(values)`, or of `values * activation(gates)`.
-template <int kind>
-INLINE void encode_tile(const Levels& levels, __m512 values, const __m512* gates, uint8_t* codes) {
-    float y[kTileColumns], gate[kTileColumns];
-    _mm512_storeu_ps(y, values);
-    if (gates) {
-        _mm512_storeu_ps(gate, *gates);
-#pragma omp simd
-        for (int64_t i = 0; i < kTileColumns; ++i) y[i] *= activate<kind>(gate[i]);
-    } else {
-#pragma omp simd
-        for (int64_t i = 0; i < kTileColumns; ++i) y[i] = activate<kind>(y[i]);
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < kTileColumns; ++i) codes[i] = code_of(y[i], levels);
-}
-
+// All values of a block before any code: the loops are long enough for the compiler's vectors to
+// overlap.
 template <int kind>
 void write_codes(const Product& product, const int32_t* sums, const Piece& piece, int64_t tile,
                  int64_t tiles) {
+    float values[kBlockRows * kBlockColumns], gates[kBlockRows * kTileColumns];
+    uint8_t codes[kBlockRows * kBlockColumns];
     const bool gated = product.encoded->gated;
-    const int64_t channels = product.weight->out_channels / (gated ? 2 : 1);
+    const int64_t width = gated ? kTileColumns : tiles * kTileColumns, count = piece.rows * width;
     const Column first(product, tile), second(product, tile + (tiles > 1 ? product.second : 0));
     for (int64_t r = 0; r < piece.rows; ++r, sums += kBlockColumns) {
-        uint8_t* row = product.encoded->codes + (piece.first + r) * channels;
-        const int32_t* other = sums + kTileColumns;
-        if (gated) {
-            const __m512 gates = second.values(other);
-            encode_tile<kind>(product.levels, first.values(sums), &gates, row + tile * kTileColumns);
-            continue;
-        }
-        encode_tile<kind>(product.levels, first.values(sums), nullptr, row + tile * kTileColumns);
-        if (tiles > 1)
-            encode_tile<kind>(product.levels, second.values(other), nullptr,
-                              row + (tile + 1) * kTileColumns);
+        _mm512_storeu_ps(values + r * width, first.values(sums));
+        float* other = gated ? gates + r * width : values + r * width + kTileColumns;
+        if (tiles > 1) _mm512_storeu_ps(other, second.values(sums + kTileColumns));
     }
+    if (gated) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) values[i] *= activate<kind>(gates[i]);
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) values[i] = activate<kind>(values[i]);
+    }
+    encode_floats(values, count, product.levels, codes);
+    const int64_t channels = product.weight->out_channels / (gated ? 2 : 1);
+    uint8_t* row = product.encoded->codes + piece.first * channels + tile * kTileColumns;
+    for (int64_t r = 0; r < piece.rows; ++r) memcpy(row + r * channels, codes + r * width, width);
 }
 
 void finish(const Product& product, const int32_t* sums, const Piece& piece, int64_t tile,
