@@ -56,7 +56,7 @@ def count_macs(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
 
 
 def integer_peak(small: bool = False, repeats: int = 10) -> dict[str, float]:
-    """G multiply-adds a second of the packed layers' own kernel on codes, by shape, and the best.
+    """G multiply-adds a second of oneDNN's kernel on codes, by shape, and the best.
 
     The kernel alone: no quantizing of inputs, no zero point, no padding, float32 out. Without VNNI
     the kernel runs twice, which is in the figure.
