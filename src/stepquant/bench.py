@@ -27,11 +27,12 @@ from stepquant.sources import open_pipeline
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
-    """Run every packed layer of `model` on `backend`: auto, onednn, int_mm or reference."""
+    """Run every packed layer of `model` on `backend`: auto, native, onednn, int_mm or reference."""
     if device_of(backend) is not None:
         raise StepQuantError(
             f"the backend '{backend}' runs a whole denoiser, not its layers: expected auto, "
-            "onednn, int_mm or reference, or OpenVinoDenoiser(denoiser) in the denoiser's place"
+            "native, onednn, int_mm or reference, or OpenVinoDenoiser(denoiser) in the "
+            "denoiser's place"
         )
     for module in model.modules():
         if isinstance(module, PackedLayer):

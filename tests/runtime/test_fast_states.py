@@ -11,6 +11,7 @@ from fast_models import (
     TABLES,
     assert_near,
     is_fast,
+    layers_of,
     packed,
     packed_pipeline,
     plain_blocks,
@@ -216,3 +217,20 @@ def test_compiled_it_runs_the_code_of_diffusers(name):
     compiled = torch.compile(fast, backend="aot_eager", dynamic=False)
     assert_near(predict(compiled), expected)
     assert torch.equal(predict(fast), expected)
+
+
+@pytest.mark.parametrize("name", ["act_scale", "bias", "step_bias"])
+def test_tensors_whose_memory_moves(name):
+    """What the native kernels keep of a tensor is where it lies."""
+    fast = packed("sd", TABLES)
+    predict = predictor(fast)
+    before = predict(fast)
+    for layer in layers_of(fast):
+        tensor = getattr(layer, name)
+        if tensor is not None:
+            tensor.share_memory_()
+    assert torch.equal(predict(fast), before)
+    for layer in layers_of(fast):
+        if name != "act_scale" and getattr(layer, name) is not None:
+            getattr(layer, name).data = getattr(layer, name).clone()
+    assert torch.equal(predict(fast), before)

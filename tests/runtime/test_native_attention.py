@@ -119,3 +119,18 @@ def test_a_row_outside_the_table_is_refused(loaded: Library) -> None:
     q, k, v = inputs(SHAPES["one-key"])
     with pytest.raises(StepQuantError, match="outside its table"):
         attention_codes(loaded, q, k, v, 1, TABLE._replace(row=torch.tensor([2])))
+
+
+def test_keys_of_another_shape_are_refused(loaded: Library) -> None:
+    q, k, v = inputs(SHAPES["odd-numbers"])
+    with pytest.raises(StepQuantError, match="attention's keys are"):
+        attention_codes(loaded, q, k[:, :5], v, 3, GRID)
+
+
+def test_one_channel_in_another_order(loaded: Library) -> None:
+    """Strides of dimensions of size 1 say nothing."""
+    q, k, v = inputs((2, 1, 9, 1, 64))
+    turned = torch.empty(2, 64, 1, dtype=torch.bfloat16).transpose(1, 2)
+    turned.copy_(q)
+    expected = attention_codes(loaded, q, k, v, 1, GRID)
+    assert torch.equal(attention_codes(loaded, turned, k, v, 1, GRID), expected)

@@ -23,7 +23,7 @@ def bench(
         str,
         typer.Option(
             metavar="NAME",
-            help="auto, onednn, int_mm, reference, or openvino[:DEVICE], timed beside auto.",
+            help="auto, native, onednn, int_mm, reference, or openvino[:DEVICE], beside auto.",
         ),
     ] = "auto",
     compiled: Annotated[

@@ -52,7 +52,8 @@ def sample(
         str,
         typer.Option(
             metavar="NAME",
-            help="auto, onednn, int_mm, reference, openvino[:DEVICE] or fastest (auto, openvino).",
+            help="auto, native, onednn, int_mm, reference, openvino[:DEVICE] or fastest "
+            "(auto, openvino).",
         ),
     ] = "auto",
     memory: MemoryMode = "fast",

@@ -19,7 +19,7 @@ from stepquant.runtime import fused, native
 from stepquant.runtime.grids import Grid, Output
 from stepquant.runtime.kernels import TAKE_CODES, cpu
 from stepquant.runtime.kernels import native as native_kernel
-from stepquant.runtime.native.calls import grid_structure
+from stepquant.runtime.native.calls import grid_addresses, grid_structure
 from stepquant.runtime.native.products import Weight, weight_of
 from stepquant.runtime.prepared import CallConstants, PreparedPart
 from stepquant.runtime.resident import state_of
@@ -96,16 +96,18 @@ def why_not(layer: PackedLayer) -> str | None:
 def grid_in_force(layer: PackedLayer, part: PreparedPart) -> Grid:
     """The activation grid of an input part at the step of the forward in flight.
 
-    It is the same object as long as the step is, with what native kernels want to know of it.
+    It is the same object as long as step and memory are, with what native kernels want to know.
     """
     row = None if layer.steps == 1 else layer.context.rows
-    known = part.grid_in_force
-    if known is None or known.row is not row:
-        known = part.grid._replace(row=row)
-        if native.available() and (row is None or row.is_cpu):
-            known = known._replace(structure=grid_structure(known))
-        part.grid_in_force = known
-    return known
+    if part.grid_in_force is not None:
+        known, addresses = part.grid_in_force
+        if known.row is row and addresses == grid_addresses(known):
+            return known
+    grid = part.grid._replace(row=row)
+    if native.available() and (row is None or row.is_cpu):
+        grid = grid._replace(structure=grid_structure(grid))
+        part.grid_in_force = grid, grid_addresses(grid)
+    return grid
 
 
 def grid_of(layer: PackedLayer) -> Grid:
@@ -203,11 +205,13 @@ def _held(layer: PackedLayer, part: PreparedPart) -> Weight:
     buffers, held = layer._buffers, part.held  # attributes of modules are slow to look up
     first = part.index == 0
     bias, step_bias = (buffers["bias"], buffers["step_bias"]) if first else (None, None)
-    if held is None or held.bias is not bias or held.step_bias is not step_bias:
-        tiles, scale, sums = state_of(layer, part)
-        held = weight_of(tiles, scale, sums, bias, step_bias)
-        if part.weight is not None:  # else the tiles are to go after the call
-            part.held = held
+    same = held is not None and held.bias is bias and held.step_bias is step_bias
+    if held is not None and same and held.in_place():
+        return held
+    tiles, scale, sums = state_of(layer, part)
+    held = weight_of(tiles, scale, sums, bias, step_bias)
+    if part.weight is not None:  # else the tiles are to go after the call
+        part.held = held
     return held
 
 

@@ -19,7 +19,8 @@ class Grid(NamedTuple):
     largest: int
     """The largest code, `2^bits - 1`."""
     structure: bytes | None = None
-    """Where all that lies, for the native kernels (`native.calls`); None: not written down yet."""
+    """Where all that lies, for the native kernels (`native.calls`); None: not written down yet.
+    Of another row, or of tensors that moved, it is another one."""
 
     def in_force(self) -> tuple[Tensor, Tensor]:
         """The scale and the zero point of the row, `[1]` each."""

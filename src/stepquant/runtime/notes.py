@@ -63,16 +63,12 @@ def _no_vnni() -> str:
 
 
 def _without_library(layers: list[PackedLayer]) -> Iterable[str]:
-    slow = [
-        part.kernel is cpu
-        for layer in layers
-        if layer.backend == "auto"
-        for part in layer.prepared_parts()
-    ]
-    if any(slow):
+    parts = [part for layer in layers if layer.backend == "auto" for part in layer.prepared_parts()]
+    slow = Counter(part.reasons[0] for part in parts if part.kernel is cpu)
+    for why, count in slow.items():
         yield (
-            f"{sum(slow)} of {len(slow)} layer inputs run on oneDNN's kernels, which each call "
-            f"sets up anew: {native.why_no_products()}"
+            f"{count} of {len(parts)} layer inputs run on oneDNN's kernels, which each call sets "
+            f"up anew: {why}"
         )
     reason = native.why_not()
     if reason is not None and any(codes.why_not(layer) is None for layer in layers):

@@ -33,7 +33,7 @@ class PreparedPart:
     gave; `weight` is None where each call lays it out (`runtime.resident`). `grid`: the activation
     grid, at row 0. `start`: the part's first in-channel. `inverse_channel_scale`:
     one over `act_channel_scale`, in a shape that broadcasts over the part's input, or None.
-    `constants`, `held` and `grid_in_force` are filled by `runtime.codes`.
+    `constants`, `held` and `grid_in_force` (with its addresses) are filled by `runtime.codes`.
     """
 
     index: int
@@ -48,4 +48,4 @@ class PreparedPart:
     inverse_channel_scale: Tensor | None
     constants: CallConstants | None = None
     held: Weight | None = None
-    grid_in_force: Grid | None = None
+    grid_in_force: tuple[Grid, tuple[int, ...]] | None = None

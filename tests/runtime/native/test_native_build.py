@@ -55,3 +55,19 @@ def test_a_failing_compiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.Monk
     reason = build.build(tmp_path / "library.so")
     assert reason is not None and ("false failed with 1" in reason or "made for Linux" in reason)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_compiler_knows_is_in_the_library(tmp_path: Path) -> None:
+    """A kernel that does not compile is left out in silence: here it is told."""
+    library, compiler = native.library(), build.compiler()
+    if library is None or compiler is None:
+        pytest.skip("no native library, or no compiler")
+    empty = tmp_path / "empty.cpp"
+    empty.write_text("")
+    loaded = ctypes.CDLL(str(build.LIBRARY))
+    for level, options in build.PRODUCT_LEVELS.items():
+        call = [*compiler, *options, "-c", str(empty), "-o", str(tmp_path / "empty.o")]
+        if subprocess.run(call, capture_output=True, check=False).returncode == 0:
+            assert hasattr(loaded, f"products_{level}")
+            last = level == list(build.PRODUCT_LEVELS)[-1]
+            assert hasattr(loaded, f"attention_{level}") == last

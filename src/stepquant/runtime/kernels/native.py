@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stepquant.errors import StepQuantError
 from stepquant.runtime import native
 from stepquant.runtime.grids import Grid
 from stepquant.runtime.kernels.cpu import pad
@@ -74,6 +75,12 @@ def run(
     spec: LayerSpec,
 ) -> Tensor:
     """See the package docstring."""
+    channels = codes.shape[-1 if spec.kind == "linear" else 1]
+    if channels != spec.in_channels:  # the operator takes their number from the codes
+        raise StepQuantError(
+            f"a layer's input has {channels} channels: expected {spec.in_channels}, in an input of "
+            f"{tuple(codes.shape)}"
+        )
     return torch.ops.stepquant.native_u8s8(
         *(codes, act_scale, act_zero_point.to(torch.uint8), *state, bias, accumulate),
         *(spec.kind == "linear", spec.kernel_size, spec.stride, spec.padding, spec.dilation),
@@ -98,8 +105,8 @@ def run_codes(
     sample. Sums are rounded once to float32, and to `dtype`.
     """
     if not codes.numel():
-        assert spec.kind == "linear"  # an image of no pixels has no result's size
-        return torch.empty((*codes.shape[:-1], spec.out_channels), dtype=dtype, device="cpu")
+        sizes, memory_format = products.shape_of(codes, spec)
+        return torch.empty(sizes, dtype=dtype, device="cpu", memory_format=memory_format)
     library = native.library()
     assert library is not None
     return products.products(library, codes, grid, weight, spec, added, overwrite, dtype, gate)
@@ -126,8 +133,9 @@ def run_to_codes(
     (uint8 `[..., C_out]`, or half of it) as in `fused.encode` and `fused.gated_encode`.
     """
     if not codes.numel():
-        channels = spec.out_channels // (2 if gated else 1)
-        return torch.empty((*codes.shape[:-1], channels), dtype=torch.uint8, device="cpu")
+        sizes, channels = products.shape_of(codes, spec).sizes, spec.out_channels
+        shape = (*sizes[:-1], channels // 2 if gated else channels)
+        return torch.empty(shape, dtype=torch.uint8, device="cpu")
     library = native.library()
     assert library is not None
     return products.product_codes(

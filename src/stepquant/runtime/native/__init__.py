@@ -146,7 +146,10 @@ def why_no_products() -> str | None:
         return loaded
     if loaded.products is not None:
         return None
-    return "this machine has no AVX-512 VNNI, or a cap of oneDNN's instruction set leaves it out"
+    return (
+        "this machine has no AVX-512 VNNI, the compiler that made the library does not know it, or "
+        "a cap of oneDNN's instruction set leaves it out"
+    )
 
 
 def why_not() -> str | None:

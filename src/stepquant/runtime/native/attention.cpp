@@ -2,10 +2,10 @@
 //
 // Keys and values are laid out for the tiles once. Then blocks of queries pass over blocks of keys,
 // with the largest score so far and the sum of exponentials for each query.
-#include <immintrin.h>
 #include <omp.h>
 
 #include "elementwise.h"
+#include "tiles.h"
 
 namespace {
 
@@ -13,7 +13,6 @@ const int64_t kQueries = 32;  // of a block: two tiles
 const int64_t kKeys = 256;    // of a block
 const int64_t kDeep = 32;     // bfloat16 values in a tile's row
 const int64_t kTile = 16;
-const int64_t kTileBytes = 1024;
 const float kSlack = 8.0f;
 const float kLowest = -1e30f;  // below any score, but -kLowest is a number
 const float kLog2E = 1.44269504088896341f;
@@ -44,21 +43,6 @@ struct Block {  // of a thread
     float* total;        // [kQueries, 16]: of the exponentials, in 16 parts
     float shift[kQueries];
 };
-
-void configure() {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } config;
-    memset(&config, 0, sizeof config);
-    config.palette = 1;
-    for (int i = 0; i < 8; ++i) {
-        config.row_bytes[i] = 64;
-        config.rows[i] = kTile;
-    }
-    _tile_loadconfig(&config);
-}
 
 // Tiles of 16 keys: [deep / 32][16 pairs of dimensions][16 keys][2].
 void lay_out_keys(const Plan& plan, const uint16_t* keys, int64_t first, uint16_t* tiles) {
@@ -284,16 +268,16 @@ EXPORT int32_t NAME(attention)(const Attention* x, float scale, int32_t threads)
         block.total = block.sums + kQueries * plan.wide;
         block.weights = reinterpret_cast<uint16_t*>(block.total + kQueries * kTile);
         block.queries = block.weights + kQueries * kKeys;
-        // Rows of no query stay 0.
+        // Rows of no query, which are never read, are numbers all the same.
         memset(block.weights, 0, kQueries * kKeys * 2);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < heads * groups; ++i)
             lay_out(plan, i / groups, i % groups * kDeep);
-        configure();
+        begin_tiles();
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < heads * blocks; ++i)
             attend(plan, block, i / blocks, i % blocks * kQueries);
-        _tile_release();
+        end_tiles();
     }
     free(memory);
     return kDone;

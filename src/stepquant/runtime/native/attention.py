@@ -7,6 +7,7 @@ import struct
 import torch
 from torch import Tensor
 
+from stepquant.errors import StepQuantError
 from stepquant.runtime.grids import Grid
 from stepquant.runtime.native import Library
 from stepquant.runtime.native.calls import fail, grid_structure
@@ -25,6 +26,11 @@ def attention_codes(
     assert library.attention is not None
     batch, queries, channels = query.shape
     keys, head_dim = key.shape[1], channels // heads
+    if key.shape != value.shape or key.shape != (batch, keys, channels):
+        raise StepQuantError(
+            f"attention's keys are {tuple(key.shape)}, its values {tuple(value.shape)}: expected "
+            f"{(batch, keys, channels)}"
+        )
     query, key, value = (_rows(each) for each in (query, key, value))
     result = torch.empty((batch, queries, channels), dtype=torch.uint8, device="cpu")
     status = library.attention(
@@ -46,4 +52,7 @@ def _rows(x: Tensor) -> Tensor:
     """`x` if the kernel can step through it as it lies."""
     even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
     pairs = x.stride(1) % 2 == 0  # of values are read together
-    return x if x.stride(2) == 1 and even and pairs else x.contiguous()
+    if x.stride(2) == 1 and even and pairs:
+        return x
+    # Not `contiguous`, which keeps strides that say nothing, of dimensions of size 1.
+    return x.clone(memory_format=torch.contiguous_format)

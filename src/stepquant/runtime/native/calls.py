@@ -47,7 +47,7 @@ def group_norm_encode(
         for part in parts
     ]
     channels = sum([part.shape[1] for part in parts])
-    added, weight, bias = _floats(added), _floats(weight), _floats(bias)
+    added, weight, bias = floats(added), floats(weight), floats(bias)
     results = [_empty(batch, out.channels, height, width, out.padding) for out in outputs]
     status = library.group_norm_encode(
         _SHAPE(batch, channels, height, width),
@@ -116,7 +116,7 @@ def layer_norm_encode(
     """See `fused.layer_norm_encode`."""
     x = x.contiguous()
     batch, channels = (x.shape[0] if x.dim() > 1 else 1), x.shape[-1]
-    weight, bias, scale, shift = _floats(weight), _floats(bias), _rows(scale), _rows(shift)
+    weight, bias, scale, shift = floats(weight), floats(bias), _rows(scale), _rows(shift)
     results = [_empty_rows(x.shape) for _ in grids]
     status = library.layer_norm_encode(
         _ROWS(
@@ -167,7 +167,7 @@ def epilogue(
 ) -> tuple[Tensor, Tensor]:
     """See `fused.epilogue`."""
     channels = sums.shape[0]
-    sums_, bias, step_bias = _floats(sums), _floats(bias), _floats(step_bias)
+    sums_, bias, step_bias = floats(sums), floats(bias), floats(step_bias)
     result = torch.empty(channels + 1, dtype=torch.float32, device="cpu")
     status = library.epilogue(
         grid_structure(grid),
@@ -194,7 +194,7 @@ def _empty_rows(shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=torch.uint8, device="cpu")
 
 
-def _floats(x: Tensor | None) -> Tensor | None:
+def floats(x: Tensor | None) -> Tensor | None:
     """`x` as the kernels read it: float32, its values side by side."""
     if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
         return x
@@ -203,7 +203,7 @@ def _floats(x: Tensor | None) -> Tensor | None:
 
 def _rows(x: Tensor | None) -> Tensor | None:
     """As `_floats`, but rows may lie apart: they are often chunks of one tensor."""
-    return x if x is not None and x.dtype is torch.float32 and x.stride(1) == 1 else _floats(x)
+    return x if x is not None and x.dtype is torch.float32 and x.stride(1) == 1 else floats(x)
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -212,6 +212,12 @@ def _address(x: Tensor | None) -> int | None:
 
 def _image(x: Tensor) -> bytes:
     return _IMAGE(x.data_ptr(), x.dtype is torch.bfloat16, x.shape[1], *x.stride())
+
+
+def grid_addresses(grid: Grid) -> tuple[int, ...]:
+    """Where a grid's tensors lie now."""
+    at = 0 if grid.row is None else grid.row.data_ptr()
+    return grid.scale.data_ptr(), grid.zero_point.data_ptr(), at
 
 
 def grid_structure(grid: Grid) -> bytes:
@@ -229,8 +235,7 @@ def grid_structure(grid: Grid) -> bytes:
             "a grid is not as the native kernels read it: expected float32 scales, as many uint8 "
             f"zero points, both contiguous, and an int64 row on the CPU, found {grid}"
         )
-    at = 0 if row is None else row.data_ptr()
-    return _GRID(scale.data_ptr(), zero_point.data_ptr(), at, scale.numel(), largest)
+    return _GRID(*grid_addresses(grid), scale.numel(), largest)
 
 
 def _output(out: Output, result: Tensor) -> bytes:

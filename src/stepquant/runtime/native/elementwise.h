@@ -1,6 +1,6 @@
 // Arithmetic on single values, written so that the compiler makes vectors of it.
 //
-// Each file of build.KERNELS is compiled once for each instruction set. So everything here has
+// What includes this is compiled once for each instruction set. So everything here has
 // internal linkage, and no template of the standard library is used: the linker would keep one copy
 // of it for all of them, perhaps one with instructions that the machine lacks.
 #pragma once

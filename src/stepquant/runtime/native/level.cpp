@@ -22,9 +22,9 @@ extern "C" __attribute__((visibility("default"))) int best_products() {
     __builtin_cpu_init();
     if (best_level() < 2 || !__builtin_cpu_supports("avx512vnni")) return 0;
     unsigned a = 0, b = 0, c = 0, d = 0;
-    // Tiles, and products of 8-bit integers and of bfloat16 in them.
+    // Tiles, products of 8-bit integers and of bfloat16 in them, and AVX-512's bfloat16.
     const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1) &&
-                     (d >> 22 & 1);
+                     (d >> 22 & 1) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
     const long ask_for_state = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return amx && syscall(SYS_arch_prctl, ask_for_state, tile_data) == 0 ? 2 : 1;
 }

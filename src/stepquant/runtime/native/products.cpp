@@ -224,6 +224,7 @@ EXPORT int32_t NAME(products)(const Codes* x, const Weight* weight, const Grid* 
     if (!levels_of(*grid, &levels)) return kRowOutside;
     if (encoded && !levels_of(encoded->grid, &product.levels)) return kRowOutside;
     measure(product);
+    if (product.pixels == 0) return kDone;
     if (product.pixels * product.chunks * product.column_tiles * kTileBytes < kSmallProduct)
         threads = 1;
     const Shares shares = share_out(product, threads);

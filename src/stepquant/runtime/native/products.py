@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stepquant.errors import StepQuantError
 from stepquant.runtime.grids import Grid
 from stepquant.runtime.native import Library
-from stepquant.runtime.native.calls import ACTIVATION_CODES, fail, grid_structure
+from stepquant.runtime.native.calls import ACTIVATION_CODES, fail, floats, grid_structure
 from stepquant.runtime.spec import LayerSpec
 
 _CODES = struct.Struct("12q").pack
@@ -32,51 +33,81 @@ class Weight(NamedTuple):
     """float32 `[C_out]`"""
     step_bias: Tensor | None
     """float32 `[T, C_out]`"""
+    addresses: tuple[int, ...]
     structure: bytes
+
+    def in_place(self) -> bool:
+        """Whether the tensors still lie where the structure says (some move a tensor's memory)."""
+        return self.addresses == _addresses(*self[:5])
 
 
 def weight_of(
     tiles: Tensor, scale: Tensor, sums: Tensor, bias: Tensor | None, step_bias: Tensor | None
 ) -> Weight:
-    """The tensors with their structure; all contiguous, on the CPU, of the types of `Weight`."""
-    at = [0 if each is None else each.data_ptr() for each in (scale, sums, bias, step_bias)]
-    structure = _WEIGHT(tiles.data_ptr(), scale.shape[0], *at)
-    return Weight(tiles, scale, sums, bias, step_bias, structure)
+    """The tensors with their structure; all contiguous and on the CPU."""
+    tensors = (tiles, scale, sums, floats(bias), floats(step_bias))
+    addresses = _addresses(*tensors)
+    structure = _WEIGHT(addresses[0], scale.shape[0], *addresses[1:])
+    return Weight(*tensors, addresses, structure)
 
 
-class Image(NamedTuple):
-    """Codes as the kernel reads them, and what comes of them."""
+def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple([0 if each is None else each.data_ptr() for each in tensors])
 
-    codes: Tensor
-    structure: bytes
-    shape: tuple[int, ...]
+
+class Shape(NamedTuple):
+    """Of a layer's result."""
+
+    sizes: tuple[int, ...]
     memory_format: torch.memory_format
 
 
-def image_of(codes: Tensor, spec: LayerSpec) -> Image:
-    """`codes` of a layer: `[B, C, H + 2 ph, W + 2 pw]`, channels last, or `[B, ..., C]`."""
-    out_channels = spec.out_channels
+def shape_of(codes: Tensor, spec: LayerSpec) -> Shape:
+    """What comes of `codes`: `[B, C, H + 2 ph, W + 2 pw]`, or `[..., C]` of a linear layer.
+
+    Raises StepQuantError for codes of another number of channels, and for an image that is smaller
+    than the kernel.
+    """
+    linear = spec.kind == "linear"
+    channels = codes.shape[-1 if linear else 1]
+    if channels != spec.in_channels:
+        raise StepQuantError(
+            f"a layer's input has {channels} channels: expected {spec.in_channels}, in an input of "
+            f"{tuple(codes.shape)}"
+        )
+    if linear:
+        return Shape((*codes.shape[:-1], spec.out_channels), torch.contiguous_format)
+    height, width = [
+        (codes.shape[2 + i] - spec.dilation[i] * (spec.kernel_size[i] - 1) - 1) // spec.stride[i]
+        + 1
+        for i in range(2)
+    ]
+    if height < 1 or width < 1:
+        raise StepQuantError(
+            f"an image of {codes.shape[2]} x {codes.shape[3]}, with its padding, is smaller than "
+            f"the kernel of {spec.kernel_size[0]} x {spec.kernel_size[1]}: expected at least its "
+            "size"
+        )
+    return Shape((codes.shape[0], spec.out_channels, height, width), torch.channels_last)
+
+
+def _image(codes: Tensor, spec: LayerSpec, sizes: tuple[int, ...]) -> bytes:
+    """The structure of `codes`, which are not empty; contiguous, or channels last."""
     if spec.kind == "linear":
-        codes = codes.contiguous()
-        channels, batch = spec.in_channels, codes.shape[0] if codes.dim() > 1 else 1
+        batch, channels = codes.shape[0] if codes.dim() > 1 else 1, spec.in_channels
         rows = codes.numel() // (batch * channels)
-        structure = _CODES(
+        return _CODES(
             *(codes.data_ptr(), batch, 1, rows, channels),
             *(rows * channels, rows * channels, channels, 1, 1, channels, channels),
         )
-        return Image(codes, structure, (*codes.shape[:-1], out_channels), torch.contiguous_format)
     batch, channels, frame_height, frame_width = codes.shape
-    (kernel_h, kernel_w), (stride_h, stride_w) = spec.kernel_size, spec.stride
-    dilation_h, dilation_w = spec.dilation
-    height = (frame_height - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
-    width = (frame_width - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
+    (stride_h, stride_w), (dilation_h, dilation_w) = spec.stride, spec.dilation
     row = frame_width * channels
-    structure = _CODES(
-        *(codes.data_ptr(), batch, height, width, channels),
+    return _CODES(
+        *(codes.data_ptr(), batch, sizes[2], sizes[3], channels),
         *(frame_height * row, stride_h * row, stride_w * channels),
-        *(kernel_h, kernel_w, dilation_h * row, dilation_w * channels),
+        *(*spec.kernel_size, dilation_h * row, dilation_w * channels),
     )
-    return Image(codes, structure, (batch, out_channels, height, width), torch.channels_last)
 
 
 def products(
@@ -92,19 +123,21 @@ def products(
 ) -> Tensor:
     """See `kernels.native.run_codes`; `codes` are not empty."""
     assert library.products is not None
-    image = image_of(codes, spec)
-    if gate is not None and (gate.dtype is not torch.float32 or gate.stride(1) != 1):
-        gate = gate.to(torch.float32).contiguous()
+    sizes, memory_format = shape_of(codes, spec)
+    codes = codes.contiguous(memory_format=memory_format)
+    if gate is not None:
+        _check("gate", gate, (sizes[0], spec.out_channels))
+        if gate.dtype is not torch.float32 or gate.stride(1) != 1:
+            gate = gate.to(torch.float32).contiguous()
     if added is not None:
-        added = added.contiguous(memory_format=image.memory_format)
+        _check("sum", added, sizes)
+        added = added.contiguous(memory_format=memory_format)
     if added is not None and overwrite and added.dtype is dtype:
         result = added
     else:
-        result = torch.empty(
-            image.shape, dtype=dtype, device="cpu", memory_format=image.memory_format
-        )
+        result = torch.empty(sizes, dtype=dtype, device="cpu", memory_format=memory_format)
     status = library.products(
-        image.structure,
+        _image(codes, spec, sizes),
         weight.structure,
         grid_structure(grid),
         _RESULT(
@@ -132,12 +165,13 @@ def product_codes(
 ) -> Tensor:
     """See `kernels.native.run_to_codes`; `codes` are not empty."""
     assert library.products is not None and spec.kind == "linear"
-    image = image_of(codes, spec)
-    shape = (*image.shape[:-1], image.shape[-1] // 2) if gated else image.shape
+    sizes, _ = shape_of(codes, spec)
+    codes = codes.contiguous()
+    shape = (*sizes[:-1], sizes[-1] // 2) if gated else sizes
     result = torch.empty(shape, dtype=torch.uint8, device="cpu")
     place = _ENCODED(result.data_ptr(), ACTIVATION_CODES[activation], gated)
     status = library.products(
-        image.structure,
+        _image(codes, spec, sizes),
         weight.structure,
         grid_structure(grid),
         None,
@@ -147,6 +181,14 @@ def product_codes(
     if status:
         fail(status)
     return result
+
+
+def _check(what: str, x: Tensor, sizes: tuple[int, ...]) -> None:
+    """Whether the kernel can read `x` for a result of `sizes`."""
+    if x.shape != sizes or x.dtype not in (torch.float32, torch.bfloat16):
+        raise StepQuantError(
+            f"a layer's {what} is {x.dtype} {tuple(x.shape)}: expected float32 or bfloat16 {sizes}"
+        )
 
 
 def _is_bf16(x: Tensor | None) -> bool:
