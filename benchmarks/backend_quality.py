@@ -11,12 +11,12 @@ images differ; no backend may lose quality by that. Writes `backend_quality.json
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from cells import machine
 from quality import parse_bits
+from records import write_record
 from stepquant.api import sample
 from stepquant.bench import set_backend
 from stepquant.evaluate import paired_psnr
@@ -25,7 +25,6 @@ from stepquant.quantize import quantize
 from stepquant.recipe import load_recipe
 from stepquant.sampling import denoiser_of
 from stepquant.sources import open_pipeline
-from stepquant.workfolder import atomic_write
 
 BACKENDS = ("onednn", "auto", "openvino", "reference")
 
@@ -70,9 +69,7 @@ def main() -> None:
         "machine": machine(),
         "rows": rows,
     }
-    text = json.dumps(record, indent=1) + "\n"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(args.out, lambda partial: partial.write_text(text))
+    write_record(record, args.out)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch
 from cells import slug
 from cpu_engines import ENGINES
 from cpu_tables import footprint_table, timing_table
+from records import write_record
 from speed_files import Subject, is_made, make, needed
 from speed_models import MODELS
 from stepquant.errors import StepQuantError
@@ -160,8 +161,7 @@ def child(args: argparse.Namespace) -> None:
     (cell,) = cells_of(args)
     measure = footprint_record if args.footprint else timing_record
     record = {**cell.identity(), **measure(cell, models, args.small)}
-    text = json.dumps(record, indent=1) + "\n"
-    atomic_write(args.cells / f"{cell.name}.json", lambda path: path.write_text(text))
+    write_record(record, args.cells / f"{cell.name}.json")
 
 
 def report(folder: Path, out: Path) -> None:

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from cells import machine
+from records import write_record
 from stepquant.calibration.capture import capture_inputs, execution_order
 from stepquant.calibration.trajectories import Trajectories, drawer
 from stepquant.methods.progressive_alignment import FIRST_SEED
@@ -107,9 +108,8 @@ def main() -> None:
         "mean": [sum(blocks.values()) / len(blocks) for blocks in found],
         "machine": machine(),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    text, image = json.dumps(record, indent=1) + "\n", picture(found)
-    atomic_write(args.out.with_suffix(".json"), lambda partial: partial.write_text(text))
+    image = picture(found)
+    write_record(record, args.out.with_suffix(".json"))
     atomic_write(args.out.with_suffix(".png"), lambda partial: partial.write_bytes(image))
     print(json.dumps(record["mean"]))
 

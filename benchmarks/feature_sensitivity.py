@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from cells import machine
+from records import write_record
 from stepquant.evaluate import frechet_distance, load_features
 from stepquant.evaluate.features import ASSETS
-from stepquant.workfolder import atomic_write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
 from data import load
@@ -88,9 +88,7 @@ def main() -> None:
         "machine": machine(),
         "distances": distances,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1) + "\n"
-    atomic_write(args.out, lambda partial: partial.write_text(text))
+    write_record(record, args.out)
 
 
 if __name__ == "__main__":

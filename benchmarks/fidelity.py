@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +19,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from cells import machine
+from records import write_record
 from stepquant.bench import set_backend
 from stepquant.calibration.observe import quant_layers
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories
@@ -29,7 +29,6 @@ from stepquant.quantize import quantize
 from stepquant.runtime.packed import PackedLayer
 from stepquant.sampling import denoiser_name, denoiser_of, sample_images
 from stepquant.sources import open_pipeline
-from stepquant.workfolder import atomic_write
 
 RELOADED = 64  # images for which the reloaded checkpoint is compared: one batch
 REFERENCE = 16  # images on the reference kernels, which are slow
@@ -116,9 +115,7 @@ def main() -> None:
         )
         print(rows[-1])
     record = {"model": args.model, "num": args.num, "machine": machine(), "rows": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1) + "\n"
-    atomic_write(args.out, lambda partial: partial.write_text(text))
+    write_record(record, args.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ room: scaled inputs, step tables of 100 rows, bits that differ between out-chann
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,12 +18,12 @@ import torch
 
 from cells import machine
 from paper_model import paper_pipeline
+from records import write_record
 from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.recipe import parse_recipe
 from stepquant.runtime.packed import PackedLayer
 from stepquant.sampling import denoiser_of
-from stepquant.workfolder import atomic_write
 
 RECIPE = {
     "name": "mixed",
@@ -79,9 +78,7 @@ def main() -> None:
             ],
         }
         print({key: result.record[key] for key in keys})
-    text = json.dumps(record, indent=1) + "\n"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(args.out, lambda partial: partial.write_text(text))
+    write_record(record, args.out)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from cells import machine
+from records import write_record
 from stepquant.calibration.ranges import SHRINK_FEW_BITS, search_few_levels
 from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.numerics import fake_quantize
 from stepquant.sampling import denoiser_of
 from stepquant.sources import open_pipeline
-from stepquant.workfolder import atomic_write
 
 RATIOS = torch.linspace(0.15, 0.6, 10)  # of the residual's scale to the coarse one
 SHIFTS = torch.linspace(-1.0, 1.0, 9).tolist()  # quarters of the coarse grid's steps
@@ -102,9 +102,8 @@ def main() -> None:
         "relative_error": {f"{bits} + 1 bits": compare(weights, bits) for bits in (2, 3)},
         "machine": machine(),
     }
-    text = json.dumps(record, indent=1) + "\n"
-    atomic_write(args.out, lambda partial: partial.write_text(text))
-    print(text)
+    write_record(record, args.out)
+    print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from cells import machine
+from records import write_record
 from stepquant.evaluate import paired_psnr
 from stepquant.judge import distances
 from stepquant.progress import Reporter
 from stepquant.sampling import denoiser_of, sample_images
 from stepquant.sources import default_features, open_pipeline
-from stepquant.workfolder import atomic_write
 
 NOISE = (1e-4, 1e-3)
 
@@ -92,9 +92,7 @@ def main() -> None:
         "machine": machine(),
         "rows": rows,
     }
-    text = json.dumps(record, indent=1) + "\n"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(args.out, lambda partial: partial.write_text(text))
+    write_record(record, args.out)
 
 
 if __name__ == "__main__":

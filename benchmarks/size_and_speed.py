@@ -18,6 +18,7 @@ import torch
 
 from cells import machine
 from paper_model import paper_pipeline
+from records import write_record
 from stepquant.bench import denoiser_call
 from stepquant.evaluate import measure_latency, peak_memory_mb
 from stepquant.progress import Reporter
@@ -25,7 +26,6 @@ from stepquant.quantize import quantize
 from stepquant.recipe import parse_recipe
 from stepquant.sampling import denoiser_of
 from stepquant.sources import open_pipeline
-from stepquant.workfolder import atomic_write
 
 RECIPE = {
     "name": "tables",
@@ -92,10 +92,8 @@ def main() -> None:
                 f"{row['times_faster_than_eager_float32']:.2f}x"
             )
     record["peak_memory_mb"] = peak_memory_mb()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1) + "\n"
-    atomic_write(args.out, lambda partial: partial.write_text(text))
-    print(text)
+    write_record(record, args.out)
+    print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from cells import machine
+from records import write_record
 from stepquant.calibration.influence import image_gradients, influence_spectrum
 from stepquant.calibration.trajectories import capture_trajectories
 from stepquant.evaluate.metrics import paired_psnr
@@ -143,10 +144,8 @@ def main() -> None:
         "influence": influence,  # by cycles per image
         "machine": machine(),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1) + "\n"
     image = picture([row["relative_mse"] for row in errors], influence)
-    atomic_write(args.out.with_suffix(".json"), lambda partial: partial.write_text(text))
+    write_record(record, args.out.with_suffix(".json"))
     atomic_write(args.out.with_suffix(".png"), lambda partial: partial.write_bytes(image))
 
 

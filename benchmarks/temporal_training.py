@@ -12,14 +12,13 @@ loss. Writes `temporal_training.json`.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from cells import machine
+from records import write_record
 from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.sources import open_pipeline
-from stepquant.workfolder import atomic_write
 
 
 def main() -> None:
@@ -58,9 +57,7 @@ def main() -> None:
         )
         print({key: value for key, value in rows[-1].items() if key != "blocks"})
     record = {"model": args.model, "bits": "w4a4", "machine": machine(), "arms": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1) + "\n"
-    atomic_write(args.out, lambda partial: partial.write_text(text))
+    write_record(record, args.out)
 
 
 if __name__ == "__main__":

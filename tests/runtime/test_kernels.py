@@ -16,6 +16,7 @@ from kernel_cases import CASES, Case, actual, expected
 import stepquant
 from stepquant.errors import StepQuantError
 from stepquant.runtime.kernels import KERNELS, choose, cpu, native
+from stepquant.runtime.prepared import CallConstants
 from stepquant.runtime.spec import LayerSpec
 
 CPU = torch.device("cpu")
@@ -197,6 +198,19 @@ def test_operators_tell_torch_compile_the_truth_about_their_results(name: str) -
         planned = cpu._conv2d_shape(*arguments)
     assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
     assert planned.stride() == real.stride()
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["conv3x3-24-24-stride-2-2", "linear-w4"])
+def test_onednn_gives_no_samples_for_none(name: str) -> None:
+    spec = NAMES[name].spec
+    channels = torch.ones(spec.out_channels)
+    state = cpu.prepare(torch.ones(spec.weight_shape, dtype=torch.int8), channels, spec)
+    shape = (0, spec.in_channels, 9, 7) if spec.kind == "conv2d" else (0, 5, spec.in_channels)
+    codes = torch.zeros(shape, dtype=torch.uint8)
+    constants = CallConstants(1.0, 0, channels)
+    y = cpu.run_codes(state, codes, constants, spec, None, False, torch.float32)
+    assert y.shape == ((0, 24, 4, 3) if spec.kind == "conv2d" else (0, 5, spec.out_channels))
 
 
 def test_pad_surrounds_the_codes_with_the_zero_point() -> None:

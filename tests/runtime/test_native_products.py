@@ -17,6 +17,7 @@ from stepquant.runtime.grids import Grid
 from stepquant.runtime.kernels import native as kernel
 from stepquant.runtime.kernels.cpu import pad
 from stepquant.runtime.native import Library, build, products
+from stepquant.runtime.shapes import shape_of
 from stepquant.runtime.spec import LayerSpec
 
 LEVELS = tuple(build.PRODUCT_LEVELS)
@@ -332,7 +333,7 @@ def test_other_channels_are_refused(
 
 def test_an_image_smaller_than_the_kernel_is_refused() -> None:
     with pytest.raises(StepQuantError, match="an image of 2 x 2, with its padding, is smaller"):
-        products.shape_of(torch.zeros(1, 8, 2, 2), conv(8, 8, stride=(2, 2)))
+        shape_of(torch.zeros(1, 8, 2, 2), conv(8, 8, stride=(2, 2)))
 
 
 @pytest.mark.parametrize("spec", [conv(64, 32), LayerSpec("linear", 64, 32, 8, 8)], ids=str)

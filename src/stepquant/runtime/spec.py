@@ -42,6 +42,11 @@ class LayerSpec:
         """Weights per out-channel."""
         return self.in_channels * self.kernel_size[0] * self.kernel_size[1]
 
+    def result_size(self, height: int, width: int) -> tuple[int, int]:
+        """Of a conv's result, for an image `height x width` with its padding around it."""
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
+        return (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
+
     @property
     def packed_bytes(self) -> int:
         """Bytes that the packed weight takes."""

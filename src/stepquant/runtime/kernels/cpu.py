@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from stepquant.runtime.prepared import CallConstants
+from stepquant.runtime.shapes import empty_result, planned_result
 from stepquant.runtime.spec import LayerSpec
 
 
@@ -156,7 +157,7 @@ def run_codes(
     packed, weight_scale, zeros, _ = state
     own = dtype if added is None and gate is None else torch.float32
     if not codes.numel():  # oneDNN gives [0, C_out] for every shape
-        return torch.empty((*codes.shape[:-1], len(weight_scale)), dtype=dtype, device=codes.device)
+        return empty_result(codes, spec, dtype)
     if spec.kind == "linear":
         y = torch.ops.onednn.qlinear_pointwise.default(
             *(codes, constants.scale, constants.zero_point, packed, weight_scale, zeros),
@@ -285,13 +286,11 @@ def _conv2d_shape(  # type: ignore[no-untyped-def]
     padding,
     dilation,
 ):
-    size = [
-        (codes.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i]
-        + 1
-        for i in range(2)
-    ]
-    shape = (codes.shape[0], weight_scale.shape[0], *size)
-    return codes.new_empty(shape, dtype=torch.float32).to(memory_format=torch.channels_last)
+    spec = LayerSpec(
+        *("conv2d", codes.shape[1], weight_scale.shape[0], 8, 8),
+        *(tuple(each) for each in (kernel_size, stride, padding, dilation)),  # type: ignore[arg-type]
+    )
+    return planned_result(codes, spec)
 
 
 # The prepacked weight lives on oneDNN's own backend, hence "CompositeExplicitAutograd".

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.errors import StepQuantError
 from stepquant.runtime import native
 from stepquant.runtime.grids import Grid
 from stepquant.runtime.kernels.cpu import pad
 from stepquant.runtime.native import products
+from stepquant.runtime.shapes import check_channels, empty_result, planned_result
 from stepquant.runtime.spec import LayerSpec
 
 CHUNK, TILE, GROUP = 64, 16, 4  # of the layout, see native/tiles.h
@@ -75,12 +75,7 @@ def run(
     spec: LayerSpec,
 ) -> Tensor:
     """See the package docstring."""
-    channels = codes.shape[-1 if spec.kind == "linear" else 1]
-    if channels != spec.in_channels:  # the operator takes their number from the codes
-        raise StepQuantError(
-            f"a layer's input has {channels} channels: expected {spec.in_channels}, in an input of "
-            f"{tuple(codes.shape)}"
-        )
+    check_channels(codes, spec)  # the operator takes their number from the codes
     return torch.ops.stepquant.native_u8s8(
         *(codes, act_scale, act_zero_point.to(torch.uint8), *state, bias, accumulate),
         *(spec.kind == "linear", spec.kernel_size, spec.stride, spec.padding, spec.dilation),
@@ -105,8 +100,7 @@ def run_codes(
     sample. Sums are rounded once to float32, and to `dtype`.
     """
     if not codes.numel():
-        sizes, memory_format = products.shape_of(codes, spec)
-        return torch.empty(sizes, dtype=dtype, device="cpu", memory_format=memory_format)
+        return empty_result(codes, spec, dtype)
     library = native.library()
     assert library is not None
     return products.products(library, codes, grid, weight, spec, added, overwrite, dtype, gate)
@@ -133,9 +127,8 @@ def run_to_codes(
     (uint8 `[..., C_out]`, or half of it) as in `fused.encode` and `fused.gated_encode`.
     """
     if not codes.numel():
-        sizes, channels = products.shape_of(codes, spec).sizes, spec.out_channels
-        shape = (*sizes[:-1], channels // 2 if gated else channels)
-        return torch.empty(shape, dtype=torch.uint8, device="cpu")
+        y = empty_result(codes, spec, torch.uint8)
+        return y[..., : spec.out_channels // 2] if gated else y
     library = native.library()
     assert library is not None
     return products.product_codes(
@@ -157,54 +150,16 @@ def _spec(codes, weight_scale, linear, kernel_size, stride, padding, dilation): 
     return LayerSpec(kind, in_channels, weight_scale.shape[0], 8, 8, *sizes)  # type: ignore[arg-type]
 
 
-def _native(  # type: ignore[no-untyped-def]
-    codes,
-    act_scale,
-    act_zero_point,
-    weight,
-    weight_scale,
-    weight_sums,
-    bias,
-    accumulate,
-    linear,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
-):
-    spec = _spec(codes, weight_scale, linear, kernel_size, stride, padding, dilation)
-    if not linear:
-        codes = pad(codes, act_zero_point, padding)
-    held = products.weight_of(weight, weight_scale, weight_sums, bias, None)
-    grid = Grid(act_scale, act_zero_point, None, 255)
-    return run_codes(held, codes, grid, spec, accumulate)
+def _native(codes, act_scale, act_zero_point, weight, weight_scale, sums, bias, added, *geometry):  # type: ignore[no-untyped-def]
+    spec = _spec(codes, weight_scale, *geometry)
+    if spec.kind == "conv2d":
+        codes = pad(codes, act_zero_point, spec.padding)
+    held = products.weight_of(weight, weight_scale, sums, bias, None)
+    return run_codes(held, codes, Grid(act_scale, act_zero_point, None, 255), spec, added)
 
 
-def _shape(  # type: ignore[no-untyped-def]
-    codes,
-    act_scale,
-    act_zero_point,
-    weight,
-    weight_scale,
-    weight_sums,
-    bias,
-    accumulate,
-    linear,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
-):
-    channels = weight_scale.shape[0]
-    if linear:
-        return codes.new_empty((*codes.shape[:-1], channels), dtype=torch.float32)
-    size = [
-        (codes.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i]
-        + 1
-        for i in range(2)
-    ]
-    shape = (codes.shape[0], channels, *size)
-    return codes.new_empty(shape, dtype=torch.float32).to(memory_format=torch.channels_last)
+def _shape(codes, act_scale, act_zero_point, weight, weight_scale, sums, bias, added, *geometry):  # type: ignore[no-untyped-def]
+    return planned_result(codes, _spec(codes, weight_scale, *geometry))
 
 
 _library.impl("native_u8s8", _native, "CPU")

@@ -12,6 +12,7 @@ from stepquant.errors import StepQuantError
 from stepquant.runtime.grids import Grid
 from stepquant.runtime.native import Library
 from stepquant.runtime.native.calls import ACTIVATION_CODES, fail, floats, grid_structure
+from stepquant.runtime.shapes import shape_of
 from stepquant.runtime.spec import LayerSpec
 
 _CODES = struct.Struct("12q").pack
@@ -53,42 +54,6 @@ def weight_of(
 
 def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple([0 if each is None else each.data_ptr() for each in tensors])
-
-
-class Shape(NamedTuple):
-    """Of a layer's result."""
-
-    sizes: tuple[int, ...]
-    memory_format: torch.memory_format
-
-
-def shape_of(codes: Tensor, spec: LayerSpec) -> Shape:
-    """What comes of `codes`: `[B, C, H + 2 ph, W + 2 pw]`, or `[..., C]` of a linear layer.
-
-    Raises StepQuantError for codes of another number of channels, and for an image that is smaller
-    than the kernel.
-    """
-    linear = spec.kind == "linear"
-    channels = codes.shape[-1 if linear else 1]
-    if channels != spec.in_channels:
-        raise StepQuantError(
-            f"a layer's input has {channels} channels: expected {spec.in_channels}, in an input of "
-            f"{tuple(codes.shape)}"
-        )
-    if linear:
-        return Shape((*codes.shape[:-1], spec.out_channels), torch.contiguous_format)
-    height, width = [
-        (codes.shape[2 + i] - spec.dilation[i] * (spec.kernel_size[i] - 1) - 1) // spec.stride[i]
-        + 1
-        for i in range(2)
-    ]
-    if height < 1 or width < 1:
-        raise StepQuantError(
-            f"an image of {codes.shape[2]} x {codes.shape[3]}, with its padding, is smaller than "
-            f"the kernel of {spec.kernel_size[0]} x {spec.kernel_size[1]}: expected at least its "
-            "size"
-        )
-    return Shape((codes.shape[0], spec.out_channels, height, width), torch.channels_last)
 
 
 def _image(codes: Tensor, spec: LayerSpec, sizes: tuple[int, ...]) -> bytes:
