@@ -70,8 +70,7 @@ def why_not(layer: PackedLayer) -> str | None:
     """Why `run` does not do now what the layer's own kernel does with its codes, or None.
 
     It does not where the kernel does not take codes or was asked for by its name, wants two calls
-    (oneDNN's without VNNI), the input is scaled by channel, or samples of the batch are at
-    different steps.
+    (oneDNN's without VNNI), or samples of the batch are at different steps.
     """
     if torch.compiler.is_compiling():
         return "torch.compile"
@@ -86,8 +85,6 @@ def why_not(layer: PackedLayer) -> str | None:
     for part in layer.prepared_parts():
         if part.kernel not in TAKE_CODES:
             return f"{OTHER_KERNEL}{part.kernel_name}"
-        if part.inverse_channel_scale is not None:
-            return "inputs that are scaled by channel"
         if part.kernel is cpu and part.spec.pair_overflows_int16 and cpu.pairs_saturate():
             return NO_VNNI
     return None

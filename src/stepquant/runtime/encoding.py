@@ -36,9 +36,9 @@ def input_error(layer: PackedLayer, x: Tensor) -> Tensor:
             table[prepared.index].index_select(0, rows).view(-1, *(1,) * (x.dim() - 1))
             for table in (layer.act_scale, layer.act_zero_point)
         )
-        inverse = prepared.inverse_channel_scale
-        scaled = part if inverse is None else part * inverse
+        factors = prepared.grid.factors_for(part, layer.channel_dim)
+        scaled = part if factors is None else part * factors
         codes = encode(scaled, scale, zero_point, layer.spec.activation_bits)
         error = scaled - (codes.to(torch.float32) - zero_point) * scale
-        errors.append(error if inverse is None else error / inverse)
+        errors.append(error if factors is None else error / factors)
     return torch.cat(errors, dim=layer.channel_dim)

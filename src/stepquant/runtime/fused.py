@@ -79,6 +79,7 @@ def group_norm_encode(
             raise StepQuantError(
                 f"an output takes channels {out.start} to {out.start + out.channels} of {channels}"
             )
+        out.grid.check_channels(out.channels)
     library = _library(*parts)
     arguments = (parts, added, groups, weight, bias, eps, activation, outputs)
     if library is None:
@@ -113,14 +114,17 @@ def encode(
 ) -> Tensor:
     """Codes of `activation(x)`: `clamp(round(y * (1 / scale)) + zero_point, 0, largest)`, uint8.
 
-    `activation`: "none", "silu", "gelu" or "gelu_tanh". `x`: float of any shape. Images
-    `[B, C, H, W]` come back channels last, with `padding` rows and columns of the zero point
-    around them; anything else contiguous and of the same shape, and takes no padding. Raises
-    StepQuantError for an unknown activation and for a padding that cannot be.
+    `y` is multiplied by the grid's factors before, if it has any. `activation`: "none", "silu",
+    "gelu" or "gelu_tanh". `x`: float of any shape. Images `[B, C, H, W]` come back channels last,
+    with `padding` rows and columns of the zero point around them; anything else contiguous and of
+    the same shape, and takes no padding. Raises StepQuantError for an unknown activation, for a
+    padding that cannot be, and for factors of other channels; so do the functions below.
     """
     _check_activation(activation)
     if x.dim() != 4 and any(padding):
         raise StepQuantError(f"padding {padding} around {x.dim()} dimensions: expected 4")
+    if output_grid.factors is not None:
+        output_grid.check_channels(x.shape[1 if x.dim() == 4 else -1])
     library = _library(x)
     if library is None:
         return plain_encode(x, activation, output_grid, padding)
@@ -131,7 +135,8 @@ def plain_encode(
     x: Tensor, activation: str, output_grid: Grid, padding: tuple[int, int] = (0, 0)
 ) -> Tensor:
     """`encode` with torch."""
-    codes = _plain_codes(_activate(x.to(torch.float32), activation), output_grid)
+    channel_dim = 1 if x.dim() == 4 else -1
+    codes = _plain_codes(_activate(x.to(torch.float32), activation), output_grid, channel_dim)
     if x.dim() != 4:
         return codes
     return pad(codes, output_grid.in_force()[1], padding)
@@ -159,6 +164,8 @@ def layer_norm_encode(
                 f"{name} is {tuple(each.shape)} for {tuple(x.shape)}: expected a row for each "
                 "sample"
             )
+    for grid in grids:
+        grid.check_channels(x.shape[-1])
     library = _library(x)
     if library is None:
         return plain_layer_norm_encode(x, weight, bias, eps, scale, shift, grids)
@@ -195,6 +202,7 @@ def gated_encode(x: Tensor, gate_activation: str, output_grid: Grid) -> Tensor:
     _check_activation(gate_activation)
     if x.shape[-1] % 2:
         raise StepQuantError(f"{x.shape[-1]} channels have no halves: expected an even number")
+    output_grid.check_channels(x.shape[-1] // 2)
     library = _library(x)
     if library is None:
         return plain_gated_encode(x, gate_activation, output_grid)
@@ -252,7 +260,8 @@ def _library(*inputs: Tensor) -> Library | None:
     return native.library()
 
 
-def _plain_codes(y: Tensor, grid: Grid) -> Tensor:
+def _plain_codes(y: Tensor, grid: Grid, channel_dim: int = -1) -> Tensor:
+    y = grid.scaled(y, channel_dim)
     return packed_encode(y, *grid.in_force(), grid.largest.bit_length()).contiguous()
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from stepquant.errors import StepQuantError
+
 
 class Grid(NamedTuple):
     """A layer's activation grid at one of `T` steps."""
@@ -18,6 +20,8 @@ class Grid(NamedTuple):
     """int64 `[1]`: which of the rows is in force; None: row 0."""
     largest: int
     """The largest code, `2^bits - 1`."""
+    factors: Tensor | None = None
+    """float32 `[C]`: of the values of each channel before they are rounded; None: all are 1."""
     structure: bytes | None = None
     """Where all that lies, for the native kernels (`native.calls`); None: not written down yet.
     Of another row, or of tensors that moved, it is another one."""
@@ -27,6 +31,27 @@ class Grid(NamedTuple):
         if self.row is None:
             return self.scale[:1], self.zero_point[:1]
         return self.scale.index_select(0, self.row), self.zero_point.index_select(0, self.row)
+
+    def check_channels(self, channels: int) -> None:
+        """Raise StepQuantError if the factors are those of another number of channels."""
+        if self.factors is not None and self.factors.shape != (channels,):
+            raise StepQuantError(
+                f"a grid has factors of {tuple(self.factors.shape)} for {channels} channels: "
+                "expected one for each"
+            )
+
+    def factors_for(self, x: Tensor, channel_dim: int) -> Tensor | None:
+        """The factors in a shape that broadcasts over `x`."""
+        if self.factors is None:
+            return None
+        shape = [1] * x.dim()
+        shape[channel_dim] = -1
+        return self.factors.view(shape)
+
+    def scaled(self, x: Tensor, channel_dim: int) -> Tensor:
+        """`x` times the factors: what is rounded."""
+        factors = self.factors_for(x, channel_dim)
+        return x if factors is None else x * factors
 
 
 class Output(NamedTuple):

@@ -129,23 +129,19 @@ class PackedLayer(nn.Module):
         for index, part in enumerate(self.part_specs()):
             name, kernel, reasons = kernels.choose(part, device, self.backend)
             weight, *rest = kernel.prepare(self.part_differences(index), scales[index], part)
-            inverse = None
+            factors = None
             if self.act_channel_scale is not None:
-                shape = [1] * (4 if part.kind == "conv2d" else 1)
-                shape[self.channel_dim] = -1
-                scale = self.act_channel_scale[start : start + part.in_channels]
-                inverse = (1.0 / scale).view(shape)
+                factors = 1.0 / self.act_channel_scale[start : start + part.in_channels]
             grid = Grid(
                 self.act_scale[index],
                 self.act_zero_point[index],
                 None,
                 max_code(self.spec.activation_bits),
+                factors,
             )
             kept = weight if self.memory == "fast" else None
             prepared.append(
-                PreparedPart(
-                    index, part, name, kernel, reasons, kept, tuple(rest), grid, start, inverse
-                )
+                PreparedPart(index, part, name, kernel, reasons, kept, tuple(rest), grid, start)
             )
             start += part.in_channels
         self._prepared, self._prepared_on = prepared, device
@@ -222,8 +218,7 @@ class PackedLayer(nn.Module):
         for index, (part, prepared) in enumerate(zip(inputs, self._prepared, strict=True)):
             scale = self.act_scale[index].index_select(0, row)
             zero_point = self.act_zero_point[index].index_select(0, row)
-            if prepared.inverse_channel_scale is not None:
-                part = part * prepared.inverse_channel_scale
+            part = prepared.grid.scaled(part, self.channel_dim)
             codes = encode(part, scale, zero_point, self.spec.activation_bits)
             y = prepared.kernel.run(
                 states[index],

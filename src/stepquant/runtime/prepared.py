@@ -31,9 +31,8 @@ class PreparedPart:
 
     `reasons`: why faster kernels do not take it. `weight` and `rest`: what the kernel's `prepare`
     gave; `weight` is None where each call lays it out (`runtime.resident`). `grid`: the activation
-    grid, at row 0. `start`: the part's first in-channel. `inverse_channel_scale`:
-    one over `act_channel_scale`, in a shape that broadcasts over the part's input, or None.
-    `constants`, `held` and `grid_in_force` (with its addresses) are filled by `runtime.codes`.
+    grid, at row 0. `start`: the part's first in-channel. `constants`, `held` and `grid_in_force`
+    (with its addresses) are filled by `runtime.codes`.
     """
 
     index: int
@@ -45,7 +44,6 @@ class PreparedPart:
     rest: tuple[Tensor, ...]
     grid: Grid
     start: int
-    inverse_channel_scale: Tensor | None
     constants: CallConstants | None = None
     held: Weight | None = None
     grid_in_force: tuple[Grid, tuple[int, ...]] | None = None

@@ -32,7 +32,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
         *(c_void_p, c_void_p, c_int64, c_int32),
     ),
     "gated_encode": (c_void_p, c_int32, c_void_p, c_void_p, c_int32),
-    "encode_flat": (c_void_p, c_int32, c_int64, c_int32, c_void_p, c_void_p, c_int32),
+    "encode_flat": (*(c_void_p, c_int32, c_int64, c_int64, c_int32, c_void_p, c_void_p, c_int32),),
     "epilogue": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
 }
 _ATTENTION_ARGUMENTS = (c_void_p, c_float, c_int32)

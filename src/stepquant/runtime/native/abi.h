@@ -21,6 +21,7 @@ struct Grid {
     const int64_t* row;         // [1], or null for row 0
     int64_t rows;
     int64_t largest;
+    const float* factors;  // [channels], of values before they are rounded; or null
 };
 
 struct Output {  // [B, channels, H + 2 pad_h, W + 2 pad_w], channels last

@@ -234,7 +234,7 @@ void attend(const Plan& plan, Block& block, int64_t head, int64_t first) {
 #pragma omp simd
         for (int64_t d = 0; d < x.head_dim; ++d) y[d] *= inverse;
         uint8_t* codes = x.codes + ((b * x.queries + first + r) * x.heads) * x.head_dim + column;
-        encode_floats(y, x.head_dim, *plan.levels, codes);
+        encode_floats(y, x.head_dim, *plan.levels, codes, column);
     }
 }
 

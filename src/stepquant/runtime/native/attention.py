@@ -31,6 +31,7 @@ def attention_codes(
             f"attention's keys are {tuple(key.shape)}, its values {tuple(value.shape)}: expected "
             f"{(batch, keys, channels)}"
         )
+    grid.check_channels(channels)
     query, key, value = (_rows(each) for each in (query, key, value))
     result = torch.empty((batch, queries, channels), dtype=torch.uint8, device="cpu")
     status = library.attention(

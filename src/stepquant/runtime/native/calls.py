@@ -22,7 +22,7 @@ ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 _SHAPE = struct.Struct("4q").pack
 _IMAGE = struct.Struct("7q").pack
-_GRID = struct.Struct("5q").pack
+_GRID = struct.Struct("6q").pack
 _OUTPUT = struct.Struct("5q").pack
 _ROWS = struct.Struct("5q").pack
 
@@ -93,6 +93,7 @@ def encode(
             x.data_ptr(),
             x.dtype is torch.bfloat16,
             x.numel(),
+            x.shape[-1] if x.dim() else 1,
             kind,
             grid_structure(grid),
             result.data_ptr(),
@@ -216,26 +217,35 @@ def _image(x: Tensor) -> bytes:
 
 def grid_addresses(grid: Grid) -> tuple[int, ...]:
     """Where a grid's tensors lie now."""
-    at = 0 if grid.row is None else grid.row.data_ptr()
-    return grid.scale.data_ptr(), grid.zero_point.data_ptr(), at
+    scale, zero_point, row, _, factors, _ = grid
+    return (
+        *(scale.data_ptr(), zero_point.data_ptr()),
+        *(0 if row is None else row.data_ptr(), 0 if factors is None else factors.data_ptr()),
+    )
 
 
 def grid_structure(grid: Grid) -> bytes:
     """Where a grid lies; raises StepQuantError for one that the kernels would misread."""
     if grid.structure is not None:
         return grid.structure
-    scale, zero_point, row, largest, _ = grid
+    scale, zero_point, row, largest, factors, _ = grid
     if not (
-        (scale.dtype is torch.float32 and zero_point.dtype is torch.uint8)
-        and (scale.is_contiguous() and zero_point.is_contiguous() and scale.is_cpu)
+        (_are_floats(scale) and zero_point.dtype is torch.uint8 and zero_point.is_contiguous())
         and (row is None or (row.dtype is torch.int64 and row.is_cpu))
         and scale.numel() == zero_point.numel()
+        and (factors is None or _are_floats(factors))
     ):
         raise StepQuantError(
-            "a grid is not as the native kernels read it: expected float32 scales, as many uint8 "
-            f"zero points, both contiguous, and an int64 row on the CPU, found {grid}"
+            "a grid is not as the native kernels read it: expected float32 scales and factors, as "
+            "many uint8 zero points as scales, all contiguous, and an int64 row on the CPU, found "
+            f"{grid}"
         )
-    return _GRID(*grid_addresses(grid), scale.numel(), largest)
+    *tables, of_channels = grid_addresses(grid)
+    return _GRID(*tables, scale.numel(), largest, of_channels)
+
+
+def _are_floats(x: Tensor) -> bool:
+    return x.dtype is torch.float32 and x.is_contiguous() and x.is_cpu
 
 
 def _output(out: Output, result: Tensor) -> bytes:

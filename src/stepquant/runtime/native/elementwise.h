@@ -93,13 +93,15 @@ INLINE float activate(float x) {
 struct Levels {
     float inverse, low, high;
     uint32_t zero;
+    const float* factors;  // of neighbouring channels, or null
 };
 
 INLINE bool levels_of(const Grid& grid, Levels* levels) {
     const int64_t row = grid.row ? *grid.row : 0;
     if (row < 0 || row >= grid.rows) return false;
     const int zero = grid.zero_point[row];
-    *levels = {1.0f / grid.scale[row], float(-zero), float(grid.largest - zero), uint32_t(zero)};
+    *levels = {1.0f / grid.scale[row], float(-zero), float(grid.largest - zero), uint32_t(zero),
+               grid.factors};
     return true;
 }
 
@@ -111,8 +113,16 @@ INLINE uint8_t code_of(float y, const Levels& levels) {
     return uint8_t(bits_of(v + kRounder) + levels.zero);
 }
 
-INLINE void encode_floats(const float* y, int64_t count, const Levels& levels, uint8_t* codes) {
+// Values of neighbouring channels, of which `channel` is the first.
+INLINE void encode_floats(const float* y, int64_t count, const Levels& levels, uint8_t* codes,
+                          int64_t channel = 0) {
     const Levels g = levels;
+    if (g.factors) {
+        const float* factors = g.factors + channel;
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) codes[i] = code_of(y[i] * factors[i], g);
+        return;
+    }
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) codes[i] = code_of(y[i], g);
 }
@@ -121,31 +131,37 @@ INLINE void encode_floats(const float* y, int64_t count, const Levels& levels, u
 static const int64_t kSpan = 512;
 
 template <int kind, typename T>
-static void encode_span(const T* x, int64_t count, const Levels& levels, uint8_t* codes) {
-    float y[kSpan];
-    for (int64_t start = 0; start < count; start += kSpan) {
-        const int64_t n = count - start < kSpan ? count - start : kSpan;
-        const T* from = x + start;
+INLINE void activate_span(const T* x, int64_t count, float* y) {
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) y[i] = activate<kind>(load(from, i));
-        encode_floats(y, n, levels, codes + start);
-    }
+    for (int64_t i = 0; i < count; ++i) y[i] = activate<kind>(load(x, i));
 }
 
-// `values` from number `start`, activated and encoded.
-static void encode_values(const void* values, bool bf16, int64_t start, int64_t count, int kind,
-                          const Levels& levels, uint8_t* codes) {
+// `values` from number `start`, activated, into `y`.
+static void activate_values(const void* values, bool bf16, int64_t start, int64_t count, int kind,
+                            float* y) {
     const float* f = static_cast<const float*>(values) + start;
     const uint16_t* h = static_cast<const uint16_t*>(values) + start;
     switch (kind * 2 + bf16) {
-        case 2 * kNone: return encode_span<kNone>(f, count, levels, codes);
-        case 2 * kNone + 1: return encode_span<kNone>(h, count, levels, codes);
-        case 2 * kSilu: return encode_span<kSilu>(f, count, levels, codes);
-        case 2 * kSilu + 1: return encode_span<kSilu>(h, count, levels, codes);
-        case 2 * kGelu: return encode_span<kGelu>(f, count, levels, codes);
-        case 2 * kGelu + 1: return encode_span<kGelu>(h, count, levels, codes);
-        case 2 * kGeluTanh: return encode_span<kGeluTanh>(f, count, levels, codes);
-        default: return encode_span<kGeluTanh>(h, count, levels, codes);
+        case 2 * kNone: return activate_span<kNone>(f, count, y);
+        case 2 * kNone + 1: return activate_span<kNone>(h, count, y);
+        case 2 * kSilu: return activate_span<kSilu>(f, count, y);
+        case 2 * kSilu + 1: return activate_span<kSilu>(h, count, y);
+        case 2 * kGelu: return activate_span<kGelu>(f, count, y);
+        case 2 * kGelu + 1: return activate_span<kGelu>(h, count, y);
+        case 2 * kGeluTanh: return activate_span<kGeluTanh>(f, count, y);
+        default: return activate_span<kGeluTanh>(h, count, y);
+    }
+}
+
+// `values` from number `start`, activated and encoded; with factors they are those of a pixel or of
+// a row, from channel 0.
+static void encode_values(const void* values, bool bf16, int64_t start, int64_t count, int kind,
+                          const Levels& levels, uint8_t* codes) {
+    float y[kSpan];
+    for (int64_t i = 0; i < count; i += kSpan) {
+        const int64_t n = count - i < kSpan ? count - i : kSpan;
+        activate_values(values, bf16, start + i, n, kind, y);
+        encode_floats(y, n, levels, codes + i, i);
     }
 }
 

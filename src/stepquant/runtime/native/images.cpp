@@ -207,12 +207,18 @@ void run(const GroupNorm& norm, int kind, int threads, float* scratch) {
 // Row `h` of an image whose channels do not lie side by side, encoded channel by channel.
 void encode_transposed(const Image& x, const Shape& shape, int64_t b, int64_t h, int kind,
                        const Levels& levels, uint8_t* row) {
+    float y[kSpan];
     uint8_t codes[kSpan];
+    Levels own = levels;  // what is side by side here is of one channel
+    own.factors = nullptr;
     for (int64_t c = 0; c < shape.channels; ++c) {
         const int64_t from = b * x.stride_b + c * x.stride_c + h * x.stride_h;
         for (int64_t start = 0; start < shape.width; start += kSpan) {
             const int64_t left = shape.width - start, n = left < kSpan ? left : kSpan;
-            encode_values(x.data, x.bf16, from + start, n, kind, levels, codes);
+            activate_values(x.data, x.bf16, from + start, n, kind, y);
+            if (levels.factors)
+                for (int64_t i = 0; i < n; ++i) y[i] *= levels.factors[c];
+            encode_floats(y, n, own, codes);
             uint8_t* to = row + start * shape.channels + c;
             for (int64_t i = 0; i < n; ++i) to[i * shape.channels] = codes[i];
         }
@@ -260,7 +266,7 @@ EXPORT int32_t NAME(encode_image)(const Shape* shape, const Image* x, int32_t ki
     Levels levels;
     if (!levels_of(output->grid, &levels)) return kRowOutside;
     const bool pixels = x->stride_c == 1 || channels == 1;
-    const bool dense = pixels && (x->stride_w == channels || width == 1);
+    const bool dense = pixels && (x->stride_w == channels || width == 1) && !levels.factors;
     threads = threads_for(shape->batch * height * width * channels, threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < shape->batch * height; ++i) {

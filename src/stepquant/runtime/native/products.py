@@ -132,6 +132,7 @@ def product_codes(
     assert library.products is not None and spec.kind == "linear"
     sizes, _ = shape_of(codes, spec)
     codes = codes.contiguous()
+    output_grid.check_channels(sizes[-1] // 2 if gated else sizes[-1])
     shape = (*sizes[:-1], sizes[-1] // 2) if gated else sizes
     result = torch.empty(shape, dtype=torch.uint8, device="cpu")
     place = _ENCODED(result.data_ptr(), ACTIVATION_CODES[activation], gated)

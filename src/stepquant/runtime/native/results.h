@@ -111,7 +111,14 @@ void write_codes(const Product& product, const int32_t* sums, const Piece& piece
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) values[i] = activate<kind>(values[i]);
     }
-    encode_floats(values, count, product.levels, codes);
+    if (const float* factors = product.levels.factors)
+        for (int64_t r = 0; r < piece.rows; ++r)
+#pragma omp simd
+            for (int64_t i = 0; i < width; ++i)
+                values[r * width + i] *= factors[tile * kTileColumns + i];
+    Levels levels = product.levels;
+    levels.factors = nullptr;  // done
+    encode_floats(values, count, levels, codes);
     const int64_t channels = product.weight->out_channels / (gated ? 2 : 1);
     uint8_t* row = product.encoded->codes + piece.first * channels + tile * kTileColumns;
     for (int64_t r = 0; r < piece.rows; ++r) memcpy(row + r * channels, codes + r * width, width);

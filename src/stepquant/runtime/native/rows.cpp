@@ -61,7 +61,7 @@ void gate_row(const T* x, int64_t channels, const Levels& levels, uint8_t* codes
         const T *values = x + start, *gates = values + channels;
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) y[i] = load(values, i) * activate<kind>(load(gates, i));
-        encode_floats(y, n, levels, codes + start);
+        encode_floats(y, n, levels, codes + start, start);
     }
 }
 
@@ -132,13 +132,14 @@ EXPORT int32_t NAME(gated_encode)(const Rows* x, int32_t kind, const Grid* grid,
     return kDone;
 }
 
-// See fused.encode, for anything but images: `count` values in a row.
-EXPORT int32_t NAME(encode_flat)(const void* x, int32_t bf16, int64_t count, int32_t kind,
-                                 const Grid* grid, uint8_t* codes, int32_t threads) {
+// See fused.encode, for anything but images: `count` values, `channels` in a row.
+EXPORT int32_t NAME(encode_flat)(const void* x, int32_t bf16, int64_t count, int64_t channels,
+                                 int32_t kind, const Grid* grid, uint8_t* codes,
+                                 int32_t threads) {
     Levels levels;
     if (!levels_of(*grid, &levels)) return kRowOutside;
     threads = threads_for(count, threads);
-    const int64_t chunk = 4096;
+    const int64_t chunk = levels.factors ? channels : 4096;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t start = 0; start < count; start += chunk) {
         const int64_t n = count - start < chunk ? count - start : chunk;
