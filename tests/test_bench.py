@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from stepquant.api import sample
-from stepquant.bench import bench, denoiser_call, is_packed, set_backend, with_backend
+from stepquant.bench import bench, denoiser_call, set_backend, with_backend
 from stepquant.errors import StepQuantError
 from stepquant.quantize import quantize
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.packed import PackedLayer, is_packed
 from stepquant.runtime.resident import set_memory_mode, weight_bytes_resident
 
 

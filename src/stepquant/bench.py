@@ -20,7 +20,8 @@ from stepquant.progress import Reporter
 from stepquant.runtime.fastest_backend import FASTEST, FastestDenoiser
 from stepquant.runtime.notes import slow_paths
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser, device_of
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.packed import PackedLayer, is_packed
+from stepquant.runtime.recording import recorded
 from stepquant.runtime.resident import restore, set_memory_mode, weight_bytes_resident
 from stepquant.sampling import check_count, denoiser_name, denoiser_of
 from stepquant.sources import open_pipeline
@@ -78,11 +79,6 @@ def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline
     return other
 
 
-def is_packed(model: nn.Module) -> bool:
-    """Whether `model` has packed layers."""
-    return any(isinstance(module, PackedLayer) for module in model.modules())
-
-
 def denoiser_call(
     model: nn.Module,
     batch: int,
@@ -94,7 +90,7 @@ def denoiser_call(
     """A call of the denoiser on random input of its own sizes, without arguments.
 
     `timestep`: for all samples; None is one in the middle. Gives what the denoiser returns, or
-    `runs`, which takes its calls.
+    `runs`, which takes its calls; else a packed model's are recorded where they can be.
     """
     device = next(model.buffers(), next(model.parameters())).device
     sample, at, conditions = (adapter or adapter_for(model)).random_inputs(model, batch)
@@ -103,7 +99,7 @@ def denoiser_call(
     # Before the clock runs: what is timed is the denoiser, not the way to its device.
     sample, at, arguments = on_device((sample, at, named_arguments(model, conditions)), device)
     # Compile the module's call as a whole: one graph, whatever the step.
-    target = torch.compile(model, dynamic=False) if compiled else runs or model
+    target = torch.compile(model, dynamic=False) if compiled else runs or recorded(model)
 
     def call() -> object:
         with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stepquant.conditioning import Conditioning, takes_prompts
 from stepquant.errors import StepQuantError
 from stepquant.progress import Reporter
+from stepquant.runtime.recording import recorded
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -159,6 +160,19 @@ def with_own_tokenizers(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return pipeline
 
 
+def with_recorded_denoiser(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A copy whose packed denoiser's calls are recorded, where they can be; else `pipeline`."""
+    name = denoiser_name(pipeline)
+    denoiser = getattr(pipeline, name)
+    found = recorded(denoiser)
+    if found is denoiser:
+        return pipeline
+    other = copy.copy(pipeline)
+    # Not through the pipeline, which would note the class in what `save_pretrained` writes.
+    vars(other)[name] = found
+    return other
+
+
 @torch.no_grad()
 def sample_images(
     pipeline: DiffusionPipeline,
@@ -200,6 +214,7 @@ def sample_images(
     conditioning.check(pipeline)
     latent = not decode and takes_prompts(pipeline) and getattr(pipeline, "vae", None) is not None
     pipeline.set_progress_bar_config(disable=True)
+    pipeline = with_recorded_denoiser(pipeline)
     images = []
     with reporter.task(f"sampling {num} images", total=num) as task:
         for start in range(0, num, batch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -84,6 +84,15 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [tensor for entry in value for tensor in tensors_in(entry)]
 
 
+def leaves_in(value: Any) -> list[Any]:
+    """What is in `value` when dictionaries, lists and tuples are opened."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if type(value) not in (tuple, list):
+        return [value]
+    return [leaf for entry in value for leaf in leaves_in(entry)]
+
+
 def inside(value: Any, change: Callable[[Any], Any]) -> Any:
     """`value` with `change` made to what a tuple, list or dictionary holds."""
     if isinstance(value, dict):
@@ -91,6 +100,13 @@ def inside(value: Any, change: Callable[[Any], Any]) -> Any:
     if type(value) in (tuple, list):  # not torch.Size, which is a tuple
         return type(value)(change(entry) for entry in value)
     return value
+
+
+def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """`value` with the next of `tensors` in the place of each of its own, as `tensors_in` goes."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    return inside(value, lambda entry: with_tensors(entry, tensors))
 
 
 def on_device(value: Any, device: torch.device) -> Any:

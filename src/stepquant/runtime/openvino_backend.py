@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,11 @@ from stepquant.errors import StepQuantError
 from stepquant.models.calling import (
     argument_names,
     inside,
+    leaves_in,
     prediction_in,
     tensors_in,
     with_prediction,
+    with_tensors,
 )
 from stepquant.quantizers.step_grid import StepContext, StepGrid
 from stepquant.runtime.openvino_export import (
@@ -30,6 +30,7 @@ from stepquant.runtime.openvino_export import (
     traced,
 )
 from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.stand_in import StandIn
 
 BACKEND = "openvino"
 PRECISIONS = ("f32", "bf16", "f16")
@@ -57,7 +58,7 @@ def device_of(backend: str) -> str | None:
     return (device or "CPU") if name == BACKEND else None
 
 
-class OpenVinoDenoiser(nn.Module):
+class OpenVinoDenoiser(StandIn):
     """Takes the calls of a packed denoiser and hands them to OpenVINO.
 
     Compiled for the shapes and other arguments of the first call, and again for others. Codes and
@@ -88,15 +89,14 @@ class OpenVinoDenoiser(nn.Module):
             StepQuantError: openvino is not installed or has no such device, or the denoiser has
                 something that it cannot run as the packed layers do.
         """
-        super().__init__()
         openvino = openvino_package()
         if precision not in PRECISIONS:
             raise StepQuantError(
                 f"the precision of the backend openvino is '{precision}': expected one of "
                 f"{', '.join(PRECISIONS)}"
             )
-        self.core = openvino.Core()
-        found = self.core.available_devices
+        core = openvino.Core()
+        found = core.available_devices
         kinds = {name.partition(".")[0] for name in found} | {"AUTO"}
         if device not in found and device not in kinds:
             raise StepQuantError(
@@ -104,26 +104,13 @@ class OpenVinoDenoiser(nn.Module):
                 f"{', '.join(sorted(kinds))}"
             )
         check_exportable(denoiser, device)
-        self.denoiser, self.target, self.precision = denoiser, device, precision
+        super().__init__(denoiser)
+        self.core, self.target, self.precision = core, device, precision
         self.cache = None if cache is None else str(cache)
         self.grid: StepGrid = next(
             m for m in denoiser.modules() if isinstance(m, PackedLayer)
         ).context.grid
         self._compiled: dict[Any, _Compiled] = {}
-
-        @wraps(denoiser.forward)  # with its signature
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._call(args, kwargs)
-
-        self.forward = forward
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "denoiser":
-                raise
-            return getattr(super().__getattr__("denoiser"), name)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = dict(zip(argument_names(self.denoiser), args, strict=False)) | kwargs
@@ -153,7 +140,7 @@ class OpenVinoDenoiser(nn.Module):
                     "own device and precision are options"
                 )
         for name, value in arguments.items():
-            for leaf in _leaves(value):
+            for leaf in leaves_in(value):
                 if not isinstance(leaf, Tensor | bool | int | float | str | None):
                     raise StepQuantError(
                         f"the denoiser's argument '{name}' holds a {type(leaf).__name__}: expected "
@@ -253,7 +240,7 @@ class _Call(nn.Module):
     def output(self, rows: Tensor, *tensors: Tensor) -> Any:
         """What the denoiser returns."""
         self.context.rows = rows
-        return self.exported(**_with_tensors(self.arguments, iter(tensors)))
+        return self.exported(**with_tensors(self.arguments, iter(tensors)))
 
     def forward(self, rows: Tensor, *tensors: Tensor) -> Tensor:
         """The prediction."""
@@ -265,22 +252,6 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "No conversion rule" in line or "::" in line]
     return (telling or lines or [type(error).__name__])[-1][:200]
-
-
-def _leaves(value: Any) -> list[Any]:
-    """What is in `value` when dictionaries, lists and tuples are opened."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if type(value) not in (tuple, list):
-        return [value]
-    return [leaf for entry in value for leaf in _leaves(entry)]
-
-
-def _with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """`value` with the next of `tensors` in the place of each of its own, as `tensors_in` goes."""
-    if isinstance(value, Tensor):
-        return next(tensors)
-    return inside(value, lambda entry: _with_tensors(entry, tensors))
 
 
 def description(value: Any) -> str:

@@ -269,6 +269,11 @@ class PackedLayer(nn.Module):
         )
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Whether `model` has packed layers."""
+    return any(isinstance(module, PackedLayer) for module in model.modules())
+
+
 class PackedLinear(PackedLayer):
     """Packed `nn.Linear`; inputs `[B, ..., C_in]`."""
 

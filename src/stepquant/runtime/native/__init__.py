@@ -11,6 +11,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
 }
 _ATTENTION_ARGUMENTS = (c_void_p, c_float, c_int32)
 _PRODUCT_ARGUMENTS = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32)
+FUNCTIONS = (*_ARGUMENTS, "products", "attention")
 
 
 class Library:
@@ -128,8 +132,24 @@ def _load() -> Library | str:
         return str(error)
 
 
+_INSTEAD: ContextVar[Library | None] = ContextVar("instead", default=None)
+
+
+@contextmanager
+def called_instead(library: Library) -> Iterator[None]:
+    """While this lasts, and in this thread, `library()` is the one given."""
+    token = _INSTEAD.set(library)
+    try:
+        yield
+    finally:
+        _INSTEAD.reset(token)
+
+
 def library() -> Library | None:
     """The machine's library, loaded by the first call, or None."""
+    instead = _INSTEAD.get()
+    if instead is not None:
+        return instead
     loaded = _load()
     return loaded if isinstance(loaded, Library) else None
 
