@@ -16,6 +16,7 @@ from stepquant.bench import set_backend
 from stepquant.errors import StepQuantError
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser
 from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.recording import recorded
 
 Call = Callable[[], Tensor]
 
@@ -26,8 +27,8 @@ class Engine:
 
     `compiler`: the backend of `torch.compile`, None for eager torch. `precision`: OpenVINO's
     INFERENCE_PRECISION_HINT, None for torch; packed files then run on stepquant's own export to
-    it. `backend`: of packed layers; other than "auto" they
-    run one by one, without what blocks do for them.
+    it. `backend`: of packed layers; other than "auto" they run one by one, without what blocks do
+    for them. `replayed`: calls of packed layers on "auto" are recorded and replayed.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Engine:
     compiler: str | None = None
     precision: str | None = None
     backend: str = "auto"
+    replayed: bool = True
 
     @property
     def compiles(self) -> bool:
@@ -50,6 +52,7 @@ ENGINES = {
         Engine("bf16", "bf16"),
         Engine("bf16 compiled", "bf16", "inductor"),
         Engine("stepquant w8a8", "w8a8"),
+        Engine("stepquant w8a8 call by call", "w8a8", replayed=False),
         Engine("stepquant w8a8 compiled", "w8a8", "inductor"),
         Engine("stepquant w8a8 by layer", "w8a8", backend="onednn"),
         Engine("stepquant w8a8 openvino", "w8a8", precision="f32"),
@@ -103,6 +106,8 @@ class Loader:
         module: Any = self._modules[key]
         if engine.precision is not None:
             module = OpenVinoDenoiser(module, precision=engine.precision)
+        elif engine.replayed and engine.compiler is None and engine.backend == "auto":
+            module = recorded(module)
         dtype = torch.bfloat16 if engine.files == "bf16" else torch.float32
         inputs = self.inputs.to(dtype)
         if engine.compiler is not None:
