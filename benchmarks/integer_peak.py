@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.evaluate import measure_latency
-from stepquant.runtime.kernels import cpu
+from stepquant.runtime.kernels import cpu, native
+from stepquant.runtime.shapes import shape_of
 from stepquant.runtime.spec import LayerSpec
 
 # Large enough that everything besides the products is small: 10 to 20 G multiply-adds.
@@ -56,36 +59,43 @@ def count_macs(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
 
 
 def integer_peak(small: bool = False, repeats: int = 10) -> dict[str, float]:
-    """G multiply-adds a second of oneDNN's kernel on codes, by shape, and the best.
+    """G multiply-adds a second of our own kernel and of oneDNN's on codes, by shape, and the best.
 
     The kernel alone: no quantizing of inputs, no zero point, no padding, float32 out. Without VNNI
-    the kernel runs twice, which is in the figure.
+    oneDNN's kernel runs twice, which is in the figure, and there is none of our own.
     """
     calls, macs = {}, {}
-    for name, shape in (SMALL_PEAK_SHAPES if small else PEAK_SHAPES).items():
-        calls[name], macs[name] = (_conv if name.startswith("conv") else _linear)(*shape)
+    for kernel, title in ((native, "own"), (cpu, "oneDNN")):
+        for shape_name, shape in (SMALL_PEAK_SHAPES if small else PEAK_SHAPES).items():
+            name = f"{title}, {shape_name}"
+            spec, *tensors = (_conv if shape_name.startswith("conv") else _linear)(*shape)
+            if kernel.why_not(spec, torch.device("cpu")) is None:
+                calls[name], macs[name] = _call(kernel, spec, *tensors), _macs(spec, tensors[1])
     timings = measure_latency(calls, repeats, leads=1)
     found = {name: macs[name] / timing.median_ms / 1e6 for name, timing in timings.items()}
     return {**found, "best": max(found.values())}
 
 
-def _conv(batch: int, channels: int, size: int) -> tuple[Callable[[], object], int]:
+def _conv(batch: int, channels: int, size: int) -> tuple[LayerSpec, Tensor, Tensor]:
     spec = LayerSpec("conv2d", channels, channels, 8, 8, (3, 3), (1, 1), (0, 0), (1, 1))
-    weight = _weight(channels, channels, 3, 3)
     codes = _codes(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
-    side = size - 2  # without padding
-    return _kernel(spec, weight, codes), batch * channels * side * side * channels * 9
+    return spec, _weight(channels, channels, 3, 3), codes
 
 
-def _linear(rows: int, columns: int, out: int) -> tuple[Callable[[], object], int]:
-    spec = LayerSpec("linear", columns, out, 8, 8)
-    return _kernel(spec, _weight(out, columns), _codes(rows, columns)), rows * columns * out
+def _linear(rows: int, columns: int, out: int) -> tuple[LayerSpec, Tensor, Tensor]:
+    return LayerSpec("linear", columns, out, 8, 8), _weight(out, columns), _codes(rows, columns)
 
 
-def _kernel(spec: LayerSpec, weight: Tensor, codes: Tensor) -> Callable[[], object]:
-    state = cpu.prepare(weight, torch.ones(spec.out_channels), spec)
+def _macs(spec: LayerSpec, codes: Tensor) -> int:
+    return math.prod(shape_of(codes, spec).sizes) * spec.columns
+
+
+def _call(
+    kernel: ModuleType, spec: LayerSpec, weight: Tensor, codes: Tensor
+) -> Callable[[], object]:
+    state = kernel.prepare(weight, torch.ones(spec.out_channels), spec)
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
-    return lambda: cpu.run(state, codes, one, zero, None, None, spec)
+    return lambda: kernel.run(state, codes, one, zero, None, None, spec)
 
 
 def _weight(*shape: int) -> Tensor:
