@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,17 @@ LARGE = [
     Case("even-tokens", LayerSpec("linear", 320, 64, 4, 4), (3, 64), 7),
     Case("wide", LayerSpec("linear", 4096, 2000, 8, 8), (2, 3), 128, extreme=True),
 ]
+# The same with weights of four bits or less, which are unpacked.
+FOUR_BITS = [
+    replace(
+        case,
+        name=f"{case.name}-w{bits}",
+        spec=replace(case.spec, weight_bits=bits, activation_bits=8),
+    )
+    for number, case in enumerate(LARGE)
+    for bits in ((4,) if number % 3 else (2, 4))
+]
+LARGE += FOUR_BITS
 THREADS = (1, 2, 5)
 
 
@@ -194,6 +206,8 @@ CODED = [
     Case("tokens-64", LayerSpec("linear", 192, 64, 8, 8), (2, 77), 4),
     Case("even-tokens-96", LayerSpec("linear", 320, 96, 4, 4), (3, 64), 7),
     Case("deep-tokens-32", LayerSpec("linear", 4200, 32, 8, 8), (2, 40), 128),
+    Case("tokens-192-w4", LayerSpec("linear", 192, 192, 4, 8), (2, 77), 4),
+    Case("deep-tokens-64-w3", LayerSpec("linear", 4200, 64, 3, 8), (2, 40), 128),
 ]
 
 
@@ -244,19 +258,42 @@ def test_codes_take_whole_tiles(out_channels: int, gated: bool, fits: bool) -> N
     channels=st.integers(1, 140),
     out=st.integers(1, 40),
     kernel_size=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    bits=st.integers(1, 8),
 )
 def test_the_layout_gives_the_weight_back(
-    kind: str, channels: int, out: int, kernel_size: tuple[int, int]
+    kind: str, channels: int, out: int, kernel_size: tuple[int, int], bits: int
 ) -> None:
     size = kernel_size if kind == "conv2d" else (1, 1)
-    spec = LayerSpec(kind, channels, out, 8, 8, size)
-    weight = torch.randint(-128, 128, spec.weight_shape, dtype=torch.int8)
+    spec = LayerSpec(kind, channels, out, bits, 8, size)
+    generator = torch.Generator().manual_seed(channels)
+    codes = torch.randint(0, 2**bits, spec.weight_shape, generator=generator)
+    lowest = torch.randint(
+        -128, 129 - 2**bits, (out, *(1,) * (codes.dim() - 1)), generator=generator
+    )
+    weight = (codes + lowest).to(torch.int8)
     laid_out = kernel.lay_out(weight, torch.ones(out), spec)
-    assert laid_out.shape == (-(-out // 16), -(-spec.columns // 64), 16, 16, 4)
     assert torch.equal(kernel.differences(laid_out, spec), weight)
+    tiles, chunks = -(-out // 16), -(-spec.columns // 64)
+    if laid_out.dtype == torch.uint8:
+        assert laid_out.shape == (tiles, 64 + chunks * 512)
+    else:
+        assert laid_out.shape == (tiles, chunks, 16, 16, 4)
 
 
-@pytest.mark.parametrize("case", [LARGE[2], LARGE[7], CASES[1]], ids=lambda case: case.name)
+@pytest.mark.parametrize(("span", "dtype"), [(15, torch.uint8), (16, torch.int8)])
+def test_four_bits_are_for_what_fits_in_each_row(span: int, dtype: torch.dtype) -> None:
+    weight = torch.zeros(20, 64, dtype=torch.int8)
+    weight[:, 0] = torch.arange(20) * 5 - 50
+    weight[:, 1:] = weight[:, :1]
+    weight[7, 5] += span
+    spec = LayerSpec("linear", 64, 20, 8, 8)
+    laid_out = kernel.lay_out(weight, torch.ones(20), spec)
+    assert laid_out.dtype == dtype and torch.equal(kernel.differences(laid_out, spec), weight)
+
+
+@pytest.mark.parametrize(
+    "case", [LARGE[2], LARGE[7], CASES[1], FOUR_BITS[0]], ids=lambda case: case.name
+)
 def test_the_operator_tells_torch_compile_the_truth(case: Case) -> None:
     reason = kernel.why_not(case.spec, torch.device("cpu"))
     if reason:

@@ -1,7 +1,8 @@
 """What packed layers keep of their weights in memory between calls.
 
-In the mode "fast", the default, that is the weight in its kernel's layout, int8: the packed bytes
-are made again where somebody asks for them (`runtime.released`). In the mode "low" it is the packed
+In the mode "fast", the default, that is the weight in its kernel's layout, of 8 bits or, where the
+native kernel can, of 4: the packed bytes are made again where somebody asks for them
+(`runtime.released`). In the mode "low" it is the packed
 bytes, and each call lays the weight out, input part by input part, and drops it.
 """
 
@@ -78,8 +79,9 @@ def _lay_out(layer: PackedLayer, part: PreparedPart) -> Tensor:
 def set_memory_mode(model: nn.Module, mode: str) -> None:
     """What the packed layers of `model` keep of their weights: "fast" or "low".
 
-    "fast", the default: int8 weights in the layout of the CPU's kernels, a quarter of float32. They
-    are laid out at the first call after this one. "low": the packed bytes, an eighth of float32 at
+    "fast", the default: weights in the layout of the CPU's kernels, a quarter of float32, or an
+    eighth where the native kernel runs and they have 4 bits or less. They are laid out at the first
+    call after this one. "low": the packed bytes, an eighth of float32 at
     4 bits, which each call lays out anew. The numbers that a model gives are the same.
 
     Raises StepQuantError for another mode, and if `model` has no packed layer.

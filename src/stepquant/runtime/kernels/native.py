@@ -45,18 +45,40 @@ def prepare(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> tuple[Tens
 def lay_out(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> Tensor:
     """int8 `[tiles, chunks, 16, 16, 4]`: 16 out-channels, and 64 columns in groups of four.
 
-    A column is a tap's in-channel, taps first. Filled up with zeros.
+    A column is a tap's in-channel, taps first. Filled up with zeros. Where the weights of each
+    out-channel span no more than 4 bits, it is uint8 `[tiles, bytes]` in their place, half as large
+    (`native/weights.h` says how); the kernel unpacks what it is about to read.
     """
     del weight_scale
     rows = weight.permute(0, 2, 3, 1).flatten(1) if weight.dim() == 4 else weight
     missing = (-spec.columns % CHUNK, -spec.out_channels % TILE)
     rows = functional.pad(rows, (0, missing[0], 0, missing[1]))
     tiles = rows.view(-1, TILE, rows.shape[1] // CHUNK, CHUNK // GROUP, GROUP)
-    return tiles.permute(0, 2, 3, 1, 4).contiguous()
+    tiles = tiles.permute(0, 2, 3, 1, 4).contiguous()
+    lowest = rows.amin(dim=1)
+    fits = (rows.amax(dim=1).to(torch.int16) - lowest <= 15).all()
+    return _halved(tiles, lowest) if fits else tiles
+
+
+def _halved(tiles: Tensor, lowest: Tensor) -> Tensor:
+    """`tiles` in four bits, with the `lowest` int8 value of each row before them."""
+    head = lowest.view(-1, TILE, 1).expand(-1, TILE, GROUP)  # [tiles, 16, 4]
+    codes = (tiles - head[:, None, None]).view(torch.uint8).flatten(3)  # [tiles, chunks, 16, 64]
+    body = codes[:, :, 0::2] | (codes[:, :, 1::2] << 4)
+    return torch.cat([head.flatten(1).view(torch.uint8), body.flatten(1)], dim=1)
+
+
+def _doubled(halved: Tensor) -> Tensor:
+    """The tiles that `_halved` was given."""
+    head = halved[:, : TILE * GROUP].view(torch.int8).view(-1, 1, 1, TILE, GROUP)
+    body = halved[:, TILE * GROUP :].view(len(halved), -1, CHUNK // GROUP // 2, TILE * GROUP)
+    codes = torch.stack([body & 15, body >> 4], dim=3).flatten(2, 3)
+    return codes.view(torch.int8).unflatten(3, (TILE, GROUP)) + head
 
 
 def differences(laid_out: Tensor, spec: LayerSpec) -> Tensor:
     """See the package docstring."""
+    laid_out = _doubled(laid_out) if laid_out.dtype is torch.uint8 else laid_out
     rows = laid_out.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1)
     rows = rows[: spec.out_channels, : spec.columns]
     if spec.kind == "linear":

@@ -46,6 +46,7 @@ struct Codes {  // of an image between its border, channels last; strides count 
 
 struct Weight {
     const int8_t* tiles;  // see tiles.h; columns and the last chunk are filled up with zeros
+    int64_t four_bits;    // 1: the tiles are as weights.h says
     int64_t out_channels;
     const float* scale;      // [out_channels]
     const int32_t* sums;     // [out_channels]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "_kernels.so"
-HEADERS = ("abi.h", "elementwise.h", "results.h", "tiles.h")
+HEADERS = ("abi.h", "elementwise.h", "results.h", "tiles.h", "weights.h")
 KERNELS = ("images.cpp", "rows.cpp")  # compiled once for each of LEVELS
 PRODUCTS = "products.cpp"  # compiled once for each of PRODUCT_LEVELS
 ATTENTION = "attention.cpp"  # compiled for the last of them

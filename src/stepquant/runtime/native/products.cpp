@@ -5,7 +5,7 @@
 // padded image; else they are gathered in a panel first.
 #include <omp.h>
 
-#include "results.h"
+#include "weights.h"
 
 namespace {
 
@@ -20,6 +20,7 @@ struct Scratch {  // of a thread
     int32_t* sums;
     Piece* pieces;
     uint8_t* panel;
+    int8_t* weight;
 };
 
 const uint8_t* codes_of(const Codes& x, int64_t pixel) {
@@ -65,7 +66,7 @@ int64_t cut(const Product& product, int64_t first, int64_t rows, const Scratch& 
 struct Order {
     bool pairs_first;  // each pair meets all pieces before the next one does; else the other way
     int64_t passes;
-    int64_t pairs;     // that a piece meets at a time, as many as stay in the second-level cache
+    int64_t pairs;     // that a piece meets before the next one does, as many as stay in the cache
 
     Order(const Product& product, int64_t pieces) {
         // Neighbouring taps read the same codes, which so stay near by themselves.
@@ -74,6 +75,8 @@ struct Order {
         passes = pieces == 1 ? 1 : parts_of(product.chunks, pairs_first ? kDeepPair : kDeepPiece);
         pairs = kWeightBytes / (2 * product.chunks * kTileBytes);
         pairs = pairs < 1 ? 1 : least(pairs, product.pairs);
+        // What is unpacked for a single piece is best used at once.
+        if (pairs_first || (pieces == 1 && product.weight->four_bits)) pairs = 1;
     }
 
     int64_t waiting(int64_t pieces) const {  // blocks of sums
@@ -81,18 +84,16 @@ struct Order {
     }
 };
 
-void add_pass(const Product& product, const Order& order, const Piece& piece, int64_t pair,
-              int64_t pass, int32_t* sums) {
-    const int64_t tile_stride = product.chunks * kTileBytes;
-    const int64_t tile = product.second == 1 ? 2 * pair : pair;
+void add_pass(const Product& product, const Order& order, const Tiles& tiles, const Piece& piece,
+              int64_t pair, int64_t pass, int32_t* sums) {
+    const int64_t tile = tile_of(product, pair);
     const int64_t skipped = product.chunks * pass / order.passes;
     const int64_t chunks = product.chunks * (pass + 1) / order.passes - skipped;
     const bool two = tile + product.second < product.column_tiles, tall = piece.rows > kTileRows;
     const auto add = tall ? (two ? add_products<2, 2> : add_products<2, 1>)
                           : (two ? add_products<1, 2> : add_products<1, 1>);
     add(piece.codes, product.stride, product.offsets + skipped, chunks,
-        product.weight->tiles + tile * tile_stride + skipped * kTileBytes,
-        product.second * tile_stride, pass == 0, sums);
+        tiles.of(pair) + skipped * kTileBytes, tiles.second_stride, pass == 0, sums);
     if (pass == order.passes - 1) finish(product, sums, piece, tile, two ? 2 : 1);
 }
 
@@ -100,19 +101,22 @@ void add_pass(const Product& product, const Order& order, const Piece& piece, in
 void multiply(const Product& product, const Scratch& own, int64_t count, int64_t from, int64_t to) {
     const Order order(product, count);
     const int64_t block = order.passes == 1 ? 0 : kBlockRows * kBlockColumns;
-    if (order.pairs_first) {
-        for (int64_t pair = from; pair < to; ++pair)
+    for (int64_t start = from; start < to; start += order.pairs) {
+        const int64_t end = least(start + order.pairs, to);
+        const Tiles tiles = tiles_of(product, start, end, own.weight);
+        if (order.pairs_first) {
             for (int64_t pass = 0; pass < order.passes; ++pass)
                 for (int64_t i = 0; i < count; ++i)
-                    add_pass(product, order, own.pieces[i], pair, pass, own.sums + i * block);
-        return;
-    }
-    for (int64_t start = from; start < to; start += order.pairs)
+                    add_pass(product, order, tiles, own.pieces[i], start, pass,
+                             own.sums + i * block);
+            continue;
+        }
         for (int64_t i = 0; i < count; ++i)
             for (int64_t pass = 0; pass < order.passes; ++pass)
-                for (int64_t pair = start; pair < least(start + order.pairs, to); ++pair)
-                    add_pass(product, order, own.pieces[i], pair, pass,
+                for (int64_t pair = start; pair < end; ++pair)
+                    add_pass(product, order, tiles, own.pieces[i], pair, pass,
                              own.sums + (pair - start) * block);
+    }
 }
 
 // Shares of the work: blocks of `rows` rows, each in `parts` parts of its columns.
@@ -138,13 +142,16 @@ Shares share_out(const Product& product, int64_t threads) {
 
 // Bytes of `Scratch`, and where its parts begin.
 struct Room {
-    int64_t pieces, panel, all;
+    int64_t pieces, panel, weight, all;
 
     Room(const Product& product, const Shares& shares) {
         const int64_t most = shares.rows / kTileRows;
-        pieces = Order(product, most).waiting(most) * kBlockRows * kSumBytes;
+        const Order order(product, most);
+        pieces = order.waiting(most) * kBlockRows * kSumBytes;
         panel = pieces + parts_of(most * sizeof(Piece), 64) * 64;
-        all = panel + (product.gathered ? shares.rows * product.stride : 0);
+        weight = panel + (product.gathered ? shares.rows * product.stride : 0);
+        const int64_t unpacked = 2 * order.pairs * product.chunks * kTileBytes;
+        all = weight + (product.weight->four_bits ? unpacked : 0);
     }
 };
 
@@ -155,7 +162,8 @@ void run(const Product& product, const Shares& shares, int threads, char* memory
         char* at = memory + omp_get_thread_num() * room.all;
         const Scratch own = {reinterpret_cast<int32_t*>(at),
                              reinterpret_cast<Piece*>(at + room.pieces),
-                             reinterpret_cast<uint8_t*>(at + room.panel)};
+                             reinterpret_cast<uint8_t*>(at + room.panel),
+                             reinterpret_cast<int8_t*>(at + room.weight)};
         int64_t ready = -1, count = 0;
         begin_tiles();
 #pragma omp for schedule(static)

@@ -16,7 +16,7 @@ from stepquant.runtime.shapes import shape_of
 from stepquant.runtime.spec import LayerSpec
 
 _CODES = struct.Struct("12q").pack
-_WEIGHT = struct.Struct("6q").pack
+_WEIGHT = struct.Struct("7q").pack
 _RESULT = struct.Struct("6q").pack
 _ENCODED = struct.Struct("3q").pack
 
@@ -25,7 +25,7 @@ class Weight(NamedTuple):
     """A layer's tensors as the kernel reads them, and the structure that says where they lie."""
 
     tiles: Tensor
-    """int8, see `kernels.native.lay_out`"""
+    """int8, or uint8 of four bits each, see `kernels.native.lay_out`"""
     scale: Tensor
     """float32 `[C_out]`"""
     sums: Tensor
@@ -48,7 +48,8 @@ def weight_of(
     """The tensors with their structure; all contiguous and on the CPU."""
     tensors = (tiles, scale, sums, floats(bias), floats(step_bias))
     addresses = _addresses(*tensors)
-    structure = _WEIGHT(addresses[0], scale.shape[0], *addresses[1:])
+    four_bits = tiles.dtype is torch.uint8
+    structure = _WEIGHT(addresses[0], four_bits, scale.shape[0], *addresses[1:])
     return Weight(*tensors, addresses, structure)
 
 
