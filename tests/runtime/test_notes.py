@@ -57,6 +57,7 @@ def test_blocks_by_reason():
     assert told(fast) == [
         "1 of 25 blocks run the code of diffusers layer by layer: a hook",
         "2 of 25 blocks run the code of diffusers layer by layer: training mode",
+        "calls run their Python anew each time, as they are not recorded: a hook",
     ]
 
 

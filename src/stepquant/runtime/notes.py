@@ -14,6 +14,7 @@ from torch import nn
 from stepquant.runtime import codes, native
 from stepquant.runtime.kernels import cpu
 from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.recording import state
 
 
 def slow_paths(model: nn.Module) -> list[str]:
@@ -32,7 +33,7 @@ def slow_paths(model: nn.Module) -> list[str]:
     notes = [*_on_reference(layers)]
     if any(layer.weight_packed.is_cpu for layer in layers):
         notes += [*_without_vnni(layers), *_without_library(layers), *_plain_blocks(model)]
-        notes += [*_dtype(model), *_threads()]
+        notes += [*_dtype(model), *_unrecorded(model), *_threads()]
     return notes
 
 
@@ -106,6 +107,12 @@ def _dtype(model: nn.Module) -> Iterable[str]:
             f"what is {dtype} is rounded in several passes and its blocks run layer by layer: the "
             "fused forms take float32 and bfloat16"
         )
+
+
+def _unrecorded(model: nn.Module) -> Iterable[str]:
+    reason = state.why_not(model)
+    if reason not in (None, state.NO_PRODUCTS):  # the latter is told of the layers
+        yield f"calls run their Python anew each time, as they are not recorded: {reason}"
 
 
 def _threads() -> Iterable[str]:

@@ -15,13 +15,14 @@ from stepquant.quantizers.step_grid import StepContext
 from stepquant.runtime import native
 from stepquant.runtime.packed import PackedLayer
 
+NO_PRODUCTS = "no native integer products on this machine"
 OWN_HOOKS = (StepContext, InputBypass)  # of which a replay does what they would
 
 
 def why_not(denoiser: nn.Module) -> str | None:
     """Why calls of `denoiser` cannot be recorded as it is now, or None."""
     if native.why_no_products() is not None:
-        return "no native integer products on this machine"
+        return NO_PRODUCTS
     for module in denoiser.modules():
         if module.training:
             return "training mode"
