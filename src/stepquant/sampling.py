@@ -162,9 +162,10 @@ def with_own_tokenizers(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 def with_recorded_denoiser(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """A copy whose packed denoiser's calls are recorded, where they can be; else `pipeline`."""
-    name = denoiser_name(pipeline)
-    denoiser = getattr(pipeline, name)
-    found = recorded(denoiser)
+    names = (name for name in DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module))
+    name = next(names, "")  # sampling itself needs none of a known name
+    denoiser = getattr(pipeline, name, None)
+    found = denoiser if denoiser is None else recorded(denoiser)
     if found is denoiser:
         return pipeline
     other = copy.copy(pipeline)
@@ -214,7 +215,8 @@ def sample_images(
     conditioning.check(pipeline)
     latent = not decode and takes_prompts(pipeline) and getattr(pipeline, "vae", None) is not None
     pipeline.set_progress_bar_config(disable=True)
-    pipeline = with_recorded_denoiser(pipeline)
+    if not any("callback" in name for name in {**(conditioning.call or {}), **call}):
+        pipeline = with_recorded_denoiser(pipeline)  # a callback may change the denoiser in between
     images = []
     with reporter.task(f"sampling {num} images", total=num) as task:
         for start in range(0, num, batch):

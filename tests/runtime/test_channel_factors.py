@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from fast_models import STATIC, assert_near, packed, plain_blocks, plain_copy, predictor
@@ -18,7 +20,7 @@ from fused_paths import (
     image,
 )
 from kernel_cases import Case
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from stepquant.errors import StepQuantError
@@ -28,6 +30,7 @@ from stepquant.runtime.grids import Grid, Output
 from stepquant.runtime.kernels import native as kernel
 from stepquant.runtime.native import products
 from stepquant.runtime.native.attention import attention_codes
+from stepquant.runtime.pack import pack_layer
 from stepquant.runtime.packed import PackedLayer
 from stepquant.runtime.spec import LayerSpec
 
@@ -184,3 +187,15 @@ def test_blocks_whose_layers_scale_their_channels_stay_fast(name: str) -> None:
     assert plain_blocks(fast) == plain_blocks(packed(name, STATIC))
     # Another model than without: the factors are what the layers see.
     assert (found - predict(packed(name, STATIC))).norm() > 0.1 * found.norm()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("size", [(2, 5, 7), (2, 8, 7)], ids=str)
+def test_rows_of_four_dimensions_are_no_image(size: tuple[int, ...], simulate: Any) -> None:
+    """As linear layers have them that run over images with their channels last."""
+    layer = simulate(nn.Linear(8, 24), steps=1)
+    layer.multiply_channel_scale(1 / factors(8))
+    packed_layer = pack_layer(layer)
+    x = draw(*size, 8)
+    expected = packed_layer(x.flatten(0, 2)).view(*size, 24)
+    assert torch.equal(packed_layer(x), expected)

@@ -3,62 +3,31 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
-from fast_models import STATIC, TABLES, packed, packed_pipeline
-from torch import Tensor, nn
+from fast_models import FEW, STATIC, TABLES, packed, packed_pipeline
+from recorded_models import assert_alike, inputs, predict, scale_a_norm
+from torch import nn
 
-from architectures import ARCHITECTURES
-from stepquant.api import sample
-from stepquant.bench import set_backend
-from stepquant.models.adapter import adapter_for
-from stepquant.models.calling import named_arguments
+from architectures import ARCHITECTURES, build
+from stepquant.api import quantize, sample
+from stepquant.methods import InputErrorBypass
+from stepquant.models.input_bypass import bypass_of
+from stepquant.recipe import Recipe
 from stepquant.runtime import native
 from stepquant.runtime.packed import PackedLayer
 from stepquant.runtime.recording import RecordedDenoiser, recorded
 from stepquant.runtime.recording import denoiser as room
-from stepquant.runtime.resident import set_memory_mode
 from stepquant.sampling import with_recorded_denoiser
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(native.why_no_products() is not None, reason=str(native.why_no_products())),
 ]
-
-
-def inputs(model: nn.Module, batch: int, seed: int, step: int = 0) -> tuple[Tensor, dict]:
-    """A sample, and the other arguments at one of the recorded steps, the same for all samples."""
-    sample, at, conditions = adapter_for(model).random_inputs(model, batch)
-    generator = torch.Generator().manual_seed(seed)
-    grid = next(m for m in model.modules() if isinstance(m, PackedLayer)).context.grid
-    at = torch.full_like(at, float(grid.timesteps[step]))
-    more = {
-        name: torch.randn(value.shape, generator=generator)
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for name, value in conditions.items()
-    }
-    return torch.randn(sample.shape, generator=generator), {
-        "timestep": at,
-        **named_arguments(model, more),
-    }
-
-
-def predict(model: nn.Module, given: tuple[Tensor, dict]) -> Tensor:
-    with torch.no_grad():
-        found = model(given[0], **given[1])
-    return found if isinstance(found, Tensor) else found[0]
-
-
-def assert_alike(model: RecordedDenoiser, plain: nn.Module, batch: int = 2, calls: int = 5) -> None:
-    """Other samples, conditions and steps in each call."""
-    for number in range(calls):
-        given = inputs(plain, batch, seed=number, step=number % 3)
-        kept = given[0].clone()
-        assert torch.equal(predict(model, given), predict(plain, given))
-        assert torch.equal(given[0], kept)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -112,79 +81,69 @@ def test_samples_at_different_steps_run_as_ever():
     assert model.recordings == 0 and "reads numbers" in model.reasons[0]
 
 
-def add_lora(model: nn.Module) -> None:
-    class Branch(nn.Module):
-        def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-            return y + 1
-
-    next(m for m in model.modules() if isinstance(m, PackedLayer)).lora = Branch()
-
-
-def scale_a_norm(model: nn.Module) -> None:
-    norm = next(m for m in model.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm))
-    norm.weight.data = norm.weight.data * 1.5
-
-
-def replace_a_norm(model: nn.Module) -> None:
-    norm = next(m for m in model.modules() if isinstance(m, nn.GroupNorm))
-    norm.weight = nn.Parameter(norm.weight.detach() * 1.5)
-
-
-def share_memory(model: nn.Module) -> None:
-    model.share_memory()
-
-
-def other_kernels(model: nn.Module) -> None:
-    set_backend(model, "reference")
-
-
-def low_memory(model: nn.Module) -> None:
-    set_memory_mode(model, "low")
-
-
-def hook(model: nn.Module) -> None:
-    model.conv_in.register_forward_hook(lambda module, args, output: output * 1.5)
-
-
-def train(model: nn.Module) -> None:
-    model.train()
-
-
-def load_other_weights(model: nn.Module) -> None:
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    state["conv_in.bias"] += 1
-    model.load_state_dict(state)
-
-
-def half(model: nn.Module) -> None:
-    for part in model.children():
-        part.to(torch.bfloat16).to(torch.float32)
-
-
-CHANGES = [
-    *(add_lora, scale_a_norm, replace_a_norm, share_memory, other_kernels, low_memory, hook),
-    *(train, load_other_weights, half),
-]
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda each: each.__name__)
-def test_changes_of_the_denoiser_are_seen(change):
-    plain = packed("sd", TABLES)
-    model = RecordedDenoiser(copy.deepcopy(plain))
+@pytest.mark.parametrize("name", ["sd", "dit"])
+def test_the_input_error_bypass_is_recorded(name):
+    arguments = ARCHITECTURES[name].arguments
+    recipe = Recipe(name="bypass", description="", steps=(InputErrorBypass(),))
+    pipeline = quantize(build(name), recipe, 8, 8, None, 3, FEW, **arguments).pipeline
+    plain = getattr(pipeline, ARCHITECTURES[name].component)
+    model = RecordedDenoiser(plain)
     assert_alike(model, plain)
-    for each in (plain, model.denoiser):
-        change(each)
-    assert_alike(model, plain)
+    assert (model.recordings, model.reasons) == (1, [])
+    bypass_of(plain).slopes = bypass_of(plain).slopes * 3
     assert_alike(model, plain)
 
 
-def test_another_number_of_threads_is_seen():
+@pytest.mark.parametrize("name", ["sd", "dit"])
+def test_attention_on_integers_is_recorded(name):
+    arguments = ARCHITECTURES[name].arguments
+    settings = {**FEW, "scheme.attention_bits": 8}
+    pipeline = quantize(build(name), STATIC, 8, 8, None, 3, settings, **arguments).pipeline
+    plain = getattr(pipeline, ARCHITECTURES[name].component)
+    model = RecordedDenoiser(plain)
+    assert_alike(model, plain)
+    assert (model.recordings, model.reasons) == (1, [])
+
+
+def test_another_thread_may_forget_while_one_records(monkeypatch):
+    plain = packed("sd")
+    model = RecordedDenoiser(plain)
+    record = room._record
+    monkeypatch.setattr(room, "_record", lambda *args: (model.forget(), record(*args))[1])
+    assert_alike(model, plain)
+    assert model.recordings == 0
+    monkeypatch.undo()
+    assert_alike(model, plain)
+    scale_a_norm(plain)
+    assert_alike(model, plain)
+
+
+def test_a_denoiser_that_calls_its_stand_in_does_not_wait_for_itself():
+    plain = packed("sd")
+    model = RecordedDenoiser(plain)
+    given = inputs(plain, 1, 0)
+    calls = []
+
+    def again(*_: object) -> None:
+        if not calls:
+            calls.append(1)
+            predict(model, given)
+
+    plain.conv_in.register_forward_hook(again)
+    assert torch.equal(predict(model, given), predict(plain, given)) and calls == [1]
+
+
+def test_its_memory_goes_with_it():
     plain = packed("sd")
     model = RecordedDenoiser(plain)
     assert_alike(model, plain)
-    torch.set_num_threads(2)
-    assert_alike(model, plain)
-    assert model.recordings == 1
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_gradients_and_autocast_run_as_ever():
@@ -207,28 +166,6 @@ def test_inference_mode_and_none_after_one_another():
         with torch.inference_mode(number % 2 == 0):
             assert torch.equal(predict(model, given), predict(plain, given))
     assert model.recordings == 1
-
-
-def test_a_replay_that_gives_other_numbers_is_not_used(caplog):
-    class Counting(nn.Module):
-        """Python that a replay does not run."""
-
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner, self.calls = inner, 0
-
-        def forward(self, sample: Tensor, timestep: Tensor, **more: object) -> Tensor:
-            self.calls += 1
-            return self.inner(sample, timestep=timestep, **more)[0] * self.calls
-
-    model = RecordedDenoiser(Counting(packed("sd")).eval())
-    plain = packed("sd")
-    with caplog.at_level("INFO"):
-        for number in range(5):
-            given = inputs(plain, 1, seed=number)
-            assert torch.equal(predict(model, given), predict(plain, given) * (number + 1))
-    assert model.reasons == ["a replay gives other numbers than the denoiser"]
-    assert "are not recorded: a replay gives other numbers" in caplog.text
 
 
 def test_copies_record_their_own():

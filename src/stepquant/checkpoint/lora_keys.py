@@ -20,6 +20,7 @@ from stepquant.checkpoint.lora_file import LoraFile
 from stepquant.errors import StepQuantError
 from stepquant.runtime.lora_branch import Layer
 from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.stand_in import original
 
 PEFT_PREFIX = "base_model.model."
 MATRIX = re.compile(r"(?P<layer>.+)\.lora_(?P<which>[AB])(\.[^.]+)?\.weight")
@@ -88,12 +89,14 @@ def lora_layers(
 
 
 def models_of(pipeline: Any) -> dict[str, Any]:
-    """The modules of a pipeline by the component's name, taken out of what `torch.compile` wraps.
+    """The modules of a pipeline by the component's name, taken out of what stands in for them.
+
+    That is what `torch.compile` wraps, or a `StandIn`.
 
     Not by its `components`, which a pipeline of one's own may not have in order.
     """
     parts = {name: part for name, part in vars(pipeline).items() if isinstance(part, nn.Module)}
-    return {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}
+    return {name: original(getattr(part, "_orig_mod", part)) for name, part in parts.items()}
 
 
 def _converted(

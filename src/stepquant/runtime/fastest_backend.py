@@ -30,7 +30,8 @@ class FastestDenoiser(OpenVinoDenoiser):
     def __init__(self, denoiser: nn.Module) -> None:
         """As `OpenVinoDenoiser` on the CPU in float32; the same errors."""
         super().__init__(denoiser)
-        self.packed = recorded(denoiser)
+        # No submodule: its parameters are those of `denoiser`.
+        self.__dict__["packed"] = recorded(denoiser)
         self.choices: dict[str, str] = {}  # by the shapes of a call: "packed" or "openvino"
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

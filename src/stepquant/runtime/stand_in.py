@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import wraps
 from typing import Any
 
 from torch import nn
+
+
+def original(module: nn.Module) -> nn.Module:
+    """What `module` stands in for, or itself."""
+    return original(module.denoiser) if isinstance(module, StandIn) else module
 
 
 class StandIn(nn.Module):
@@ -20,9 +26,13 @@ class StandIn(nn.Module):
         self._take_calls()
 
     def _take_calls(self) -> None:
+        me = weakref.ref(self)  # so that its memory goes with the last reference to it
+
         @wraps(self.denoiser.forward)  # with its signature, which pipelines look at
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._call(args, kwargs)
+            found = me()
+            assert found is not None
+            return found._call(args, kwargs)
 
         self.forward = forward
 

@@ -203,7 +203,7 @@ def floats(x: Tensor | None) -> Tensor | None:
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
-    """As `_floats`, but rows may lie apart: they are often chunks of one tensor."""
+    """As `floats`, but rows may lie apart: they are often chunks of one tensor."""
     return x if x is not None and x.dtype is torch.float32 and x.stride(1) == 1 else floats(x)
 
 

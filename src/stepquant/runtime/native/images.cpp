@@ -244,10 +244,10 @@ EXPORT int32_t NAME(group_norm_encode)(const Shape* shape, const Image* parts, i
     char* memory =
         static_cast<char*>(malloc(moment_bytes + factor_bytes + scratch_bytes + level_bytes));
     if (!memory) return kNoMemory;
-    double* moments = reinterpret_cast<double*>(memory);
-    float* factors = reinterpret_cast<float*>(memory + moment_bytes);
-    float* scratch = reinterpret_cast<float*>(memory + moment_bytes + factor_bytes);
-    Levels* levels = reinterpret_cast<Levels*>(scratch + 3 * threads * channels);
+    Levels* levels = reinterpret_cast<Levels*>(memory);
+    double* moments = reinterpret_cast<double*>(memory + level_bytes);
+    float* factors = reinterpret_cast<float*>(memory + level_bytes + moment_bytes);
+    float* scratch = reinterpret_cast<float*>(memory + level_bytes + moment_bytes + factor_bytes);
     int32_t status = kDone;
     for (int64_t o = 0; o < output_count; ++o)
         if (!levels_of(outputs[o].grid, levels + o)) status = kRowOutside;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import threading
@@ -24,6 +25,7 @@ from stepquant.runtime.recording.state import State, why_not
 from stepquant.runtime.stand_in import StandIn
 
 MOST_SHAPES = 8  # that recordings are kept of, each with its memory
+COMPARISONS = 3  # of a recording's first replays, while the timestep stays the same
 PLAIN = (Tensor, bool, int, float, str, type(None))
 LOGGER = logging.getLogger(__name__)
 
@@ -32,16 +34,18 @@ class RecordedDenoiser(StandIn):
     """Records a packed denoiser's call at the second of the same shapes, and replays it then.
 
     A replay runs the same kernels on the same memory, without the Python between them, and gives
-    the same numbers bit by bit: the first one on other inputs is compared with the denoiser's own
-    result. Timesteps, samples and conditions are copied into the recording; what is not a tensor is
-    part of what has to be the same. Whatever cannot be recorded runs as ever: with gradients,
-    autocast, torch.compile, a LoRA, hooks, samples at different steps, tensors that are not on the
-    CPU, a machine without the native integer products. A recording is dropped where the parts of
-    the denoiser, its hooks, packed layers, threads or the memory of its tensors have changed. Other
-    changes (attributes of diffusers' modules, as FreeU's) are not seen: `forget` after them.
+    the same numbers bit by bit: the first ones on other inputs are compared with the denoiser's own
+    result, until one was at another timestep. Samples, timesteps and conditions are copied into the
+    recording; what is not a tensor is part of what has to be the same. Whatever cannot be recorded
+    runs as ever: with gradients, autocast, torch.compile, a LoRA, hooks, random numbers, samples at
+    different steps, timesteps that are no tensors, tensors that are not on the CPU, a machine
+    without the native integer products. To find that out may take a second run of the same call.
+    Recordings are dropped where the parts of the denoiser, its hooks, packed layers, attention
+    processors, FreeU, threads or the memory of its tensors have changed. Other attributes of its
+    modules are not seen: `forget` after changing them.
 
-    Every other attribute is that of `denoiser`, which stays as it is. Calls from several threads
-    run one after another.
+    Every other attribute is that of `denoiser`, which stays as it is, and which is to be saved.
+    Calls from several threads run one after another.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -51,30 +55,27 @@ class RecordedDenoiser(StandIn):
 
     def _begin(self) -> None:
         self._names = _names(self.denoiser)
-        self._lock = threading.Lock()
+        self._lock, self._busy = threading.RLock(), False
         self.forget()
 
     def forget(self) -> None:
         """Drop all recordings."""
-        # By a call's shapes: None where it was seen once, a sentence where it stays as it is.
-        self._shapes: dict[Any, _Recording | str | None] = {}
-        self._state: State | None = None
+        self._known = _Known()
 
     @property
     def recordings(self) -> int:
         """How many shapes of calls are replayed."""
-        return sum(isinstance(each, _Recording) for each in self._shapes.values())
+        return len(self._known.of(_Recording))
 
     @property
     def reasons(self) -> list[str]:
         """Why calls of some shapes are not recorded."""
-        return [each for each in self._shapes.values() if isinstance(each, str)]
+        return self._known.of(str)
 
     @property
     def nbytes(self) -> int:
         """What recordings hold in memory for the values between kernels."""
-        held = [each for each in self._shapes.values() if isinstance(each, _Recording)]
-        return sum(each.nbytes for each in held)
+        return sum(recording.nbytes for recording in self._known.of(_Recording))
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def plain() -> Any:
@@ -83,66 +84,97 @@ class RecordedDenoiser(StandIn):
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
         if len(args) > len(self._names) or not _is_plain(arguments):
             return plain()
-        arguments["timestep"] = _one_for_all(arguments.get("timestep"))
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            return self._run(arguments, plain)
+        arguments["timestep"] = _one_for_all(arguments["timestep"])
+        with self._lock:
+            if self._busy:  # a denoiser that calls itself
+                return plain()
+            self._busy = True
+            try:
+                return self._run(arguments, plain)
+            finally:
+                self._busy = False
 
     def _run(self, arguments: dict[str, Any], plain: Callable[[], Any]) -> Any:
-        if self._state is not None and not self._state.unchanged():
+        if self._known.state is not None and not self._known.state.unchanged():
             self.forget()
-        key, tensors = _description(arguments), tensors_in(arguments)
-        if key not in self._shapes:
-            while len(self._shapes) >= MOST_SHAPES:
-                del self._shapes[next(iter(self._shapes))]
-            self._shapes[key] = None
+        known, key = self._known, _description(arguments)  # `forget` in between drops all of it
+        found = known.shapes.pop(key, NEW)
+        known.shapes[key] = None if found is NEW else found  # the latest is the last one
+        if found is NEW:
+            if len(known.shapes) > MOST_SHAPES:
+                del known.shapes[next(iter(known.shapes))]
             return plain()
-        known = self._shapes[key]
-        if known is None:
-            return self._record(key, arguments, plain)
-        if isinstance(known, str):
+        if found is None:
+            return self._record(known, key, arguments, plain)
+        if isinstance(found, str):
             return plain()
-        if known.compared or known.holds(tensors):
-            return known.replay(tensors)
-        return self._compare(key, known, tensors, plain)
+        tensors = tensors_in(arguments)
+        if found.compared or found.holds(tensors):
+            return found.replay(tensors)
+        return self._compare(known, key, arguments, plain)
 
-    def _record(self, key: Any, arguments: dict[str, Any], plain: Callable[[], Any]) -> Any:
+    def _record(
+        self, known: _Known, key: Any, arguments: dict[str, Any], plain: Callable[[], Any]
+    ) -> Any:
         reason = why_not(self.denoiser)
+        state = State(self.denoiser)
         if reason is None:
             try:
-                recording, output = _record(self.denoiser, arguments)
-            except NotRecordable as found:
-                reason = str(found)
-        if reason is not None:
-            self._stay(key, reason)
-            return plain()
-        self._state = self._state or State(self.denoiser)
-        self._shapes[key] = recording
-        return output
+                recording, output = _record(self.denoiser, arguments, state)
+                known.shapes[key], known.state = recording, state
+                return output
+            except NotRecordable as error:
+                reason = str(error)
+            except Exception as error:  # of an operator that the recorder does not know
+                reason = f"{type(error).__name__} while it was recorded"
+        known.state = known.state or state
+        self._stay(known, key, reason)
+        return plain()
 
     def _compare(
-        self, key: Any, recording: _Recording, tensors: list[Tensor], plain: Callable[[], Any]
+        self, known: _Known, key: Any, arguments: dict[str, Any], plain: Callable[[], Any]
     ) -> Any:
         """The denoiser's own result; the recording is kept if it gives the same."""
+        recording = known.shapes[key]
         output = plain()
         expected = prediction_in(output, self.denoiser)
-        found = prediction_in(recording.replay(tensors), self.denoiser)
-        recording.compared = torch.equal(found, expected)
-        if not recording.compared:
-            self._stay(key, "a replay gives other numbers than the denoiser")
+        found = prediction_in(recording.replay(tensors_in(arguments)), self.denoiser)
+        if not torch.equal(found, expected):
+            self._stay(known, key, "a replay gives other numbers than the denoiser")
+            return output
+        recording.comparisons += 1
+        elsewhere = not torch.equal(arguments["timestep"], recording.timestep)
+        recording.compared = elsewhere or recording.comparisons == COMPARISONS
         return output
 
-    def _stay(self, key: Any, reason: str) -> None:
-        self._shapes[key] = reason
+    def _stay(self, known: _Known, key: Any, reason: str) -> None:
+        known.shapes[key] = reason
         name = type(self.denoiser).__name__
         LOGGER.info("calls of %s are not recorded: %s", name, reason)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_lock", "_shapes", "_state", "_names")
+        own = ("_lock", "_busy", "_known", "_names")
         return {name: value for name, value in super().__getstate__().items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._begin()
+
+
+NEW = object()  # a shape of which nothing is known
+
+
+class _Known:
+    """What is known of a denoiser's calls, as long as the denoiser stays as it is."""
+
+    def __init__(self) -> None:
+        # By a call's shapes, the latest last: None where it was seen once, a sentence where it
+        # stays as it is, or its recording.
+        self.shapes: dict[Any, Any] = {}
+        self.state: State | None = None
+
+    def of(self, kind: type) -> list[Any]:
+        return [each for each in self.shapes.values() if isinstance(each, kind)]
 
 
 def recorded(denoiser: nn.Module) -> nn.Module:
@@ -155,16 +187,24 @@ def recorded(denoiser: nn.Module) -> nn.Module:
 class _Recording:
     """A call that was written down, with its inputs and its result."""
 
-    def __init__(self, inputs: list[Tensor], recorder: Recorder, output: Any, model: nn.Module):
-        self._inputs, self._calls, self._memory = inputs, recorder.calls, recorder.memory
-        self._result = recorder.memory.kept(prediction_in(output, model))
+    def __init__(
+        self,
+        inputs: list[Tensor],
+        timestep: Tensor,
+        recorder: Recorder,
+        output: Any,
+        result: Tensor,
+    ) -> None:
+        self.timestep = timestep.clone()
+        self.compared, self.comparisons = False, 0
+        self._inputs, self._recorder = inputs, recorder
+        self._result = recorder.memory.kept(result)
         self._template = with_prediction(output, self._result)
-        self.compared = False
 
     @property
     def nbytes(self) -> int:
         inputs = sum(tensor.numel() * tensor.element_size() for tensor in self._inputs)
-        return inputs + self._memory.nbytes
+        return inputs + self._recorder.memory.nbytes
 
     def holds(self, tensors: list[Tensor]) -> bool:
         """Whether `tensors` are the inputs that it was run with last."""
@@ -173,14 +213,17 @@ class _Recording:
 
     def replay(self, tensors: list[Tensor]) -> Any:
         """What the denoiser returns for `tensors`."""
-        for own, given in zip(self._inputs, tensors, strict=True):
-            own.copy_(_distinct(given))
-        for call in self._calls:
-            call()
-        return with_prediction(self._template, self._result.clone())
+        with torch.inference_mode(False), torch.no_grad():
+            for own, given in zip(self._inputs, tensors, strict=True):
+                own.copy_(_distinct(given))
+            for call in self._recorder.calls:
+                call()
+            return with_prediction(self._template, self._result.clone())
 
 
-def _record(denoiser: nn.Module, arguments: dict[str, Any]) -> tuple[_Recording, Any]:
+@torch.inference_mode(False)
+@torch.no_grad()
+def _record(denoiser: nn.Module, arguments: dict[str, Any], state: State) -> tuple[_Recording, Any]:
     """The recording of a call, and what the call returned."""
     given = tensors_in(arguments)
     inputs = [_distinct(tensor).clone() for tensor in given]
@@ -188,10 +231,22 @@ def _record(denoiser: nn.Module, arguments: dict[str, Any]) -> tuple[_Recording,
     recorder = Recorder()
     with recorder.listening():
         output = denoiser(**with_tensors(arguments, iter(expanded)))
-    if len(tensors_in(output)) > 1:
+    result = _only_result(output, denoiser)
+    recorder.check_addresses([*state.tensors, *inputs])
+    recording = _Recording(inputs, arguments["timestep"], recorder, output, result)
+    return recording, with_prediction(output, result.clone())
+
+
+def _only_result(output: Any, denoiser: nn.Module) -> Tensor:
+    """The prediction in `output`, if it is the only tensor there."""
+    opened = output
+    if not isinstance(output, Tensor | tuple | list | dict):
+        if not dataclasses.is_dataclass(output):
+            raise NotRecordable(f"it returns a {type(output).__name__}")
+        opened = list(vars(output).values())
+    if len(tensors_in(opened)) != 1:
         raise NotRecordable("it returns more than the prediction")
-    recording = _Recording(inputs, recorder, output, denoiser)
-    return recording, with_prediction(output, prediction_in(output, denoiser).clone())
+    return prediction_in(output, denoiser)
 
 
 def _names(denoiser: nn.Module) -> list[str]:
@@ -208,9 +263,9 @@ def _distinct(tensor: Tensor) -> Tensor:
     return tensor[tuple([slice(None) if step else slice(1) for step in tensor.stride()])]
 
 
-def _one_for_all(timestep: Any) -> Any:
+def _one_for_all(timestep: Tensor) -> Tensor:
     """`timestep`, as an expanded number where it is `[B]` and the same for all samples."""
-    if not isinstance(timestep, Tensor) or timestep.dim() != 1 or timestep.stride(0) == 0:
+    if timestep.dim() != 1 or timestep.stride(0) == 0:
         return timestep
     alike = len(timestep) > 1 and bool((timestep == timestep[0]).all())
     return timestep[:1].expand(len(timestep)) if alike else timestep
@@ -219,6 +274,8 @@ def _one_for_all(timestep: Any) -> Any:
 def _is_plain(arguments: dict[str, Any]) -> bool:
     """Whether a call with them can be recorded, in the mode that torch is in."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if not isinstance(arguments.get("timestep"), Tensor):
         return False
     for leaf in leaves_in(arguments):
         if not isinstance(leaf, PLAIN) or (isinstance(leaf, Tensor) and not leaf.is_cpu):
@@ -229,8 +286,8 @@ def _is_plain(arguments: dict[str, Any]) -> bool:
 def _description(value: Any) -> Any:
     """What has to be the same for a replay: all but the numbers in the tensors."""
     if isinstance(value, Tensor):
-        repeated = tuple([step == 0 for step in value.stride()])
-        return value.dtype, value.shape, repeated
+        wide = zip(value.stride(), value.shape, strict=True)
+        return value.dtype, value.shape, tuple([step for step, size in wide if size > 1])
     if isinstance(value, dict):
         return tuple([(name, _description(entry)) for name, entry in value.items()])
     if type(value) in (tuple, list):

@@ -78,13 +78,24 @@ class Memory:
             self._blocks[block.address] = block
         return block.let(sizes, strides, dtype)
 
-    def kept(self, tensor: Tensor) -> Tensor:
-        """`tensor` as a replay may hold it: if it lies here, without keeping its block from others.
+    def spans(self) -> list[tuple[int, int]]:
+        """Where the blocks begin, and their bytes."""
+        return [(address, len(block)) for address, block in self._blocks.items()]
 
-        Raises RuntimeError for a tensor without memory of its own (of a layout only its operators
-        know).
-        """
-        block = self._blocks.get(tensor.untyped_storage().data_ptr())
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether `tensor` lies here."""
+        return storage_address(tensor) in self._blocks or not tensor.numel()
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """`tensor` as a replay may hold it: one that lies here does not keep its block."""
+        address = storage_address(tensor)
+        block = None if address is None else self._blocks.get(address)
         if block is None or not tensor.numel():
             return tensor
-        return block.view(tensor.shape, tensor.stride(), tensor.dtype, int(tensor.storage_offset()))
+        offset = int(tensor.storage_offset())
+        return block.view(tensor.shape, tensor.stride(), tensor.dtype, offset)
+
+
+def storage_address(tensor: Tensor) -> int | None:
+    """Where its memory begins; None for a layout that only operators know (oneDNN's weights)."""
+    return None if tensor.layout != torch.strided else tensor.untyped_storage().data_ptr()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import bisect
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepquant.models.calling import inside, tensors_in, with_tensors
 from stepquant.runtime.native import FUNCTIONS, Library, called_instead, library
 from stepquant.runtime.native.calls import fail
-from stepquant.runtime.recording.memory import Memory
+from stepquant.runtime.recording.memory import Memory, storage_address
 
 aten = torch.ops.aten
 EMPTY = (
@@ -23,6 +26,8 @@ EMPTY = (
 )
 CPU = torch.device("cpu")
 READS_NUMBERS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+READS_ALL = (Tensor.tolist, Tensor.numpy, Tensor.__array__)  # no operators
+LOWEST_ADDRESS = 1 << 32  # nothing else that kernels are told, sizes and strides, is as large
 
 
 class NotRecordable(Exception):
@@ -41,6 +46,15 @@ class NativeCall:
         status = self.function(*self.arguments)
         if status:
             fail(status)
+
+    def addresses(self) -> Iterator[int]:
+        """What it reads or writes; structures are whole words (`native/abi.h`)."""
+        for argument in self.arguments:
+            if isinstance(argument, bytes):
+                words = struct.unpack(f"{len(argument) // 8}q", argument)
+                yield from (word for word in words if word >= LOWEST_ADDRESS)
+            elif isinstance(argument, int) and argument >= LOWEST_ADDRESS:
+                yield argument
 
 
 @dataclass(frozen=True)
@@ -78,11 +92,23 @@ def _noted(function: Callable[..., int], note: Callable[[NativeCall], None]) -> 
     return call
 
 
+class _NoReading(TorchFunctionMode):
+    """Raises NotRecordable where Python takes all numbers of a tensor, which is no operator."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in READS_ALL:
+            raise NotRecordable(f"it reads numbers out of a tensor ({func.__name__})")
+        return func(*args, **(kwargs or {}))
+
+
 class Recorder(TorchDispatchMode):
     """Notes what runs while it is entered, without gradients, and keeps values in its memory.
 
     `calls`: what to run again, in order. Raises NotRecordable where a number is read out of a
-    tensor: what Python makes of it would not change in a replay.
+    tensor (what Python makes of it would not change in a replay), where numbers are drawn, and
+    where something is written to a tensor that the call has not made.
     """
 
     def __init__(self) -> None:
@@ -90,14 +116,29 @@ class Recorder(TorchDispatchMode):
         self.memory = Memory()
         self.calls: list[NativeCall | Operator] = []
         self._inside = False  # an operator, whose own native calls are its matter
+        self._others: dict[int, Tensor] = {}  # by address: what operators had from elsewhere
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """While this lasts, torch's operators and calls of the native library are noted."""
         native = library()
         assert native is not None
-        with called_instead(_Listening(native, self._note)), self:
+        with called_instead(_Listening(native, self._note)), _NoReading(), self:
             yield
+
+    def check_addresses(self, known: Iterable[Tensor]) -> None:
+        """Raise NotRecordable if a native call uses memory of none of `known` nor of its own.
+
+        Such memory may be gone in a replay.
+        """
+        held = [each.untyped_storage() for each in (*known, *self._others.values())]
+        spans = sorted([*self.memory.spans(), *((s.data_ptr(), s.nbytes()) for s in held)])
+        starts = [start for start, _ in spans]
+        for call in self.calls:
+            for address in call.addresses() if isinstance(call, NativeCall) else ():
+                at = bisect.bisect_right(starts, address) - 1
+                if at < 0 or address >= starts[at] + max(spans[at][1], 1):
+                    raise NotRecordable("a kernel reads a tensor that is no part of the model")
 
     def _note(self, call: NativeCall) -> None:
         if not self._inside:
@@ -112,8 +153,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run an operator and note it."""
         kwargs = kwargs or {}
-        if any(tag in func.tags for tag in READS_NUMBERS):
-            raise NotRecordable(f"it reads numbers out of a tensor ({func})")
+        _check(func, args, kwargs)
         if func in EMPTY and kwargs.get("device") in (None, CPU):
             planned = func(*args, **{**kwargs, "device": "meta"})
             return self.memory.empty(planned.shape, planned.stride(), planned.dtype)
@@ -126,27 +166,70 @@ class Recorder(TorchDispatchMode):
         results = tensors_in(found)
         if any(tensor.layout != torch.strided or not tensor.is_cpu for tensor in results):
             raise NotRecordable(f"{func} gives what is no plain tensor on the CPU")
-        writes = any(
-            each.alias_info is not None and each.alias_info.is_write
-            for each in func._schema.arguments
-        )
-        at_hand = {tensor.untyped_storage().data_ptr() for tensor in given}
-        views = all(tensor.untyped_storage().data_ptr() in at_hand for tensor in results)
-        if writes and not views:
+        at_hand = {storage_address(tensor) for tensor in given}
+        views = bool(results) and all(storage_address(each) in at_hand for each in results)
+        written = _written(func, args, kwargs)
+        if any(not self.memory.holds(tensor) for tensor in written):
+            raise NotRecordable(f"{func} writes to a tensor that the call has not made")
+        if written and not views:
             raise NotRecordable(f"{func} writes to what it is given and gives something new")
-        if writes or (views and results):
-            if writes:
+        self._keep_others([*given, *results] if views else given)
+        if views:
+            if written:
                 self.calls.append(Operator(func, self._kept(args), self._kept(kwargs), ()))
             return found
-        own = iter(
-            [self.memory.empty(t.shape, t.stride(), t.dtype).copy_(t.detach()) for t in results]
-        )
-        found = with_tensors(found, own)
-        outs = tuple(self._kept(tensors_in(found)))
+        own = [self.memory.empty(each.shape, _strides(each), each.dtype) for each in results]
+        for place, tensor in zip(own, results, strict=True):
+            place.copy_(tensor)
+        found = with_tensors(found, iter(own))
+        outs = tuple(self._kept(own))
         self.calls.append(Operator(func, self._kept(args), self._kept(kwargs), outs))
         return found
+
+    def _keep_others(self, tensors: list[Tensor]) -> None:
+        """Those that lie elsewhere: a native call may know only their address."""
+        for tensor in tensors:
+            address = storage_address(tensor)
+            if address is not None and not self.memory.holds(tensor):
+                self._others.setdefault(address, tensor)
 
     def _kept(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self.memory.kept(value)
         return inside(value, self._kept)
+
+
+def _check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # Indexing has the tag for masks; whole numbers as indices say nothing of shapes.
+    whole = func is aten.index.Tensor and all(
+        index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1]
+    )
+    if not whole and any(tag in func.tags for tag in READS_NUMBERS):
+        raise NotRecordable(f"it reads numbers out of a tensor ({func})")
+    without = _argument(func, args, kwargs, "dropout_p") == 0.0  # attention
+    if torch.Tag.nondeterministic_seeded in func.tags and not without:
+        raise NotRecordable(f"it draws random numbers ({func})")
+
+
+def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """What an operator is given as `name`, or its default; None where it takes no such thing."""
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.name == name:
+            return args[number] if number < len(args) else kwargs.get(name, argument.default_value)
+    return None
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operator writes to."""
+    names = [
+        argument.name
+        for argument in func._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return tensors_in([_argument(func, args, kwargs, name) for name in names])
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Those of `tensor`, or where it repeats its values those of a contiguous one."""
+    strides = tensor.stride()
+    return torch.empty(tensor.shape, device="meta").stride() if 0 in strides else strides

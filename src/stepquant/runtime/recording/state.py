@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -13,21 +12,30 @@ from torch.nn.modules import module as global_hooks
 from stepquant.models.input_bypass import InputBypass
 from stepquant.quantizers.step_grid import StepContext
 from stepquant.runtime import native
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.packed import PackedLayer, is_packed
 
 NO_PRODUCTS = "no native integer products on this machine"
+KINDS = (
+    *("_modules", "_parameters", "_buffers"),
+    *("_forward_hooks", "_forward_pre_hooks"),
+)
 OWN_HOOKS = (StepContext, InputBypass)  # of which a replay does what they would
+# Attention processors, FreeU's factors, chunked feed-forward layers; `PackedAttention`'s own.
+ATTRIBUTES = ("processor", "s1", "s2", "b1", "b2", "_chunk_size", "_any_log2")
+PATCHES = ("forward", "_hf_hook")  # of instances, by the hooks of accelerate and diffusers
 
 
 def why_not(denoiser: nn.Module) -> str | None:
     """Why calls of `denoiser` cannot be recorded as it is now, or None."""
     if native.why_no_products() is not None:
         return NO_PRODUCTS
+    if not is_packed(denoiser):
+        return "no packed layers"
     for module in denoiser.modules():
         if module.training:
             return "training mode"
-        if "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
-            return "a hook of accelerate"
+        if any(name in module.__dict__ for name in PATCHES):
+            return "a hook of accelerate or diffusers"
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if not isinstance(getattr(hook, "__self__", None), OWN_HOOKS):
                 return "a hook"
@@ -42,48 +50,53 @@ def why_not(denoiser: nn.Module) -> str | None:
 
 
 class State:
-    """Of a denoiser, after a call: its parts, its hooks, and where its tensors lie.
+    """Of a denoiser: its parts, its hooks, what its packed layers run on, and where tensors lie.
 
-    Not seen are plain attributes of modules that are not the packed layers' own.
+    Of other attributes of modules it sees `ATTRIBUTES` only.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
-        """Note all of it; each later comparison takes some 0.1 ms."""
+        """Note all of it; a later comparison takes some 0.2 ms for 300 modules."""
         modules = list(denoiser.modules())
         layers = [module for module in modules if isinstance(module, PackedLayer)]
-        self._modules = [module.__dict__ for module in modules]
-        self._layers = [layer.__dict__ for layer in layers]
-        kinds = ("_modules", "_parameters", "_buffers")
-        self._held: list[dict[str, Any]] = [own[kind] for own in self._modules for kind in kinds]
-        self._hooks: list[Mapping[int, Any]] = [
-            global_hooks._global_forward_hooks,
-            global_hooks._global_forward_pre_hooks,
-            *(
-                own[kind]
-                for own in self._modules
-                for kind in ("_forward_hooks", "_forward_pre_hooks")
-            ),
+        own = [module.__dict__ for module in modules]
+        self._modules, self._layers = own, [layer.__dict__ for layer in layers]
+        self._held = [each[kind] for each in own for kind in KINDS]
+        self._held += [global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks]
+        self._attributes = [
+            (each, name)
+            for each in own
+            for name in (*ATTRIBUTES, *PATCHES)
+            # FreeU's factors come to blocks that did not have them.
+            if name in each or name in PATCHES or "resnets" in each["_modules"]
         ]
-        # Kept, so that nothing else comes to have their ids.
-        self._kept = [value for held in self._held for value in held.values()]
-        self._kept += [own["_prepared"] for own in self._layers]
-        read = [value for value in self._kept if type(value) in (Tensor, nn.Parameter)]
-        read += [tensor for layer in layers for tensor in _laid_out(layer)]
-        # Views move along with what they are views of.
-        self._tensors = list(
-            {each.untyped_storage().data_ptr(): each for each in reversed(read)}.values()
-        )
+        self._bypasses = [each["bypass"] for each in self._layers if each["bypass"] is not None]
+        registered = [value for held in self._held for value in held.values()]
+        self.tensors = [each for each in registered if type(each) in (Tensor, nn.Parameter)]
+        at_hand = {each.untyped_storage().data_ptr() for each in self.tensors}
+        self.tensors += [
+            tensor
+            for layer in layers
+            for tensor in _laid_out(layer)
+            if tensor.untyped_storage().data_ptr() not in at_hand
+        ]
         self._then = self._now()
+        # Kept, so that nothing else comes to have their ids.
+        self._kept = [registered, [each["_prepared"] for each in self._layers]]
+        self._kept += [[each.get(name) for each, name in self._attributes], self._bypasses]
+        self._kept += [[bypass.slopes for bypass in self._bypasses]]
 
     def _now(self) -> tuple[Any, ...]:
         return (
             torch.get_num_threads(),
-            sum(map(len, self._hooks)),
             [own["training"] for own in self._modules],
             list(map(id, chain.from_iterable([held.values() for held in self._held]))),
+            [id(own.get(name)) for own, name in self._attributes],
             [id(own["_prepared"]) for own in self._layers],
+            [id(own["bypass"]) for own in self._layers],
+            [id(bypass.slopes) for bypass in self._bypasses],
             [own["backend"] for own in self._layers],
-            list(map(Tensor.data_ptr, self._tensors)),
+            list(map(Tensor.data_ptr, self.tensors)),
         )
 
     def unchanged(self) -> bool:
@@ -94,7 +107,7 @@ class State:
 def _laid_out(layer: PackedLayer) -> list[Tensor]:
     """What the kernels of a layer read besides its buffers."""
     found: list[Tensor | None] = []
-    for part in layer.prepared_parts():
+    for part in layer._prepared or ():
         found += [part.weight, *part.rest, part.grid.factors]
         found += [] if part.held is None else part.held[:5]
     return [each for each in found if each is not None and each.layout == torch.strided]
