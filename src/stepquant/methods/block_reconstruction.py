@@ -25,7 +25,7 @@ from stepquant.methods.block_training import (
     trained_layers,
     training_inputs,
 )
-from stepquant.methods.coherence import check_together
+from stepquant.methods.coherence import check_together, steps_of_each
 from stepquant.methods.layer_optimizer import LayerOptimizer
 from stepquant.methods.step import CORRECTED, Step
 from stepquant.quantizers import QuantLayer
@@ -143,8 +143,9 @@ class BlockReconstruction(Step):
         generator: torch.Generator,
     ) -> tuple[float, float]:
         """Train `block`; `(held-out loss before, after)`, over the mean square of the target."""
+        steps = steps_of_each(session.trajectories, self.samples, self.steps_together)
         guarded = GuardedBlock(
-            session, self.name, name, block, data, self.batch, self.steps_together
+            session, self.name, name, block, data, self.batch, self.steps_together, steps
         )
         layers = trained_layers(session, name)
         count = sum(layer.weight.numel() for layer in layers)
