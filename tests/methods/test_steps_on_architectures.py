@@ -53,10 +53,13 @@ def errors(current):
 
 
 @pytest.mark.parametrize("name", ["sd", "dit"])
-def test_the_influence_of_a_step_is_not_followed_through_guidance(name):
+def test_the_influence_of_a_step_is_followed_through_the_mix_of_guidance_only(name):
     guided = session(name)
     guided.scheduler.set_timesteps(3)
-    assert "expected no classifier-free guidance" in refused(guided.image_gradients)
+    assert guided.image_gradients().shape[:2] == (3, 2)
+    unknown = session(name)
+    unknown.mixing = None
+    assert "expected no classifier-free guidance" in refused(unknown.image_gradients)
 
 
 @pytest.mark.parametrize("name", ["sd", "dit", "flux"])

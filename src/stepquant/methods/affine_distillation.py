@@ -51,17 +51,18 @@ class AffineDistillation(Step):
     the mean. The losses in the summary are held-out ones, over the mean of `S^x |F y|^2` of the
     float prediction `y` at single steps.
 
-    `iterations`, `batch`, `samples`: optimizer steps, inputs in each at the most (those of
-    `batch // steps_together` trajectories), and calibration inputs in all, whole trajectories, an
-    eighth of which are held out. `rate`: of Adam, in the unit of biases and gains; it falls along a
-    cosine. The state with the lowest loss on held-out trajectories is kept, so the step never makes
-    that worse.
+    `iterations`, `batch`, `samples`: optimizer steps, inputs in each at the most (those of `batch
+    // steps_together` trajectories), and calibration inputs in all, whole trajectories (where
+    conditions differ some steps of each), an eighth of which are held out. `rate`: of Adam, in the
+    unit of biases and gains; it falls along a cosine. The state with the lowest loss on held-out
+    trajectories is kept, so the step never makes that worse.
 
     Trained are the biases of quantized layers, and the gains and biases of `GroupNorm` and
-    `LayerNorm`; layers that stay float keep theirs. Where the influence of a step is not known
-    (guidance, other samplers than DDIM and DDPM), or nothing of this is there, the step says so and
-    changes nothing: without it the last steps, whose errors are the largest and do least to the
-    image, would decide.
+    `LayerNorm`; layers that stay float keep theirs. With classifier-free guidance the prediction is
+    the mix that the sampler follows, and a batch has half as many trajectories, of images. Where
+    the influence of a step is not known (other samplers than DDIM and DDPM, guidance whose mix
+    cannot be told), or nothing of this is there, the step says so and changes nothing: without it
+    the last steps, whose errors are the largest and do least to the image, would decide.
 
     No paper's step. PTQD (NeurIPS 2023) corrects the mean error of the prediction, step by step;
     here the errors are those of each image, and of all frequencies.
@@ -82,7 +83,7 @@ class AffineDistillation(Step):
         check_together(self.name, self.steps_together, self.batch)
 
     def why_idle(self, scheduler: Any, inputs: Trajectories) -> str | None:
-        """Where the influence of a step cannot be followed."""
+        """Where the influence of a step cannot be followed, whatever its mix."""
         return why_not_followed(scheduler, inputs)
 
     def apply(self, session: Session) -> None:

@@ -43,7 +43,7 @@ class BlockDistillation(Step):
     gives each batch a single step and walks through the steps in sampling order, over and over, as
     EfficientDM (ICLR 2024) trains, for comparison. `steps_together`: above 1 the loss is of the
     mean error over so many steps of one trajectory (`methods.coherence`, ours), and `samples` are
-    whole trajectories; with mixed batches only.
+    whole trajectories, or where conditions differ some steps of each; with mixed batches only.
 
     Layers that embed the timestep inside a block are not trained (`trained_layers`).
 
