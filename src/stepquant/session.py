@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibration.guidance import mixing_weights
 from stepquant.calibration.influence import image_gradients, influence_spectrum
 from stepquant.calibration.initialize import initialize_ranges
 from stepquant.calibration.observe import quant_attention, quant_layers
@@ -74,8 +76,16 @@ class Session:
         """The simulated layers by name."""
         return quant_layers(self.model)
 
+    @cached_property
+    def mixing(self) -> Tensor | None:
+        """How the sampler mixes the predictions of an image, see `calibration.guidance`."""
+        return mixing_weights(self.float_model, self.scheduler, self.trajectories)
+
     def image_gradients(self) -> Tensor:
-        """Of some calibration images by the predictions of all steps, `[T, images, C, H, W]`."""
+        """Of some calibration images by the predictions of all steps, `[T, images, C, H, W]`.
+
+        With guidance by their mix; StepQuantError where that is not known.
+        """
         if self.gradients is None:
             kept = self.work.load("image_gradients")
             if kept is None:
@@ -86,6 +96,7 @@ class Session:
                     IMAGES_FOR_GRADIENTS,
                     self.seed,
                     self.reporter,
+                    self.mixing,
                 )
                 kept = {"gradients": found}
                 self.work.save("image_gradients", kept)

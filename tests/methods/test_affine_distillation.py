@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from architectures import session as session_of
 from quantize_runs import Lines, refused
@@ -13,7 +14,7 @@ from stepquant.calibration.influence import shared_power, weighted_power
 from stepquant.calibration.trajectories import predict
 from stepquant.methods import AffineDistillation, TemporalQuantizer
 from stepquant.methods.affine_distillation import affine_parameters, only_gradients_of
-from stepquant.methods.coherence import whole_trajectories
+from stepquant.methods.coherence import coherent_inputs
 from stepquant.runtime.pack import pack_model
 from stepquant.workfolder import WorkFolder
 
@@ -85,7 +86,7 @@ def test_the_loss_is_the_weighted_error_of_held_out_trajectories(tiny_session):
     session = ready(tiny_session)
     before = copy.deepcopy(session.model)
     AffineDistillation(**{**TINY, "batch": 5, "steps_together": 5}).apply(session)
-    data = whole_trajectories(session.trajectories, 30, "x").take(slice(25, 30))
+    data = coherent_inputs(session.trajectories, 30, 5, "x", 0).take(slice(25, 30))
     spectrum = session.influence(1.0).double().numpy()  # a row for each step, in the grid's order
     with torch.no_grad():
         target = predict(session.float_model, data)
@@ -143,11 +144,68 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(tiny_session, tmp_
     assert resumed.summary["affine_distillation"] == whole.summary["affine_distillation"]
 
 
+def test_with_guidance_the_loss_is_of_the_mixed_prediction(one_thread):
+    """Both steps together, one of two images held out: nothing is left to chance."""
+    session = session_of("dit", 3, 4, steps=2)
+    session.scheduler.set_timesteps(2)
+    session.ensure_ranges()
+    before = copy.deepcopy(session.model)
+    options = {"iterations": 8, "batch": 4, "samples": 16, "steps_together": 2, "rate": 1e-3}
+    AffineDistillation(**options).apply(session)
+    held_out = session.trajectories.take(session.trajectories.trajectory == 1)
+    assert (
+        held_out.timestep.unique_consecutive().tolist() == session.trajectories.timesteps.tolist()
+    )
+    spectrum = session.influence(1.0).double().numpy()[:, None]  # [T, 1, H, W]
+
+    def mix(model):
+        with torch.no_grad():
+            conditional, without = predict(model, held_out)[:, :4].unflatten(0, (2, 2)).unbind(1)
+        return (without + 4 * (conditional - without)).double().numpy()  # the pipeline's scale
+
+    def loss(model):
+        error = np.fft.fft2(mix(model) - target, norm="ortho") * np.sqrt(spectrum)
+        alone = np.fft.fft2(target, norm="ortho") * np.sqrt(spectrum)
+        return (np.abs(error.mean(axis=0)) ** 2).mean() / (np.abs(alone) ** 2).mean()
+
+    target = mix(session.float_model)
+    summary = session.summary["affine_distillation"]
+    session.context.attach(before)
+    assert summary["loss_before"] == pytest.approx(loss(before), rel=1e-3)
+    session.context.attach(session.model)
+    assert summary["loss_after"] == pytest.approx(loss(session.model), rel=1e-3)
+    assert summary["loss_after"] <= summary["loss_before"]
+
+
+def test_a_mix_that_changes_from_step_to_step_is_not_followed():
+    current = session_of("sd")
+    current.scheduler.set_timesteps(3)
+    current.trajectories.sample[
+        current.trajectories.timestep == current.trajectories.timesteps[1]
+    ] *= 2
+    current.ensure_ranges()
+    AffineDistillation(**TINY).apply(current)
+    why = current.summary["affine_distillation"]["nothing_because"]
+    assert why.startswith("the sampler mixes several predictions of an image at each step")
+
+
+def through_ddpm(current):
+    current.scheduler = DDPMScheduler.from_config(current.scheduler.config)
+
+
 @pytest.mark.parametrize(
-    ("name", "because"), [("sd", "mixes several predictions"), ("flux", "DDIM and DDPM only")]
+    ("name", "change", "because"),
+    [
+        ("sd", through_ddpm, "mixes several predictions"),
+        ("flux", lambda _: None, "DDIM and DDPM only"),
+    ],
+    ids=["guidance and noise", "flow"],
 )
-def test_where_the_influence_cannot_be_followed_nothing_changes_and_it_says_so(name, because):
+def test_where_the_influence_cannot_be_followed_nothing_changes_and_it_says_so(
+    name, change, because
+):
     current = session_of(name)
+    change(current)
     current.ensure_ranges()
     current.reporter = Lines()
     before = {key: value.clone() for key, value in current.model.state_dict().items()}
@@ -204,14 +262,16 @@ def test_a_predicted_variance_does_not_count(tiny_session, monkeypatch):
     session = ready(tiny_session)
     step = AffineDistillation(**TINY)
     inputs = session.trajectories.take(slice(0, 3))
-    expected = float(step._loss(session, inputs, 3).detach())
+    expected = float(step._loss(session, inputs, 3, torch.ones(1)).detach())
 
     def with_variance(model, data):
         noise = predict(model, data)
         return torch.cat([noise, noise + (model is session.model)], dim=1)
 
     monkeypatch.setattr("stepquant.methods.affine_distillation.predict", with_variance)
-    assert float(step._loss(session, inputs, 3).detach()) == pytest.approx(expected, rel=1e-6)
+    assert float(step._loss(session, inputs, 3, torch.ones(1)).detach()) == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_bad_settings_and_losses_are_named(tiny_session):

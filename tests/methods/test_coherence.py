@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from architectures import session as session_of
+from stepquant.calibration.conditions import Conditions
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.methods import BlockDistillation, BlockReconstruction, ProgressiveAlignment
@@ -10,9 +12,11 @@ from stepquant.methods.block_training import training_inputs
 from stepquant.methods.coherence import (
     check_together,
     coherent_batches,
+    coherent_inputs,
     held_out_groups,
+    of_all_kinds,
     shared_error,
-    whole_trajectories,
+    steps_of_each,
 )
 from stepquant.recipe import load_recipe, parse_step
 from stepquant.scheme import Scheme
@@ -25,7 +29,7 @@ SMALL = {
 }
 
 
-def trajectories(images, steps, guided=False):
+def trajectories(images, steps, guided=False, labels=1):
     """Step by step as a sampler calls, `sample` saying image, step and kind of call."""
     timesteps = torch.arange(steps).flip(0) * 10
     kinds = 2 if guided else 1
@@ -41,13 +45,17 @@ def trajectories(images, steps, guided=False):
         torch.tensor([step for _, step, _ in entries]),
         torch.tensor([image for _, _, image in entries]),
         timesteps,
+        Conditions(
+            {"class_labels": torch.arange(labels)},
+            {"class_labels": torch.tensor([image % labels for _, _, image in entries])},
+        ),
     )
 
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_whole_trajectories_lie_one_behind_the_other(guided):
     data = trajectories(5, 4, guided)
-    found = whole_trajectories(data, 16, "x")
+    found = coherent_inputs(data, 16, 2, "x", 0)
     assert len(found) == 16
     table = found.sample.view(4, 4)
     owners, steps = table.div(1000, rounding_mode="floor"), table % 1000
@@ -57,13 +65,59 @@ def test_whole_trajectories_lie_one_behind_the_other(guided):
     assert (found.trajectory.view(4, 4) == owners % 100).all()
 
 
-def test_there_are_always_two_trajectories():
-    assert len(whole_trajectories(trajectories(5, 8), 1, "x")) == 16
+@pytest.mark.parametrize("guided", [False, True])
+def test_where_labels_differ_every_trajectory_gives_some_steps(guided):
+    data = trajectories(12, 10, guided, labels=3)
+    rows = 24 if guided else 12
+    assert steps_of_each(data, rows * 4, 2) == 4
+    found = coherent_inputs(data, rows * 4, 2, "x", 0)
+    table = found.sample.view(rows, 4)
+    owners, steps = table.div(1000, rounding_mode="floor"), (table % 1000 / 10).long()
+    assert (owners == owners[:, :1]).all() and owners[:, 0].unique().numel() == rows
+    # One of each part of the sampler's ten steps, from the noise down to the image.
+    ends = torch.tensor([0, 2, 5, 7, 10])
+    rank = 9 - steps
+    assert ((rank >= ends[:-1]) & (rank < ends[1:])).all()
+    assert set(steps.flatten().tolist()) == set(range(10))
+    if guided:  # an image's two side by side, at the same steps
+        assert torch.equal(owners[1::2], owners[::2] + 100)
+        assert torch.equal(steps[1::2], steps[::2])
 
 
-def test_too_few_trajectories_are_named():
+def test_no_fewer_steps_than_are_taken_together():
+    data = trajectories(12, 10, labels=3)
+    assert steps_of_each(data, 48, 8) == 8
+    found = coherent_inputs(data, 48, 8, "x", 0)
+    assert len(found) == 48 and found.trajectory.unique().tolist() == list(range(6))
+    assert steps_of_each(data, 1, 11) == steps_of_each(data, 1000, 2) == 10
+
+
+def test_the_steps_are_those_of_the_seed():
+    data = trajectories(12, 10, labels=3)
+    first, again, other = (coherent_inputs(data, 48, 2, "x", seed) for seed in (0, 0, 1))
+    assert torch.equal(first.sample, again.sample)
+    assert not torch.equal(first.sample, other.sample)
+
+
+def test_there_are_always_two_images():
+    assert len(coherent_inputs(trajectories(5, 8), 1, 2, "x", 0)) == 16
+    guided = coherent_inputs(trajectories(5, 8, guided=True), 1, 2, "x", 0)
+    assert len(guided) == 32 and guided.trajectory.unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_too_few_trajectories_are_named(guided):
     with pytest.raises(StepQuantError, match="step 'x' has 1 calibration trajectory: expected"):
-        whole_trajectories(trajectories(1, 8), 64, "x")
+        coherent_inputs(trajectories(1, 8, guided), 64, 2, "x", 0)
+
+
+def test_all_inputs_of_an_image_and_step_side_by_side():
+    data = trajectories(3, 4, guided=True)
+    found = coherent_inputs(data, 24, 2, "x", 0)
+    index = torch.tensor([0, 3, 9])  # steps 0 and 3 of image 0, step 1 of image 2
+    both = found.take(of_all_kinds(index, 4, 2)).sample.flatten()
+    assert both.tolist() == [30, 100_030, 0, 100_000, 2020, 102_020]
+    assert torch.equal(of_all_kinds(index, 4, 1), index)
 
 
 def test_a_batch_has_whole_groups_of_distinct_steps():
@@ -153,6 +207,16 @@ def test_inputs_of_a_step_are_whole_trajectories_if_it_says_so(tiny_session):
     together = training_inputs(session, "x", 16, 2)
     assert len(apart) == len(together) == 16
     assert together.trajectory.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_blocks_are_trained_on_a_few_steps_of_all_labelled_trajectories(one_thread):
+    session = session_of("dit", 4, 4, steps=6)
+    options = {"iterations": 8, "batch": 4, "samples": 16, "steps_together": 2}
+    data = training_inputs(session, "x", 16, 2)
+    assert len(data) == 16 and data.trajectory.tolist() == [0] * 8 + [1] * 8
+    BlockDistillation(**options).apply(session)
+    records = session.summary["block_distillation"]
+    assert sum(r["loss_after"] for r in records) < sum(r["loss_before"] for r in records)
 
 
 def test_the_recipe_trains_on_shared_errors():

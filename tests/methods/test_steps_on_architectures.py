@@ -52,11 +52,20 @@ def errors(current):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("name", ["sd", "dit"])
-def test_the_influence_of_a_step_is_not_followed_through_guidance(name):
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("sd", [-6.5, 7.5]), ("dit", [4.0, -3.0]), ("pixart", [-3.5, 4.5])],
+    ids=["sd", "dit", "pixart"],
+)
+def test_the_influence_of_a_step_is_followed_through_the_mix_of_guidance_only(name, weights):
+    """The weights are those of the pipelines' own scales, in the order of their calls."""
     guided = session(name)
     guided.scheduler.set_timesteps(3)
-    assert "expected no classifier-free guidance" in refused(guided.image_gradients)
+    assert guided.mixing.tolist() == pytest.approx(weights, rel=1e-3)
+    assert guided.image_gradients().shape[:2] == (3, 2)
+    unknown = session(name)
+    unknown.mixing = None
+    assert "expected no classifier-free guidance" in refused(unknown.image_gradients)
 
 
 @pytest.mark.parametrize("name", ["sd", "dit", "flux"])

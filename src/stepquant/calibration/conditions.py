@@ -34,6 +34,11 @@ class Conditions:
     shared: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def differ(self) -> bool:
+        """Whether not all inputs are told the same."""
+        return any(len(value) > 1 for value in self.values.values())
+
     def take(self, index: Tensor | slice) -> Conditions:
         """Those of the inputs `index`."""
         rows = {name: row[index] for name, row in self.rows.items()}

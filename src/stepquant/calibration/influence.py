@@ -16,11 +16,16 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
+from stepquant.calibration.guidance import mixed
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.errors import StepQuantError
 from stepquant.progress import Reporter
 
 NEIGHBOURS = 2  # steps on either side that a step's spectrum is averaged with
+MIXED = (
+    "the sampler mixes several predictions of an image at each step, which the influence "
+    "of a step is not followed through"
+)
 
 
 def check_without_memory(scheduler: Any) -> None:
@@ -44,8 +49,14 @@ def check_unguided(trajectories: Trajectories) -> None:
 
 
 def why_not_followed(scheduler: Any, trajectories: Trajectories) -> str | None:
-    """Why the influence of a step on the image cannot be followed here, or None where it can."""
-    return _why_memory(scheduler) or _why_guided(trajectories)
+    """Why the influence of a step on the image cannot be followed here.
+
+    None where it can; with guidance and DDIM that takes the weights of the mix besides.
+    """
+    reason = _why_memory(scheduler)
+    if reason is None and not isinstance(scheduler, DDIMScheduler):
+        reason = _why_guided(trajectories)
+    return reason
 
 
 def _why_memory(scheduler: Any) -> str | None:
@@ -61,12 +72,7 @@ def _why_memory(scheduler: Any) -> str | None:
 
 
 def _why_guided(trajectories: Trajectories) -> str | None:
-    if not trajectories.guided:
-        return None
-    return (
-        "the sampler mixes several predictions of an image at each step, which the influence "
-        "of a step is not followed through"
-    )
+    return MIXED if trajectories.guided else None
 
 
 def image_gradients(
@@ -76,15 +82,20 @@ def image_gradients(
     images: int,
     seed: int,
     reporter: Reporter,
+    mixing: Tensor | None = None,
 ) -> Tensor:
     """`v` of each step for the first `images` of `trajectories`, `[T, images, C, H, W]`.
 
     `scheduler`: set to the steps of `trajectories`; one whose step depends on its own input only
     (DDIM, DDPM), else StepQuantError. The gradients are of a sum of the image's values with random
-    signs, an independent one for each value.
+    signs, an independent one for each value. With guidance they are by the mix of an image's
+    predictions with the weights `mixing [kinds]` (`calibration.guidance`); StepQuantError without.
     """
     check_without_memory(scheduler)
-    check_unguided(trajectories)
+    if mixing is None:
+        check_unguided(trajectories)
+        mixing = torch.ones(1)
+    kinds = len(mixing)
     steps = len(trajectories.timesteps)
     generator = torch.Generator().manual_seed(seed)
     found: list[Tensor] = []
@@ -92,10 +103,11 @@ def image_gradients(
     with reporter.task("following steps back from the image", total=steps) as task:
         for row in reversed(range(steps)):
             inputs = trajectories.step(row, images)
-            x = inputs.sample.clone().requires_grad_()
+            x = inputs.sample[::kinds].clone().requires_grad_()
             timestep = trajectories.timesteps[row].long()
             with torch.enable_grad():
-                prediction = predict(model, replace(inputs, sample=x))
+                seen = x if kinds == 1 else x.repeat_interleave(kinds, dim=0)
+                prediction = mixed(predict(model, replace(inputs, sample=seen)), mixing)
                 # Behind the noise a model may predict its variance, which the sampler leaves out.
                 after = scheduler.step(prediction[:, : x.shape[1]], timestep, x).prev_sample
             if gradient is None:

@@ -21,15 +21,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stepquant.calibration.influence import shared_power, why_not_followed
+from stepquant.calibration.guidance import mixed
+from stepquant.calibration.influence import MIXED, shared_power, why_not_followed
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.errors import StepQuantError
 from stepquant.methods.block_training import is_check
 from stepquant.methods.coherence import (
     check_together,
     coherent_batches,
+    coherent_inputs,
     held_out_groups,
-    whole_trajectories,
+    of_all_kinds,
+    steps_of_each,
 )
 from stepquant.methods.layer_optimizer import AdamOptimizer
 from stepquant.methods.step import CORRECTED, Step
@@ -48,17 +51,18 @@ class AffineDistillation(Step):
     the mean. The losses in the summary are held-out ones, over the mean of `S^x |F y|^2` of the
     float prediction `y` at single steps.
 
-    `iterations`, `batch`, `samples`: optimizer steps, inputs in each at the most (those of
-    `batch // steps_together` trajectories), and calibration inputs in all, whole trajectories, an
-    eighth of which are held out. `rate`: of Adam, in the unit of biases and gains; it falls along a
-    cosine. The state with the lowest loss on held-out trajectories is kept, so the step never makes
-    that worse.
+    `iterations`, `batch`, `samples`: optimizer steps, inputs in each at the most (those of `batch
+    // steps_together` trajectories), and calibration inputs in all, whole trajectories (where
+    conditions differ some steps of each), an eighth of which are held out. `rate`: of Adam, in the
+    unit of biases and gains; it falls along a cosine. The state with the lowest loss on held-out
+    trajectories is kept, so the step never makes that worse.
 
     Trained are the biases of quantized layers, and the gains and biases of `GroupNorm` and
-    `LayerNorm`; layers that stay float keep theirs. Where the influence of a step is not known
-    (guidance, other samplers than DDIM and DDPM), or nothing of this is there, the step says so and
-    changes nothing: without it the last steps, whose errors are the largest and do least to the
-    image, would decide.
+    `LayerNorm`; layers that stay float keep theirs. With classifier-free guidance the prediction is
+    the mix that the sampler follows, and a batch has half as many trajectories, of images. Where
+    the influence of a step is not known (other samplers than DDIM and DDPM, guidance whose mix
+    cannot be told), or nothing of this is there, the step says so and changes nothing: without it
+    the last steps, whose errors are the largest and do least to the image, would decide.
 
     No paper's step. PTQD (NeurIPS 2023) corrects the mean error of the prediction, step by step;
     here the errors are those of each image, and of all frequencies.
@@ -79,7 +83,7 @@ class AffineDistillation(Step):
         check_together(self.name, self.steps_together, self.batch)
 
     def why_idle(self, scheduler: Any, inputs: Trajectories) -> str | None:
-        """Where the influence of a step cannot be followed."""
+        """Where the influence of a step cannot be followed, whatever its mix."""
         return why_not_followed(scheduler, inputs)
 
     def apply(self, session: Session) -> None:
@@ -87,6 +91,8 @@ class AffineDistillation(Step):
         session.ensure_ranges()
         parameters = affine_parameters(session)
         reason = self.why_idle(session.scheduler, session.trajectories)
+        if reason is None and session.mixing is None:
+            reason = MIXED
         if reason is None and not parameters:
             reason = "no quantized layer has a bias, and there is no norm with gains"
         if reason is not None:
@@ -96,7 +102,7 @@ class AffineDistillation(Step):
         for layer in session.layers().values():
             layer.merge_adapter()
         with only_gradients_of(session.model, parameters):
-            losses = self._train(session, parameters)
+            losses = self._train(session, parameters, session.mixing)
         session.summary[self.name] = {
             "loss_before": losses[0],
             "loss_after": min(losses),
@@ -104,24 +110,34 @@ class AffineDistillation(Step):
             "values": sum(parameter.numel() for parameter in parameters),
         }
 
-    def _train(self, session: Session, parameters: list[nn.Parameter]) -> list[float]:
+    def _train(
+        self, session: Session, parameters: list[nn.Parameter], mixing: Tensor
+    ) -> list[float]:
         """Train `parameters`; the held-out losses. They end in their state with the lowest."""
-        data = whole_trajectories(session.trajectories, self.samples, self.name)
-        steps = len(data.timesteps)
-        together, images = min(self.steps_together, steps), len(data) // steps
+        found, kinds = session.trajectories, len(mixing)
+        data = coherent_inputs(found, self.samples, self.steps_together, self.name, session.seed)
+        steps = steps_of_each(found, self.samples, self.steps_together)
+        together, images = min(self.steps_together, steps), len(data) // (steps * kinds)
         kept = images - max(1, images // 8)
         generator = torch.Generator().manual_seed(session.seed)
         held_out = held_out_groups(torch.arange(kept, images), steps, together, generator)
-        order = coherent_batches(kept, steps, together, self.batch, self.iterations, generator)
+        batch = max(together, self.batch // kinds)
+        order = coherent_batches(kept, steps, together, batch, self.iterations, generator)
+
+        def inputs(index: Tensor) -> Trajectories:
+            return data.take(of_all_kinds(index, steps, kinds))
+
         optimizer = AdamOptimizer(parameters, self.rate, max(1, self.iterations))
         training = Training(nn.ParameterList(parameters), optimizer)
-        power = self._power(session, data.take(held_out))
-        chunk = max(1, 2 * self.batch // together) * together
+        power = self._power(session, inputs(held_out), mixing)
+        chunk = max(1, 2 * batch // together) * together
 
         @torch.no_grad()
         def check() -> None:
-            parts = [data.take(index) for index in held_out.split(chunk)]
-            total = sum(float(self._loss(session, part, together)) * len(part) for part in parts)
+            total = sum(
+                float(self._loss(session, inputs(index), together, mixing)) * len(index)
+                for index in held_out.split(chunk)
+            )
             training.check(total / len(held_out) / power)
 
         stored = session.work.load(self.name)
@@ -133,7 +149,7 @@ class AffineDistillation(Step):
         with session.reporter.task("distilling biases and norms", total=self.iterations) as task:
             task.advance(training.rounds, f"loss {training.losses[-1]:.2e}")
             for number in range(training.rounds, self.iterations):
-                loss = self._loss(session, data.take(order[number]), together)
+                loss = self._loss(session, inputs(order[number]), together, mixing)
                 if not torch.isfinite(loss):
                     raise StepQuantError(
                         f"the loss is {loss.item()} at iteration {number} of step '{self.name}': "
@@ -153,31 +169,37 @@ class AffineDistillation(Step):
         training.model.load_state_dict(training.best)
         return training.losses
 
-    def _loss(self, session: Session, inputs: Trajectories, together: int) -> Tensor:
-        """Of `inputs`, `together` neighbours of each trajectory; not yet over the power."""
+    def _loss(
+        self, session: Session, inputs: Trajectories, together: int, mixing: Tensor
+    ) -> Tensor:
+        """Of `inputs`, `together` neighbours of each trajectory; not yet over the power.
+
+        At each step all inputs of an image, whose predictions are mixed with the weights `mixing`.
+        """
         with torch.no_grad():
             target = predict(session.float_model, inputs)
         # A norm whose weight needs a gradient where its input does not is a crash of the process in
         # torch 2.13, on inputs that are channels last, as features made of the sample may be.
         inputs.sample.requires_grad_(torch.is_grad_enabled())
-        error = predict(session.model, inputs) - target
+        error = mixed(predict(session.model, inputs) - target, mixing)
         error = error[:, : inputs.sample.shape[1]]  # behind it a model may predict its variance
-        return shared_power(error, self._spectrum(session, inputs), together)
+        return shared_power(error, self._spectrum(session, inputs, mixing), together)
 
     @torch.no_grad()
-    def _power(self, session: Session, inputs: Trajectories) -> float:
+    def _power(self, session: Session, inputs: Trajectories, mixing: Tensor) -> float:
         """The weighted mean square of the float prediction, step by step."""
         total = 0.0
-        for start in range(0, len(inputs), 2 * self.batch):
-            part = inputs.take(slice(start, start + 2 * self.batch))
-            target = predict(session.float_model, part)[:, : part.sample.shape[1]]
-            total += float(shared_power(target, self._spectrum(session, part), 1)) * len(part)
+        for part in inputs.batches(max(1, 2 * self.batch // len(mixing)) * len(mixing)):
+            target = mixed(predict(session.float_model, part), mixing)[:, : part.sample.shape[1]]
+            total += float(shared_power(target, self._spectrum(session, part, mixing), 1)) * len(
+                part
+            )
         return max(total / len(inputs), 1e-12)
 
-    def _spectrum(self, session: Session, inputs: Trajectories) -> Tensor:
-        """The influence of each input's step, `[B, H, W]`."""
+    def _spectrum(self, session: Session, inputs: Trajectories, mixing: Tensor) -> Tensor:
+        """The influence of the step of each mix of `inputs`, `[B, H, W]`."""
         spectrum = session.influence(self.influence_exponent)
-        return spectrum[session.context.grid.rows(inputs.timestep)]
+        return spectrum[session.context.grid.rows(inputs.timestep[:: len(mixing)])]
 
 
 def affine_parameters(session: Session) -> list[nn.Parameter]:

@@ -24,7 +24,7 @@ from stepquant.methods.block_training import (
     trained_layers,
     training_inputs,
 )
-from stepquant.methods.coherence import check_together
+from stepquant.methods.coherence import check_together, steps_of_each
 from stepquant.methods.layer_optimizer import LayerOptimizer
 from stepquant.methods.step import CORRECTED, Step
 from stepquant.scheme import Scheme
@@ -43,7 +43,7 @@ class BlockDistillation(Step):
     gives each batch a single step and walks through the steps in sampling order, over and over, as
     EfficientDM (ICLR 2024) trains, for comparison. `steps_together`: above 1 the loss is of the
     mean error over so many steps of one trajectory (`methods.coherence`, ours), and `samples` are
-    whole trajectories; with mixed batches only.
+    whole trajectories, or where conditions differ some steps of each; with mixed batches only.
 
     Layers that embed the timestep inside a block are not trained (`trained_layers`).
 
@@ -97,8 +97,9 @@ class BlockDistillation(Step):
         generator: torch.Generator,
     ) -> tuple[float, float]:
         """Train `block`; `(held-out loss before, after)`, over the mean square of the target."""
+        steps = steps_of_each(session.trajectories, self.samples, self.steps_together)
         guarded = GuardedBlock(
-            session, self.name, name, block, data, self.batch, self.steps_together
+            session, self.name, name, block, data, self.batch, self.steps_together, steps
         )
         if self.iterations == 0:
             return guarded.finish()

@@ -25,7 +25,7 @@ from stepquant.methods.block_training import (
     trained_layers,
     training_inputs,
 )
-from stepquant.methods.coherence import check_together
+from stepquant.methods.coherence import check_together, steps_of_each
 from stepquant.methods.layer_optimizer import LayerOptimizer
 from stepquant.methods.step import CORRECTED, Step
 from stepquant.quantizers import QuantLayer
@@ -67,7 +67,7 @@ class BlockReconstruction(Step):
     activation tables with the rounding; "after" trains them for a quarter of the iterations once
     the rounding is hard. Rates fall along a cosine. `steps_together`: above 1 the loss is of the
     mean error over so many steps of one trajectory (`methods.coherence`, ours), and `samples` are
-    whole trajectories.
+    whole trajectories, or where conditions differ some steps of each.
 
     Q-Diffusion's own values: 20,000 iterations for the rounding at the rate 1e-3 and lambda 0.01 on
     a squared error that is summed over channels, 5,000 for the activation scales at 4e-4, batches
@@ -143,8 +143,9 @@ class BlockReconstruction(Step):
         generator: torch.Generator,
     ) -> tuple[float, float]:
         """Train `block`; `(held-out loss before, after)`, over the mean square of the target."""
+        steps = steps_of_each(session.trajectories, self.samples, self.steps_together)
         guarded = GuardedBlock(
-            session, self.name, name, block, data, self.batch, self.steps_together
+            session, self.name, name, block, data, self.batch, self.steps_together, steps
         )
         layers = trained_layers(session, name)
         count = sum(layer.weight.numel() for layer in layers)

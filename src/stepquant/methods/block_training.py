@@ -22,9 +22,9 @@ from stepquant.calibration.trajectories import Trajectories
 from stepquant.errors import StepQuantError
 from stepquant.methods.coherence import (
     coherent_batches,
+    coherent_inputs,
     held_out_groups,
     shared_error,
-    whole_trajectories,
 )
 from stepquant.models.calling import tensors_in
 from stepquant.quantizers import QuantLayer
@@ -47,12 +47,12 @@ def training_inputs(
 ) -> Trajectories:
     """`samples` calibration inputs (or of `trajectories`), spread evenly over the sampling steps.
 
-    `together` above 1 takes whole trajectories instead, see `coherence`. Raises StepQuantError,
-    which names `step`, where there are less than two.
+    `together` above 1 takes several steps of each trajectory instead, see `coherent_inputs`. Raises
+    StepQuantError, which names `step`, where there are less than two.
     """
     source = session.trajectories if trajectories is None else trajectories
     if together > 1:
-        return whole_trajectories(source, samples, step)
+        return coherent_inputs(source, samples, together, step, session.seed)
     data = source.subset(samples, session.seed)
     if len(data) < 2:
         raise StepQuantError(
@@ -207,7 +207,7 @@ class GuardedBlock:
 
     The loss is the mean squared error over the mean square of the target; with `together` above 1
     the mean square of the error's mean over so many neighbours in a batch, steps of one trajectory
-    (all steps, of a sampler that takes fewer).
+    (all `steps` that the data have of it, where these are fewer).
     The last eighth of the samples is held out, or of the trajectories. `train`: indices of the
     others; `first`, `best`: held-out losses.
     """
@@ -221,11 +221,12 @@ class GuardedBlock:
         data: BlockData,
         batch: int,
         together: int = 1,
+        steps: int = 1,
     ) -> None:
         """Measure the held-out loss, `2 * batch` samples at once; `step`, `name` are for errors."""
         self.block = block
         self._step, self._name, self._data = step, name, data
-        self._steps = 1 if together == 1 else len(session.trajectories.timesteps)
+        self._steps = 1 if together == 1 else steps
         self._context, self._together = session.context, min(together, self._steps)
         self._chunk = max(1, 2 * batch // self._together) * self._together
         units = len(data) // self._steps  # samples, or trajectories

@@ -1,4 +1,4 @@
-"""Errors that add up: block training on whole trajectories, by the mean error of several steps.
+"""Errors that add up: training on several steps of each trajectory, by the mean of their errors.
 
 An image is what many calls of the denoiser make together. Errors of its steps that point the same
 way add up in it, and errors that do not mostly cancel out, so that the mean of a block's errors
@@ -27,12 +27,28 @@ def check_together(step: str, together: int, batch: int) -> None:
         )
 
 
-def whole_trajectories(data: Trajectories, samples: int, step: str) -> Trajectories:
-    """About `samples` inputs of `data`, all steps of each image, one image after another.
+def steps_of_each(data: Trajectories, samples: int, together: int) -> int:
+    """How many steps `k` of each trajectory `coherent_inputs` takes.
 
-    Input `i * T + t` is that at step `t`, of `T`, on trajectory `i`; with guidance an image has two
-    trajectories. Two are the least. Raises StepQuantError, which names `step`, where there is only
-    one.
+    All `T` of the sampler. Where conditions differ, as few as give every trajectory a part in
+    `samples`, but no fewer than are taken `together`: whole trajectories would be few, and most
+    labels or prompts in none of them.
+    """
+    steps = len(data.timesteps)
+    if not data.conditions.differ:
+        return steps
+    return min(steps, max(together, samples // (len(data) // steps)))
+
+
+def coherent_inputs(
+    data: Trajectories, samples: int, together: int, step: str, seed: int
+) -> Trajectories:
+    """About `samples` inputs of `data`, `k` steps of each trajectory, one after another.
+
+    Input `i * k + j` is that at the `j`-th step taken of trajectory `i`, `k` from `steps_of_each`.
+    Fewer than all steps are drawn at random, one from each of `k` equal parts of the sampler's.
+    With guidance an image has two trajectories; they lie side by side, at the same steps. Those of
+    two images are the least. Raises StepQuantError, which names `step`, where there is only one.
     """
     steps = len(data.timesteps)
     rows = []
@@ -40,12 +56,19 @@ def whole_trajectories(data: Trajectories, samples: int, step: str) -> Trajector
         found = data.rows(row)
         rows.append(found[torch.argsort(data.trajectory[found], stable=True)])
     table = torch.stack(rows, dim=1)  # [trajectories, T]
-    if len(table) < 2:
+    images = len(data.trajectory.unique())
+    if images < 2:
         raise StepQuantError(
-            f"step '{step}' has {len(table)} calibration trajectory: expected at least 2, one to "
+            f"step '{step}' has {images} calibration trajectory: expected at least 2, one to "
             "train on and one held out; raise calibration.trajectories"
         )
-    return data.take(table[: max(2, samples // steps)].flatten())
+    k, kinds = steps_of_each(data, samples, together), len(table) // images
+    ends = torch.arange(k + 1) * steps // k
+    generator = torch.Generator().manual_seed(seed)
+    within = torch.rand(images, k, generator=generator) * ends.diff()
+    chosen = (ends[:-1] + within.long()).repeat_interleave(kinds, dim=0)  # [trajectories, k]
+    count = max(2, samples // (k * kinds)) * kinds
+    return data.take(table.gather(1, chosen)[:count].flatten())
 
 
 def coherent_batches(
@@ -58,8 +81,8 @@ def coherent_batches(
 ) -> list[Tensor]:
     """For each iteration `together` random steps of each of `batch / together` trajectories.
 
-    Indices `[batch]` into `whole_trajectories`, of its first `trajectories`; the steps of one
-    trajectory lie side by side.
+    Indices `[batch]` into `coherent_inputs` of `steps` each, of its first `trajectories`; the steps
+    of one trajectory lie side by side.
     """
     batches = []
     for _ in range(iterations):
@@ -83,6 +106,16 @@ def _groups(
         for owner in trajectories
     ]
     return torch.cat(chosen)
+
+
+def of_all_kinds(index: Tensor, steps: int, kinds: int) -> Tensor:
+    """Indices of all inputs of each image and step, side by side, `[N * kinds]`.
+
+    `index [N]`: `i * steps + j` for the `j`-th step of image `i`. With guidance an image has
+    `kinds` trajectories in `coherent_inputs` of `steps` each.
+    """
+    trajectory = index.div(steps, rounding_mode="floor")[:, None] * kinds + torch.arange(kinds)
+    return (trajectory * steps + (index % steps)[:, None]).flatten()
 
 
 def shared_error(error: Tensor, together: int) -> Tensor:
