@@ -16,6 +16,7 @@ from quantize_runs import refused, tree
 from stepquant import methods
 from stepquant.api import (
     DenoiserPipeline,
+    RecordedDenoiser,
     load_lora,
     lora_scales,
     quantize,
@@ -318,3 +319,14 @@ def test_a_float_layer_that_is_compiled_already_is_refused(sd):
     sd.text_encoder.compile(backend="eager")
     message = refused(lambda: load_lora(sd, of("text_encoder", text_matrices(sd))))
     assert "load the LoRA before torch.compile" in message and lora_scales(sd) == {}
+
+
+def test_a_recorded_denoiser_takes_one_and_lets_it_go(sd, lora):
+    recorded = copy.copy(sd)
+    vars(recorded)["unet"] = RecordedDenoiser(sd.unet)
+    before = draw("sd", recorded)
+    load_lora(recorded, lora, name="a")
+    assert distance(draw("sd", recorded), before) > 0
+    assert torch.equal(draw("sd", recorded), draw("sd", sd))
+    unload_lora(recorded)
+    assert torch.equal(draw("sd", recorded), before)

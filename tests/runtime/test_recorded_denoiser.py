@@ -225,3 +225,16 @@ def test_sampling_records(monkeypatch):
     assert not isinstance(pipeline.transformer, RecordedDenoiser)
     monkeypatch.setattr("stepquant.sampling.with_recorded_denoiser", lambda given: given)
     assert torch.equal(sample(pipeline, **options), images)
+
+
+def test_a_callback_of_the_pipeline_may_change_the_denoiser(monkeypatch):
+    pipeline, found = packed_pipeline("sd"), []
+    monkeypatch.setattr("stepquant.sampling.with_recorded_denoiser", found.append)
+    sample(
+        pipeline,
+        num=1,
+        steps=2,
+        prompts="a boat",
+        callback_on_step_end=lambda pipeline, step, timestep, values: values,
+    )
+    assert found == []
