@@ -21,11 +21,12 @@ from stepquant.calibration.trajectories import Trajectories
 from stepquant.methods.block_training import (
     GuardedBlock,
     is_check,
+    steps_taken,
     train_blocks,
     trained_layers,
     training_inputs,
 )
-from stepquant.methods.coherence import check_together, steps_of_each
+from stepquant.methods.coherence import check_together
 from stepquant.methods.layer_optimizer import LayerOptimizer
 from stepquant.methods.step import CORRECTED, Step
 from stepquant.quantizers import QuantLayer
@@ -143,7 +144,7 @@ class BlockReconstruction(Step):
         generator: torch.Generator,
     ) -> tuple[float, float]:
         """Train `block`; `(held-out loss before, after)`, over the mean square of the target."""
-        steps = steps_of_each(session.trajectories, self.samples, self.steps_together)
+        steps = steps_taken(session, self.samples, self.steps_together)
         guarded = GuardedBlock(
             session, self.name, name, block, data, self.batch, self.steps_together, steps
         )

@@ -25,6 +25,7 @@ from stepquant.methods.coherence import (
     coherent_inputs,
     held_out_groups,
     shared_error,
+    steps_of_each,
 )
 from stepquant.models.calling import tensors_in
 from stepquant.quantizers import QuantLayer
@@ -60,6 +61,11 @@ def training_inputs(
             "to train on and one held out; raise calibration.trajectories or calibration.steps"
         )
     return data
+
+
+def steps_taken(session: Session, samples: int, together: int) -> int:
+    """How many steps of each trajectory are in `training_inputs`; 1 where `together` is 1."""
+    return 1 if together == 1 else steps_of_each(session.trajectories, samples, together)
 
 
 def trained_layers(session: Session, block: str) -> list[QuantLayer]:

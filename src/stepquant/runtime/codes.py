@@ -124,7 +124,8 @@ def outputs(layer: PackedLayer) -> list[Output]:
 def encode(layer: PackedLayer, x: Tensor, activation: str = "none") -> list[Tensor]:
     """The codes of `activation(x)` for `run`, one tensor for each input part."""
     if x.dim() == 4 and layer.spec.kind == "linear":  # no image, whose channels come second
-        return [code.view(*x.shape[:3], -1) for code in encode(layer, x.flatten(0, 2), activation)]
+        codes = encode(layer, x.flatten(0, 2), activation)
+        return [code.view(*x.shape[:3], code.shape[-1]) for code in codes]
     inputs = x.split(layer.splits, dim=layer.channel_dim) if len(layer.splits) > 1 else (x,)
     return [
         fused.encode(each, activation, grid_in_force(layer, part), part.spec.padding)
