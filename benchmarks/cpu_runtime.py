@@ -177,9 +177,7 @@ def report(folder: Path, out: Path) -> None:
     records.sort(key=place)
     timings = [record for record in records if record["kind"] == "timing"]
     footprints = [record for record in records if record["kind"] == "footprint"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"timings": timings, "footprints": footprints}, indent=1) + "\n"
-    atomic_write(out, lambda path: path.write_text(text))
+    write_record({"timings": timings, "footprints": footprints}, out)
     tables = "\n".join(
         table
         for table in (

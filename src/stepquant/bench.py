@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from stepquant.runtime.openvino_backend import OpenVinoDenoiser, device_of
 from stepquant.runtime.packed import PackedLayer, is_packed
 from stepquant.runtime.recording import recorded
 from stepquant.runtime.resident import restore, set_memory_mode, weight_bytes_resident
-from stepquant.sampling import check_count, denoiser_name, denoiser_of
+from stepquant.sampling import check_count, denoiser_name, denoiser_of, with_denoiser
 from stepquant.sources import open_pipeline
 
 
@@ -71,12 +70,8 @@ def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline
             )
         set_backend(denoiser, backend)
         return pipeline
-    other = copy.copy(pipeline)
-    # Not through the pipeline, which would note the class in what `save_pretrained` writes.
-    vars(other)[denoiser_name(pipeline)] = (
-        FastestDenoiser(denoiser) if device is None else OpenVinoDenoiser(denoiser, device)
-    )
-    return other
+    other = FastestDenoiser(denoiser) if device is None else OpenVinoDenoiser(denoiser, device)
+    return with_denoiser(pipeline, denoiser_name(pipeline), other)
 
 
 def denoiser_call(

@@ -32,13 +32,25 @@ LARGEST_SEED = 2**48  # multiples of it are drawn from as well
 
 def denoiser_name(pipeline: DiffusionPipeline) -> str:
     """The pipeline's component that predicts the noise."""
-    for name in DENOISERS:
-        if isinstance(getattr(pipeline, name, None), nn.Module):
-            return name
+    name = _known_name(pipeline)
+    if name is not None:
+        return name
     raise StepQuantError(
         f"{type(pipeline).__name__} has the components {sorted(pipeline.components)}: expected a "
         f"denoiser called {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}"
     )
+
+
+def _known_name(pipeline: DiffusionPipeline) -> str | None:
+    return next((n for n in DENOISERS if isinstance(getattr(pipeline, n, None), nn.Module)), None)
+
+
+def with_denoiser(pipeline: DiffusionPipeline, name: str, denoiser: nn.Module) -> DiffusionPipeline:
+    """A copy of `pipeline` with `denoiser` as its component `name`."""
+    other = copy.copy(pipeline)
+    # Not through the pipeline, which would note the class in what `save_pretrained` writes.
+    vars(other)[name] = denoiser
+    return other
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
@@ -162,16 +174,12 @@ def with_own_tokenizers(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 def with_recorded_denoiser(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """A copy whose packed denoiser's calls are recorded, where they can be; else `pipeline`."""
-    names = (name for name in DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module))
-    name = next(names, "")  # sampling itself needs none of a known name
-    denoiser = getattr(pipeline, name, None)
-    found = denoiser if denoiser is None else recorded(denoiser)
-    if found is denoiser:
+    name = _known_name(pipeline)
+    if name is None:  # sampling itself needs none
         return pipeline
-    other = copy.copy(pipeline)
-    # Not through the pipeline, which would note the class in what `save_pretrained` writes.
-    vars(other)[name] = found
-    return other
+    denoiser = getattr(pipeline, name)
+    found = recorded(denoiser)
+    return pipeline if found is denoiser else with_denoiser(pipeline, name, found)
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from fused_paths import (
     ACTIVATIONS,
     COARSE,
     GRID,
-    PATHS,
     TABLE,
     Path,
     assert_codes,
@@ -33,11 +32,6 @@ from stepquant.runtime.native.attention import attention_codes
 from stepquant.runtime.pack import pack_layer
 from stepquant.runtime.packed import PackedLayer
 from stepquant.runtime.spec import LayerSpec
-
-
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> Path:
-    return Path(request.param)
 
 
 def factors(channels: int) -> Tensor:

@@ -30,11 +30,6 @@ from stepquant.runtime.fused import Grid, Output
 from stepquant.runtime.packed import encode as packed_encode
 
 
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> Path:
-    return Path(request.param)
-
-
 @pytest.fixture
 def restored_threads() -> Iterator[None]:
     threads = torch.get_num_threads()

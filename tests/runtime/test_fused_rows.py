@@ -22,11 +22,6 @@ from stepquant.errors import StepQuantError
 from stepquant.runtime import fused
 
 
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> Path:
-    return Path(request.param)
-
-
 @settings(max_examples=20)
 @given(
     shape=st.lists(st.integers(1, 6), min_size=1, max_size=3),

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepquant.models.calling import argument_names
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser, description
 from stepquant.runtime.recording import recorded
 
@@ -39,7 +38,7 @@ class FastestDenoiser(OpenVinoDenoiser):
             "packed": lambda: self.packed(*args, **kwargs),
             "openvino": lambda: super(FastestDenoiser, self)._call(args, kwargs),
         }
-        arguments = dict(zip(argument_names(self.denoiser), args, strict=False)) | kwargs
+        arguments = self._by_name(args, kwargs)
         arguments["timestep"] = torch.as_tensor(arguments.get("timestep", 0))
         shapes = description(arguments)
         if shapes not in self.choices:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from stepquant.errors import StepQuantError
 from stepquant.models.calling import (
-    argument_names,
     inside,
     leaves_in,
     prediction_in,
@@ -113,7 +112,7 @@ class OpenVinoDenoiser(StandIn):
         self._compiled: dict[Any, _Compiled] = {}
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments = dict(zip(argument_names(self.denoiser), args, strict=False)) | kwargs
+        arguments = self._by_name(args, kwargs)
         if arguments.get("timestep") is None:
             raise StepQuantError(
                 "the denoiser was called without a timestep: expected one for the batch or one "

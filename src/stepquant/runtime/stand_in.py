@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from stepquant.models.calling import argument_names
+
 
 def original(module: nn.Module) -> nn.Module:
     """What `module` stands in for, or itself."""
@@ -22,7 +24,7 @@ class StandIn(nn.Module):
     def __init__(self, denoiser: nn.Module) -> None:
         """`denoiser` stays as it is."""
         super().__init__()
-        self.denoiser = denoiser
+        self.denoiser, self._names = denoiser, argument_names(denoiser)
         self._take_calls()
 
     def _take_calls(self) -> None:
@@ -35,6 +37,10 @@ class StandIn(nn.Module):
             return found._call(args, kwargs)
 
         self.forward = forward
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by their names; those beyond the named ones are left out."""
+        return dict(zip(self._names, args, strict=False)) | kwargs
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError

@@ -54,7 +54,7 @@ class RecordedDenoiser(StandIn):
         self._begin()
 
     def _begin(self) -> None:
-        self._names = _names(self.denoiser)
+        self._all_named = _all_named(self.denoiser)
         self._lock, self._busy = threading.RLock(), False
         self.forget()
 
@@ -81,8 +81,9 @@ class RecordedDenoiser(StandIn):
         def plain() -> Any:
             return self.denoiser(*args, **kwargs)
 
-        arguments = dict(zip(self._names, args, strict=False)) | kwargs
-        if len(args) > len(self._names) or not _is_plain(arguments):
+        arguments = self._by_name(args, kwargs)
+        named = self._all_named and len(args) <= len(self._names)
+        if not named or not _is_plain(arguments):
             return plain()
         arguments["timestep"] = _one_for_all(arguments["timestep"])
         with self._lock:
@@ -153,7 +154,7 @@ class RecordedDenoiser(StandIn):
         LOGGER.info("calls of %s are not recorded: %s", name, reason)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_lock", "_busy", "_known", "_names")
+        own = ("_lock", "_busy", "_known", "_all_named")
         return {name: value for name, value in super().__getstate__().items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -249,11 +250,11 @@ def _only_result(output: Any, denoiser: nn.Module) -> Tensor:
     return prediction_in(output, denoiser)
 
 
-def _names(denoiser: nn.Module) -> list[str]:
-    """Of the arguments, where all can be given by name; else none, and every call runs as ever."""
+def _all_named(denoiser: nn.Module) -> bool:
+    """Whether all arguments can be given by name; else every call runs as ever."""
     parameters = inspect.signature(denoiser.forward).parameters
     unnamed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
-    return [] if any(each.kind in unnamed for each in parameters.values()) else list(parameters)
+    return not any(each.kind in unnamed for each in parameters.values())
 
 
 def _distinct(tensor: Tensor) -> Tensor:

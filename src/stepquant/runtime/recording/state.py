@@ -56,7 +56,7 @@ class State:
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
-        """Note all of it; a later comparison takes some 0.2 ms for 300 modules."""
+        """Note all of it."""
         modules = list(denoiser.modules())
         layers = [module for module in modules if isinstance(module, PackedLayer)]
         own = [module.__dict__ for module in modules]
