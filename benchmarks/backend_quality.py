@@ -20,11 +20,11 @@ from records import write_record
 from stepquant.api import sample
 from stepquant.bench import set_backend
 from stepquant.evaluate import paired_psnr
-from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.recipe import load_recipe
 from stepquant.sampling import denoiser_of
 from stepquant.sources import open_pipeline
+from stepquant.support.progress import Reporter
 
 BACKENDS = ("onednn", "auto", "openvino", "reference")
 

@@ -28,12 +28,12 @@ import stepquant
 from stepquant.conditioning import Conditioning
 from stepquant.evaluate import load_features, peak_memory_mb
 from stepquant.judge import class_shares, distances, evaluate
-from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.recipe import parse_recipe
 from stepquant.sampling import AUTO, denoiser_of, sample_images
 from stepquant.sources import default_conditions, default_features, open_pipeline
-from stepquant.workfolder import atomic_write, fingerprint
+from stepquant.support.progress import Reporter
+from stepquant.support.work_folder import atomic_write, fingerprint
 
 BUDGETS = {"cpu": {"num": 2048, "steps": 50}, "gpu": {"num": 10_000, "steps": 100}}
 

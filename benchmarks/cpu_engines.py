@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from speed_files import IR, load_denoiser
 from speed_models import Inputs, call
 from stepquant.bench import set_backend
-from stepquant.errors import StepQuantError
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser
 from stepquant.runtime.packed import PackedLayer
 from stepquant.runtime.recording import recorded
+from stepquant.support.errors import StepQuantError
 
 Call = Callable[[], Tensor]
 

@@ -26,11 +26,11 @@ from stepquant.calibration.capture import capture_inputs, execution_order
 from stepquant.calibration.trajectories import Trajectories, drawer
 from stepquant.methods.progressive_alignment import FIRST_SEED
 from stepquant.models.adapter import adapter_for
-from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.recipe import parse_recipe
 from stepquant.sources import open_pipeline
-from stepquant.workfolder import atomic_write
+from stepquant.support.progress import Reporter
+from stepquant.support.work_folder import atomic_write
 
 CALIBRATION_SEED = 1_000_000  # where `quantize` draws its calibration images from
 Rounds = list[dict[str, float]]

@@ -26,13 +26,13 @@ from quality import parse_bits
 from stepquant.calibration.observe import quant_layers
 from stepquant.evaluate.metrics import paired_psnr
 from stepquant.judge import distances
-from stepquant.progress import Reporter
 from stepquant.quantize import Quantized, quantize
 from stepquant.quantizers import QuantLayer
 from stepquant.recipe import load_recipe, parse_recipe
 from stepquant.sampling import AUTO, denoiser_name, denoiser_of, sample_images
 from stepquant.sources import default_features, open_pipeline
-from stepquant.workfolder import atomic_write
+from stepquant.support.progress import Reporter
+from stepquant.support.work_folder import atomic_write
 
 FAR = 1.5  # times the float model's largest magnitude at the step
 BYPASS, CORRECTION = "input_error_bypass", "bias_correction"

@@ -34,9 +34,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from cells import machine
 from stepquant.evaluate import peak_memory_mb
 from stepquant.pack import pack
-from stepquant.progress import Reporter
 from stepquant.quantize import quantize
-from stepquant.workfolder import atomic_write
+from stepquant.support.progress import Reporter
+from stepquant.support.work_folder import atomic_write
 
 SHARD_BYTES = 2 << 30
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"

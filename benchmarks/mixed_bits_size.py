@@ -19,11 +19,11 @@ import torch
 from cells import machine
 from paper_model import paper_pipeline
 from records import write_record
-from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.recipe import parse_recipe
 from stepquant.runtime.packed import PackedLayer
 from stepquant.sampling import denoiser_of
+from stepquant.support.progress import Reporter
 
 RECIPE = {
     "name": "mixed",

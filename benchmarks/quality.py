@@ -17,9 +17,9 @@ from typing import Any
 import yaml
 
 from cells import BUDGETS, Cell, report
-from stepquant.errors import StepQuantError
 from stepquant.recipe import load_recipe
 from stepquant.scheme import PROTOCOLS
+from stepquant.support.errors import StepQuantError
 
 
 def parse_bits(text: str) -> tuple[int, int]:

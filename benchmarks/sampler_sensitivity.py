@@ -23,9 +23,9 @@ from cells import machine
 from records import write_record
 from stepquant.evaluate import paired_psnr
 from stepquant.judge import distances
-from stepquant.progress import Reporter
 from stepquant.sampling import denoiser_of, sample_images
 from stepquant.sources import default_features, open_pipeline
+from stepquant.support.progress import Reporter
 
 NOISE = (1e-4, 1e-3)
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from cells import Cell, report, slug
 from quality import parse_bits, recipe_settings
-from stepquant.errors import StepQuantError
 from stepquant.recipe import load_recipe
 from stepquant.sampling import SCHEDULERS
+from stepquant.support.errors import StepQuantError
 
 CALIBRATED = "ddim:100"
 SAMPLED = ["dpm-solver++:20", "ddim:50"]

@@ -31,11 +31,11 @@ from speed_models import (
     random_inputs,
 )
 from stepquant.models.adapter import adapter_for
-from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.recipe import parse_recipe
 from stepquant.sampling import denoiser_of
-from stepquant.workfolder import atomic_write
+from stepquant.support.progress import Reporter
+from stepquant.support.work_folder import atomic_write
 
 CALIBRATION_SAMPLES = 3  # of NNCF
 STEPS, TABLE_STEPS, SMALL_TABLE_STEPS = 2, 100, 4

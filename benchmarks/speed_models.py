@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from large_models import MAX_TOKENS, SMALL_SD15, write_weights
 from paper_model import paper_pipeline
-from stepquant.errors import StepQuantError
 from stepquant.modules import DenoiserPipeline
 from stepquant.sampling import denoiser_of
 from stepquant.sources import open_pipeline
+from stepquant.support.errors import StepQuantError
 
 MIDDLE = 500  # of 1000 timesteps
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}

@@ -29,13 +29,13 @@ from stepquant.calibration.influence import image_gradients, influence_spectrum
 from stepquant.calibration.trajectories import capture_trajectories
 from stepquant.evaluate.metrics import paired_psnr
 from stepquant.judge import distances, noise_error
-from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.recipe import parse_recipe
 from stepquant.sampling import denoiser_of, sample_images, set_scheduler
 from stepquant.sources import default_features, open_pipeline
-from stepquant.workfolder import atomic_write
+from stepquant.support.progress import Reporter
+from stepquant.support.work_folder import atomic_write
 
 SCHEDULER = "ddim"
 

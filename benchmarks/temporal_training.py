@@ -16,9 +16,9 @@ from pathlib import Path
 
 from cells import machine
 from records import write_record
-from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.sources import open_pipeline
+from stepquant.support.progress import Reporter
 
 
 def main() -> None:

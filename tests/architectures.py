@@ -39,11 +39,11 @@ from transformers import (
 from stepquant.calibration.trajectories import capture_trajectories, drawer
 from stepquant.conditioning import Conditioning
 from stepquant.models.adapter import adapter_for
-from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
 from stepquant.scheme import Scheme
 from stepquant.session import Session, simulate
-from stepquant.workfolder import WorkFolder
+from stepquant.support.progress import Reporter
+from stepquant.support.work_folder import WorkFolder
 
 WIDTH = 16  # of the texts' embeddings
 TOKENS = 8

@@ -14,14 +14,14 @@ from torch import nn
 from stepquant.calibration.ranges import minmax_weight_range
 from stepquant.calibration.trajectories import capture_trajectories, drawer
 from stepquant.models.adapter import adapter_for
-from stepquant.progress import Reporter
 from stepquant.quantizers import QuantConv2d, QuantLayer, QuantLinear, StepContext, StepGrid
 from stepquant.runtime import native
 from stepquant.sampling import set_scheduler
 from stepquant.scheme import Scheme
 from stepquant.session import Session
 from stepquant.session import simulate as simulate_model
-from stepquant.workfolder import WorkFolder
+from stepquant.support.progress import Reporter
+from stepquant.support.work_folder import WorkFolder
 
 # The same examples on every machine, and no verdict by stopwatch.
 settings.register_profile("stepquant", deadline=None, derandomize=True)

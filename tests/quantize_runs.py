@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stepquant.errors import StepQuantError
-from stepquant.progress import Reporter
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 TINY = {
     "calibration.trajectories": 2,

@@ -16,9 +16,9 @@ from stepquant.api import evaluate, inspect, quantize, sample
 from stepquant.bench import bench, set_backend
 from stepquant.calibration.trajectories import predict
 from stepquant.models.adapter import adapter_for
-from stepquant.progress import Reporter
 from stepquant.recipe import load_recipe, recipe_names
 from stepquant.runtime.packed import PackedLayer
+from stepquant.support.progress import Reporter
 
 STEPS = 3
 FEW = {

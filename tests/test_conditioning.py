@@ -7,7 +7,7 @@ from PIL import Image
 
 from stepquant.api import sample
 from stepquant.conditioning import Conditioning
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 
 class Plain:

@@ -2,8 +2,8 @@ import pytest
 import torch
 from PIL import Image
 
-from stepquant.errors import StepQuantError
 from stepquant.images import GAP, save_grid, save_images
+from stepquant.support.errors import StepQuantError
 
 
 def opened(path):

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from stepquant.errors import StepQuantError
 from stepquant.evaluate import load_features
 from stepquant.judge import class_shares, distances, evaluate, noise_error
 from stepquant.quantize import quantize
 from stepquant.sampling import sample_images
+from stepquant.support.errors import StepQuantError
 
 # So few images cannot have a covariance of full rank: the distances warn, which is tested
 # where they are.

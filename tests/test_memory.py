@@ -15,14 +15,7 @@ from stepquant import memory
 from stepquant.api import load_recipe, quantize
 from stepquant.calibration.spill import Spill
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.memory import (
-    GIB,
-    Sizes,
-    available_bytes,
-    plan_memory,
-    predict_peak,
-    sizes_of,
-)
+from stepquant.memory import GIB, Sizes, available_bytes, plan_memory, predict_peak, sizes_of
 from stepquant.recipe import parse_recipe
 
 STEPS = 2

@@ -31,9 +31,9 @@ from stepquant.api import (
 )
 from stepquant.bench import set_backend
 from stepquant.checkpoint.save import save_pipeline
-from stepquant.errors import StepQuantError
-from stepquant.progress import Reporter
 from stepquant.runtime.packed import PackedLayer
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 LAYERS = 2 + 1 + 4 + 2 + 1
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,8 +15,8 @@ from stepquant.api import inspect, pack, quantize, sample
 from stepquant.calibration.ranges import search_weight_range
 from stepquant.checkpoint.weight_only_components import quantize_weights
 from stepquant.checkpoint.weight_only_stream import stream_weights
-from stepquant.progress import Reporter
 from stepquant.runtime.weight_only import WeightOnly, minmax_grid
+from stepquant.support.progress import Reporter
 
 STEPS = 3
 WEIGHTS = "diffusion_pytorch_model.safetensors"

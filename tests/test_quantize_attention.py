@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from quantize_runs import FAST, SMALL, left, refused, tree
-from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.recipe import parse_recipe
 from stepquant.runtime.attention import PackedAttention
 from stepquant.runtime.packed import PackedLayer
 from stepquant.sources import open_pipeline
+from stepquant.support.progress import Reporter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

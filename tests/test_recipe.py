@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from stepquant.errors import StepQuantError
 from stepquant.methods import STEPS, BlockDistillation, WeightDilation
 from stepquant.recipe import Recipe, load_recipe, parse_recipe, parse_step, recipe_names
 from stepquant.scheme import Override, Scheme
+from stepquant.support.errors import StepQuantError
 
 BASE = {"name": "mine", "description": "for a test"}
 

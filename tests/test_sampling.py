@@ -16,8 +16,6 @@ from diffusers import (
 )
 from torch import nn
 
-from stepquant.errors import StepQuantError
-from stepquant.progress import Reporter
 from stepquant.sampling import (
     SCHEDULERS,
     check_scales_input,
@@ -30,6 +28,8 @@ from stepquant.sampling import (
     set_scheduler,
 )
 from stepquant.sources import open_pipeline
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 SAMPLERS = ["ddim", "ddpm", "dpm-solver++"]
 

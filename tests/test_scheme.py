@@ -4,9 +4,9 @@ import pytest
 from pydantic import ValidationError
 from torch import nn
 
-from stepquant.errors import StepQuantError
 from stepquant.models.unet2d import UNet2DAdapter
 from stepquant.scheme import PROTOCOLS, Override, Scheme, why_unsupported
+from stepquant.support.errors import StepQuantError
 
 ADAPTER = UNet2DAdapter()
 

@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepquant.errors import StepQuantError
 from stepquant.methods import TemporalQuantizer
 from stepquant.models.adapter import adapter_for
 from stepquant.quantizers import QuantConv2d, QuantLinear, StepContext, StepGrid
 from stepquant.scheme import Override, Scheme
 from stepquant.session import check_finite_weights, simulate
-from stepquant.workfolder import WorkFolder
+from stepquant.support.errors import StepQuantError
+from stepquant.support.work_folder import WorkFolder
 
 
 def twin(unet, **scheme):

@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from stepquant.errors import StepQuantError
-from stepquant.workfolder import WorkFolder, apart, atomic_write, fingerprint
+from stepquant.support.errors import StepQuantError
+from stepquant.support.work_folder import WorkFolder, apart, atomic_write, fingerprint
 
 JOB = {"recipe": {"name": "mine"}, "seed": 0}
 PIECE = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3, dtype=torch.int64)}
@@ -191,7 +191,7 @@ def test_a_full_disk_is_told_and_the_rest_is_kept(path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("stepquant.workfolder.save_file", full)
+    monkeypatch.setattr("stepquant.support.work_folder.save_file", full)
     sentence = refused(lambda: work.save("second", PIECE))
     assert sentence.startswith(f"'{path / 'second.safetensors'}' cannot be written")
     assert "go on with --resume" in sentence

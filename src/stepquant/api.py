@@ -19,7 +19,6 @@ from stepquant.judge import evaluate
 from stepquant.lora import load_lora, lora_scales, set_lora_scales, unload_lora
 from stepquant.modules import DenoiserPipeline, general_adapter
 from stepquant.pack import pack
-from stepquant.progress import Reporter
 from stepquant.quantize import Quantized, quantize
 from stepquant.recipe import load_recipe, recipe_names
 from stepquant.runtime import notes
@@ -28,6 +27,7 @@ from stepquant.runtime.recording import RecordedDenoiser
 from stepquant.runtime.resident import WeightBytes, set_memory_mode, weight_bytes_resident
 from stepquant.sampling import AUTO, denoiser_of, sample_images
 from stepquant.sources import open_pipeline as load
+from stepquant.support.progress import Reporter
 
 __all__ = [
     "DenoiserPipeline",

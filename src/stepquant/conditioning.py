@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 # Arguments of pipelines that are decided elsewhere, each with what a user gives instead.
 RESERVED = {

@@ -11,21 +11,15 @@ import torch
 from torch import Tensor
 
 from stepquant.bench import denoiser_call
-from stepquant.errors import StepQuantError
 from stepquant.evaluate import measure_latency
 from stepquant.images import save_grid
 from stepquant.judge import distances, evaluate
-from stepquant.progress import Reporter
 from stepquant.quantize import quantize
 from stepquant.sampling import denoiser_of, sample_images
-from stepquant.sources import (
-    BUILTIN,
-    builtin_names,
-    default_features,
-    float32_bytes,
-    open_pipeline,
-)
-from stepquant.workfolder import atomic_write
+from stepquant.sources import BUILTIN, builtin_names, default_features, float32_bytes, open_pipeline
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
+from stepquant.support.work_folder import atomic_write
 
 PREFERRED = ("cifar10-ddpm", "fashion-ddpm")
 STEPS = 50

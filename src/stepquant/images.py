@@ -14,9 +14,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
 from stepquant.evaluate.features import check_unit_range
-from stepquant.workfolder import atomic_write
+from stepquant.support.errors import StepQuantError
+from stepquant.support.work_folder import atomic_write
 
 GAP = 2  # pixels between images, after scaling
 LABEL_SIZE = 14  # points

@@ -14,14 +14,12 @@ from stepquant.calibration.observe import observe
 from stepquant.calibration.trajectories import capture_trajectories
 from stepquant.checkpoint.validate import packed_attention
 from stepquant.conditioning import Conditioning
-from stepquant.errors import StepQuantError
 from stepquant.inspection_plots import check_plots, write_plots
 from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.methods.weight_dilation import dilation_factors
 from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.models.attention import PRODUCTS
 from stepquant.models.input_bypass import bypass_of
-from stepquant.progress import Reporter
 from stepquant.quantizers import StepContext
 from stepquant.runtime.packed import PackedLayer
 from stepquant.runtime.weight_only import WeightOnly
@@ -29,6 +27,8 @@ from stepquant.sampling import AUTO, denoiser_of
 from stepquant.scheme import Scheme
 from stepquant.session import simulate
 from stepquant.sources import open_pipeline
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 
 def inspect(

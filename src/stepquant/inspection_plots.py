@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stepquant.errors import StepQuantError
 from stepquant.images import check_new_folder, new_folder
+from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from stepquant.calibration.trajectories import capture_trajectories, predict
 from stepquant.conditioning import Conditioning
-from stepquant.errors import StepQuantError
 from stepquant.evaluate import (
     frechet_distance,
     frechet_distance_interval,
@@ -21,10 +20,11 @@ from stepquant.evaluate import (
     paired_psnr,
     paired_ssim,
 )
-from stepquant.progress import Reporter
 from stepquant.runtime.notes import slow_paths
 from stepquant.sampling import AUTO, denoiser_of, resolve_scheduler, sample_images
 from stepquant.sources import default_features, open_pipeline
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 
 def evaluate(

@@ -17,13 +17,13 @@ from stepquant.checkpoint.load import is_single_file, local_folder
 from stepquant.checkpoint.save import complete_or_absent, remove_partial
 from stepquant.checkpoint.weight_only_stream import stream_weights
 from stepquant.components import WAYS
-from stepquant.errors import StepQuantError
 from stepquant.evaluate import peak_memory_mb, reset_peak_memory
 from stepquant.models.adapter import ADAPTERS
-from stepquant.progress import Reporter
 from stepquant.runtime.weight_only import check_weight_only_bits
 from stepquant.sampling import DENOISERS
 from stepquant.sources import resolve_builtin, weight_file_bytes
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 GRIDS = ("minmax", "mse")
 

@@ -10,11 +10,11 @@ from diffusers import DiffusionPipeline
 from stepquant.calibration.influence import check_unguided
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories
 from stepquant.conditioning import Conditioning
-from stepquant.errors import StepQuantError
-from stepquant.progress import Reporter
 from stepquant.recipe import Recipe
 from stepquant.sampling import needs_own_scheduler
-from stepquant.workfolder import WorkFolder
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
+from stepquant.support.work_folder import WorkFolder
 
 
 def calibrated_scheduler(sampler: DiffusionPipeline, steps: int) -> Any:

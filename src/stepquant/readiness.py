@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from stepquant.errors import StepQuantError
 from stepquant.quantizers.step_grid import timestep_position
 from stepquant.runtime.packed import PackedLayer
 from stepquant.runtime.weight_only import WeightOnly
+from stepquant.support.errors import StepQuantError
 
 
 def check_denoiser(denoiser: nn.Module, what: str) -> None:

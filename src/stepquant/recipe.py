@@ -17,9 +17,9 @@ from pydantic import (
     field_validator,
 )
 
-from stepquant.errors import StepQuantError
 from stepquant.methods import STEPS, Step
 from stepquant.scheme import Scheme
+from stepquant.support.errors import StepQuantError
 
 
 class Calibration(BaseModel):

@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from stepquant.conditioning import Conditioning, takes_prompts
-from stepquant.errors import StepQuantError
-from stepquant.progress import Reporter
 from stepquant.runtime.recording import recorded
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",

@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from stepquant.errors import StepQuantError
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.numerics import check_bits
+from stepquant.support.errors import StepQuantError
 
 PROTOCOLS = {
     "strict": (

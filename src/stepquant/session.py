@@ -15,21 +15,15 @@ from stepquant.calibration.initialize import initialize_ranges
 from stepquant.calibration.observe import quant_attention, quant_layers
 from stepquant.calibration.spill import Spill
 from stepquant.calibration.trajectories import Draw, Trajectories
-from stepquant.errors import StepQuantError
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.models.attention import PRODUCTS, ProductsProcessor, why_products_stay_float
 from stepquant.models.mapped import Mapped, named_weights
 from stepquant.models.surgery import copy_around, replace_modules
-from stepquant.progress import Reporter
-from stepquant.quantizers import (
-    QuantAttention,
-    QuantConv2d,
-    QuantLayer,
-    QuantLinear,
-    StepContext,
-)
+from stepquant.quantizers import QuantAttention, QuantConv2d, QuantLayer, QuantLinear, StepContext
 from stepquant.scheme import Scheme
-from stepquant.workfolder import WorkFolder
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
+from stepquant.support.work_folder import WorkFolder
 
 IMAGES_FOR_GRADIENTS = 16
 SAMPLES_PER_STEP = 64  # images whose inputs ranges are taken of

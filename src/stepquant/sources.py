@@ -13,10 +13,10 @@ from torch import nn
 
 from stepquant.checkpoint.load import is_single_file, load_pipeline, local_folder
 from stepquant.conditioning import Conditioning
-from stepquant.errors import StepQuantError
 from stepquant.models.mapped import FloatState, open_mapped
 from stepquant.models.weight_files import WeightFiles
 from stepquant.sampling import DENOISERS, denoiser_name, denoiser_of
+from stepquant.support.errors import StepQuantError
 
 BUILTIN = "builtin:"
 MAP_FROM = 200_000_000  # parameters; smaller models are loaded

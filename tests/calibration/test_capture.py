@@ -11,7 +11,7 @@ from stepquant.calibration.capture import (
     execution_order,
 )
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 NAMES = ["conv_in", "down_blocks.0.resnets.0", "up_blocks.0.resnets.0", "mid_block.attentions.0"]
 

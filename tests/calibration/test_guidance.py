@@ -11,7 +11,7 @@ from stepquant.calibration.conditions import Conditions
 from stepquant.calibration.guidance import mixed, mixing_weights
 from stepquant.calibration.influence import image_gradients
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.progress import Reporter
+from stepquant.support.progress import Reporter
 
 STEPS = 5
 

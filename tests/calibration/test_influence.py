@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from stepquant.calibration.influence import image_gradients, influence_spectrum, weighted_power
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.errors import StepQuantError
-from stepquant.progress import Reporter
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 QUIET = Reporter(quiet=True)
 

@@ -12,8 +12,8 @@ from stepquant.calibration.initialize import (
 from stepquant.calibration.observe import Observation, observe
 from stepquant.calibration.ranges import search_activation_range, search_weight_range
 from stepquant.numerics import range_to_grid
-from stepquant.progress import Reporter
 from stepquant.quantizers import ActivationQuantizer
+from stepquant.support.progress import Reporter
 
 QUIET = Reporter(quiet=True)
 

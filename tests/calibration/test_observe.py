@@ -13,8 +13,8 @@ from stepquant.calibration.observe import (
     tails_and_draw,
 )
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.errors import StepQuantError
-from stepquant.progress import Reporter
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 QUIET = Reporter(quiet=True)
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from stepquant.calibration.sensitivity import output_errors
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.errors import StepQuantError
-from stepquant.progress import Reporter
 from stepquant.quantizers import QuantConv2d, QuantLinear, StepContext, StepGrid
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 QUIET = Reporter(quiet=True)
 

@@ -6,7 +6,7 @@ from diffusers import DDPMPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 SEED = 11
 

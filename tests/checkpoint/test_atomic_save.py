@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from stepquant.checkpoint.folder import check_folder
 from stepquant.checkpoint.save import save_pipeline
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 NO_SPACE = "no space left on the disk while writing '.*out': nothing was kept"
 

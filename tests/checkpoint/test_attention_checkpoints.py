@@ -25,7 +25,7 @@ from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import describe_attention, save_pipeline
 from stepquant.checkpoint.validate import packed_attention
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 NAME = ATTENTION[0]
 TENSORS = f"{NAME}.processor.products"

@@ -10,7 +10,7 @@ from packed_models import MIXED, SCALED, SPLIT, STEPS, WEIGHTS, packed_pipeline,
 
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import save_pipeline
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 LAYER = "up_blocks.0.resnets.0.conv2"
 

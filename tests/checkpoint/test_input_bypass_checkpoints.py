@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from stepquant.api import inspect
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import save_pipeline
-from stepquant.errors import StepQuantError
 from stepquant.models.input_bypass import SLOPES_NAME, bypass_of
 from stepquant.quantize import quantize
+from stepquant.support.errors import StepQuantError
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import save_pipeline
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.layer_config import LayerConfig
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 LAYERS = {
     "b": LayerConfig("conv2d", 4, 8, steps=5),

@@ -26,10 +26,10 @@ from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import attach_config, describe_layers, save_pipeline
 from stepquant.checkpoint.validate import packed_layers
-from stepquant.errors import StepQuantError
 from stepquant.quantizers import StepGrid
 from stepquant.runtime.released import Released
 from stepquant.runtime.resident import set_memory_mode
+from stepquant.support.errors import StepQuantError
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from stepquant.errors import StepQuantError
 from stepquant.evaluate import FeatureNetwork, frechet_metric
+from stepquant.support.errors import StepQuantError
 
 FASHION = {"in_channels": 1, "width": 24, "features": 64, "classes": 10}
 CIFAR10 = {"in_channels": 3, "width": 40, "features": 128, "classes": 10}

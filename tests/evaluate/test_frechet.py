@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepquant.errors import StepQuantError
 from stepquant.evaluate import frechet_distance, frechet_distance_interval, frechet_metric
+from stepquant.support.errors import StepQuantError
 
 
 def draw(count, width, seed, mean=0.0, spread=1.0):

@@ -6,14 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepquant.errors import StepQuantError
-from stepquant.evaluate import (
-    Timing,
-    measure_latency,
-    peak_memory_mb,
-    ratios,
-    reset_peak_memory,
-)
+from stepquant.evaluate import Timing, measure_latency, peak_memory_mb, ratios, reset_peak_memory
+from stepquant.support.errors import StepQuantError
 
 
 class Clock:

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import stepquant.evaluate
-from stepquant.errors import StepQuantError
 from stepquant.evaluate import frechet_metric, paired_psnr, paired_ssim
+from stepquant.support.errors import StepQuantError
 
 IMAGES = torch.zeros(2, 1, 16, 16)
 

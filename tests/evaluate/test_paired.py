@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepquant.errors import StepQuantError
 from stepquant.evaluate import noise_prediction_error, paired_psnr, paired_ssim
+from stepquant.support.errors import StepQuantError
 
 
 def images(count=3, channels=1, size=16, seed=0):

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.errors import StepQuantError
 from stepquant.methods import BiasCorrection, TemporalQuantizer
 from stepquant.methods.bias_correction import channels_of_outputs
 from stepquant.runtime.pack import pack_model
+from stepquant.support.errors import StepQuantError
 
 
 def bias_of(model, session):

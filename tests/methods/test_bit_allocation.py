@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from stepquant.calibration.ranges import minmax_weight_range, search_weight_range
 from stepquant.calibration.rounding_errors import weight_error
-from stepquant.errors import StepQuantError
 from stepquant.methods.bit_allocation import BitAllocation, allocate_bits, hull_segments
-from stepquant.progress import Reporter
 from stepquant.recipe import parse_recipe
 from stepquant.runtime.pack import pack_model
 from stepquant.runtime.packed import PackedLayer
 from stepquant.scheme import Scheme
-from stepquant.workfolder import WorkFolder
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
+from stepquant.support.work_folder import WorkFolder
 
 
 def cost_of(chosen, columns):

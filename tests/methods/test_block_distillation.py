@@ -7,10 +7,10 @@ from torch import nn
 
 from stepquant.calibration.capture import BlockData, capture_inputs
 from stepquant.calibration.observe import quant_layers
-from stepquant.errors import StepQuantError
 from stepquant.methods import BlockDistillation, TemporalQuantizer
 from stepquant.methods.block_training import mixed_batches, train_blocks, training_inputs
-from stepquant.workfolder import WorkFolder
+from stepquant.support.errors import StepQuantError
+from stepquant.support.work_folder import WorkFolder
 
 TINY = {"iterations": 16, "batch": 8, "samples": 32}
 # A UNet of nine blocks, where what is tested is the same for all of them.

@@ -9,7 +9,6 @@ from torch import nn
 from quantize_runs import SMALL
 from stepquant.calibration.capture import BlockData
 from stepquant.calibration.ranges import search_weight_range
-from stepquant.errors import StepQuantError
 from stepquant.methods import BlockReconstruction, LowRankAdapters, Smoothing, TemporalQuantizer
 from stepquant.methods.block_reconstruction import (
     annealed_beta,
@@ -18,7 +17,8 @@ from stepquant.methods.block_reconstruction import (
 )
 from stepquant.recipe import load_recipe, parse_step
 from stepquant.runtime.pack import pack_layer
-from stepquant.workfolder import WorkFolder
+from stepquant.support.errors import StepQuantError
+from stepquant.support.work_folder import WorkFolder
 
 TINY = {"iterations": 8, "batch": 8, "samples": 32}
 ATTENTION = "mid_block.attentions.0"

@@ -8,11 +8,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepquant.errors import StepQuantError
 from stepquant.methods import ChannelReparameterization, WeightDilation
 from stepquant.methods.channel_reparameterization import reparameterization_factors
 from stepquant.quantizers import QuantConv2d
 from stepquant.recipe import parse_recipe, parse_step
+from stepquant.support.errors import StepQuantError
 
 
 def by_brute_force(p: torch.Tensor, truncation: float) -> list[float]:

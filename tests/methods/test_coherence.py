@@ -6,7 +6,6 @@ import torch
 from architectures import session as session_of
 from stepquant.calibration.conditions import Conditions
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.errors import StepQuantError
 from stepquant.methods import BlockDistillation, BlockReconstruction, ProgressiveAlignment
 from stepquant.methods.block_training import training_inputs
 from stepquant.methods.coherence import (
@@ -20,6 +19,7 @@ from stepquant.methods.coherence import (
 )
 from stepquant.recipe import load_recipe, parse_step
 from stepquant.scheme import Scheme
+from stepquant.support.errors import StepQuantError
 
 SMALL = {
     "block_out_channels": (16,),

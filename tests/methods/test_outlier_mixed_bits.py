@@ -9,16 +9,11 @@ from torch import nn
 from quantize_runs import Lines
 from stepquant.calibration.capture import capture_inputs
 from stepquant.calibration.ranges import search_weight_range
-from stepquant.errors import StepQuantError
 from stepquant.methods import OutlierMixedBits
-from stepquant.methods.outlier_mixed_bits import (
-    allocate,
-    channel_errors,
-    kurtosis,
-    sum_over_bits,
-)
+from stepquant.methods.outlier_mixed_bits import allocate, channel_errors, kurtosis, sum_over_bits
 from stepquant.scheme import Scheme
-from stepquant.workfolder import WorkFolder
+from stepquant.support.errors import StepQuantError
+from stepquant.support.work_folder import WorkFolder
 
 
 def test_kurtosis_of_known_distributions():

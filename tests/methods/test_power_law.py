@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from softmax_samples import normal, softmax, uniform
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
 from stepquant.methods.power_law import (
     fit_exponential,
     fit_log_normal,
@@ -18,6 +17,7 @@ from stepquant.methods.power_law import (
     prefers_log2,
     tail_of,
 )
+from stepquant.support.errors import StepQuantError
 
 
 def pareto(alpha: float, count: int = 50_000, x_min: float = 0.01) -> Tensor:

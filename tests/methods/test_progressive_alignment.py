@@ -4,7 +4,7 @@ from pydantic import ValidationError
 
 from quantize_runs import SMALL
 from stepquant.methods import BlockReconstruction, ProgressiveAlignment, TemporalQuantizer
-from stepquant.workfolder import WorkFolder
+from stepquant.support.work_folder import WorkFolder
 
 TINY = {"iterations": 8, "later_iterations": 4, "batch": 8, "samples": 32}
 

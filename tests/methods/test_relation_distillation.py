@@ -7,9 +7,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from stepquant.errors import StepQuantError
 from stepquant.methods import RelationDistillation, TemporalQuantizer
 from stepquant.methods.relation_distillation import output_of, relation_loss, relations
+from stepquant.support.errors import StepQuantError
 
 
 def features(seed: int, shape: tuple[int, ...] = (2, 3, 4, 5)) -> torch.Tensor:

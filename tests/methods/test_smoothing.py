@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepquant.errors import StepQuantError
 from stepquant.methods import Smoothing, WeightDilation
 from stepquant.methods.smoothing import smoothing_factors
+from stepquant.support.errors import StepQuantError
 
 W = torch.tensor([[4.0, -0.5, 0.0], [-1.0, 0.25, 0.0]])
 X_MAX = torch.tensor([16.0, 9.0, 2.0])

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from stepquant.calibration.observe import observe
-from stepquant.errors import StepQuantError
 from stepquant.methods import TemporalQuantizer
-from stepquant.progress import Reporter
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,9 @@ import pytest
 import torch
 
 from stepquant.calibration.trajectories import predict
-from stepquant.errors import StepQuantError
-from stepquant.methods import (
-    LowRankAdapters,
-    TemporalQuantizer,
-    TrajectoryDistillation,
-)
-from stepquant.workfolder import WorkFolder
+from stepquant.methods import LowRankAdapters, TemporalQuantizer, TrajectoryDistillation
+from stepquant.support.errors import StepQuantError
+from stepquant.support.work_folder import WorkFolder
 
 TINY = {"rounds": 4, "batch": 2}
 

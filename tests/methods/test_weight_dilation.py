@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepquant.calibration.observe import observe
-from stepquant.errors import StepQuantError
 from stepquant.methods import WeightDilation
 from stepquant.methods.equivalent_scaling import input_range
 from stepquant.methods.weight_dilation import dilation_factors
-from stepquant.progress import Reporter
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 GROUP = ("to_q", "to_k", "to_v")
 

@@ -13,7 +13,6 @@ from stepquant.bench import denoiser_call
 from stepquant.calibration.capture import capture_outputs, execution_order
 from stepquant.calibration.replay import replayable_blocks
 from stepquant.calibration.trajectories import predict
-from stepquant.errors import StepQuantError
 from stepquant.methods.block_distillation import BlockDistillation
 from stepquant.methods.channel_reparameterization import ChannelReparameterization
 from stepquant.methods.relation_distillation import RelationDistillation
@@ -22,6 +21,7 @@ from stepquant.methods.weight_dilation import WeightDilation
 from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import call_denoiser
 from stepquant.models.modulation import fold_into_modulation
+from stepquant.support.errors import StepQuantError
 
 # (blocks, folds): counted by hand in the architecture's definition
 COUNTS = {

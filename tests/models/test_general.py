@@ -8,9 +8,9 @@ from torch import nn
 from plain_denoiser import SHAPE, denoiser
 from quantize_runs import FAST, refused
 from stepquant.api import DenoiserPipeline, quantize, sample
-from stepquant.errors import StepQuantError
 from stepquant.models.general import ModuleAdapter
 from stepquant.scheme import Scheme
+from stepquant.support.errors import StepQuantError
 
 WIDTH = 8
 

@@ -18,7 +18,7 @@ from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import call_denoiser
 from stepquant.models.mapped import FloatState, Mapped, named_weights, open_mapped
 from stepquant.session import check_finite_weights
-from stepquant.workfolder import fingerprint
+from stepquant.support.work_folder import fingerprint
 
 STEPS = 3
 

@@ -7,10 +7,10 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from stepquant.errors import StepQuantError
 from stepquant.methods.equivalent_scaling import fold_into_producer
 from stepquant.models.adapter import adapter_for
 from stepquant.models.unet2d import UNet2DAdapter
+from stepquant.support.errors import StepQuantError
 
 ADAPTER = UNet2DAdapter()
 CONFIGS = {

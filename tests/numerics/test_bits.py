@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from stepquant.errors import StepQuantError
 from stepquant.numerics import check_bits, max_code, max_codes
+from stepquant.support.errors import StepQuantError
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
 from stepquant.numerics import dequantize_log2, fake_quantize_log2, max_code, quantize_log2
+from stepquant.support.errors import StepQuantError
 
 ALL_BITS = pytest.mark.parametrize("bits", range(1, 9))
 ONE = torch.tensor(1.0)

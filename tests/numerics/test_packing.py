@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
 from stepquant.numerics import (
     max_code,
     pack_bits,
@@ -15,6 +14,7 @@ from stepquant.numerics import (
     unpack_bits,
     unpack_channels,
 )
+from stepquant.support.errors import StepQuantError
 
 
 @st.composite

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
 from stepquant.numerics import fake_quantize
 from stepquant.quantizers import ActivationQuantizer
+from stepquant.support.errors import StepQuantError
 
 STEPS = 7
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepquant.errors import StepQuantError
 from stepquant.quantizers import QuantConv2d, QuantLayer, QuantLinear, StepContext
+from stepquant.support.errors import StepQuantError
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv1x1": {"kernel_size": 1},

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.errors import StepQuantError
 from stepquant.numerics import dequantize, quantize
 from stepquant.numerics.log2 import dequantize_log2, quantize_log2
 from stepquant.quantizers import ProbabilityQuantizer, QuantAttention, StepContext, StepGrid
+from stepquant.support.errors import StepQuantError
 
 B, H, N, M, D, STEPS = 4, 2, 5, 6, 8, 4
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from stepquant.errors import StepQuantError
 from stepquant.quantizers import StepContext, StepGrid
+from stepquant.support.errors import StepQuantError
 
 DESCENDING = torch.tensor([900.0, 600.0, 300.0, 0.0])
 

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from stepquant.calibration.ranges import minmax_weight_range, search_weight_range
-from stepquant.errors import StepQuantError
 from stepquant.numerics import range_to_grid
 from stepquant.quantizers import WeightQuantizer
 from stepquant.quantizers.weight import weight_grid
+from stepquant.support.errors import StepQuantError
 
 SHAPES = {"linear": (6, 40), "conv": (6, 5, 3, 3)}
 

@@ -22,7 +22,6 @@ from kernel_cases import Case
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepquant.errors import StepQuantError
 from stepquant.runtime import fused, native
 from stepquant.runtime.encoding import encode as packed_encode
 from stepquant.runtime.grids import Grid, Output
@@ -32,6 +31,7 @@ from stepquant.runtime.native.attention import attention_codes
 from stepquant.runtime.pack import pack_layer
 from stepquant.runtime.packed import PackedLayer
 from stepquant.runtime.spec import LayerSpec
+from stepquant.support.errors import StepQuantError
 
 
 def factors(channels: int) -> Tensor:

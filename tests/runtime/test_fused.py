@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.errors import StepQuantError
 from stepquant.runtime import fused, native
 from stepquant.runtime.fused import Grid, Output
 from stepquant.runtime.packed import encode as packed_encode
+from stepquant.support.errors import StepQuantError
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from stepquant.errors import StepQuantError
 from stepquant.runtime import fused
+from stepquant.support.errors import StepQuantError
 
 
 @settings(max_examples=20)

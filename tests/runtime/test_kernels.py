@@ -14,10 +14,10 @@ import torch
 from kernel_cases import CASES, Case, actual, expected
 
 import stepquant
-from stepquant.errors import StepQuantError
 from stepquant.runtime.kernels import KERNELS, choose, cpu, native
 from stepquant.runtime.prepared import CallConstants
 from stepquant.runtime.spec import LayerSpec
+from stepquant.support.errors import StepQuantError
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")

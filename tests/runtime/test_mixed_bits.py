@@ -10,8 +10,8 @@ from layer_cases import assert_agrees, input_for, layers, seeded
 from torch import nn
 
 from stepquant.calibration.ranges import search_weight_range
-from stepquant.errors import StepQuantError
 from stepquant.runtime.pack import pack_layer
+from stepquant.support.errors import StepQuantError
 
 
 @layers

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import architectures
 from stepquant.bench import denoiser_call, with_backend
-from stepquant.errors import StepQuantError
 from stepquant.models.adapter import adapter_for
 from stepquant.quantize import quantize
 from stepquant.quantizers import StepContext
@@ -26,6 +25,7 @@ from stepquant.runtime.pack import pack_layer, pack_model
 from stepquant.runtime.packed import PackedLayer
 from stepquant.runtime.spec import LayerSpec
 from stepquant.sampling import sample_images
+from stepquant.support.errors import StepQuantError
 
 
 def installed() -> bool:

@@ -9,13 +9,13 @@ import torch
 from layer_cases import assert_agrees, input_for, layers, seeded
 from torch import Tensor, nn
 
-from stepquant.errors import StepQuantError
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext
 from stepquant.runtime.attention import PackedAttention
 from stepquant.runtime.lora_branch import LoraBranch, attach_branch
 from stepquant.runtime.openvino_export import ExportLayer, export_denoiser
 from stepquant.runtime.pack import pack_layer
+from stepquant.support.errors import StepQuantError
 
 TIMES = [0, 40, torch.tensor([40, 0, 10])]
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from stepquant.errors import StepQuantError
 from stepquant.numerics import unpack_bits
 from stepquant.quantizers import QuantLayer
 from stepquant.runtime.pack import layer_spec, pack_layer, pack_model
 from stepquant.runtime.packed import PackedConv2d, PackedLinear
 from stepquant.runtime.spec import LayerSpec
+from stepquant.support.errors import StepQuantError
 
 
 def conv() -> nn.Conv2d:

@@ -14,13 +14,13 @@ from layer_cases import assert_agrees, input_for, layers, seeded
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from stepquant.errors import StepQuantError
 from stepquant.numerics import quantize
 from stepquant.quantizers import QuantLinear, StepContext
 from stepquant.runtime.kernels import cpu
 from stepquant.runtime.pack import pack_layer, pack_model
 from stepquant.runtime.packed import PackedLayer, PackedLinear, encode
 from stepquant.runtime.spec import LayerSpec
+from stepquant.support.errors import StepQuantError
 
 LINEAR = LayerSpec("linear", 12, 8, 4, 8)
 NO_ONEDNN = cpu.why_not(LINEAR, torch.device("cpu"))

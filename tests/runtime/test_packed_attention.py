@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from stepquant.errors import StepQuantError
 from stepquant.quantizers import QuantAttention, StepContext
 from stepquant.runtime.attention import PackedAttention
 from stepquant.runtime.pack import pack_attention
+from stepquant.support.errors import StepQuantError
 
 B, H, N, M, D, STEPS = 4, 2, 5, 7, 8, 5
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stepquant.calibration.ranges import minmax_weight_range
-from stepquant.errors import StepQuantError
 from stepquant.runtime import resident
 from stepquant.runtime.kernels import cpu, int_mm, reference
 from stepquant.runtime.pack import pack_layer
@@ -21,6 +20,7 @@ from stepquant.runtime.packed import PackedLayer
 from stepquant.runtime.released import Released
 from stepquant.runtime.resident import set_memory_mode, weight_bytes_resident
 from stepquant.runtime.spec import LayerSpec
+from stepquant.support.errors import StepQuantError
 
 MIXED = [2, 3, 4, 8, 5, 6, 7, 1]
 

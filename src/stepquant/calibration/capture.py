@@ -14,8 +14,8 @@ from stepquant.calibration.nested import Joined, pick
 from stepquant.calibration.replay import replaying
 from stepquant.calibration.spill import Rows, Spill
 from stepquant.calibration.trajectories import Trajectories, predict
-from stepquant.errors import StepQuantError
 from stepquant.models.calling import tensors_in
+from stepquant.support.errors import StepQuantError
 
 
 class _StopForward(Exception):

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
 from stepquant.models.calling import tensors_in
+from stepquant.support.errors import StepQuantError
 
 SEPARATOR = "."  # between the names of nested arguments
 POSITION = "#"  # before the number of an entry of a tuple

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from stepquant.calibration.guidance import mixed
 from stepquant.calibration.trajectories import Trajectories, predict
-from stepquant.errors import StepQuantError
-from stepquant.progress import Reporter
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 NEIGHBOURS = 2  # steps on either side that a step's spectrum is averaged with
 MIXED = (

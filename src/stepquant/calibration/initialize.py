@@ -13,9 +13,9 @@ from stepquant.calibration.ranges import (
 )
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.numerics import range_to_grid
-from stepquant.progress import Reporter
 from stepquant.quantizers import ActivationQuantizer, ProbabilityQuantizer, QuantLayer
 from stepquant.quantizers.weight import GridSearch
+from stepquant.support.progress import Reporter
 
 
 def weight_search(method: str) -> GridSearch:

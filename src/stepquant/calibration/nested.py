@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from stepquant.calibration.spill import Rows, Spill
-from stepquant.errors import StepQuantError
 from stepquant.models.calling import inside
+from stepquant.support.errors import StepQuantError
 
 
 @dataclass(frozen=True)

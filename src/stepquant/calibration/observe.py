@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.trajectories import Trajectories, predict
-from stepquant.errors import StepQuantError
-from stepquant.progress import Reporter
 from stepquant.quantizers import QuantAttention, QuantLayer
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 VALUES_PER_STEP = 2048  # drawn at random
 TAIL_PER_STEP = 64  # kept exactly at each end: a random draw has too few of them to weigh clipping

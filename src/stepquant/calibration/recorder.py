@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.conditions import ConditionRecorder
-from stepquant.errors import StepQuantError
 from stepquant.models.calling import argument_names
 from stepquant.quantizers.step_grid import timestep_position
+from stepquant.support.errors import StepQuantError
 
 
 class Seen(Exception):

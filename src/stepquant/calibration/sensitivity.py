@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.trajectories import Trajectories, predict
-from stepquant.errors import StepQuantError
-from stepquant.progress import Reporter
 from stepquant.quantizers import QuantLayer
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 AT_ONCE = 10  # samples of a trajectory
 

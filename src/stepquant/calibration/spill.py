@@ -14,7 +14,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 
 class Spill:

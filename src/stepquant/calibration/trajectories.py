@@ -14,17 +14,11 @@ from torch import Tensor, nn
 
 from stepquant.calibration.conditions import Conditions
 from stepquant.calibration.recorder import Recorder, Seen
-from stepquant.errors import StepQuantError
 from stepquant.models.calling import call_denoiser
-from stepquant.progress import Reporter
 from stepquant.quantizers.step_grid import StepGrid
-from stepquant.sampling import (
-    Conditioning,
-    check_count,
-    denoiser_name,
-    denoiser_of,
-    sample_images,
-)
+from stepquant.sampling import Conditioning, check_count, denoiser_name, denoiser_of, sample_images
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 TENSORS = ("sample", "timestep", "trajectory", "timesteps")
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepquant.errors import StepQuantError
 from stepquant.models.attention import ProductsProcessor, why_products_stay_float
 from stepquant.numerics import check_bits
 from stepquant.quantizers import StepContext
 from stepquant.runtime.attention import PackedAttention
+from stepquant.support.errors import StepQuantError
 
 
 @dataclass(frozen=True)

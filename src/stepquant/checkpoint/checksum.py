@@ -12,7 +12,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 CHECKSUM_NAME = "stepquant_sha256"
 

@@ -11,7 +11,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from stepquant.checkpoint.attention_config import AttentionConfig
 from stepquant.checkpoint.layer_config import LayerConfig
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 FORMAT_VERSION = 1
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 INDEX_NAME = "model_index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepquant.errors import StepQuantError
 from stepquant.numerics import check_bits
 from stepquant.quantizers import StepContext
 from stepquant.runtime.packed import PackedConv2d, PackedLayer, PackedLinear
 from stepquant.runtime.spec import MOST_BITS_WITH_HALVES, LayerSpec
+from stepquant.support.errors import StepQuantError
 
 KINDS = {"linear": nn.Linear, "conv2d": nn.Conv2d}
 

@@ -17,7 +17,7 @@ from stepquant.checkpoint.folder import (
     first_line,
 )
 from stepquant.checkpoint.single_file import load_single_file
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:  # slow to import, see load_pipeline
     import torch

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stepquant.checkpoint.folder import HUB_ID, PICKLE_SUFFIXES
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 USUAL_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PEFT_CONFIG = "adapter_config.json"  # beside the tensors, where peft itself wrote them

@@ -17,10 +17,10 @@ from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor, nn
 
 from stepquant.checkpoint.lora_file import LoraFile
-from stepquant.errors import StepQuantError
 from stepquant.runtime.lora_branch import Layer
 from stepquant.runtime.packed import PackedLayer
 from stepquant.runtime.stand_in import original
+from stepquant.support.errors import StepQuantError
 
 PEFT_PREFIX = "base_model.model."
 MATRIX = re.compile(r"(?P<layer>.+)\.lora_(?P<which>[AB])(\.[^.]+)?\.weight")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from stepquant.checkpoint.checksum import CHECKSUM_NAME, checksum, checksum_tensor, tensor_line
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.plugin import StepQuantQuantizer
-from stepquant.errors import StepQuantError
-from stepquant.workfolder import apart
+from stepquant.support.errors import StepQuantError
+from stepquant.support.work_folder import apart
 
 COMPONENT = "denoiser"
 CONFIG_NAME = "config.json"

@@ -19,7 +19,6 @@ from stepquant.checkpoint.checksum import (
 )
 from stepquant.checkpoint.config import StepQuantConfig, StepQuantMethod
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
-from stepquant.errors import StepQuantError
 from stepquant.models.attention import ProductsProcessor
 from stepquant.models.input_bypass import InputBypass, bypass_of, detach_bypass
 from stepquant.models.surgery import replace_modules
@@ -27,6 +26,7 @@ from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.fast import use_fast_blocks, use_plain_blocks
 from stepquant.runtime.lora_branch import named_branches
 from stepquant.runtime.packed import PackedLayer
+from stepquant.support.errors import StepQuantError
 
 
 def register() -> None:

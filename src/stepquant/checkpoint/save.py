@@ -28,10 +28,10 @@ from stepquant.checkpoint.validate import (
     packed_layers,
     packed_modules,
 )
-from stepquant.errors import StepQuantError
 from stepquant.models.attention import PRODUCTS
 from stepquant.models.input_bypass import bypass_of
 from stepquant.quantizers import StepContext
+from stepquant.support.errors import StepQuantError
 
 
 def describe_layers(model: nn.Module) -> dict[str, LayerConfig]:

@@ -23,7 +23,7 @@ from stepquant.checkpoint.folder import (
     first_line,
     read_index,
 )
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:  # slow to import, see load_pipeline
     import torch

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from stepquant.errors import StepQuantError
 from stepquant.models.input_bypass import SLOPES_NAME
 from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code, max_codes
 from stepquant.runtime.attention import PackedAttention
 from stepquant.runtime.packed import PackedLayer
+from stepquant.support.errors import StepQuantError
 
 STEP_GRID_NAME = "step_grid"
 OF_STEPS = (STEP_GRID_NAME, SLOPES_NAME)  # float32 tensors of the denoiser, one value for each step

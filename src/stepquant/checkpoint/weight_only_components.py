@@ -24,9 +24,9 @@ from stepquant.checkpoint.weight_only_model import (
     resolved,
     resolved_at_load,
 )
-from stepquant.errors import StepQuantError
 from stepquant.quantizers.weight import GridSearch
 from stepquant.runtime.weight_only import minmax_grid
+from stepquant.support.errors import StepQuantError
 
 
 class WeightOnlyQuantizer(FrozenQuantizer):

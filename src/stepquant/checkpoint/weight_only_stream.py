@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from stepquant.checkpoint.weight_only_components import mark_weight_only
 from stepquant.checkpoint.weight_only_config import WeightOnlyConfig
 from stepquant.checkpoint.weight_only_model import put_layers, resolved, tensor_keys
-from stepquant.errors import StepQuantError
 from stepquant.models.weight_files import WeightFiles, check_files, empty_model
-from stepquant.progress import Reporter
 from stepquant.quantizers.weight import GridSearch
 from stepquant.runtime.weight_only import weight_only_tensors
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 SHARD_BYTES = 1 << 30
 

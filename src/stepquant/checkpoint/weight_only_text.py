@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from stepquant.checkpoint.weight_only_config import CONFIGS, WeightOnlyConfig
 from stepquant.checkpoint.weight_only_model import check_loaded, put_layers, resolved_at_load
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 
 def register() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:  # slow to import, see demo.py
     from diffusers import DiffusionPipeline

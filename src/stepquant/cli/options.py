@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from stepquant import __version__
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 OWN_SCHEDULER = "own"
 

@@ -26,7 +26,7 @@ from stepquant.cli.options import (
     scheduler_name,
 )
 from stepquant.cli.session import talk
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 
 def sample(

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from stepquant import __version__
-from stepquant.errors import StepQuantError
-from stepquant.progress import Reporter
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 NOT_DONE = 2  # the exit code of bad input, full disks and Ctrl-C
 PIPED_WIDTH = 160  # columns of a table that goes to a file or another program
@@ -183,7 +183,7 @@ def record_of(context: typer.Context, results: dict[str, Any]) -> dict[str, Any]
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write `record` to `path`: complete or not at all."""
-    from stepquant.workfolder import atomic_write
+    from stepquant.support.work_folder import atomic_write
 
     text = json.dumps(plain(record), indent=2, allow_nan=False) + "\n"
     atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))

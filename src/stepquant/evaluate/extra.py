@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from stepquant.errors import StepQuantError
 from stepquant.evaluate.extra import evaluate_extra
+from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:
     from torchmetrics.image.fid import FrechetInceptionDistance

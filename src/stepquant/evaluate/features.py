@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
 from stepquant.evaluate.feature_network import FeatureNetwork
 from stepquant.evaluate.reference_statistics import check_statistics
+from stepquant.support.errors import StepQuantError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SUFFIX = "-features"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 MEGABYTE = 1e6  # bytes
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
 from stepquant.evaluate.extra import evaluate_extra
 from stepquant.evaluate.feature_network import frechet_metric
 from stepquant.evaluate.features import check_unit_range
 from stepquant.evaluate.reference_statistics import COUNT, check_statistics
+from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:
     from torchmetrics.image.fid import FrechetInceptionDistance

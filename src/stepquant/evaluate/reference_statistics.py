@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 SUM = "real_features_sum"  # [D]
 OUTER_SUM = "real_features_cov_sum"  # [D, D], sum of f fᵀ, not centred

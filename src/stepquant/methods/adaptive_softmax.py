@@ -15,7 +15,6 @@ from pydantic import Field
 from torch import Tensor
 
 from stepquant.calibration.observe import Observation, observe_probabilities
-from stepquant.errors import StepQuantError
 from stepquant.methods.power_law import (
     X_MIN_QUANTILE,
     Alternative,
@@ -29,6 +28,7 @@ from stepquant.numerics import dequantize, dequantize_log2, max_code, quantize, 
 from stepquant.quantizers import ProbabilityQuantizer
 from stepquant.scheme import Scheme
 from stepquant.session import Session
+from stepquant.support.errors import StepQuantError
 
 # Factors of the largest value that a grid's upper end is searched over: six octaves down, and half
 # an octave up, because the log2 grid may lie best with its upper end above all values.

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from stepquant.calibration.guidance import mixed
 from stepquant.calibration.influence import MIXED, shared_power, why_not_followed
 from stepquant.calibration.trajectories import Trajectories, predict
-from stepquant.errors import StepQuantError
 from stepquant.methods.block_training import is_check
 from stepquant.methods.coherence import (
     check_together,
@@ -39,6 +38,7 @@ from stepquant.methods.step import CORRECTED, Step
 from stepquant.methods.trajectory_distillation import SECONDS_BETWEEN_SAVES, Training
 from stepquant.scheme import Scheme
 from stepquant.session import Session
+from stepquant.support.errors import StepQuantError
 
 
 class AffineDistillation(Step):

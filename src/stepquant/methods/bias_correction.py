@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from stepquant.calibration.capture import execution_order
 from stepquant.calibration.trajectories import Trajectories, predict
-from stepquant.errors import StepQuantError
 from stepquant.methods.step import Step
 from stepquant.models.calling import channel_dim
 from stepquant.quantizers import QuantLayer
 from stepquant.session import Session
+from stepquant.support.errors import StepQuantError
 
 
 class BiasCorrection(Step):

@@ -23,13 +23,13 @@ from stepquant.calibration.initialize import weight_search
 from stepquant.calibration.rounding_errors import input_errors, input_grids, weight_error
 from stepquant.calibration.sensitivity import OutputErrors, output_errors
 from stepquant.calibration.trajectories import Trajectories, predict
-from stepquant.errors import StepQuantError
 from stepquant.methods.outlier_mixed_bits import BITS_CHOSEN
 from stepquant.methods.step import Step
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.quantizers import QuantLayer
 from stepquant.scheme import Scheme
 from stepquant.session import Session
+from stepquant.support.errors import StepQuantError
 
 
 def allocate_bits(

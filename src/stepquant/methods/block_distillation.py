@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stepquant.calibration.capture import BlockData
-from stepquant.errors import StepQuantError
 from stepquant.methods.block_training import (
     GuardedBlock,
     is_check,
@@ -30,6 +29,7 @@ from stepquant.methods.layer_optimizer import LayerOptimizer
 from stepquant.methods.step import CORRECTED, Step
 from stepquant.scheme import Scheme
 from stepquant.session import Session
+from stepquant.support.errors import StepQuantError
 
 
 class BlockDistillation(Step):

@@ -19,7 +19,6 @@ from stepquant.calibration.nested import inside, pick
 from stepquant.calibration.replay import Replayable, replayable_blocks
 from stepquant.calibration.spill import Rows
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.errors import StepQuantError
 from stepquant.methods.coherence import (
     coherent_batches,
     coherent_inputs,
@@ -30,6 +29,7 @@ from stepquant.methods.coherence import (
 from stepquant.models.calling import tensors_in
 from stepquant.quantizers import QuantLayer
 from stepquant.session import Session
+from stepquant.support.errors import StepQuantError
 
 BYTES_OF_TARGETS = 512 << 20  # float-chain outputs that are kept at once
 BYTES_OF_OUTPUTS = 4 << 30  # of finished blocks; where they would take more, blocks run again

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 
 def check_together(step: str, together: int, batch: int) -> None:

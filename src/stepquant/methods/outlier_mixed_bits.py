@@ -16,12 +16,12 @@ from torch import Tensor
 from stepquant.calibration.capture import capture_inputs, execution_order
 from stepquant.calibration.initialize import weight_search
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.errors import StepQuantError
 from stepquant.methods.step import CORRECTED, TRAINING, Step
 from stepquant.quantizers import QuantLayer
 from stepquant.quantizers.weight import GridSearch
 from stepquant.scheme import Scheme
 from stepquant.session import Session
+from stepquant.support.errors import StepQuantError
 
 BITS_CHOSEN = "which has chosen the bits that it would replace"
 

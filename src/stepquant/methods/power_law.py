@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 Alternative = Literal["exponential", "log_normal", "best"]
 

@@ -14,11 +14,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.methods.block_reconstruction import (
-    ROUNDED,
-    BlockReconstruction,
-    unrounded_weights,
-)
+from stepquant.methods.block_reconstruction import ROUNDED, BlockReconstruction, unrounded_weights
 from stepquant.methods.block_training import training_inputs
 from stepquant.methods.step import CORRECTED
 from stepquant.session import Session

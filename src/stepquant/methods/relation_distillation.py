@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.errors import StepQuantError
 from stepquant.methods.trajectory_distillation import TrajectoryDistillation
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.models.calling import call_denoiser
 from stepquant.session import Session
+from stepquant.support.errors import StepQuantError
 
 
 def relations(features: Tensor, temperature: float) -> Tensor:

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from stepquant.errors import StepQuantError
 from stepquant.models.dit import DiTAdapter
 from stepquant.models.flux import FluxAdapter
 from stepquant.models.inputs import Inputs
@@ -15,6 +14,7 @@ from stepquant.models.pixart import PixArtAdapter
 from stepquant.models.sd3 import SD3Adapter
 from stepquant.models.unet2d import UNet2DAdapter
 from stepquant.models.unet2d_condition import UNet2DConditionAdapter
+from stepquant.support.errors import StepQuantError
 
 
 class DenoiserAdapter(Protocol):

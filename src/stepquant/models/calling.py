@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 
 def argument_names(denoiser: nn.Module) -> list[str]:

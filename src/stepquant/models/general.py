@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.errors import StepQuantError
 from stepquant.models.base import DiffusersAdapter, Folds
 from stepquant.models.calling import call_denoiser, tensors_in
 from stepquant.models.inputs import Inputs
+from stepquant.support.errors import StepQuantError
 
 LAYERS = (nn.Linear, nn.Conv2d)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)

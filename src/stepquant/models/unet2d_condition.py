@@ -13,10 +13,10 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from stepquant.errors import StepQuantError
 from stepquant.models.base import Folds, feed_forward_folds, value_folds
 from stepquant.models.inputs import MIDDLE, TOKENS, Inputs, noise, random_sample
 from stepquant.models.unet2d import UNet2DAdapter
+from stepquant.support.errors import StepQuantError
 
 TIME_IDS = 6  # of SDXL: original size, crop, target size
 

@@ -14,7 +14,7 @@ from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGH
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 REMEDY = "fetch or write the folder again"
 

@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
 from stepquant.numerics.bits import check_bits, max_code
+from stepquant.support.errors import StepQuantError
 
 # The smallest number above sqrt(1/2), which no float is equal to. So there are no ties, and
 # `mantissa >= SQRT_HALF` is the exact comparison.

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
 from stepquant.numerics.bits import check_bits, max_code
+from stepquant.support.errors import StepQuantError
 
 
 def packed_size(count: int, bits: int) -> int:

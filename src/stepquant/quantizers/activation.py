@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from stepquant.errors import StepQuantError
 from stepquant.numerics import check_bits, fake_quantize, quantize
+from stepquant.support.errors import StepQuantError
 
 
 class ActivationQuantizer(nn.Module):

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepquant.errors import StepQuantError
 from stepquant.numerics import check_bits
 from stepquant.quantizers.activation import ActivationQuantizer, TakesErrors, spread_rows
 from stepquant.quantizers.low_rank import LowRankAdapter
 from stepquant.quantizers.rounding import SoftRounding
 from stepquant.quantizers.step_grid import StepContext
 from stepquant.quantizers.weight import GridSearch, WeightQuantizer
+from stepquant.support.errors import StepQuantError
 
 
 class QuantLayer(nn.Module):

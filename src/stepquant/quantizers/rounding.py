@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stepquant.errors import StepQuantError
 from stepquant.numerics import dequantize
 from stepquant.numerics.affine import clamp_codes
 from stepquant.quantizers.weight import WeightQuantizer
+from stepquant.support.errors import StepQuantError
 
 ZETA, GAMMA = 1.1, -0.1  # the sigmoid is stretched to this range, then cut to 0..1
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 
 class StepGrid:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.errors import StepQuantError
 from stepquant.runtime import native
 from stepquant.runtime.encoding import encode as packed_encode
 from stepquant.runtime.grids import Grid, Output
 from stepquant.runtime.kernels.cpu import pad
 from stepquant.runtime.native import Library, calls
+from stepquant.support.errors import StepQuantError
 
 __all__ = [
     "Grid",

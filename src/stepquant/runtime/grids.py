@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 
 class Grid(NamedTuple):

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.errors import StepQuantError
 from stepquant.models.calling import (
     inside,
     leaves_in,
@@ -30,6 +29,7 @@ from stepquant.runtime.openvino_export import (
 )
 from stepquant.runtime.packed import PackedLayer
 from stepquant.runtime.stand_in import StandIn
+from stepquant.support.errors import StepQuantError
 
 BACKEND = "openvino"
 PRECISIONS = ("f32", "bf16", "f16")

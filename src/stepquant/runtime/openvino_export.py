@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stepquant.errors import StepQuantError
 from stepquant.models.surgery import copy_around, replace_modules
 from stepquant.numerics import max_code
 from stepquant.quantizers.activation import spread_rows
@@ -30,6 +29,7 @@ from stepquant.runtime.kernels import cpu
 from stepquant.runtime.lora_branch import named_branches
 from stepquant.runtime.packed import PackedLayer
 from stepquant.runtime.spec import LayerSpec
+from stepquant.support.errors import StepQuantError
 
 DEFAULT = "draw with the default backend, which runs it"
 

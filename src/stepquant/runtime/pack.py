@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from stepquant.errors import StepQuantError
 from stepquant.models.surgery import replace_modules
 from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code, max_codes, pack_channels
 from stepquant.quantizers import (
@@ -22,6 +21,7 @@ from stepquant.runtime.attention import PackedAttention
 from stepquant.runtime.fast import use_fast_blocks
 from stepquant.runtime.packed import PackedConv2d, PackedLayer, PackedLinear
 from stepquant.runtime.spec import MOST_BITS_WITH_HALVES, LayerSpec
+from stepquant.support.errors import StepQuantError
 
 
 def layer_spec(layer: QuantLayer) -> LayerSpec:

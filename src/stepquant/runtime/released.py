@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 # What torch answers without asking `__torch_dispatch__`, and what may answer with the tensor
 # itself: a caller that asks for these wants bytes.

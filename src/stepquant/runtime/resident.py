@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stepquant.errors import StepQuantError
 from stepquant.runtime.differences import packed_of
 from stepquant.runtime.prepared import PreparedPart
 from stepquant.runtime.released import Released, whole
+from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:
     from stepquant.runtime.packed import PackedLayer

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
 from stepquant.runtime.spec import LayerSpec
+from stepquant.support.errors import StepQuantError
 
 
 class Shape(NamedTuple):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stepquant.errors import StepQuantError
 from stepquant.numerics import dequantize, pack_bits, packed_size, quantize, unpack_nibbles
 from stepquant.quantizers.weight import GridSearch, weight_grid
+from stepquant.support.errors import StepQuantError
 
 LARGEST = 127  # 8-bit codes are symmetric around zero
 WEIGHT_ONLY_BITS = (4, 8)

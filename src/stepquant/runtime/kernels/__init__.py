@@ -20,9 +20,9 @@ from types import ModuleType
 
 import torch
 
-from stepquant.errors import StepQuantError
 from stepquant.runtime.kernels import cpu, int_mm, native, reference
 from stepquant.runtime.spec import LayerSpec
+from stepquant.support.errors import StepQuantError
 
 # In order of preference; the last one takes every layer on every device.
 KERNELS: dict[str, ModuleType] = {

@@ -7,10 +7,10 @@ import struct
 import torch
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
 from stepquant.runtime.grids import Grid
 from stepquant.runtime.native import Library
 from stepquant.runtime.native.calls import fail, grid_structure
+from stepquant.support.errors import StepQuantError
 
 _ATTENTION = struct.Struct("12q").pack
 

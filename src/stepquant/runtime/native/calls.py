@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
 from stepquant.runtime.grids import Grid, Output
 from stepquant.runtime.native import Library
+from stepquant.support.errors import StepQuantError
 
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh")  # in the order of `Activation` in abi.h
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
 from stepquant.runtime.grids import Grid
 from stepquant.runtime.native import Library
 from stepquant.runtime.native.calls import ACTIVATION_CODES, fail, floats, grid_structure
 from stepquant.runtime.shapes import shape_of
 from stepquant.runtime.spec import LayerSpec
+from stepquant.support.errors import StepQuantError
 
 _CODES = struct.Struct("12q").pack
 _WEIGHT = struct.Struct("7q").pack

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepquant.errors import StepQuantError
+from stepquant.support.errors import StepQuantError
 
 
 def atomic_write(path: Path, write: Any) -> None:

@@ -1,0 +1,1 @@
+"""What every room needs: the package's exception, progress output, and files on disk."""
