@@ -18,7 +18,7 @@ from stepquant.inspection_plots import check_plots, write_plots
 from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.methods.weight_dilation import dilation_factors
 from stepquant.models.adapter import DenoiserAdapter, adapter_of
-from stepquant.models.attention import PRODUCTS
+from stepquant.models.attention_processor import PRODUCTS
 from stepquant.models.input_bypass import bypass_of
 from stepquant.quantizers import StepContext
 from stepquant.runtime.packed import PackedLayer

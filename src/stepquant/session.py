@@ -16,7 +16,11 @@ from stepquant.calibration.observe import quant_attention, quant_layers
 from stepquant.calibration.spill import Spill
 from stepquant.calibration.trajectories import Draw, Trajectories
 from stepquant.models.adapter import DenoiserAdapter
-from stepquant.models.attention import PRODUCTS, ProductsProcessor, why_products_stay_float
+from stepquant.models.attention_processor import (
+    PRODUCTS,
+    ProductsProcessor,
+    why_products_stay_float,
+)
 from stepquant.models.mapped import Mapped, named_weights
 from stepquant.models.surgery import copy_around, replace_modules
 from stepquant.quantizers import QuantAttention, QuantConv2d, QuantLayer, QuantLinear, StepContext

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stepquant.calibration.ranges import minmax_weight_range, search_weight_range
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config
-from stepquant.models.attention import ProductsProcessor
+from stepquant.models.attention_processor import ProductsProcessor
 from stepquant.models.input_bypass import InputBypass
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import (

@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import (
 )
 from torch import Tensor, nn
 
-from stepquant.models.attention import ProductsProcessor, why_products_stay_float
+from stepquant.models.attention_processor import ProductsProcessor, why_products_stay_float
 from stepquant.quantizers import QuantAttention, StepContext, StepGrid
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepquant.numerics.attention import (
+from stepquant.numerics.attention_products import (
     AttentionGrids,
     attention_of_differences,
     probability_levels,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepquant.models.attention import ProductsProcessor, why_products_stay_float
+from stepquant.models.attention_processor import ProductsProcessor, why_products_stay_float
 from stepquant.numerics import check_bits
 from stepquant.quantizers import StepContext
 from stepquant.runtime.attention import PackedAttention

@@ -17,9 +17,9 @@ from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor, nn
 
 from stepquant.checkpoint.lora_file import LoraFile
+from stepquant.models.stand_in import original
 from stepquant.runtime.lora_branch import Layer
 from stepquant.runtime.packed import PackedLayer
-from stepquant.runtime.stand_in import original
 from stepquant.support.errors import StepQuantError
 
 PEFT_PREFIX = "base_model.model."

@@ -19,7 +19,7 @@ from stepquant.checkpoint.checksum import (
 )
 from stepquant.checkpoint.config import StepQuantConfig, StepQuantMethod
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
-from stepquant.models.attention import ProductsProcessor
+from stepquant.models.attention_processor import ProductsProcessor
 from stepquant.models.input_bypass import InputBypass, bypass_of, detach_bypass
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid

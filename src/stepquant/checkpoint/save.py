@@ -28,7 +28,7 @@ from stepquant.checkpoint.validate import (
     packed_layers,
     packed_modules,
 )
-from stepquant.models.attention import PRODUCTS
+from stepquant.models.attention_processor import PRODUCTS
 from stepquant.models.input_bypass import bypass_of
 from stepquant.quantizers import StepContext
 from stepquant.support.errors import StepQuantError

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.numerics import check_bits, quantize
-from stepquant.numerics.attention import AttentionGrids, attention_of_differences
+from stepquant.numerics.attention_products import AttentionGrids, attention_of_differences
 from stepquant.quantizers.activation import spread_rows
 from stepquant.quantizers.step_grid import StepContext
 
@@ -23,7 +23,7 @@ class PackedAttention(nn.Module):
     `probability_log2` uint8 `[T]`, 1 where the probabilities of a step have the log2 grid.
 
     The products are sums of whole numbers, computed in floating point, where they are exact (see
-    `numerics.attention`): integer matmuls of torch take two matrices, not batches of small ones.
+    `numerics.attention_products`): integer matmuls of torch take two matrices, not batches of small ones.
     """
 
     act_scale: Tensor

@@ -19,6 +19,7 @@ from stepquant.models.calling import (
     with_prediction,
     with_tensors,
 )
+from stepquant.models.stand_in import StandIn
 from stepquant.quantizers.step_grid import StepContext, StepGrid
 from stepquant.runtime.openvino_export import (
     DEFAULT,
@@ -28,7 +29,6 @@ from stepquant.runtime.openvino_export import (
     traced,
 )
 from stepquant.runtime.packed import PackedLayer
-from stepquant.runtime.stand_in import StandIn
 from stepquant.support.errors import StepQuantError
 
 BACKEND = "openvino"

@@ -19,10 +19,10 @@ from stepquant.models.calling import (
     with_prediction,
     with_tensors,
 )
+from stepquant.models.stand_in import StandIn
 from stepquant.runtime.packed import is_packed
 from stepquant.runtime.recording.recorder import NotRecordable, Recorder
 from stepquant.runtime.recording.state import State, why_not
-from stepquant.runtime.stand_in import StandIn
 
 MOST_SHAPES = 8  # that recordings are kept of, each with its memory
 COMPARISONS = 3  # of a recording's first replays, while the timestep stays the same

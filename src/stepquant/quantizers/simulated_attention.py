@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepquant.numerics import check_bits, fake_quantize
-from stepquant.numerics.attention import AttentionGrids, attention_of_differences
+from stepquant.numerics.attention_products import AttentionGrids, attention_of_differences
 from stepquant.numerics.log2 import fake_quantize_log2
 from stepquant.quantizers.activation import ActivationQuantizer, spread_rows
 from stepquant.quantizers.step_grid import StepContext
