@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 # The installation compiles the native kernels; this does it again when their sources are newer, as
 # the package refuses a library of other sources, and is slow without one. No compiler is no failure.
 $(KERNELS): $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h $(NATIVE)/build.py) | $(STAMP)
-	@$(BIN)/python -m stepquant.runtime.native || true
+	@$(BIN)/python -m stepquant.runtime.ops.native || true
 
 demo: $(STAMP) $(KERNELS)
 	rm -rf demo

@@ -1,6 +1,6 @@
 """Compiles the native kernels into the wheel, or in place where the install is editable.
 
-Without a C++ compiler the wheel is a pure Python one, and `runtime.fused` computes with torch.
+Without a C++ compiler the wheel is a pure Python one, and `runtime.ops.fused` computes with torch.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from integer_peak import count_macs, integer_peak
 from speed_files import load_denoiser, read_config
 from speed_models import MODELS, Inputs, call, random_inputs
 from stepquant.evaluate import measure_latency, peak_memory_mb
-from stepquant.runtime.packed import is_packed
-from stepquant.runtime.resident import MODES, set_memory_mode, weight_bytes_resident
+from stepquant.runtime.layers.integer import is_packed
+from stepquant.runtime.layers.resident import MODES, set_memory_mode, weight_bytes_resident
 from stepquant.support.progress import Reporter
 
 if TYPE_CHECKING:

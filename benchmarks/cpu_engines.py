@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from speed_files import IR, load_denoiser
 from speed_models import Inputs, call
 from stepquant.bench import set_backend
+from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser
-from stepquant.runtime.packed import PackedLayer
 from stepquant.runtime.recording import recorded
 from stepquant.support.errors import StepQuantError
 

@@ -25,7 +25,7 @@ from stepquant.calibration.observe import quant_layers
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories
 from stepquant.evaluate import paired_psnr
 from stepquant.quantize import quantize
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.sampling import denoiser_name, denoiser_of, sample_images
 from stepquant.sources import open_pipeline
 from stepquant.support.progress import Reporter

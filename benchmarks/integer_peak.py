@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.evaluate import measure_latency
-from stepquant.runtime.kernels import cpu, native
-from stepquant.runtime.shapes import shape_of
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.kernels import native, onednn
+from stepquant.runtime.ops.layer_spec import LayerSpec
+from stepquant.runtime.ops.result_shapes import shape_of
 
 # Large enough that everything besides the products is small: 10 to 20 G multiply-adds.
 PEAK_SHAPES = {
@@ -65,7 +65,7 @@ def integer_peak(small: bool = False, repeats: int = 10) -> dict[str, float]:
     oneDNN's kernel runs twice, which is in the figure, and there is none of our own.
     """
     calls, macs = {}, {}
-    for kernel, title in ((native, "own"), (cpu, "oneDNN")):
+    for kernel, title in ((native, "own"), (onednn, "oneDNN")):
         for shape_name, shape in (SMALL_PEAK_SHAPES if small else PEAK_SHAPES).items():
             name = f"{title}, {shape_name}"
             spec, *tensors = (_conv if shape_name.startswith("conv") else _linear)(*shape)

@@ -21,7 +21,7 @@ from paper_model import paper_pipeline
 from records import write_record
 from stepquant.quantize import quantize
 from stepquant.recipe import parse_recipe
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.sampling import denoiser_of
 from stepquant.support.progress import Reporter
 

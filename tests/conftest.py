@@ -15,7 +15,7 @@ from stepquant.calibration.ranges import minmax_weight_range
 from stepquant.calibration.trajectories import capture_trajectories, drawer
 from stepquant.models.adapter import adapter_for
 from stepquant.quantizers import QuantConv2d, QuantLayer, QuantLinear, StepContext, StepGrid
-from stepquant.runtime import native
+from stepquant.runtime.ops import native
 from stepquant.sampling import set_scheduler
 from stepquant.scheme import Scheme
 from stepquant.session import Session

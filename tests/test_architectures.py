@@ -17,7 +17,7 @@ from stepquant.bench import bench, set_backend
 from stepquant.calibration.trajectories import predict
 from stepquant.models.adapter import adapter_for
 from stepquant.recipe import load_recipe, recipe_names
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.support.progress import Reporter
 
 STEPS = 3

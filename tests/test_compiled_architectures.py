@@ -14,7 +14,7 @@ from stepquant.methods import TemporalQuantizer
 from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import named_arguments
 from stepquant.recipe import Recipe
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.layers.integer import PackedLayer
 
 TRANSFORMERS = ["dit", "pixart", "sd3", "flux"]
 FEW = {"calibration.trajectories": 2, "ranges.weights": "minmax", "ranges.activations": "minmax"}

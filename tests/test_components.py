@@ -13,7 +13,7 @@ from architectures import ARCHITECTURES, build
 from lora_files import matrices, of
 from quantize_runs import refused, tree
 from stepquant.api import load_lora, quantize, sample, unload_lora
-from stepquant.runtime.weight_only import WeightOnly
+from stepquant.runtime.layers.weight_only import WeightOnly
 
 STEPS = 3
 FEW = {"calibration.trajectories": 2, "ranges.weights": "minmax", "ranges.activations": "minmax"}

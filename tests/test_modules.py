@@ -31,7 +31,7 @@ from stepquant.api import (
 )
 from stepquant.bench import set_backend
 from stepquant.checkpoint.save import save_pipeline
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 

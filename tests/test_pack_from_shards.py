@@ -15,7 +15,7 @@ from stepquant.api import inspect, pack, quantize, sample
 from stepquant.calibration.ranges import search_weight_range
 from stepquant.checkpoint.weight_only_components import quantize_weights
 from stepquant.checkpoint.weight_only_stream import stream_weights
-from stepquant.runtime.weight_only import WeightOnly, minmax_grid
+from stepquant.runtime.layers.weight_only import WeightOnly, minmax_grid
 from stepquant.support.progress import Reporter
 
 STEPS = 3

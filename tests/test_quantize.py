@@ -10,7 +10,7 @@ from torch import nn
 from quantize_runs import FAST, SMALL, TINY, Lines, left, tree
 from stepquant.calibration.observe import quant_layers
 from stepquant.quantize import quantize
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.sampling import sample_images
 from stepquant.sources import open_pipeline
 

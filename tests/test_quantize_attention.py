@@ -10,8 +10,8 @@ import torch
 from quantize_runs import FAST, SMALL, left, refused, tree
 from stepquant.quantize import quantize
 from stepquant.recipe import parse_recipe
-from stepquant.runtime.attention import PackedAttention
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.sources import open_pipeline
 from stepquant.support.progress import Reporter
 

@@ -22,9 +22,9 @@ from stepquant.pack import pack
 from stepquant.quantize import Quantized, quantize
 from stepquant.recipe import load_recipe, recipe_names
 from stepquant.runtime import notes
+from stepquant.runtime.layers.resident import WeightBytes, set_memory_mode, weight_bytes_resident
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser
 from stepquant.runtime.recording import RecordedDenoiser
-from stepquant.runtime.resident import WeightBytes, set_memory_mode, weight_bytes_resident
 from stepquant.sampling import AUTO, denoiser_of, sample_images
 from stepquant.sources import open_pipeline as load
 from stepquant.support.progress import Reporter

@@ -15,11 +15,11 @@ from stepquant.evaluate import measure_latency, peak_memory_mb
 from stepquant.models.adapter import DenoiserAdapter, adapter_for, adapter_of
 from stepquant.models.calling import named_arguments, on_device
 from stepquant.runtime.fastest_backend import FASTEST, FastestDenoiser
+from stepquant.runtime.layers.integer import PackedLayer, is_packed
+from stepquant.runtime.layers.resident import restore, set_memory_mode, weight_bytes_resident
 from stepquant.runtime.notes import slow_paths
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser, device_of
-from stepquant.runtime.packed import PackedLayer, is_packed
 from stepquant.runtime.recording import recorded
-from stepquant.runtime.resident import restore, set_memory_mode, weight_bytes_resident
 from stepquant.sampling import check_count, denoiser_name, denoiser_of, with_denoiser
 from stepquant.sources import open_pipeline
 from stepquant.support.errors import StepQuantError

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant.checkpoint.weight_only_components import quantize_weights
-from stepquant.runtime.weight_only import WeightOnly
+from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.sources import float32_bytes, weight_file_bytes
 from stepquant.support.errors import StepQuantError
 

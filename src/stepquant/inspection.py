@@ -21,8 +21,8 @@ from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.models.attention_processor import PRODUCTS
 from stepquant.models.input_bypass import bypass_of
 from stepquant.quantizers import StepContext
-from stepquant.runtime.packed import PackedLayer
-from stepquant.runtime.weight_only import WeightOnly
+from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.sampling import AUTO, denoiser_of
 from stepquant.scheme import Scheme
 from stepquant.session import simulate

@@ -15,8 +15,13 @@ from stepquant.checkpoint.lora_keys import lora_layers, models_of
 from stepquant.methods import STEPS, Step
 from stepquant.methods.equivalent_scaling import ScalingStep
 from stepquant.models.adapter import ADAPTERS, adapter_for
-from stepquant.runtime.lora_branch import LoraBranch, attach_branch, detach_branch, named_branches
-from stepquant.runtime.packed import PackedConv2d, PackedLayer
+from stepquant.runtime.layers.integer import PackedConv2d, PackedLayer
+from stepquant.runtime.layers.lora_branch import (
+    LoraBranch,
+    attach_branch,
+    detach_branch,
+    named_branches,
+)
 from stepquant.sampling import denoiser_name
 from stepquant.support.errors import StepQuantError
 

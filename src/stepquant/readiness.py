@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from stepquant.quantizers.step_grid import timestep_position
-from stepquant.runtime.packed import PackedLayer
-from stepquant.runtime.weight_only import WeightOnly
+from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.support.errors import StepQuantError
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from stepquant import __version__
 from stepquant.conditioning import Conditioning
 from stepquant.recipe import Calibration
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.sampling import set_scheduler
 
 

@@ -13,8 +13,8 @@ from architectures import ARCHITECTURES, build
 from quantize_runs import refused, tree
 from stepquant.api import DynamicConfig, WeightOnlyConfig, inspect, quantize, sample
 from stepquant.checkpoint.config import StepQuantConfig
-from stepquant.runtime.dynamic import Dynamic
-from stepquant.runtime.weight_only import WeightOnly, weight_only_in_place_of
+from stepquant.runtime.layers.dynamic import Dynamic
+from stepquant.runtime.layers.weight_only import WeightOnly, weight_only_in_place_of
 
 CONFIGS = {
     "weight-only": WeightOnlyConfig,

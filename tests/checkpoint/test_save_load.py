@@ -27,8 +27,8 @@ from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import attach_config, describe_layers, save_pipeline
 from stepquant.checkpoint.validate import packed_layers
 from stepquant.quantizers import StepGrid
-from stepquant.runtime.released import Released
-from stepquant.runtime.resident import set_memory_mode
+from stepquant.runtime.layers.released import Released
+from stepquant.runtime.layers.resident import set_memory_mode
 from stepquant.support.errors import StepQuantError
 
 

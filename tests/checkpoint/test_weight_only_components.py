@@ -18,7 +18,7 @@ from architectures import clip_encoder, t5_encoder, vae
 from quantize_runs import refused, tree
 from stepquant.checkpoint.weight_only_components import quantize_weights
 from stepquant.checkpoint.weight_only_config import WeightOnlyConfig
-from stepquant.runtime.weight_only import WeightOnly
+from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.support.errors import StepQuantError
 
 MODELS = {

@@ -12,8 +12,8 @@ from stepquant.calibration.ranges import minmax_weight_range, search_weight_rang
 from stepquant.calibration.rounding_errors import weight_error
 from stepquant.methods.bit_allocation import BitAllocation, allocate_bits, hull_segments
 from stepquant.recipe import parse_recipe
+from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.pack import pack_model
-from stepquant.runtime.packed import PackedLayer
 from stepquant.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter

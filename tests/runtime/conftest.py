@@ -8,5 +8,5 @@ from fused_paths import PATHS, Path
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest) -> Path:
-    """The functions of `runtime.fused`, in each of their forms."""
+    """The functions of `runtime.ops.fused`, in each of their forms."""
     return Path(request.param)

@@ -19,9 +19,9 @@ from fast_models import predictor
 from torch import Tensor, nn
 
 from stepquant.bench import set_backend
-from stepquant.runtime import native
-from stepquant.runtime.kernels import cpu
+from stepquant.runtime.kernels import onednn
 from stepquant.runtime.notes import slow_paths
+from stepquant.runtime.ops import native
 
 BATCHES = (1, 3, 2)  # in turn on one model
 BITS = (8, 4)
@@ -47,7 +47,7 @@ def check(folder: Path, setting: str) -> None:
             for b in BATCHES
         ]
         record["notes"] = slow_paths(auto)
-    record["pairs_saturate"], record["native"] = cpu.pairs_saturate(), native.available()
+    record["pairs_saturate"], record["native"] = onednn.pairs_saturate(), native.available()
     print(json.dumps(record), flush=True)
 
 

@@ -17,10 +17,10 @@ from stepquant.methods import BiasCorrection, TemporalQuantizer
 from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import named_arguments
 from stepquant.recipe import Recipe
-from stepquant.runtime.fast import FAST_CLASSES, use_plain_blocks
+from stepquant.runtime.blocks import FAST_CLASSES, use_plain_blocks
 from stepquant.runtime.kernels import choose
-from stepquant.runtime.packed import PackedLayer
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.ops.layer_spec import LayerSpec
 
 FEW = {"calibration.trajectories": 2, "ranges.weights": "minmax", "ranges.activations": "minmax"}
 STATIC = Recipe(name="static", description="One scale for all steps.", steps=())

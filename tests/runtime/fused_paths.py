@@ -1,4 +1,4 @@
-"""The forms that the functions of `runtime.fused` come in, and what their tests share."""
+"""The forms that the functions of `runtime.ops.fused` come in, and what their tests share."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.runtime import fused
-from stepquant.runtime.fused import Grid
-from stepquant.runtime.native import Library, build, calls
+from stepquant.runtime.ops import fused
+from stepquant.runtime.ops.fused import Grid
+from stepquant.runtime.ops.native import Library, build, calls
 
 NAMES = ("group_norm_encode", "encode", "layer_norm_encode", "gated_encode", "epilogue")
 NATIVE = tuple(build.LEVELS)

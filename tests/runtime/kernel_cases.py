@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code
-from stepquant.runtime.kernels import KERNELS, cpu
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.kernels import KERNELS, onednn
+from stepquant.runtime.ops.layer_spec import LayerSpec
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ def actual(kernel_name: str, case: Case, device: str = "cpu") -> Tensor:
 def one_pass_is_exact(case: Case) -> bool:
     """Whether oneDNN is exact on `case` where full-range codes are not run as two halves."""
     inputs, spec = case.inputs(), case.spec
-    state = cpu.prepare(inputs["weight"], torch.ones(spec.out_channels), spec)
+    state = onednn.prepare(inputs["weight"], torch.ones(spec.out_channels), spec)
     zero_point = torch.tensor([case.act_zero_point], dtype=torch.int32)
-    y = cpu._call(
+    y = onednn._call(
         state,
         inputs["codes"],
         torch.ones(1),
@@ -304,7 +304,7 @@ def check_all(cap: str) -> None:
     os.environ["ONEDNN_MAX_CPU_ISA"] = cap
     record = {
         "cap": cap,
-        "pairs_saturate": cpu.pairs_saturate(),
+        "pairs_saturate": onednn.pairs_saturate(),
         "checked": len(CASES),
         "wrong": [
             case.name

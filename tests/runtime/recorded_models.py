@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import named_arguments
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.recording import RecordedDenoiser
 
 

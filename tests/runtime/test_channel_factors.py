@@ -22,15 +22,15 @@ from kernel_cases import Case
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepquant.runtime import fused, native
-from stepquant.runtime.encoding import encode as packed_encode
-from stepquant.runtime.grids import Grid, Output
 from stepquant.runtime.kernels import native as kernel
-from stepquant.runtime.native import products
-from stepquant.runtime.native.attention import attention_codes
+from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.ops import fused, native
+from stepquant.runtime.ops.encoding import encode as packed_encode
+from stepquant.runtime.ops.grids import Grid, Output
+from stepquant.runtime.ops.layer_spec import LayerSpec
+from stepquant.runtime.ops.native import products
+from stepquant.runtime.ops.native.attention_call import attention_codes
 from stepquant.runtime.pack import pack_layer
-from stepquant.runtime.packed import PackedLayer
-from stepquant.runtime.spec import LayerSpec
 from stepquant.support.errors import StepQuantError
 
 

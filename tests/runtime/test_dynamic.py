@@ -11,9 +11,14 @@ from torch import nn
 from torch.nn import functional
 
 from quantize_runs import refused
-from stepquant.runtime.dynamic import DynamicConv2d, DynamicLinear, dynamic_codes, takes_dynamic
 from stepquant.runtime.kernels import reference
-from stepquant.runtime.weight_only import weight_only_in_place_of
+from stepquant.runtime.layers.dynamic import (
+    DynamicConv2d,
+    DynamicLinear,
+    dynamic_codes,
+    takes_dynamic,
+)
+from stepquant.runtime.layers.weight_only import weight_only_in_place_of
 
 KINDS = (DynamicLinear, DynamicConv2d)
 

@@ -18,11 +18,11 @@ from fast_models import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepquant.runtime import native
-from stepquant.runtime.fast import attention, use_fast_blocks
-from stepquant.runtime.fast.attention import FastAttention
-from stepquant.runtime.kernels import cpu
-from stepquant.runtime.native.attention import attention_codes
+from stepquant.runtime.blocks import attention, use_fast_blocks
+from stepquant.runtime.blocks.attention import FastAttention
+from stepquant.runtime.kernels import onednn
+from stepquant.runtime.ops import native
+from stepquant.runtime.ops.native.attention_call import attention_codes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +51,7 @@ def test_fast_blocks_give_what_plain_ones_give(name, recipe):
     assert is_fast(fast) and not is_fast(plain)
 
 
-@pytest.mark.skipif(cpu.pairs_saturate(), reason="no VNNI: blocks run layer by layer")
+@pytest.mark.skipif(onednn.pairs_saturate(), reason="no VNNI: blocks run layer by layer")
 @pytest.mark.skipif(not native.available(), reason="torch rounds where there is no library")
 def test_rounding_is_part_of_other_passes():
     fast = packed("sd", STATIC)

@@ -21,12 +21,12 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from stepquant.bench import set_backend
 from stepquant.models.adapter import adapter_for
-from stepquant.runtime.kernels import cpu
-from stepquant.runtime.lora_branch import LoraBranch, attach_branch, detach_branch
+from stepquant.runtime.kernels import onednn
+from stepquant.runtime.layers.lora_branch import LoraBranch, attach_branch, detach_branch
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(cpu.pairs_saturate(), reason="no VNNI: blocks run layer by layer"),
+    pytest.mark.skipif(onednn.pairs_saturate(), reason="no VNNI: blocks run layer by layer"),
 ]
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

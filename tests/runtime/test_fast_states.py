@@ -19,16 +19,16 @@ from fast_models import (
     predictor,
 )
 
-from stepquant.runtime import fused
-from stepquant.runtime.fused import Grid
-from stepquant.runtime.kernels import cpu
-from stepquant.runtime.packed import PackedLinear
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.kernels import onednn
+from stepquant.runtime.layers.integer import PackedLinear
+from stepquant.runtime.ops import fused
+from stepquant.runtime.ops.fused import Grid
+from stepquant.runtime.ops.layer_spec import LayerSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GRID = Grid(torch.tensor([0.03]), torch.tensor([20], dtype=torch.uint8), None, 255)
-needs_vnni = pytest.mark.skipif(cpu.pairs_saturate(), reason="no VNNI: layer by layer")
+needs_vnni = pytest.mark.skipif(onednn.pairs_saturate(), reason="no VNNI: layer by layer")
 
 
 @pytest.mark.parametrize("name", ["sd", "dit"])

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.runtime import fused, native
-from stepquant.runtime.fused import Grid, Output
-from stepquant.runtime.packed import encode as packed_encode
+from stepquant.runtime.layers.integer import encode as packed_encode
+from stepquant.runtime.ops import fused, native
+from stepquant.runtime.ops.fused import Grid, Output
 from stepquant.support.errors import StepQuantError
 
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from stepquant.runtime import fused
+from stepquant.runtime.ops import fused
 from stepquant.support.errors import StepQuantError
 
 

@@ -14,16 +14,16 @@ import torch
 from kernel_cases import CASES, Case, actual, expected
 
 import stepquant
-from stepquant.runtime.kernels import KERNELS, choose, cpu, native
-from stepquant.runtime.prepared import CallConstants
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.kernels import KERNELS, choose, native, onednn
+from stepquant.runtime.layers.prepared import CallConstants
+from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.errors import StepQuantError
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 NAMES = {case.name: case for case in CASES}
 LINEAR, CONV = NAMES["linear-w8"].spec, NAMES["conv-w8"].spec
-NO_ONEDNN = cpu.why_not(LINEAR, CPU)
+NO_ONEDNN = onednn.why_not(LINEAR, CPU)
 # Each cap, the CPU's flag that it needs to be that very instruction set, and whether kernels for it
 # add pairs of products in int16.
 CAPS = {
@@ -136,7 +136,7 @@ def test_onednn_is_exact_under_a_capped_instruction_set(
     ],
 )
 def test_two_halves_are_exact_on_every_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "pairs_saturate", lambda: True)
+    monkeypatch.setattr(onednn, "pairs_saturate", lambda: True)
     check_exact("onednn", NAMES[name])
 
 
@@ -183,19 +183,19 @@ def test_operators_tell_torch_compile_the_truth_about_their_results(name: str) -
     """The shape, dtype and strides that `torch.compile` plans with are those that come."""
     case = NAMES[name]
     inputs, spec = case.inputs(), case.spec
-    packed, scale, zeros, _ = cpu.prepare(inputs["weight"], torch.ones(spec.out_channels), spec)
+    packed, scale, zeros, _ = onednn.prepare(inputs["weight"], torch.ones(spec.out_channels), spec)
     zero_point = torch.tensor([3], dtype=torch.int32)
     weight = (packed, scale, zeros)
     if spec.kind == "linear":
         arguments = (inputs["codes"], torch.ones(1), zero_point, *weight, None)
         real = torch.ops.stepquant.linear_u8s8(*arguments)
-        planned = cpu._linear_shape(*arguments)
+        planned = onednn._linear_shape(*arguments)
     else:
         bias = torch.zeros(spec.out_channels)
         geometry = (spec.kernel_size, spec.stride, spec.padding, spec.dilation)
         arguments = (inputs["codes"], torch.ones(1), zero_point, *weight, bias, *geometry)
         real = torch.ops.stepquant.conv2d_u8s8(*arguments)
-        planned = cpu._conv2d_shape(*arguments)
+        planned = onednn._conv2d_shape(*arguments)
     assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
     assert planned.stride() == real.stride()
 
@@ -205,17 +205,17 @@ def test_operators_tell_torch_compile_the_truth_about_their_results(name: str) -
 def test_onednn_gives_no_samples_for_none(name: str) -> None:
     spec = NAMES[name].spec
     channels = torch.ones(spec.out_channels)
-    state = cpu.prepare(torch.ones(spec.weight_shape, dtype=torch.int8), channels, spec)
+    state = onednn.prepare(torch.ones(spec.weight_shape, dtype=torch.int8), channels, spec)
     shape = (0, spec.in_channels, 9, 7) if spec.kind == "conv2d" else (0, 5, spec.in_channels)
     codes = torch.zeros(shape, dtype=torch.uint8)
     constants = CallConstants(1.0, 0, channels)
-    y = cpu.run_codes(state, codes, constants, spec, None, False, torch.float32)
+    y = onednn.run_codes(state, codes, constants, spec, None, False, torch.float32)
     assert y.shape == ((0, 24, 4, 3) if spec.kind == "conv2d" else (0, 5, spec.out_channels))
 
 
 def test_pad_surrounds_the_codes_with_the_zero_point() -> None:
     codes = torch.arange(12, dtype=torch.uint8).reshape(1, 2, 2, 3)
-    padded = cpu.pad(codes, torch.tensor([200], dtype=torch.int32), (1, 2))
+    padded = onednn.pad(codes, torch.tensor([200], dtype=torch.int32), (1, 2))
     assert padded.dtype == torch.uint8
     assert padded.is_contiguous(memory_format=torch.channels_last)
     expected = torch.nn.functional.pad(codes, (2, 2, 1, 1), value=200)
@@ -231,8 +231,8 @@ def test_one_sided_weights_and_a_high_zero_point_cost_little_precision(bits: int
     codes = torch.randint(0, 256, (2, 256, 6, 6), generator=generator, dtype=torch.uint8)
     weight = torch.randint(0, 2 ** (bits - 1), (8, 256, 3, 3), generator=generator)
     scale, weight_scale = torch.tensor([0.013]), torch.rand(8, generator=generator) + 0.1
-    state = cpu.prepare(weight.to(torch.int8), weight_scale, spec)
-    y = cpu.run(state, codes, scale, torch.tensor([255], dtype=torch.int32), None, None, spec)
+    state = onednn.prepare(weight.to(torch.int8), weight_scale, spec)
+    y = onednn.run(state, codes, scale, torch.tensor([255], dtype=torch.int32), None, None, spec)
     oracle = torch.nn.functional.conv2d((codes.double() - 255), weight.double(), padding=1)
     oracle = oracle * scale.double() * weight_scale.double().view(1, -1, 1, 1)
     assert (y - oracle).abs().max() < 1e-6 * oracle.abs().max()
@@ -268,7 +268,7 @@ def test_auto_takes_our_own_kernel_on_the_cpu_or_else_onednn() -> None:
     if reason is None:
         assert choose(CONV, CPU) == ("native", native, [])
     else:
-        assert choose(CONV, CPU) == ("onednn", cpu, [f"native: {reason}"])
+        assert choose(CONV, CPU) == ("onednn", onednn, [f"native: {reason}"])
 
 
 def test_auto_on_a_device_that_no_kernel_is_made_for_says_why_it_is_slow() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_files import RANK, matrices
-from stepquant.runtime.lora_branch import (
+from stepquant.runtime.layers.lora_branch import (
     LoraBranch,
     attach_branch,
     branches_of,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepquant.runtime import native
-from stepquant.runtime.grids import Grid
-from stepquant.runtime.native import Library
-from stepquant.runtime.native.attention import attention_codes
+from stepquant.runtime.ops import native
+from stepquant.runtime.ops.grids import Grid
+from stepquant.runtime.ops.native import Library
+from stepquant.runtime.ops.native.attention_call import attention_codes
 from stepquant.support.errors import StepQuantError
 
 GRID = Grid(torch.tensor([0.011]), torch.tensor([130], dtype=torch.uint8), None, 255)

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from kernel_cases import CASES, Case, int64_reference
 from torch import Tensor
 
-from stepquant.runtime.grids import Grid
 from stepquant.runtime.kernels import native as kernel
-from stepquant.runtime.kernels.cpu import pad
-from stepquant.runtime.native import Library, build, products
-from stepquant.runtime.shapes import shape_of
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.kernels.onednn import pad
+from stepquant.runtime.ops.grids import Grid
+from stepquant.runtime.ops.layer_spec import LayerSpec
+from stepquant.runtime.ops.native import Library, build, products
+from stepquant.runtime.ops.result_shapes import shape_of
 from stepquant.support.errors import StepQuantError
 
 LEVELS = tuple(build.PRODUCT_LEVELS)

@@ -11,11 +11,11 @@ from torch import nn
 from architectures import ARCHITECTURES, build
 from stepquant.api import quantize
 from stepquant.bench import set_backend
-from stepquant.runtime import native
-from stepquant.runtime.kernels import cpu
+from stepquant.runtime.kernels import onednn
 from stepquant.runtime.notes import slow_paths
+from stepquant.runtime.ops import native
 
-needs_vnni = pytest.mark.skipif(cpu.pairs_saturate(), reason="no VNNI")
+needs_vnni = pytest.mark.skipif(onednn.pairs_saturate(), reason="no VNNI")
 FEW = {"calibration.trajectories": 1, "ranges.weights": "minmax", "ranges.activations": "minmax"}
 
 

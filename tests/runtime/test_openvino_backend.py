@@ -18,12 +18,12 @@ from stepquant.bench import denoiser_call, with_backend
 from stepquant.models.adapter import adapter_for
 from stepquant.quantize import quantize
 from stepquant.quantizers import StepContext
-from stepquant.runtime.kernels import cpu
-from stepquant.runtime.lora_branch import LoraBranch, attach_branch
+from stepquant.runtime.kernels import onednn
+from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.lora_branch import LoraBranch, attach_branch
 from stepquant.runtime.openvino_backend import OpenVinoDenoiser, device_of
+from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.pack import pack_layer, pack_model
-from stepquant.runtime.packed import PackedLayer
-from stepquant.runtime.spec import LayerSpec
 from stepquant.sampling import sample_images
 from stepquant.support.errors import StepQuantError
 
@@ -38,7 +38,7 @@ def installed() -> bool:
 
 def saturates() -> bool:
     on_cpu, spec = torch.device("cpu"), LayerSpec("linear", 1, 1, 8, 8)
-    return cpu.why_not(spec, on_cpu) is None and cpu.pairs_saturate()
+    return onednn.why_not(spec, on_cpu) is None and onednn.pairs_saturate()
 
 
 needs_openvino = pytest.mark.skipif(not installed(), reason="openvino is not installed")

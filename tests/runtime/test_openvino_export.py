@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext
-from stepquant.runtime.attention import PackedAttention
-from stepquant.runtime.lora_branch import LoraBranch, attach_branch
+from stepquant.runtime.layers.integer_attention import PackedAttention
+from stepquant.runtime.layers.lora_branch import LoraBranch, attach_branch
 from stepquant.runtime.openvino_export import ExportLayer, export_denoiser
 from stepquant.runtime.pack import pack_layer
 from stepquant.support.errors import StepQuantError

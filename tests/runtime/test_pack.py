@@ -8,9 +8,9 @@ from torch import nn
 
 from stepquant.numerics import unpack_bits
 from stepquant.quantizers import QuantLayer
+from stepquant.runtime.layers.integer import PackedConv2d, PackedLinear
+from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.pack import layer_spec, pack_layer, pack_model
-from stepquant.runtime.packed import PackedConv2d, PackedLinear
-from stepquant.runtime.spec import LayerSpec
 from stepquant.support.errors import StepQuantError
 
 

@@ -16,14 +16,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from stepquant.numerics import quantize
 from stepquant.quantizers import QuantLinear, StepContext
-from stepquant.runtime.kernels import cpu
+from stepquant.runtime.kernels import onednn
+from stepquant.runtime.layers.integer import PackedLayer, PackedLinear, encode
+from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.pack import pack_layer, pack_model
-from stepquant.runtime.packed import PackedLayer, PackedLinear, encode
-from stepquant.runtime.spec import LayerSpec
 from stepquant.support.errors import StepQuantError
 
 LINEAR = LayerSpec("linear", 12, 8, 4, 8)
-NO_ONEDNN = cpu.why_not(LINEAR, torch.device("cpu"))
+NO_ONEDNN = onednn.why_not(LINEAR, torch.device("cpu"))
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from stepquant.quantizers import QuantAttention, StepContext
-from stepquant.runtime.attention import PackedAttention
+from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.runtime.pack import pack_attention
 from stepquant.support.errors import StepQuantError
 

@@ -18,8 +18,8 @@ from stepquant.api import quantize, sample
 from stepquant.methods import InputErrorBypass
 from stepquant.models.input_bypass import bypass_of
 from stepquant.recipe import Recipe
-from stepquant.runtime import native
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.ops import native
 from stepquant.runtime.recording import RecordedDenoiser, recorded
 from stepquant.runtime.recording import denoiser as room
 from stepquant.sampling import with_recorded_denoiser

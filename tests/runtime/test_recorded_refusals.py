@@ -12,8 +12,8 @@ from fast_models import packed
 from recorded_models import inputs, predict
 from torch import Tensor, nn
 
-from stepquant.runtime import native
-from stepquant.runtime.packed import PackedLinear
+from stepquant.runtime.layers.integer import PackedLinear
+from stepquant.runtime.ops import native
 from stepquant.runtime.recording import RecordedDenoiser
 
 pytestmark = [

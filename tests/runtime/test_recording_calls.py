@@ -10,7 +10,7 @@ from fused_paths import GRID, draw, image
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.runtime import fused, native
+from stepquant.runtime.ops import fused, native
 from stepquant.runtime.recording.recorder import NativeCall, NotRecordable, Operator, Recorder
 
 needs_library = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stepquant.calibration.ranges import minmax_weight_range
-from stepquant.runtime import resident
-from stepquant.runtime.kernels import cpu, int_mm, reference
+from stepquant.runtime.kernels import int_mm, onednn, reference
+from stepquant.runtime.layers import resident
+from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.released import Released
+from stepquant.runtime.layers.resident import set_memory_mode, weight_bytes_resident
+from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.pack import pack_layer
-from stepquant.runtime.packed import PackedLayer
-from stepquant.runtime.released import Released
-from stepquant.runtime.resident import set_memory_mode, weight_bytes_resident
-from stepquant.runtime.spec import LayerSpec
 from stepquant.support.errors import StepQuantError
 
 MIXED = [2, 3, 4, 8, 5, 6, 7, 1]
@@ -171,11 +171,11 @@ def test_bytes_stay_where_accelerate_moves_tensors(offload_buffers, simulate):
     assert type(other.weight_packed) is torch.Tensor
 
 
-@pytest.mark.parametrize("kernel", [cpu, int_mm, reference])
+@pytest.mark.parametrize("kernel", [onednn, int_mm, reference])
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 @torch.no_grad()
 def test_kernels_give_back_what_they_laid_out(kernel, kind):
-    if kernel is cpu and cpu.why_not(LayerSpec("linear", 8, 8, 4, 8), torch.device("cpu")):
+    if kernel is onednn and onednn.why_not(LayerSpec("linear", 8, 8, 4, 8), torch.device("cpu")):
         pytest.skip("no oneDNN kernels here")
     size = (3, 3) if kind == "conv2d" else (1, 1)
     spec = LayerSpec(kind, 35, 19, 8, 8, size)

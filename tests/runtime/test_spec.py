@@ -1,6 +1,6 @@
 import pytest
 
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.ops.layer_spec import LayerSpec
 
 
 def test_columns_are_the_weights_of_an_out_channel() -> None:

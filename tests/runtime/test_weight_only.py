@@ -10,7 +10,7 @@ from layer_cases import LAYERS, input_for, seeded
 from torch import nn
 
 from stepquant.numerics import fake_quantize
-from stepquant.runtime.weight_only import (
+from stepquant.runtime.layers.weight_only import (
     minmax_grid,
     weight_codes,
     weight_only_in_place_of,
@@ -86,7 +86,7 @@ def test_a_layer_of_4_bits_computes_with_its_codes(kind, monkeypatch):
     assert torch.equal(new(x), like(x))
     assert torch.equal(new.bfloat16().float_weight(torch.float32), like.weight)
     # A few out-channels at a time give the same.
-    monkeypatch.setattr("stepquant.runtime.weight_only.AT_ONCE", 1)
+    monkeypatch.setattr("stepquant.runtime.layers.weight_only.AT_ONCE", 1)
     for name, tensor in weight_only_tensors(layer.weight, 4).items():
         assert torch.equal(tensor, getattr(new, name))
 

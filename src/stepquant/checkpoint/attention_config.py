@@ -11,7 +11,7 @@ from torch import nn
 from stepquant.models.attention_processor import ProductsProcessor, why_products_stay_float
 from stepquant.numerics import check_bits
 from stepquant.quantizers import StepContext
-from stepquant.runtime.attention import PackedAttention
+from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.support.errors import StepQuantError
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from stepquant.numerics import check_bits
 from stepquant.quantizers import StepContext
-from stepquant.runtime.packed import PackedConv2d, PackedLayer, PackedLinear
-from stepquant.runtime.spec import MOST_BITS_WITH_HALVES, LayerSpec
+from stepquant.runtime.layers.integer import PackedConv2d, PackedLayer, PackedLinear
+from stepquant.runtime.ops.layer_spec import MOST_BITS_WITH_HALVES, LayerSpec
 from stepquant.support.errors import StepQuantError
 
 KINDS = {"linear": nn.Linear, "conv2d": nn.Conv2d}

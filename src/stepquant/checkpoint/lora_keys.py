@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from stepquant.checkpoint.lora_file import LoraFile
 from stepquant.models.stand_in import original
-from stepquant.runtime.lora_branch import Layer
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.lora_branch import Layer
 from stepquant.support.errors import StepQuantError
 
 PEFT_PREFIX = "base_model.model."

@@ -23,9 +23,9 @@ from stepquant.models.attention_processor import ProductsProcessor
 from stepquant.models.input_bypass import InputBypass, bypass_of, detach_bypass
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
-from stepquant.runtime.fast import use_fast_blocks, use_plain_blocks
-from stepquant.runtime.lora_branch import named_branches
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.blocks import use_fast_blocks, use_plain_blocks
+from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.lora_branch import named_branches
 from stepquant.support.errors import StepQuantError
 
 

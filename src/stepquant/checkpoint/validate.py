@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from stepquant.models.input_bypass import SLOPES_NAME
 from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code, max_codes
-from stepquant.runtime.attention import PackedAttention
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.support.errors import StepQuantError
 
 STEP_GRID_NAME = "step_grid"

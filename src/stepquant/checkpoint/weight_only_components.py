@@ -25,7 +25,7 @@ from stepquant.checkpoint.weight_only_model import (
     resolved_at_load,
 )
 from stepquant.quantizers.weight import GridSearch
-from stepquant.runtime.weight_only import minmax_grid
+from stepquant.runtime.layers.weight_only import minmax_grid
 from stepquant.support.errors import StepQuantError
 
 
@@ -99,7 +99,7 @@ def quantize_weights(
 ) -> None:
     """Put weight-only layers in the place of the linear and conv layers of `model`, for saving too.
 
-    `what`: names it in errors. `bits`, `find`: see `runtime.weight_only`; `grids` is what the
+    `what`: names it in errors. `bits`, `find`: see `runtime.layers.weight_only`; `grids` is what the
     config calls `find`. The layers `kept`, those that share their weight with another module, and
     subclasses of both kinds, stay float. Raises StepQuantError if nothing is left, if the model is
     quantized already, or is of a library that would not load it again.

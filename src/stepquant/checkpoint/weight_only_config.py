@@ -9,8 +9,13 @@ from typing import Any, ClassVar
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from stepquant.runtime.dynamic import DynamicConv2d, DynamicLinear, takes_dynamic
-from stepquant.runtime.weight_only import WEIGHT_ONLY, Kinds, check_weight_only_bits, is_plain
+from stepquant.runtime.layers.dynamic import DynamicConv2d, DynamicLinear, takes_dynamic
+from stepquant.runtime.layers.weight_only import (
+    WEIGHT_ONLY,
+    Kinds,
+    check_weight_only_bits,
+    is_plain,
+)
 from stepquant.support.errors import StepQuantError
 
 FORMAT_VERSION = 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stepquant.checkpoint.weight_only_config import WeightOnlyConfig
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers.weight import GridSearch
-from stepquant.runtime.weight_only import WeightOnly, minmax_grid, weight_only_in_place_of
+from stepquant.runtime.layers.weight_only import WeightOnly, minmax_grid, weight_only_in_place_of
 from stepquant.support.errors import StepQuantError
 
 Config = TypeVar("Config", bound=WeightOnlyConfig)

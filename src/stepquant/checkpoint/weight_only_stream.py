@@ -21,7 +21,7 @@ from stepquant.checkpoint.weight_only_config import WeightOnlyConfig
 from stepquant.checkpoint.weight_only_model import put_layers, resolved, tensor_keys
 from stepquant.models.weight_files import WeightFiles, check_files, empty_model
 from stepquant.quantizers.weight import GridSearch
-from stepquant.runtime.weight_only import weight_only_tensors
+from stepquant.runtime.layers.weight_only import weight_only_tensors
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 

@@ -11,9 +11,10 @@ import psutil
 import torch
 from torch import nn
 
-from stepquant.runtime import codes, native
-from stepquant.runtime.kernels import cpu
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.kernels import onednn
+from stepquant.runtime.layers import codes
+from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.ops import native
 from stepquant.runtime.recording import state
 
 
@@ -49,9 +50,9 @@ def _on_reference(layers: list[PackedLayer]) -> Iterable[str]:
 
 
 def _without_vnni(layers: list[PackedLayer]) -> Iterable[str]:
-    parts = [part for layer in layers for part in layer.prepared_parts() if part.kernel is cpu]
+    parts = [part for layer in layers for part in layer.prepared_parts() if part.kernel is onednn]
     twice = sum(part.spec.pair_overflows_int16 for part in parts)
-    if twice and cpu.pairs_saturate():
+    if twice and onednn.pairs_saturate():
         yield (
             f"{twice} of {len(parts)} layer inputs take two kernel calls, and their blocks run "
             f"layer by layer: {_no_vnni()}"
@@ -65,7 +66,7 @@ def _no_vnni() -> str:
 
 def _without_library(layers: list[PackedLayer]) -> Iterable[str]:
     parts = [part for layer in layers if layer.backend == "auto" for part in layer.prepared_parts()]
-    slow = Counter(part.reasons[0] for part in parts if part.kernel is cpu)
+    slow = Counter(part.reasons[0] for part in parts if part.kernel is onednn)
     for why, count in slow.items():
         yield (
             f"{count} of {len(parts)} layer inputs run on oneDNN's kernels, which each call sets "

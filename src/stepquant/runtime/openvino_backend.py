@@ -21,6 +21,7 @@ from stepquant.models.calling import (
 )
 from stepquant.models.stand_in import StandIn
 from stepquant.quantizers.step_grid import StepContext, StepGrid
+from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.openvino_export import (
     DEFAULT,
     check_exportable,
@@ -28,7 +29,6 @@ from stepquant.runtime.openvino_export import (
     export_denoiser,
     traced,
 )
-from stepquant.runtime.packed import PackedLayer
 from stepquant.support.errors import StepQuantError
 
 BACKEND = "openvino"

@@ -24,11 +24,11 @@ from stepquant.models.surgery import copy_around, replace_modules
 from stepquant.numerics import max_code
 from stepquant.quantizers.activation import spread_rows
 from stepquant.quantizers.step_grid import StepContext
-from stepquant.runtime.attention import PackedAttention
-from stepquant.runtime.kernels import cpu
-from stepquant.runtime.lora_branch import named_branches
-from stepquant.runtime.packed import PackedLayer
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.kernels import onednn
+from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer_attention import PackedAttention
+from stepquant.runtime.layers.lora_branch import named_branches
+from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.errors import StepQuantError
 
 DEFAULT = "draw with the default backend, which runs it"
@@ -225,7 +225,7 @@ def traced(call: nn.Module, tensors: list[Tensor]) -> Any:
 
 def _saturates(spec: LayerSpec) -> bool:
     """Whether u8 by i8 kernels of this machine's CPU saturate; what is not x86 has others."""
-    return cpu.why_not(spec, torch.device("cpu")) is None and cpu.pairs_saturate()
+    return onednn.why_not(spec, torch.device("cpu")) is None and onednn.pairs_saturate()
 
 
 def _alike(table: Tensor) -> bool:

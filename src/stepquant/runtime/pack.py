@@ -17,10 +17,10 @@ from stepquant.quantizers import (
     QuantLinear,
     WeightQuantizer,
 )
-from stepquant.runtime.attention import PackedAttention
-from stepquant.runtime.fast import use_fast_blocks
-from stepquant.runtime.packed import PackedConv2d, PackedLayer, PackedLinear
-from stepquant.runtime.spec import MOST_BITS_WITH_HALVES, LayerSpec
+from stepquant.runtime.blocks import use_fast_blocks
+from stepquant.runtime.layers.integer import PackedConv2d, PackedLayer, PackedLinear
+from stepquant.runtime.layers.integer_attention import PackedAttention
+from stepquant.runtime.ops.layer_spec import MOST_BITS_WITH_HALVES, LayerSpec
 from stepquant.support.errors import StepQuantError
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stepquant.runtime import native
-from stepquant.runtime.native import Library, build
+from stepquant.runtime.ops import native
+from stepquant.runtime.ops.native import Library, build
 
 
 def test_available_or_a_reason() -> None:

@@ -20,19 +20,19 @@ from types import ModuleType
 
 import torch
 
-from stepquant.runtime.kernels import cpu, int_mm, native, reference
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.kernels import int_mm, native, onednn, reference
+from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.errors import StepQuantError
 
 # In order of preference; the last one takes every layer on every device.
 KERNELS: dict[str, ModuleType] = {
     "native": native,
-    "onednn": cpu,
+    "onednn": onednn,
     "int_mm": int_mm,
     "reference": reference,
 }
-# Those that take codes where they lie, in a padded image (`runtime.codes`).
-TAKE_CODES = (native, cpu)
+# Those that take codes where they lie, in a padded image (`runtime.layers.codes`).
+TAKE_CODES = (native, onednn)
 
 
 def choose(

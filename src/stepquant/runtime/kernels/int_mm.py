@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.ops.layer_spec import LayerSpec
 
 SHIFT = 128  # takes codes 0..255 to int8
 LEAST_ROWS = 32  # cuBLAS wants more than 16 rows

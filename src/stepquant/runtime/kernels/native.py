@@ -1,4 +1,4 @@
-"""Our own u8 x s8 products for x86 CPUs with AVX-512 VNNI or AMX (`runtime.native`).
+"""Our own u8 x s8 products for x86 CPUs with AVX-512 VNNI or AMX (`runtime.ops.native`).
 
 Against oneDNN's through torch: no set-up in each call, of which a denoiser makes a hundred, most
 on small images; scale, zero point and bias are read from the step table where they lie; the zero
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.runtime import native
-from stepquant.runtime.grids import Grid
-from stepquant.runtime.kernels.cpu import pad
-from stepquant.runtime.native import products
-from stepquant.runtime.shapes import check_channels, empty_result, planned_result
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.kernels.onednn import pad
+from stepquant.runtime.ops import native
+from stepquant.runtime.ops.grids import Grid
+from stepquant.runtime.ops.layer_spec import LayerSpec
+from stepquant.runtime.ops.native import products
+from stepquant.runtime.ops.result_shapes import check_channels, empty_result, planned_result
 
 CHUNK, TILE, GROUP = 64, 16, 4  # of the layout, see native/tiles.h
 MOST_COLUMNS = 1 << 16  # whose products, and the zero point's, an int32 holds

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.ops.layer_spec import LayerSpec
 
 
 def why_not(spec: LayerSpec, device: torch.device) -> str | None:

@@ -20,7 +20,7 @@ from stepquant.models.calling import (
     with_tensors,
 )
 from stepquant.models.stand_in import StandIn
-from stepquant.runtime.packed import is_packed
+from stepquant.runtime.layers.integer import is_packed
 from stepquant.runtime.recording.recorder import NotRecordable, Recorder
 from stepquant.runtime.recording.state import State, why_not
 

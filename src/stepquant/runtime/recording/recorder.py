@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepquant.models.calling import inside, tensors_in, with_tensors
-from stepquant.runtime.native import FUNCTIONS, Library, called_instead, library
-from stepquant.runtime.native.calls import fail
+from stepquant.runtime.ops.native import FUNCTIONS, Library, called_instead, library
+from stepquant.runtime.ops.native.calls import fail
 from stepquant.runtime.recording.memory import Memory, storage_address
 
 aten = torch.ops.aten

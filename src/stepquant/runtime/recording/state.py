@@ -11,8 +11,8 @@ from torch.nn.modules import module as global_hooks
 
 from stepquant.models.input_bypass import InputBypass
 from stepquant.quantizers.step_grid import StepContext
-from stepquant.runtime import native
-from stepquant.runtime.packed import PackedLayer, is_packed
+from stepquant.runtime.layers.integer import PackedLayer, is_packed
+from stepquant.runtime.ops import native
 
 NO_PRODUCTS = "no native integer products on this machine"
 KINDS = (

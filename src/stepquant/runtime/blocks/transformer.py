@@ -10,8 +10,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
-from stepquant.runtime import codes, fused
-from stepquant.runtime.fast.attention import (
+from stepquant.runtime.blocks.attention import (
     attend,
     encoded,
     encoded_sources,
@@ -19,7 +18,9 @@ from stepquant.runtime.fast.attention import (
     projections,
     why_plain,
 )
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.layers import codes
+from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.ops import fused
 
 NORM_TYPES = ("layer_norm", "ada_norm_zero", "ada_norm_single")
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale and gate, each [B, C]

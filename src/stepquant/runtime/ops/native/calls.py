@@ -1,4 +1,4 @@
-"""The native kernels' functions called with tensors: `runtime.fused` says what they compute.
+"""The native kernels' functions called with tensors: `runtime.ops.fused` says what they compute.
 
 Arguments are as there, on the CPU and not empty, images and rows float32 or bfloat16. A model makes
 hundreds of these calls in a forward, so they do little besides: structures (`abi.h`) are packed as
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stepquant.runtime.grids import Grid, Output
-from stepquant.runtime.native import Library
+from stepquant.runtime.ops.grids import Grid, Output
+from stepquant.runtime.ops.native import Library
 from stepquant.support.errors import StepQuantError
 
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh")  # in the order of `Activation` in abi.h

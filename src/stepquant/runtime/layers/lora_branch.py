@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.layers.integer import PackedLayer
 
 Layer = PackedLayer | nn.Linear | nn.Conv2d
 PREFIX = "of_"  # a LoRA may be called like an attribute of nn.Module

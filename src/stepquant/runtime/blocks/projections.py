@@ -5,8 +5,9 @@ from __future__ import annotations
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from stepquant.runtime import codes, fused
-from stepquant.runtime.grids import Output
+from stepquant.runtime.layers import codes
+from stepquant.runtime.ops import fused
+from stepquant.runtime.ops.grids import Output
 
 
 class FastTransformer2DModel(Transformer2DModel):

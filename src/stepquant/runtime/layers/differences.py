@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stepquant.numerics import pack_bits, pack_channels, unpack_bits, unpack_channels
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.ops.layer_spec import LayerSpec
 
 
 def differences_of(

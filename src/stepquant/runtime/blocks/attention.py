@@ -11,10 +11,11 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepquant.runtime import codes, fused, native
-from stepquant.runtime.fused import Output
-from stepquant.runtime.native.attention import attention_codes
-from stepquant.runtime.packed import PackedLayer
+from stepquant.runtime.layers import codes
+from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.ops import fused, native
+from stepquant.runtime.ops.fused import Output
+from stepquant.runtime.ops.native.attention_call import attention_codes
 
 MANY_SCORES = 128 * 128  # of a head; fewer are quicker in float32
 

@@ -1,8 +1,8 @@
 """Kernels in C++ for x86-64 CPUs: integer products, and what lies between them.
 
 The library is compiled when the package is built or installed (`hatch_build.py`), or by
-`python -m stepquant.runtime.native`. Where there is none, or `STEPQUANT_NATIVE` is 0,
-`runtime.fused` and oneDNN's kernels compute the same with torch, only slower. Integer products are
+`python -m stepquant.runtime.ops.native`. Where there is none, or `STEPQUANT_NATIVE` is 0,
+`runtime.ops.fused` and oneDNN's kernels compute the same with torch, only slower. Integer products are
 there for CPUs with AVX-512 VNNI, and with AMX; what caps oneDNN's instruction set caps them.
 """
 
@@ -18,7 +18,7 @@ from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
-from stepquant.runtime.native import build
+from stepquant.runtime.ops.native import build
 
 SWITCH = "STEPQUANT_NATIVE"  # set to 0 or off, the library is not loaded
 ISA_CAPS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # the first that is set counts
@@ -64,7 +64,7 @@ class Library:
         if not path.exists():
             raise OSError(
                 f"there is no compiled library at {path}: "
-                "python -m stepquant.runtime.native makes it"
+                "python -m stepquant.runtime.ops.native makes it"
             )
         # torch has to be loaded: the OpenMP functions that are used are those of its library.
         loaded = ctypes.CDLL(str(path))
@@ -72,7 +72,7 @@ class Library:
         if loaded.sources().decode() != build.digest():
             raise OSError(
                 f"the library at {path} is of other sources: "
-                "python -m stepquant.runtime.native makes it anew"
+                "python -m stepquant.runtime.ops.native makes it anew"
             )
         best, names = loaded.best_level(), list(build.LEVELS)
         self.level = names[best] if level is None else level

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from stepquant.runtime import fused, native
-from stepquant.runtime.grids import Grid, Output
-from stepquant.runtime.kernels import TAKE_CODES, cpu
+from stepquant.runtime.kernels import TAKE_CODES, onednn
 from stepquant.runtime.kernels import native as native_kernel
-from stepquant.runtime.native.calls import grid_addresses, grid_structure
-from stepquant.runtime.native.products import Weight, weight_of
-from stepquant.runtime.prepared import CallConstants, PreparedPart
-from stepquant.runtime.resident import state_of
+from stepquant.runtime.layers.prepared import CallConstants, PreparedPart
+from stepquant.runtime.layers.resident import state_of
+from stepquant.runtime.ops import fused, native
+from stepquant.runtime.ops.grids import Grid, Output
+from stepquant.runtime.ops.native.calls import grid_addresses, grid_structure
+from stepquant.runtime.ops.native.products import Weight, weight_of
 
 if TYPE_CHECKING:
-    from stepquant.runtime.packed import PackedLayer
+    from stepquant.runtime.layers.integer import PackedLayer
 
 FLOATS = (torch.float32, torch.bfloat16)
 NO_VNNI = "no VNNI"
@@ -85,7 +85,7 @@ def why_not(layer: PackedLayer) -> str | None:
     for part in layer.prepared_parts():
         if part.kernel not in TAKE_CODES:
             return f"{OTHER_KERNEL}{part.kernel_name}"
-        if part.kernel is cpu and part.spec.pair_overflows_int16 and cpu.pairs_saturate():
+        if part.kernel is onednn and part.spec.pair_overflows_int16 and onednn.pairs_saturate():
             return NO_VNNI
     return None
 
@@ -170,7 +170,9 @@ def run(
             y = native_kernel.run_codes(weight, code, grid, part.spec, y, mine, out, gate)
         else:
             constants = part.constants or _constants(layer, part)
-            y = cpu.run_codes(state_of(layer, part), code, constants, part.spec, y, mine, out, gate)
+            y = onednn.run_codes(
+                state_of(layer, part), code, constants, part.spec, y, mine, out, gate
+            )
     assert y is not None
     return y
 

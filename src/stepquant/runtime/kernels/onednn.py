@@ -22,9 +22,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stepquant.runtime.prepared import CallConstants
-from stepquant.runtime.shapes import empty_result, planned_result
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.layers.prepared import CallConstants
+from stepquant.runtime.ops.layer_spec import LayerSpec
+from stepquant.runtime.ops.result_shapes import empty_result, planned_result
 
 
 def why_not(spec: LayerSpec, device: torch.device) -> str | None:

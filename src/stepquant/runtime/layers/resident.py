@@ -2,7 +2,7 @@
 
 In the mode "fast", the default, that is the weight in its kernel's layout, of 8 bits or, where the
 native kernel can, of 4: the packed bytes are made again where somebody asks for them
-(`runtime.released`). In the mode "low" it is the packed
+(`runtime.layers.released`). In the mode "low" it is the packed
 bytes, and each call lays the weight out, input part by input part, and drops it.
 """
 
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stepquant.runtime.differences import packed_of
-from stepquant.runtime.prepared import PreparedPart
-from stepquant.runtime.released import Released, whole
+from stepquant.runtime.layers.differences import packed_of
+from stepquant.runtime.layers.prepared import PreparedPart
+from stepquant.runtime.layers.released import Released, whole
 from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:
-    from stepquant.runtime.packed import PackedLayer
+    from stepquant.runtime.layers.integer import PackedLayer
 
 MODES = ("fast", "low")
 FLOAT = 4  # bytes
@@ -140,6 +140,6 @@ def _size(tensor: Tensor) -> int:
 
 
 def _layers(model: nn.Module) -> list[PackedLayer]:
-    from stepquant.runtime.packed import PackedLayer  # which imports this module
+    from stepquant.runtime.layers.integer import PackedLayer  # which imports this module
 
     return [module for module in model.modules() if isinstance(module, PackedLayer)]

@@ -7,9 +7,9 @@ import struct
 import torch
 from torch import Tensor
 
-from stepquant.runtime.grids import Grid
-from stepquant.runtime.native import Library
-from stepquant.runtime.native.calls import fail, grid_structure
+from stepquant.runtime.ops.grids import Grid
+from stepquant.runtime.ops.native import Library
+from stepquant.runtime.ops.native.calls import fail, grid_structure
 from stepquant.support.errors import StepQuantError
 
 _ATTENTION = struct.Struct("12q").pack

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
 from torch import Tensor, nn
 
-from stepquant.runtime.fast.resnet import FastResnetBlock2D
+from stepquant.runtime.blocks.resnet import FastResnetBlock2D
 
 Skips = tuple[Tensor, ...]
 

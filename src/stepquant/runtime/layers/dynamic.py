@@ -13,8 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.runtime import kernels
-from stepquant.runtime.spec import LayerSpec
-from stepquant.runtime.weight_only import LARGEST, WeightOnly, WeightOnlyConv2d, WeightOnlyLinear
+from stepquant.runtime.layers.weight_only import (
+    LARGEST,
+    WeightOnly,
+    WeightOnlyConv2d,
+    WeightOnlyLinear,
+)
+from stepquant.runtime.ops.layer_spec import LayerSpec
 
 ZERO = (
     128  # code of zero: symmetric grids, the one zero point that all tokens can share in a kernel

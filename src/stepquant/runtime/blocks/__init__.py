@@ -1,4 +1,4 @@
-"""Blocks of diffusers that hand codes to their packed layers; see `runtime.codes`.
+"""Blocks of diffusers that hand codes to their packed layers; see `runtime.layers.codes`.
 
 A fast block is the block itself, in a class that derives from the block's and computes the same
 from the same parts: names of modules, hooks, configs and checks of its class stay as they are.
@@ -15,12 +15,16 @@ from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBloc
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from stepquant.runtime.fast.attention import FastAttention
-from stepquant.runtime.fast.decoder import FastAttnUpBlock2D, FastCrossAttnUpBlock2D, FastUpBlock2D
-from stepquant.runtime.fast.projections import FastTransformer2DModel
-from stepquant.runtime.fast.resnet import FastResnetBlock2D
-from stepquant.runtime.fast.transformer import FastBasicTransformerBlock
-from stepquant.runtime.fast.upsample import FastUpsample2D
+from stepquant.runtime.blocks.attention import FastAttention
+from stepquant.runtime.blocks.decoder import (
+    FastAttnUpBlock2D,
+    FastCrossAttnUpBlock2D,
+    FastUpBlock2D,
+)
+from stepquant.runtime.blocks.projections import FastTransformer2DModel
+from stepquant.runtime.blocks.resnet import FastResnetBlock2D
+from stepquant.runtime.blocks.transformer import FastBasicTransformerBlock
+from stepquant.runtime.blocks.upsample import FastUpsample2D
 
 FAST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     Attention: FastAttention,

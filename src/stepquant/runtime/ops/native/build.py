@@ -1,4 +1,4 @@
-"""Compiles the native kernels; `python -m stepquant.runtime.native` calls it.
+"""Compiles the native kernels; `python -m stepquant.runtime.ops.native` calls it.
 
 `hatch_build.py` loads this file by its path when a wheel is built or the package is installed, so
 it needs the standard library only.

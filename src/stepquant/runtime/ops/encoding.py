@@ -11,7 +11,7 @@ from stepquant.numerics import max_code
 from stepquant.quantizers.activation import spread_rows
 
 if TYPE_CHECKING:
-    from stepquant.runtime.packed import PackedLayer
+    from stepquant.runtime.layers.integer import PackedLayer
 
 
 def encode(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

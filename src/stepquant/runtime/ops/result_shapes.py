@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.errors import StepQuantError
 
 

@@ -7,9 +7,9 @@ from types import ModuleType
 
 from torch import Tensor
 
-from stepquant.runtime.grids import Grid
-from stepquant.runtime.native.products import Weight
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.ops.grids import Grid
+from stepquant.runtime.ops.layer_spec import LayerSpec
+from stepquant.runtime.ops.native.products import Weight
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class PreparedPart:
     """Input part number `index` of a layer: its kernel, with the weight in that kernel's layout.
 
     `reasons`: why faster kernels do not take it. `weight` and `rest`: what the kernel's `prepare`
-    gave; `weight` is None where each call lays it out (`runtime.resident`). `grid`: the activation
+    gave; `weight` is None where each call lays it out (`runtime.layers.resident`). `grid`: the activation
     grid, at row 0. `start`: the part's first in-channel. `constants`, `held` and `grid_in_force`
-    (with its addresses) are filled by `runtime.codes`.
+    (with its addresses) are filled by `runtime.layers.codes`.
     """
 
     index: int

@@ -9,8 +9,9 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from stepquant.runtime import codes, fused
-from stepquant.runtime.packed import PackedConv2d
+from stepquant.runtime.layers import codes
+from stepquant.runtime.layers.integer import PackedConv2d
+from stepquant.runtime.ops import fused
 
 
 class FastResnetBlock2D(ResnetBlock2D):

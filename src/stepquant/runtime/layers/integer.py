@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from stepquant.numerics import check_bits, max_code
 from stepquant.quantizers.activation import TakesErrors, neighbours, spread_rows
 from stepquant.quantizers.step_grid import StepContext
-from stepquant.runtime import codes, kernels, resident
-from stepquant.runtime.differences import differences_of
-from stepquant.runtime.encoding import encode, input_error
-from stepquant.runtime.grids import Grid
-from stepquant.runtime.prepared import PreparedPart
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime import kernels
+from stepquant.runtime.layers import codes, resident
+from stepquant.runtime.layers.differences import differences_of
+from stepquant.runtime.layers.prepared import PreparedPart
+from stepquant.runtime.ops.encoding import encode, input_error
+from stepquant.runtime.ops.grids import Grid
+from stepquant.runtime.ops.layer_spec import LayerSpec
 
 
 class Branches(Protocol):
-    """Float branches beside a layer (`runtime.lora_branch`)."""
+    """Float branches beside a layer (`runtime.layers.lora_branch`)."""
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """`y`, what the layer gave for `x`, with all branches."""
@@ -37,7 +38,7 @@ class PackedLayer(nn.Module):
     `act_scale` float32 `[P, T]`, `act_zero_point` uint8 `[P, T]`, `bias` float32 `[C_out]` or
     absent, `step_bias` float32 `[T, C_out]` or absent (added to `bias` at each step),
     `act_channel_scale` float32 `[C_in]` or absent (the input is divided by it). What is kept of the
-    weight between calls, see `runtime.resident`.
+    weight between calls, see `runtime.layers.resident`.
     """
 
     channel_dim: int
@@ -85,7 +86,7 @@ class PackedLayer(nn.Module):
         self._prepared: list[PreparedPart] | None = None
         self._prepared_on: torch.device | None = None
         self.bypass: TakesErrors | None = None  # is given the errors of the input
-        self.lora = None  # a module where there is something, see `runtime.lora_branch`
+        self.lora = None  # a module where there is something, see `runtime.layers.lora_branch`
 
     def part_specs(self) -> list[LayerSpec]:
         """The spec of each input part."""

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stepquant.runtime.grids import Grid
-from stepquant.runtime.native import Library
-from stepquant.runtime.native.calls import ACTIVATION_CODES, fail, floats, grid_structure
-from stepquant.runtime.shapes import shape_of
-from stepquant.runtime.spec import LayerSpec
+from stepquant.runtime.ops.grids import Grid
+from stepquant.runtime.ops.layer_spec import LayerSpec
+from stepquant.runtime.ops.native import Library
+from stepquant.runtime.ops.native.calls import ACTIVATION_CODES, fail, floats, grid_structure
+from stepquant.runtime.ops.result_shapes import shape_of
 from stepquant.support.errors import StepQuantError
 
 _CODES = struct.Struct("12q").pack
