@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from speed_files import IR, load_denoiser
 from speed_models import Inputs, call
 from stepquant.bench import set_backend
+from stepquant.engines.captured_calls import recorded
+from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
 from stepquant.runtime.layers.integer import PackedLayer
-from stepquant.runtime.openvino_backend import OpenVinoDenoiser
-from stepquant.runtime.recording import recorded
 from stepquant.support.errors import StepQuantError
 
 Call = Callable[[], Tensor]

@@ -14,6 +14,9 @@ from stepquant.checkpoint.module import load_module
 from stepquant.checkpoint.weight_only_config import DynamicConfig, WeightOnlyConfig
 from stepquant.conditioning import Conditioning
 from stepquant.demo import demo
+from stepquant.engines import slow_paths
+from stepquant.engines.captured_calls import RecordedDenoiser
+from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
 from stepquant.inspection import inspect
 from stepquant.judge import evaluate
 from stepquant.lora import load_lora, lora_scales, set_lora_scales, unload_lora
@@ -21,10 +24,7 @@ from stepquant.modules import DenoiserPipeline, general_adapter
 from stepquant.pack import pack
 from stepquant.quantize import Quantized, quantize
 from stepquant.recipe import load_recipe, recipe_names
-from stepquant.runtime import notes
 from stepquant.runtime.layers.resident import WeightBytes, set_memory_mode, weight_bytes_resident
-from stepquant.runtime.openvino_backend import OpenVinoDenoiser
-from stepquant.runtime.recording import RecordedDenoiser
 from stepquant.sampling import AUTO, denoiser_of, sample_images
 from stepquant.sources import open_pipeline as load
 from stepquant.support.progress import Reporter
@@ -100,6 +100,6 @@ def sample(
 def slow_paths(pipeline: DiffusionPipeline) -> list[str]:
     """What of a packed `pipeline` is slower on this machine than it could be, a sentence each.
 
-    None for a float pipeline; see `stepquant.runtime.notes`.
+    None for a float pipeline; see `stepquant.engines.slow_paths`.
     """
-    return notes.slow_paths(denoiser_of(pipeline))
+    return slow_paths.slow_paths(denoiser_of(pipeline))

@@ -11,15 +11,15 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from stepquant.engines.captured_calls import recorded
+from stepquant.engines.fastest import FASTEST, FastestDenoiser
+from stepquant.engines.openvino_denoiser import OpenVinoDenoiser, device_of
+from stepquant.engines.slow_paths import slow_paths
 from stepquant.evaluate import measure_latency, peak_memory_mb
 from stepquant.models.adapter import DenoiserAdapter, adapter_for, adapter_of
 from stepquant.models.calling import named_arguments, on_device
-from stepquant.runtime.fastest_backend import FASTEST, FastestDenoiser
 from stepquant.runtime.layers.integer import PackedLayer, is_packed
 from stepquant.runtime.layers.resident import restore, set_memory_mode, weight_bytes_resident
-from stepquant.runtime.notes import slow_paths
-from stepquant.runtime.openvino_backend import OpenVinoDenoiser, device_of
-from stepquant.runtime.recording import recorded
 from stepquant.sampling import check_count, denoiser_name, denoiser_of, with_denoiser
 from stepquant.sources import open_pipeline
 from stepquant.support.errors import StepQuantError
@@ -119,7 +119,7 @@ def bench(
     Medians of interleaved runs with 10th and 90th percentile for each batch size, and how many
     times faster. `backend`: of the packed layers; `openvino`, or `openvino:DEVICE`, adds the model
     as OpenVINO runs it beside the one on the layers' best kernels, and says which is faster.
-    `slow_paths` is what is slower on this machine than it could be (`runtime.notes`).
+    `slow_paths` is what is slower on this machine than it could be (`engines.slow_paths`).
     `compiled` adds both under `torch.compile` (the first calls take minutes).
     `adapter`: as in `quantize`, for an architecture that stepquant does not know. `memory`: the
     mode, see `set_memory_mode`; the record says what weights take in it.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepquant.calibration.trajectories import capture_trajectories, predict
 from stepquant.conditioning import Conditioning
+from stepquant.engines.slow_paths import slow_paths
 from stepquant.evaluate import (
     frechet_distance,
     frechet_distance_interval,
@@ -20,7 +21,6 @@ from stepquant.evaluate import (
     paired_psnr,
     paired_ssim,
 )
-from stepquant.runtime.notes import slow_paths
 from stepquant.sampling import AUTO, denoiser_of, resolve_scheduler, sample_images
 from stepquant.sources import default_features, open_pipeline
 from stepquant.support.errors import StepQuantError

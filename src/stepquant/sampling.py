@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from stepquant.conditioning import Conditioning, takes_prompts
-from stepquant.runtime.recording import recorded
+from stepquant.engines.captured_calls import recorded
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 

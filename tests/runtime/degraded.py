@@ -19,8 +19,8 @@ from fast_models import predictor
 from torch import Tensor, nn
 
 from stepquant.bench import set_backend
+from stepquant.engines.slow_paths import slow_paths
 from stepquant.runtime.kernels import onednn
-from stepquant.runtime.notes import slow_paths
 from stepquant.runtime.ops import native
 
 BATCHES = (1, 3, 2)  # in turn on one model

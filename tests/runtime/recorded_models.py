@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from stepquant.engines.captured_calls import RecordedDenoiser
 from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import named_arguments
 from stepquant.runtime.layers.integer import PackedLayer
-from stepquant.runtime.recording import RecordedDenoiser
 
 
 def inputs(model: nn.Module, batch: int, seed: int, step: int = 0) -> tuple[Tensor, dict]:

@@ -10,8 +10,8 @@ import torch
 from layer_cases import assert_agrees, input_for, seeded
 from test_openvino_backend import around, needs_openvino, needs_vnni
 
+from stepquant.engines.fastest import TIMED_CALLS, FastestDenoiser, seconds_of
 from stepquant.quantizers import StepContext
-from stepquant.runtime.fastest_backend import TIMED_CALLS, FastestDenoiser, seconds_of
 from stepquant.runtime.pack import pack_layer
 
 pytestmark = [needs_openvino, needs_vnni]

@@ -9,11 +9,11 @@ import torch
 from layer_cases import assert_agrees, input_for, layers, seeded
 from torch import Tensor, nn
 
+from stepquant.engines.openvino_export import ExportLayer, export_denoiser
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext
 from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.runtime.layers.lora_branch import LoraBranch, attach_branch
-from stepquant.runtime.openvino_export import ExportLayer, export_denoiser
 from stepquant.runtime.pack import pack_layer
 from stepquant.support.errors import StepQuantError
 
@@ -131,7 +131,7 @@ def test_other_dtypes_and_offloading_are_refused(denoiser: Denoiser) -> None:
 
 
 def test_a_cpu_whose_kernels_saturate_is_refused(denoiser: Denoiser, monkeypatch: Any) -> None:
-    from stepquant.runtime import openvino_export
+    from stepquant.engines import openvino_export
 
     monkeypatch.setattr(openvino_export, "_saturates", lambda spec: True)
     assert refused(denoiser).startswith("the layer 'layer' has w8a8 and this CPU no VNNI")

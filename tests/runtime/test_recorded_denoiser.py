@@ -15,13 +15,13 @@ from torch import nn
 
 from architectures import ARCHITECTURES, build
 from stepquant.api import quantize, sample
+from stepquant.engines.captured_calls import RecordedDenoiser, recorded
+from stepquant.engines.captured_calls import denoiser as room
 from stepquant.methods import InputErrorBypass
 from stepquant.models.input_bypass import bypass_of
 from stepquant.recipe import Recipe
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.ops import native
-from stepquant.runtime.recording import RecordedDenoiser, recorded
-from stepquant.runtime.recording import denoiser as room
 from stepquant.sampling import with_recorded_denoiser
 
 pytestmark = [

@@ -12,9 +12,9 @@ from fast_models import packed
 from recorded_models import inputs, predict
 from torch import Tensor, nn
 
+from stepquant.engines.captured_calls import RecordedDenoiser
 from stepquant.runtime.layers.integer import PackedLinear
 from stepquant.runtime.ops import native
-from stepquant.runtime.recording import RecordedDenoiser
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -10,8 +10,8 @@ from fused_paths import GRID, draw, image
 from torch import Tensor
 from torch.nn import functional
 
+from stepquant.engines.captured_calls.recorder import NativeCall, NotRecordable, Operator, Recorder
 from stepquant.runtime.ops import fused, native
-from stepquant.runtime.recording.recorder import NativeCall, NotRecordable, Operator, Recorder
 
 needs_library = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepquant.runtime.recording.memory import ALIGNMENT, Block, Memory
+from stepquant.engines.captured_calls.memory import ALIGNMENT, Block, Memory
 
 
 def test_a_value_keeps_its_block_until_it_and_its_views_are_gone() -> None:

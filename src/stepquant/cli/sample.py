@@ -67,8 +67,8 @@ def sample(
         if grid is None and out is None:
             raise StepQuantError("the images would go nowhere: expected --grid FILE or --out DIR")
         from stepquant import api, images  # not at the top: see demo.py
-        from stepquant.runtime.fastest_backend import FASTEST
-        from stepquant.runtime.openvino_backend import device_of
+        from stepquant.engines.fastest import FASTEST
+        from stepquant.engines.openvino_denoiser import device_of
         from stepquant.sampling import denoiser_of
 
         if grid is not None:

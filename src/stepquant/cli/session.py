@@ -49,7 +49,7 @@ class Talk:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def slow_paths(self, notes: Sequence[str]) -> None:
-        """Print what `runtime.notes.slow_paths` found, a line each."""
+        """Print what `engines.slow_paths.slow_paths` found, a line each."""
         for note in notes:
             self.line(f"slower than it could be: {note}")
 

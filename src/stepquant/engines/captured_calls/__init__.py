@@ -10,6 +10,6 @@ call down. `state`: what has to be unchanged for a recording to be true. `denois
 `RecordedDenoiser`, which takes calls, and `recorded`, which makes one where that works.
 """
 
-from stepquant.runtime.recording.denoiser import RecordedDenoiser, recorded
+from stepquant.engines.captured_calls.denoiser import RecordedDenoiser, recorded
 
 __all__ = ["RecordedDenoiser", "recorded"]

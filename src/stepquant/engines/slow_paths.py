@@ -11,11 +11,11 @@ import psutil
 import torch
 from torch import nn
 
+from stepquant.engines.captured_calls import state
 from stepquant.runtime.kernels import onednn
 from stepquant.runtime.layers import codes
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.ops import native
-from stepquant.runtime.recording import state
 
 
 def slow_paths(model: nn.Module) -> list[str]:

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stepquant.engines.captured_calls.memory import Memory, storage_address
 from stepquant.models.calling import inside, tensors_in, with_tensors
 from stepquant.runtime.ops.native import FUNCTIONS, Library, called_instead, library
 from stepquant.runtime.ops.native.calls import fail
-from stepquant.runtime.recording.memory import Memory, storage_address
 
 aten = torch.ops.aten
 EMPTY = (

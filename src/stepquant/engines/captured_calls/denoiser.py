@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.engines.captured_calls.recorder import NotRecordable, Recorder
+from stepquant.engines.captured_calls.state import State, why_not
 from stepquant.models.calling import (
     leaves_in,
     prediction_in,
@@ -21,8 +23,6 @@ from stepquant.models.calling import (
 )
 from stepquant.models.stand_in import StandIn
 from stepquant.runtime.layers.integer import is_packed
-from stepquant.runtime.recording.recorder import NotRecordable, Recorder
-from stepquant.runtime.recording.state import State, why_not
 
 MOST_SHAPES = 8  # that recordings are kept of, each with its memory
 COMPARISONS = 3  # of a recording's first replays, while the timestep stays the same

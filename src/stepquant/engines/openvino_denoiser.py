@@ -11,6 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.engines.openvino_export import (
+    DEFAULT,
+    check_exportable,
+    check_no_lora,
+    export_denoiser,
+    traced,
+)
 from stepquant.models.calling import (
     inside,
     leaves_in,
@@ -22,13 +29,6 @@ from stepquant.models.calling import (
 from stepquant.models.stand_in import StandIn
 from stepquant.quantizers.step_grid import StepContext, StepGrid
 from stepquant.runtime.layers.integer import PackedLayer
-from stepquant.runtime.openvino_export import (
-    DEFAULT,
-    check_exportable,
-    check_no_lora,
-    export_denoiser,
-    traced,
-)
 from stepquant.support.errors import StepQuantError
 
 BACKEND = "openvino"

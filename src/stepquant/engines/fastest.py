@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepquant.runtime.openvino_backend import OpenVinoDenoiser, description
-from stepquant.runtime.recording import recorded
+from stepquant.engines.captured_calls import recorded
+from stepquant.engines.openvino_denoiser import OpenVinoDenoiser, description
 
 FASTEST = "fastest"
 TIMED_CALLS = 3
