@@ -22,13 +22,13 @@ from torch import nn
 
 from cells import machine
 from records import write_record
-from stepquant.calibration.capture import capture_inputs, execution_order
+from stepquant.calibration.block_inputs import capture_inputs, execution_order
 from stepquant.calibration.trajectories import Trajectories, drawer
 from stepquant.methods.progressive_alignment import FIRST_SEED
 from stepquant.models.adapter import adapter_for
+from stepquant.pipelines.opening import open_pipeline
 from stepquant.quantize import quantize
 from stepquant.recipe import parse_recipe
-from stepquant.sources import open_pipeline
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write
 

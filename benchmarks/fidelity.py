@@ -24,10 +24,10 @@ from stepquant.bench import set_backend
 from stepquant.calibration.observe import quant_layers
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories
 from stepquant.evaluate import paired_psnr
+from stepquant.pipelines.opening import open_pipeline
+from stepquant.pipelines.sampling import denoiser_name, denoiser_of, sample_images
 from stepquant.quantize import quantize
 from stepquant.runtime.layers.integer import PackedLayer
-from stepquant.sampling import denoiser_name, denoiser_of, sample_images
-from stepquant.sources import open_pipeline
 from stepquant.support.progress import Reporter
 
 RELOADED = 64  # images for which the reloaded checkpoint is compared: one batch

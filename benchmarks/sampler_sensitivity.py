@@ -23,8 +23,8 @@ from cells import machine
 from records import write_record
 from stepquant.evaluate import paired_psnr
 from stepquant.judge import distances
-from stepquant.sampling import denoiser_of, sample_images
-from stepquant.sources import default_features, open_pipeline
+from stepquant.pipelines.opening import default_features, open_pipeline
+from stepquant.pipelines.sampling import denoiser_of, sample_images
 from stepquant.support.progress import Reporter
 
 NOISE = (1e-4, 1e-3)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from large_models import MAX_TOKENS, SMALL_SD15, write_weights
 from paper_model import paper_pipeline
-from stepquant.modules import DenoiserPipeline
-from stepquant.sampling import denoiser_of
-from stepquant.sources import open_pipeline
+from stepquant.pipelines.denoiser_pipeline import DenoiserPipeline
+from stepquant.pipelines.opening import open_pipeline
+from stepquant.pipelines.sampling import denoiser_of
 from stepquant.support.errors import StepQuantError
 
 MIDDLE = 500  # of 1000 timesteps

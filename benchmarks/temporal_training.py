@@ -16,8 +16,8 @@ from pathlib import Path
 
 from cells import machine
 from records import write_record
+from stepquant.pipelines.opening import open_pipeline
 from stepquant.quantize import quantize
-from stepquant.sources import open_pipeline
 from stepquant.support.progress import Reporter
 
 

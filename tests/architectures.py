@@ -37,8 +37,8 @@ from transformers import (
 )
 
 from stepquant.calibration.trajectories import capture_trajectories, drawer
-from stepquant.conditioning import Conditioning
 from stepquant.models.adapter import adapter_for
+from stepquant.pipelines.conditioning import Conditioning
 from stepquant.quantizers import StepContext
 from stepquant.scheme import Scheme
 from stepquant.session import Session, simulate

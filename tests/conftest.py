@@ -14,9 +14,9 @@ from torch import nn
 from stepquant.calibration.ranges import minmax_weight_range
 from stepquant.calibration.trajectories import capture_trajectories, drawer
 from stepquant.models.adapter import adapter_for
+from stepquant.pipelines.sampling import set_scheduler
 from stepquant.quantizers import QuantConv2d, QuantLayer, QuantLinear, StepContext, StepGrid
 from stepquant.runtime.ops import native
-from stepquant.sampling import set_scheduler
 from stepquant.scheme import Scheme
 from stepquant.session import Session
 from stepquant.session import simulate as simulate_model

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from stepquant.api import sample
-from stepquant.conditioning import Conditioning
+from stepquant.pipelines.conditioning import Conditioning
 from stepquant.support.errors import StepQuantError
 
 

@@ -5,7 +5,7 @@ import torch
 
 from stepquant.api import load, quantize, sample
 from stepquant.evaluate import load_features, paired_psnr
-from stepquant.sources import builtin_names, default_conditions, default_features
+from stepquant.pipelines.opening import builtin_names, default_conditions, default_features
 
 MODELS = [
     f"builtin:{name}" for name in builtin_names() if default_conditions(f"builtin:{name}").classes

@@ -8,8 +8,8 @@ import torch
 
 from stepquant.evaluate import load_features
 from stepquant.judge import class_shares, distances, evaluate, noise_error
+from stepquant.pipelines.sampling import sample_images
 from stepquant.quantize import quantize
-from stepquant.sampling import sample_images
 from stepquant.support.errors import StepQuantError
 
 # So few images cannot have a covariance of full rank: the distances warn, which is tested

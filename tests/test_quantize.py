@@ -9,10 +9,10 @@ from torch import nn
 
 from quantize_runs import FAST, SMALL, TINY, Lines, left, tree
 from stepquant.calibration.observe import quant_layers
+from stepquant.pipelines.opening import open_pipeline
+from stepquant.pipelines.sampling import sample_images
 from stepquant.quantize import quantize
 from stepquant.runtime.layers.integer import PackedLayer
-from stepquant.sampling import sample_images
-from stepquant.sources import open_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

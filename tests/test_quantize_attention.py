@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from quantize_runs import FAST, SMALL, left, refused, tree
+from stepquant.pipelines.opening import open_pipeline
 from stepquant.quantize import quantize
 from stepquant.recipe import parse_recipe
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.layers.integer_attention import PackedAttention
-from stepquant.sources import open_pipeline
 from stepquant.support.progress import Reporter
 
 pytestmark = pytest.mark.usefixtures("one_thread")

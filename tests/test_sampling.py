@@ -16,7 +16,8 @@ from diffusers import (
 )
 from torch import nn
 
-from stepquant.sampling import (
+from stepquant.pipelines.opening import open_pipeline
+from stepquant.pipelines.sampling import (
     SCHEDULERS,
     check_scales_input,
     clipping_remark,
@@ -27,7 +28,6 @@ from stepquant.sampling import (
     sample_images,
     set_scheduler,
 )
-from stepquant.sources import open_pipeline
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 

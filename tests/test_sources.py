@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from stepquant import sources
-from stepquant.conditioning import Conditioning
-from stepquant.sources import (
+from stepquant.pipelines import opening
+from stepquant.pipelines.conditioning import Conditioning
+from stepquant.pipelines.opening import (
     EmbeddedConditions,
     builtin_names,
     default_conditions,
@@ -19,7 +19,7 @@ def embedded(tmp_path, monkeypatch):
     def make(conditions):
         (tmp_path / "conditions.json").write_text(json.dumps(conditions))
         monkeypatch.setattr(
-            sources, "builtin_path", lambda name: tmp_path / name.replace("tiny", "")
+            opening, "builtin_path", lambda name: tmp_path / name.replace("tiny", "")
         )
         return "builtin:tiny"
 

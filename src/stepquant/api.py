@@ -12,7 +12,6 @@ from torch import Tensor
 from stepquant.bench import bench, settings_kept, with_backend
 from stepquant.checkpoint.module import load_module
 from stepquant.checkpoint.weight_only_config import DynamicConfig, WeightOnlyConfig
-from stepquant.conditioning import Conditioning
 from stepquant.demo import demo
 from stepquant.engines import slow_paths
 from stepquant.engines.captured_calls import RecordedDenoiser
@@ -20,13 +19,14 @@ from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
 from stepquant.inspection import inspect
 from stepquant.judge import evaluate
 from stepquant.lora import load_lora, lora_scales, set_lora_scales, unload_lora
-from stepquant.modules import DenoiserPipeline, general_adapter
 from stepquant.pack import pack
+from stepquant.pipelines.conditioning import Conditioning
+from stepquant.pipelines.denoiser_pipeline import DenoiserPipeline, general_adapter
+from stepquant.pipelines.opening import open_pipeline as load
+from stepquant.pipelines.sampling import AUTO, denoiser_of, sample_images
 from stepquant.quantize import Quantized, quantize
 from stepquant.recipe import load_recipe, recipe_names
 from stepquant.runtime.layers.resident import WeightBytes, set_memory_mode, weight_bytes_resident
-from stepquant.sampling import AUTO, denoiser_of, sample_images
-from stepquant.sources import open_pipeline as load
 from stepquant.support.progress import Reporter
 
 __all__ = [
@@ -78,7 +78,7 @@ def sample(
     """Images of `model` (name, folder, hub id or pipeline), float32 `[num, C, H, W]` in [0, 1].
 
     Image `i` starts from the noise of seed `seed + i` and is of prompt, or class label, number `i`,
-    over and over again; see `stepquant.sampling.sample_images`. `guidance`: scale of
+    over and over again; see `stepquant.pipelines.sampling.sample_images`. `guidance`: scale of
     classifier-free guidance, else the pipeline's. `call`, and any other argument by name, goes to
     the pipeline. `backend`: what a packed model runs on, see `stepquant.bench.with_backend`.
     """

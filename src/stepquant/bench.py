@@ -18,10 +18,10 @@ from stepquant.engines.slow_paths import slow_paths
 from stepquant.evaluate import measure_latency, peak_memory_mb
 from stepquant.models.adapter import DenoiserAdapter, adapter_for, adapter_of
 from stepquant.models.calling import named_arguments, on_device
+from stepquant.pipelines.opening import open_pipeline
+from stepquant.pipelines.sampling import check_count, denoiser_name, denoiser_of, with_denoiser
 from stepquant.runtime.layers.integer import PackedLayer, is_packed
 from stepquant.runtime.layers.resident import restore, set_memory_mode, weight_bytes_resident
-from stepquant.sampling import check_count, denoiser_name, denoiser_of, with_denoiser
-from stepquant.sources import open_pipeline
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 

@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant.checkpoint.weight_only_components import quantize_weights
+from stepquant.pipelines.opening import float32_bytes, weight_file_bytes
 from stepquant.runtime.layers.weight_only import WeightOnly
-from stepquant.sources import float32_bytes, weight_file_bytes
 from stepquant.support.errors import StepQuantError
 
 WAYS = {"w8": 8, "w4": 4}

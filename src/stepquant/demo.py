@@ -14,9 +14,15 @@ from stepquant.bench import denoiser_call
 from stepquant.evaluate import measure_latency
 from stepquant.images import save_grid
 from stepquant.judge import distances, evaluate
+from stepquant.pipelines.opening import (
+    BUILTIN,
+    builtin_names,
+    default_features,
+    float32_bytes,
+    open_pipeline,
+)
+from stepquant.pipelines.sampling import denoiser_of, sample_images
 from stepquant.quantize import quantize
-from stepquant.sampling import denoiser_of, sample_images
-from stepquant.sources import BUILTIN, builtin_names, default_features, float32_bytes, open_pipeline
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write

@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepquant.calibration.trajectories import capture_trajectories, predict
-from stepquant.conditioning import Conditioning
 from stepquant.engines.slow_paths import slow_paths
 from stepquant.evaluate import (
     frechet_distance,
@@ -21,8 +20,9 @@ from stepquant.evaluate import (
     paired_psnr,
     paired_ssim,
 )
-from stepquant.sampling import AUTO, denoiser_of, resolve_scheduler, sample_images
-from stepquant.sources import default_features, open_pipeline
+from stepquant.pipelines.conditioning import Conditioning
+from stepquant.pipelines.opening import default_features, open_pipeline
+from stepquant.pipelines.sampling import AUTO, denoiser_of, resolve_scheduler, sample_images
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 

@@ -15,6 +15,7 @@ from stepquant.checkpoint.lora_keys import lora_layers, models_of
 from stepquant.methods import STEPS, Step
 from stepquant.methods.equivalent_scaling import ScalingStep
 from stepquant.models.adapter import ADAPTERS, adapter_for
+from stepquant.pipelines.sampling import denoiser_name
 from stepquant.runtime.layers.integer import PackedConv2d, PackedLayer
 from stepquant.runtime.layers.lora_branch import (
     LoraBranch,
@@ -22,7 +23,6 @@ from stepquant.runtime.layers.lora_branch import (
     detach_branch,
     named_branches,
 )
-from stepquant.sampling import denoiser_name
 from stepquant.support.errors import StepQuantError
 
 NAME = re.compile(r"\w[\w-]*")

@@ -19,9 +19,9 @@ from stepquant.checkpoint.weight_only_stream import stream_weights
 from stepquant.components import WAYS
 from stepquant.evaluate import peak_memory_mb, reset_peak_memory
 from stepquant.models.adapter import ADAPTERS
+from stepquant.pipelines.opening import resolve_builtin, weight_file_bytes
+from stepquant.pipelines.sampling import DENOISERS
 from stepquant.runtime.layers.weight_only import check_weight_only_bits
-from stepquant.sampling import DENOISERS
-from stepquant.sources import resolve_builtin, weight_file_bytes
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 

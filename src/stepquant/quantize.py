@@ -20,20 +20,21 @@ from stepquant.calibration.trajectories import drawer, first_inputs
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
 from stepquant.components import add_file_sizes, check_components, quantize_components
-from stepquant.conditioning import Conditioning
 from stepquant.evaluate import peak_memory_mb, reset_peak_memory
 from stepquant.lora import check_no_lora
 from stepquant.memory import as_mb, plan_memory
 from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.models.mapped import FloatState
 from stepquant.models.surgery import copy_around
+from stepquant.pipelines.conditioning import Conditioning
+from stepquant.pipelines.opening import float32_bytes, open_pipeline, weight_file_bytes
+from stepquant.pipelines.sampling import check_seed, clipping_remark, denoiser_name, set_scheduler
 from stepquant.preparation import calibrated_scheduler, calibration_trajectories, with_own_scheduler
 from stepquant.quantizers import StepContext
 from stepquant.readiness import check_denoiser
 from stepquant.recipe import Recipe, load_recipe
 from stepquant.record import mean_weight_bits, provenance_of, reference_layers
 from stepquant.runtime.pack import pack_model
-from stepquant.sampling import check_seed, clipping_remark, denoiser_name, set_scheduler
 from stepquant.session import (
     SAMPLES_PER_STEP,
     Session,
@@ -41,7 +42,6 @@ from stepquant.session import (
     float_products,
     simulate,
 )
-from stepquant.sources import float32_bytes, open_pipeline, weight_file_bytes
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder, fingerprint

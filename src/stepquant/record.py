@@ -11,10 +11,10 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant import __version__
-from stepquant.conditioning import Conditioning
+from stepquant.pipelines.conditioning import Conditioning
+from stepquant.pipelines.sampling import set_scheduler
 from stepquant.recipe import Calibration
 from stepquant.runtime.layers.integer import PackedLayer
-from stepquant.sampling import set_scheduler
 
 
 def provenance_of(

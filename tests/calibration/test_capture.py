@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stepquant.calibration.capture import (
+from stepquant.calibration.block_inputs import (
     BlockData,
     capture_inputs,
     capture_outputs,

@@ -8,7 +8,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from stepquant.api import DenoiserPipeline, inspect, sample
 from stepquant.calibration.conditions import ConditionRecorder, Conditions
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories, predict
-from stepquant.conditioning import Conditioning
+from stepquant.pipelines.conditioning import Conditioning
 from stepquant.support.errors import StepQuantError
 
 CLASSES = 5  # of which the last stands for none

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from stepquant.calibration.capture import capture_inputs, capture_outputs, execution_order
-from stepquant.calibration.replay import Replay, readers, replayable_blocks, replaying
+from stepquant.calibration.block_inputs import capture_inputs, capture_outputs, execution_order
+from stepquant.calibration.block_replay import Replay, readers, replayable_blocks, replaying
 from stepquant.calibration.trajectories import Trajectories
 
 

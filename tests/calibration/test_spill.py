@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quantize_runs import left, refused
-from stepquant.calibration.capture import capture_inputs, capture_outputs
+from stepquant.calibration.block_inputs import capture_inputs, capture_outputs
 from stepquant.calibration.spill import Rows, Spill
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.evaluate import peak_memory_mb, reset_peak_memory

@@ -61,7 +61,7 @@ def test_it_draws_the_same_images_and_packs_to_the_same_ones(folder):
 
 
 def test_a_large_model_in_one_file_is_loaded_not_mapped(folder, monkeypatch):
-    monkeypatch.setattr("stepquant.sources.MAP_FROM", 0)
+    monkeypatch.setattr("stepquant.pipelines.opening.MAP_FROM", 0)
     opened = load(folder / "model.safetensors", config=folder / "config", map_large=True)
     assert not any(isinstance(module, Mapped) for module in opened.unet.modules())
     assert any(isinstance(m, Mapped) for m in load(folder / "whole", map_large=True).unet.modules())

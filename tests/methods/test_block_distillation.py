@@ -5,7 +5,7 @@ import torch
 from pydantic import ConfigDict
 from torch import nn
 
-from stepquant.calibration.capture import BlockData, capture_inputs
+from stepquant.calibration.block_inputs import BlockData, capture_inputs
 from stepquant.calibration.observe import quant_layers
 from stepquant.methods import BlockDistillation, TemporalQuantizer
 from stepquant.methods.block_training import mixed_batches, train_blocks, training_inputs

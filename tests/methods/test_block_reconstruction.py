@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from quantize_runs import SMALL
-from stepquant.calibration.capture import BlockData
+from stepquant.calibration.block_inputs import BlockData
 from stepquant.calibration.ranges import search_weight_range
 from stepquant.methods import BlockReconstruction, LowRankAdapters, Smoothing, TemporalQuantizer
 from stepquant.methods.block_reconstruction import (

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from stepquant.calibration.replay import Replayable
+from stepquant.calibration.block_replay import Replayable
 from stepquant.methods import BlockDistillation, TemporalQuantizer, block_training
 from stepquant.methods.block_training import _forgotten, most_kept
 

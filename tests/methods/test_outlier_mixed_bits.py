@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from quantize_runs import Lines
-from stepquant.calibration.capture import capture_inputs
+from stepquant.calibration.block_inputs import capture_inputs
 from stepquant.calibration.ranges import search_weight_range
 from stepquant.methods import OutlierMixedBits
 from stepquant.methods.outlier_mixed_bits import allocate, channel_errors, kurtosis, sum_over_bits

@@ -10,8 +10,8 @@ from torch import nn
 
 from architectures import ARCHITECTURES, build, session
 from stepquant.bench import denoiser_call
-from stepquant.calibration.capture import capture_outputs, execution_order
-from stepquant.calibration.replay import replayable_blocks
+from stepquant.calibration.block_inputs import capture_outputs, execution_order
+from stepquant.calibration.block_replay import replayable_blocks
 from stepquant.calibration.trajectories import predict
 from stepquant.methods.block_distillation import BlockDistillation
 from stepquant.methods.channel_reparameterization import ChannelReparameterization

@@ -12,11 +12,11 @@ from torch import nn
 
 from architectures import ARCHITECTURES, build, condition_unet
 from quantize_runs import FAST, refused, tree
-from stepquant import sources
 from stepquant.api import quantize
 from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import call_denoiser
 from stepquant.models.mapped import FloatState, Mapped, named_weights, open_mapped
+from stepquant.pipelines import opening
 from stepquant.session import check_finite_weights
 from stepquant.support.work_folder import fingerprint
 
@@ -89,9 +89,9 @@ def test_quantize_writes_the_same_bytes_whether_the_float_model_is_mapped(
         opened.append(open_mapped(*args))
         return opened[-1]
 
-    monkeypatch.setattr(sources, "open_mapped", spy)
+    monkeypatch.setattr(opening, "open_mapped", spy)
     for threshold in (0, 10**9):
-        monkeypatch.setattr(sources, "MAP_FROM", threshold)
+        monkeypatch.setattr(opening, "MAP_FROM", threshold)
         quantize(
             tmp_path / "float",
             "dilatequant",

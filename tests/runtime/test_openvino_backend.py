@@ -17,6 +17,7 @@ import architectures
 from stepquant.bench import denoiser_call, with_backend
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser, device_of
 from stepquant.models.adapter import adapter_for
+from stepquant.pipelines.sampling import sample_images
 from stepquant.quantize import quantize
 from stepquant.quantizers import StepContext
 from stepquant.runtime.kernels import onednn
@@ -24,7 +25,6 @@ from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.layers.lora_branch import LoraBranch, attach_branch
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.pack import pack_layer, pack_model
-from stepquant.sampling import sample_images
 from stepquant.support.errors import StepQuantError
 
 

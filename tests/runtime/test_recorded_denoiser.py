@@ -19,10 +19,10 @@ from stepquant.engines.captured_calls import RecordedDenoiser, recorded
 from stepquant.engines.captured_calls import denoiser as room
 from stepquant.methods import InputErrorBypass
 from stepquant.models.input_bypass import bypass_of
+from stepquant.pipelines.sampling import with_recorded_denoiser
 from stepquant.recipe import Recipe
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.ops import native
-from stepquant.sampling import with_recorded_denoiser
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -215,7 +215,7 @@ def test_sampling_records(monkeypatch):
     pipeline = packed_pipeline("dit", TABLES)
     found = []
     monkeypatch.setattr(
-        "stepquant.sampling.with_recorded_denoiser",
+        "stepquant.pipelines.sampling.with_recorded_denoiser",
         lambda given: found.append(with_recorded_denoiser(given)) or found[-1],
     )
     options = {"num": 2, "steps": 3, "labels": [0, 1]}
@@ -223,13 +223,13 @@ def test_sampling_records(monkeypatch):
     assert isinstance(found[0].transformer, RecordedDenoiser)
     assert found[0].transformer.recordings == 1
     assert not isinstance(pipeline.transformer, RecordedDenoiser)
-    monkeypatch.setattr("stepquant.sampling.with_recorded_denoiser", lambda given: given)
+    monkeypatch.setattr("stepquant.pipelines.sampling.with_recorded_denoiser", lambda given: given)
     assert torch.equal(sample(pipeline, **options), images)
 
 
 def test_a_callback_of_the_pipeline_may_change_the_denoiser(monkeypatch):
     pipeline, found = packed_pipeline("sd"), []
-    monkeypatch.setattr("stepquant.sampling.with_recorded_denoiser", found.append)
+    monkeypatch.setattr("stepquant.pipelines.sampling.with_recorded_denoiser", found.append)
     sample(
         pipeline,
         num=1,

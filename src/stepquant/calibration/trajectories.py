@@ -13,10 +13,16 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from stepquant.calibration.conditions import Conditions
-from stepquant.calibration.recorder import Recorder, Seen
+from stepquant.calibration.input_capture import Recorder, Seen
 from stepquant.models.calling import call_denoiser
+from stepquant.pipelines.sampling import (
+    Conditioning,
+    check_count,
+    denoiser_name,
+    denoiser_of,
+    sample_images,
+)
 from stepquant.quantizers.step_grid import StepGrid
-from stepquant.sampling import Conditioning, check_count, denoiser_name, denoiser_of, sample_images
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 

@@ -59,7 +59,7 @@ def evaluate(
     """Compare a model's images with those of its float model at the same seeds."""
     with talk(context, quiet, json_file) as output:
         from stepquant import api  # not at the top: see demo.py
-        from stepquant.sources import default_features
+        from stepquant.pipelines.opening import default_features
 
         ours, theirs = opened(config, model, against)
         ours, loras = with_loras(ours, lora)

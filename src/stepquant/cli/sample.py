@@ -69,7 +69,7 @@ def sample(
         from stepquant import api, images  # not at the top: see demo.py
         from stepquant.engines.fastest import FASTEST
         from stepquant.engines.openvino_denoiser import device_of
-        from stepquant.sampling import denoiser_of
+        from stepquant.pipelines.sampling import denoiser_of
 
         if grid is not None:
             images.check_picture_path(grid)

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stepquant.calibration.capture import execution_order
+from stepquant.calibration.block_inputs import execution_order
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.methods.step import Step
 from stepquant.models.calling import channel_dim

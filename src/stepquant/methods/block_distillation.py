@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stepquant.calibration.capture import BlockData
+from stepquant.calibration.block_inputs import BlockData
 from stepquant.methods.block_training import (
     GuardedBlock,
     is_check,

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.capture import (
+from stepquant.calibration.block_inputs import (
     BlockData,
     capture_inputs,
     capture_outputs,
     execution_order,
     joined_output,
 )
+from stepquant.calibration.block_replay import Replayable, replayable_blocks
 from stepquant.calibration.nested import inside, pick
-from stepquant.calibration.replay import Replayable, replayable_blocks
 from stepquant.calibration.spill import Rows
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.methods.coherence import (

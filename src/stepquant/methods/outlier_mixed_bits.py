@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepquant.calibration.capture import capture_inputs, execution_order
+from stepquant.calibration.block_inputs import capture_inputs, execution_order
 from stepquant.calibration.initialize import weight_search
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.methods.step import CORRECTED, TRAINING, Step

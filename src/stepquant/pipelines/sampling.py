@@ -11,8 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from stepquant.conditioning import Conditioning, takes_prompts
 from stepquant.engines.captured_calls import recorded
+from stepquant.pipelines.conditioning import Conditioning, takes_prompts
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 

@@ -13,10 +13,10 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor, nn
 
 from stepquant.calibration.trajectories import capture_trajectories
-from stepquant.conditioning import Conditioning
 from stepquant.models.calling import call_denoiser
 from stepquant.models.general import ModuleAdapter
 from stepquant.models.inputs import Inputs
+from stepquant.pipelines.conditioning import Conditioning
 from stepquant.support.errors import StepQuantError
 
 # (denoiser, noise [B, C, H, W], steps, a generator for each image) -> images [B, C, H, W] in [0, 1]

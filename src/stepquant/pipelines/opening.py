@@ -12,10 +12,10 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant.checkpoint.load import is_single_file, load_pipeline, local_folder
-from stepquant.conditioning import Conditioning
 from stepquant.models.mapped import FloatState, open_mapped
 from stepquant.models.weight_files import WeightFiles
-from stepquant.sampling import DENOISERS, denoiser_name, denoiser_of
+from stepquant.pipelines.conditioning import Conditioning
+from stepquant.pipelines.sampling import DENOISERS, denoiser_name, denoiser_of
 from stepquant.support.errors import StepQuantError
 
 BUILTIN = "builtin:"

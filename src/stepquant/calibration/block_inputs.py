@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.calibration.block_replay import replaying
 from stepquant.calibration.nested import Joined, pick
-from stepquant.calibration.replay import replaying
 from stepquant.calibration.spill import Rows, Spill
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.models.calling import tensors_in
