@@ -33,10 +33,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cells import machine
 from stepquant.evaluate import peak_memory_mb
-from stepquant.pack import pack
 from stepquant.quantize import quantize
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write
+from stepquant.weight_only.conversion import pack
 
 SHARD_BYTES = 2 << 30
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"

@@ -13,10 +13,10 @@ from architectures import ARCHITECTURES, build, condition_unet
 from quantize_runs import Lines, left, refused, tree
 from stepquant.api import inspect, pack, quantize, sample
 from stepquant.calibration.ranges import search_weight_range
-from stepquant.checkpoint.weight_only_components import quantize_weights
-from stepquant.checkpoint.weight_only_stream import stream_weights
 from stepquant.runtime.layers.weight_only import WeightOnly, minmax_grid
 from stepquant.support.progress import Reporter
+from stepquant.weight_only.quantizers import quantize_weights
+from stepquant.weight_only.streaming import stream_weights
 
 STEPS = 3
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -117,7 +117,7 @@ def test_the_input_and_output_layers_stay_float_in_their_dtype(sd_folder, tmp_pa
 
 
 def test_a_model_without_an_adapter_is_packed_and_said_so(sd_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("stepquant.pack.ADAPTERS", {})
+    monkeypatch.setattr("stepquant.weight_only.conversion.ADAPTERS", {})
     lines = Lines()
     pack(sd_folder, tmp_path / "out", reporter=lines)
     assert "UNet2DConditionModel is not known" in lines.lines[0]

@@ -4,9 +4,10 @@ Importing it teaches diffusers, and transformers if it is installed, to load ste
 with `from_pretrained`.
 """
 
-from stepquant.checkpoint import plugin, weight_only_components
+from stepquant.checkpoint import plugin
+from stepquant.weight_only import quantizers
 
 __version__ = "0.1.0"
 
 plugin.register()
-weight_only_components.register()
+quantizers.register()

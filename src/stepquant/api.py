@@ -11,15 +11,13 @@ from torch import Tensor
 
 from stepquant.bench import bench, settings_kept, with_backend
 from stepquant.checkpoint.module import load_module
-from stepquant.checkpoint.weight_only_config import DynamicConfig, WeightOnlyConfig
 from stepquant.demo import demo
 from stepquant.engines import slow_paths
 from stepquant.engines.captured_calls import RecordedDenoiser
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
 from stepquant.inspection import inspect
 from stepquant.judge import evaluate
-from stepquant.lora import load_lora, lora_scales, set_lora_scales, unload_lora
-from stepquant.pack import pack
+from stepquant.lora.pipeline import load_lora, lora_scales, set_lora_scales, unload_lora
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.denoiser_pipeline import DenoiserPipeline, general_adapter
 from stepquant.pipelines.opening import open_pipeline as load
@@ -28,6 +26,8 @@ from stepquant.quantize import Quantized, quantize
 from stepquant.recipe import load_recipe, recipe_names
 from stepquant.runtime.layers.resident import WeightBytes, set_memory_mode, weight_bytes_resident
 from stepquant.support.progress import Reporter
+from stepquant.weight_only.config import DynamicConfig, WeightOnlyConfig
+from stepquant.weight_only.conversion import pack
 
 __all__ = [
     "DenoiserPipeline",

@@ -19,9 +19,8 @@ from stepquant.calibration.spill import Spill
 from stepquant.calibration.trajectories import drawer, first_inputs
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
-from stepquant.components import add_file_sizes, check_components, quantize_components
 from stepquant.evaluate import peak_memory_mb, reset_peak_memory
-from stepquant.lora import check_no_lora
+from stepquant.lora.pipeline import check_no_lora
 from stepquant.memory import as_mb, plan_memory
 from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.models.mapped import FloatState
@@ -45,6 +44,7 @@ from stepquant.session import (
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder, fingerprint
+from stepquant.weight_only.components import add_file_sizes, check_components, quantize_components
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from quantize_runs import refused
-from stepquant.checkpoint.lora_file import read_lora_file
+from stepquant.lora.files import read_lora_file
 
 PAIR = {"unet.conv_in.lora_A.weight": torch.ones(2, 4), "unet.conv_in.lora_B.weight": torch.eye(2)}
 USUAL = "pytorch_lora_weights.safetensors"
@@ -67,7 +67,7 @@ def test_what_is_not_there(tmp_path, monkeypatch):
     def offline(repository, name):
         raise OSError("no network")
 
-    monkeypatch.setattr("stepquant.checkpoint.lora_file.hf_hub_download", offline)
+    monkeypatch.setattr("stepquant.lora.files.hf_hub_download", offline)
     message = refused(lambda: read_lora_file("someone/style"))
     assert "'someone/style' is no local file" in message and USUAL in message
 
@@ -80,7 +80,7 @@ def test_of_the_hub_the_usual_file_or_the_one_asked_for(tmp_path, monkeypatch):
         save_file(PAIR, tmp_path / name)
         return str(tmp_path / name)
 
-    monkeypatch.setattr("stepquant.checkpoint.lora_file.hf_hub_download", download)
+    monkeypatch.setattr("stepquant.lora.files.hf_hub_download", download)
     assert same(read_lora_file("someone/style"), PAIR)
     assert same(read_lora_file("someone/style", "other.safetensors"), PAIR)
     assert asked == [("someone/style", USUAL), ("someone/style", "other.safetensors")]

@@ -12,8 +12,8 @@ from torch import nn
 from architectures import build
 from lora_files import ALPHA, RANK, kohya, matrices, of, processors
 from quantize_runs import refused
-from stepquant.checkpoint.lora_file import LoraFile, read_lora_file
-from stepquant.checkpoint.lora_keys import lora_layers
+from stepquant.lora.files import LoraFile, read_lora_file
+from stepquant.lora.keys import lora_layers
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 ATTENTION = [f"{BLOCK}.attn1.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")]

@@ -16,10 +16,10 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from architectures import clip_encoder, t5_encoder, vae
 from quantize_runs import refused, tree
-from stepquant.checkpoint.weight_only_components import quantize_weights
-from stepquant.checkpoint.weight_only_config import WeightOnlyConfig
 from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.support.errors import StepQuantError
+from stepquant.weight_only.config import WeightOnlyConfig
+from stepquant.weight_only.quantizers import quantize_weights
 
 MODELS = {
     "vae": (lambda: vae(4), AutoencoderKL),

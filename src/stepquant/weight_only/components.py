@@ -10,10 +10,10 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from stepquant.checkpoint.weight_only_components import quantize_weights
 from stepquant.pipelines.opening import float32_bytes, weight_file_bytes
 from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.support.errors import StepQuantError
+from stepquant.weight_only.quantizers import quantize_weights
 
 WAYS = {"w8": 8, "w4": 4}
 

@@ -1,7 +1,7 @@
 """Weight-only models of diffusers: quantized in memory or at load, saved and loaded.
 
 Text encoders are models of transformers, which has a table of quantizers of its own
-(`checkpoint.weight_only_text`).
+(`weight_only.text`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from diffusers.quantizers import auto
 from torch import Tensor, nn
 
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
-from stepquant.checkpoint.weight_only_config import CONFIGS, WeightOnlyConfig
-from stepquant.checkpoint.weight_only_model import (
+from stepquant.quantizers.weight import GridSearch
+from stepquant.runtime.layers.weight_only import minmax_grid
+from stepquant.support.errors import StepQuantError
+from stepquant.weight_only.config import CONFIGS, WeightOnlyConfig
+from stepquant.weight_only.model import (
     check_loaded,
     check_tensor,
     put_layer,
@@ -24,9 +27,6 @@ from stepquant.checkpoint.weight_only_model import (
     resolved,
     resolved_at_load,
 )
-from stepquant.quantizers.weight import GridSearch
-from stepquant.runtime.layers.weight_only import minmax_grid
-from stepquant.support.errors import StepQuantError
 
 
 class WeightOnlyQuantizer(FrozenQuantizer):
@@ -84,9 +84,9 @@ def register() -> None:
         auto.AUTO_QUANTIZER_MAPPING[method] = WeightOnlyQuantizer
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = kind
     if is_transformers_available() and is_transformers_version(">=", "5.0.0"):
-        from stepquant.checkpoint import weight_only_text
+        from stepquant.weight_only import text
 
-        weight_only_text.register()
+        text.register()
 
 
 def quantize_weights(
@@ -128,7 +128,7 @@ def _text_quantizer(model: Any, config: WeightOnlyConfig, what: str) -> Any:
     try:
         from transformers import PreTrainedModel
 
-        from stepquant.checkpoint.weight_only_text import TextWeightOnlyQuantizer
+        from stepquant.weight_only.text import TextWeightOnlyQuantizer
     except ImportError:
         PreTrainedModel = ()  # type: ignore[assignment,misc]
     if not isinstance(model, PreTrainedModel):

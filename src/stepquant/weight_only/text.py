@@ -12,9 +12,9 @@ from safetensors import safe_open
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from stepquant.checkpoint.weight_only_config import CONFIGS, WeightOnlyConfig
-from stepquant.checkpoint.weight_only_model import check_loaded, put_layers, resolved_at_load
 from stepquant.support.errors import StepQuantError
+from stepquant.weight_only.config import CONFIGS, WeightOnlyConfig
+from stepquant.weight_only.model import check_loaded, put_layers, resolved_at_load
 
 
 def register() -> None:

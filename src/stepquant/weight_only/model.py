@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stepquant.checkpoint.weight_only_config import WeightOnlyConfig
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers.weight import GridSearch
 from stepquant.runtime.layers.weight_only import WeightOnly, minmax_grid, weight_only_in_place_of
 from stepquant.support.errors import StepQuantError
+from stepquant.weight_only.config import WeightOnlyConfig
 
 Config = TypeVar("Config", bound=WeightOnlyConfig)
 TENSORS = {

@@ -10,8 +10,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from stepquant.checkpoint.lora_file import read_lora_file
-from stepquant.checkpoint.lora_keys import lora_layers, models_of
+from stepquant.lora.files import read_lora_file
+from stepquant.lora.keys import lora_layers, models_of
 from stepquant.methods import STEPS, Step
 from stepquant.methods.equivalent_scaling import ScalingStep
 from stepquant.models.adapter import ADAPTERS, adapter_for

@@ -16,14 +16,14 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stepquant.checkpoint.weight_only_components import mark_weight_only
-from stepquant.checkpoint.weight_only_config import WeightOnlyConfig
-from stepquant.checkpoint.weight_only_model import put_layers, resolved, tensor_keys
 from stepquant.models.weight_files import WeightFiles, check_files, empty_model
 from stepquant.quantizers.weight import GridSearch
 from stepquant.runtime.layers.weight_only import weight_only_tensors
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
+from stepquant.weight_only.config import WeightOnlyConfig
+from stepquant.weight_only.model import put_layers, resolved, tensor_keys
+from stepquant.weight_only.quantizers import mark_weight_only
 
 SHARD_BYTES = 1 << 30
 

@@ -16,7 +16,7 @@ from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_
 from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor, nn
 
-from stepquant.checkpoint.lora_file import LoraFile
+from stepquant.lora.files import LoraFile
 from stepquant.models.stand_in import original
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.layers.lora_branch import Layer
