@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cell, read_cells, run_grid, table, write_lines
-from stepquant.recipe import parse_recipe
+from stepquant.methods.recipe import parse_recipe
 
 STEPS = {"WD": "weight_dilation", "TPQ": "temporal_quantizer", "BKD": "block_distillation"}
 

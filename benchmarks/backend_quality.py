@@ -20,10 +20,10 @@ from records import write_record
 from stepquant.api import sample
 from stepquant.bench import set_backend
 from stepquant.evaluate import paired_psnr
+from stepquant.methods.recipe import load_recipe
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import denoiser_of
 from stepquant.quantize import quantize
-from stepquant.recipe import load_recipe
 from stepquant.support.progress import Reporter
 
 BACKENDS = ("onednn", "auto", "openvino", "reference")

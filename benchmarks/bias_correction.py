@@ -15,7 +15,7 @@ from typing import Any
 
 from cells import Cell, report, slug
 from quality import parse_bits
-from stepquant.recipe import parse_recipe
+from stepquant.methods.recipe import parse_recipe
 
 TABLES: list[Any] = ["temporal_quantizer"]
 TRAINED = ["weight_dilation", "temporal_quantizer", "block_distillation"]

@@ -27,11 +27,11 @@ from safetensors.torch import load_file, save_file
 import stepquant
 from stepquant.evaluate import load_features, peak_memory_mb
 from stepquant.judge import class_shares, distances, evaluate
+from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import default_conditions, default_features, open_pipeline
 from stepquant.pipelines.sampling import AUTO, denoiser_of, sample_images
 from stepquant.quantize import quantize
-from stepquant.recipe import parse_recipe
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write, fingerprint
 

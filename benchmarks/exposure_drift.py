@@ -25,10 +25,10 @@ from records import write_record
 from stepquant.calibration.block_inputs import capture_inputs, execution_order
 from stepquant.calibration.trajectories import Trajectories, drawer
 from stepquant.methods.progressive_alignment import FIRST_SEED
+from stepquant.methods.recipe import parse_recipe
 from stepquant.models.adapter import adapter_for
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.quantize import quantize
-from stepquant.recipe import parse_recipe
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write
 

@@ -26,11 +26,11 @@ from quality import parse_bits
 from stepquant.calibration.observe import quant_layers
 from stepquant.evaluate.metrics import paired_psnr
 from stepquant.judge import distances
+from stepquant.methods.recipe import load_recipe, parse_recipe
 from stepquant.pipelines.opening import default_features, open_pipeline
 from stepquant.pipelines.sampling import AUTO, denoiser_name, denoiser_of, sample_images
 from stepquant.quantize import Quantized, quantize
 from stepquant.quantizers import QuantLayer
-from stepquant.recipe import load_recipe, parse_recipe
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write
 

@@ -19,9 +19,9 @@ import torch
 from cells import machine
 from paper_model import paper_pipeline
 from records import write_record
+from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.sampling import denoiser_of
 from stepquant.quantize import quantize
-from stepquant.recipe import parse_recipe
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.support.progress import Reporter
 

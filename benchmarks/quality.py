@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from cells import BUDGETS, Cell, report
-from stepquant.recipe import load_recipe
-from stepquant.scheme import PROTOCOLS
+from stepquant.methods.recipe import load_recipe
+from stepquant.simulation.scheme import PROTOCOLS
 from stepquant.support.errors import StepQuantError
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from cells import Cell, report, slug
 from quality import parse_bits, recipe_settings
+from stepquant.methods.recipe import load_recipe
 from stepquant.pipelines.sampling import SCHEDULERS
-from stepquant.recipe import load_recipe
 from stepquant.support.errors import StepQuantError
 
 CALIBRATED = "ddim:100"

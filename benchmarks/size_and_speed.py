@@ -21,10 +21,10 @@ from paper_model import paper_pipeline
 from records import write_record
 from stepquant.bench import denoiser_call
 from stepquant.evaluate import measure_latency, peak_memory_mb
+from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import denoiser_of
 from stepquant.quantize import quantize
-from stepquant.recipe import parse_recipe
 from stepquant.support.progress import Reporter
 
 RECIPE = {

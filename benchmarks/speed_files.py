@@ -30,10 +30,10 @@ from speed_models import (
     call,
     random_inputs,
 )
+from stepquant.methods.recipe import parse_recipe
 from stepquant.models.adapter import adapter_for
 from stepquant.pipelines.sampling import denoiser_of
 from stepquant.quantize import quantize
-from stepquant.recipe import parse_recipe
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from cells import Cell, report, slug
 from quality import parse_bits
-from stepquant.recipe import load_recipe, parse_recipe
+from stepquant.methods.recipe import load_recipe, parse_recipe
 
 
 def rows(iterations: int, affine_iterations: int) -> dict[str, list[Any]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cell, report, slug
-from stepquant.recipe import load_recipe, parse_recipe
+from stepquant.methods.recipe import load_recipe, parse_recipe
 
 TCR, DAQ, PAR = "channel_reparameterization", "adaptive_softmax", "progressive_alignment"
 Rows = dict[str, tuple[int, list[str], dict[str, Any]]]  # label -> (bits, steps left out, settings)

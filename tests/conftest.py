@@ -13,13 +13,13 @@ from torch import nn
 
 from stepquant.calibration.ranges import minmax_weight_range
 from stepquant.calibration.trajectories import capture_trajectories, drawer
+from stepquant.methods.session import Session
+from stepquant.methods.session import simulate as simulate_model
 from stepquant.models.adapter import adapter_for
 from stepquant.pipelines.sampling import set_scheduler
 from stepquant.quantizers import QuantConv2d, QuantLayer, QuantLinear, StepContext, StepGrid
 from stepquant.runtime.ops import native
-from stepquant.scheme import Scheme
-from stepquant.session import Session
-from stepquant.session import simulate as simulate_model
+from stepquant.simulation.scheme import Scheme
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder
 

@@ -15,8 +15,8 @@ from quantize_runs import refused, tree
 from stepquant.api import evaluate, inspect, quantize, sample
 from stepquant.bench import bench, set_backend
 from stepquant.calibration.trajectories import predict
+from stepquant.methods.recipe import load_recipe, recipe_names
 from stepquant.models.adapter import adapter_for
-from stepquant.recipe import load_recipe, recipe_names
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.support.progress import Reporter
 

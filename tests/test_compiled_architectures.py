@@ -11,9 +11,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from architectures import ARCHITECTURES, build
 from stepquant.api import quantize
 from stepquant.methods import TemporalQuantizer
+from stepquant.methods.recipe import Recipe
 from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import named_arguments
-from stepquant.recipe import Recipe
 from stepquant.runtime.layers.integer import PackedLayer
 
 TRANSFORMERS = ["dit", "pixart", "sd3", "flux"]

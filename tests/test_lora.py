@@ -26,7 +26,7 @@ from stepquant.api import (
 )
 from stepquant.calibration.trajectories import predict
 from stepquant.checkpoint.save import save_pipeline
-from stepquant.recipe import Recipe
+from stepquant.methods.recipe import Recipe
 
 STEPS = 3
 FEW = {"calibration.trajectories": 2, "ranges.weights": "minmax", "ranges.activations": "minmax"}

@@ -16,7 +16,7 @@ from stepquant.api import load_recipe, quantize
 from stepquant.calibration.spill import Spill
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.memory import GIB, Sizes, available_bytes, plan_memory, predict_peak, sizes_of
-from stepquant.recipe import parse_recipe
+from stepquant.methods.recipe import parse_recipe
 
 STEPS = 2
 SD15 = Sizes(

@@ -8,10 +8,10 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import nn
 
 from quantize_runs import FAST_MINMAX, SMALL, left, refused, tree
+from stepquant.methods.recipe import parse_recipe
 from stepquant.models.unet2d import UNet2DAdapter
 from stepquant.quantize import quantize
 from stepquant.readiness import check_denoiser
-from stepquant.recipe import parse_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from stepquant.methods import STEPS, BlockDistillation, WeightDilation
-from stepquant.recipe import Recipe, load_recipe, parse_recipe, parse_step, recipe_names
-from stepquant.scheme import Override, Scheme
+from stepquant.methods.recipe import Recipe, load_recipe, parse_recipe, parse_step, recipe_names
+from stepquant.simulation.scheme import Override, Scheme
 from stepquant.support.errors import StepQuantError
 
 BASE = {"name": "mine", "description": "for a test"}

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from stepquant.models.unet2d import UNet2DAdapter
-from stepquant.scheme import PROTOCOLS, Override, Scheme, why_unsupported
+from stepquant.simulation.scheme import PROTOCOLS, Override, Scheme, why_unsupported
 from stepquant.support.errors import StepQuantError
 
 ADAPTER = UNet2DAdapter()

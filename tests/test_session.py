@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from stepquant.methods import TemporalQuantizer
+from stepquant.methods.session import check_finite_weights, simulate
 from stepquant.models.adapter import adapter_for
 from stepquant.quantizers import QuantConv2d, QuantLinear, StepContext, StepGrid
-from stepquant.scheme import Override, Scheme
-from stepquant.session import check_finite_weights, simulate
+from stepquant.simulation.scheme import Override, Scheme
 from stepquant.support.errors import StepQuantError
 from stepquant.support.work_folder import WorkFolder
 
@@ -112,7 +112,7 @@ def test_ranges_are_made_once(tiny_session, monkeypatch):
     session = tiny_session()
     calls = []
     monkeypatch.setattr(
-        "stepquant.session.initialize_ranges", lambda *args: calls.append(args[2:6])
+        "stepquant.methods.session.initialize_ranges", lambda *args: calls.append(args[2:6])
     )
     session.ensure_ranges()
     session.ensure_ranges()
@@ -142,7 +142,7 @@ def test_kept_ranges_are_taken_up_bit_by_bit(tiny_session, tmp_path, monkeypatch
 
     first = session(False)
     first.ensure_ranges()
-    monkeypatch.setattr("stepquant.session.initialize_ranges", None)  # must not be called
+    monkeypatch.setattr("stepquant.methods.session.initialize_ranges", None)  # must not be called
     again = session(True)
     again.ensure_ranges()
     assert again.ranges_ready
@@ -156,7 +156,7 @@ def test_image_gradients_are_measured_once_and_kept(tiny_session, tmp_path, monk
     found = session.image_gradients()
     assert found.shape == (4, 2, 1, 16, 16)
     again = tiny_session(steps=4, work=WorkFolder(tmp_path / "work", {}, True))
-    monkeypatch.setattr("stepquant.session.image_gradients", None)
+    monkeypatch.setattr("stepquant.methods.session.image_gradients", None)
     assert torch.equal(session.image_gradients(), found)
     assert torch.equal(again.image_gradients(), found)
 

@@ -6,7 +6,7 @@ import pytest
 
 from quantize_runs import refused
 from stepquant.methods import STEPS
-from stepquant.recipe import parse_recipe
+from stepquant.methods.recipe import parse_recipe
 
 BASE = {"name": "mine", "description": "for a test"}
 

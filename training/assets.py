@@ -13,9 +13,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from stepquant.images import save_grid
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.sampling import sample_images
+from stepquant.report.images import save_grid
 
 SOURCES = {
     "fashion_mnist": (

@@ -18,12 +18,12 @@ from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
 from stepquant.inspection import inspect
 from stepquant.judge import evaluate
 from stepquant.lora.pipeline import load_lora, lora_scales, set_lora_scales, unload_lora
+from stepquant.methods.recipe import load_recipe, recipe_names
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.denoiser_pipeline import DenoiserPipeline, general_adapter
 from stepquant.pipelines.opening import open_pipeline as load
 from stepquant.pipelines.sampling import AUTO, denoiser_of, sample_images
 from stepquant.quantize import Quantized, quantize
-from stepquant.recipe import load_recipe, recipe_names
 from stepquant.runtime.layers.resident import WeightBytes, set_memory_mode, weight_bytes_resident
 from stepquant.support.progress import Reporter
 from stepquant.weight_only.config import DynamicConfig, WeightOnlyConfig

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from stepquant.bench import denoiser_call
 from stepquant.evaluate import measure_latency
-from stepquant.images import save_grid
 from stepquant.judge import distances, evaluate
 from stepquant.pipelines.opening import (
     BUILTIN,
@@ -23,6 +22,7 @@ from stepquant.pipelines.opening import (
 )
 from stepquant.pipelines.sampling import denoiser_of, sample_images
 from stepquant.quantize import quantize
+from stepquant.report.images import save_grid
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write

@@ -13,8 +13,8 @@ from torch import nn
 from stepquant.calibration.observe import observe
 from stepquant.calibration.trajectories import capture_trajectories
 from stepquant.checkpoint.validate import packed_attention
-from stepquant.inspection_plots import check_plots, write_plots
 from stepquant.methods.outlier_mixed_bits import kurtosis
+from stepquant.methods.session import simulate
 from stepquant.methods.weight_dilation import dilation_factors
 from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.models.attention_processor import PRODUCTS
@@ -23,10 +23,10 @@ from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import AUTO, denoiser_of
 from stepquant.quantizers import StepContext
+from stepquant.report.plots import check_plots, write_plots
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.layers.weight_only import WeightOnly
-from stepquant.scheme import Scheme
-from stepquant.session import simulate
+from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 

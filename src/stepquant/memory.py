@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.evaluate.latency import MEGABYTE
-from stepquant.methods.block_training import BYTES_OF_OUTPUTS, BYTES_OF_TARGETS
+from stepquant.methods.recipe import Recipe
+from stepquant.methods.training.block_training import BYTES_OF_OUTPUTS, BYTES_OF_TARGETS
 from stepquant.models.calling import tensors_in
 from stepquant.models.mapped import FloatState
-from stepquant.recipe import Recipe
 from stepquant.support.errors import StepQuantError
 
 GIB = 2**30

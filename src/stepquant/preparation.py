@@ -9,9 +9,9 @@ from diffusers import DiffusionPipeline
 
 from stepquant.calibration.influence import check_unguided
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories
+from stepquant.methods.recipe import Recipe
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.sampling import needs_own_scheduler
-from stepquant.recipe import Recipe
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder

@@ -22,6 +22,14 @@ from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeli
 from stepquant.evaluate import peak_memory_mb, reset_peak_memory
 from stepquant.lora.pipeline import check_no_lora
 from stepquant.memory import as_mb, plan_memory
+from stepquant.methods.recipe import Recipe, load_recipe
+from stepquant.methods.session import (
+    SAMPLES_PER_STEP,
+    Session,
+    check_finite_weights,
+    float_products,
+    simulate,
+)
 from stepquant.models.adapter import DenoiserAdapter, adapter_of
 from stepquant.models.mapped import FloatState
 from stepquant.models.surgery import copy_around
@@ -31,16 +39,8 @@ from stepquant.pipelines.sampling import check_seed, clipping_remark, denoiser_n
 from stepquant.preparation import calibrated_scheduler, calibration_trajectories, with_own_scheduler
 from stepquant.quantizers import StepContext
 from stepquant.readiness import check_denoiser
-from stepquant.recipe import Recipe, load_recipe
 from stepquant.record import mean_weight_bits, provenance_of, reference_layers
-from stepquant.runtime.pack import pack_model
-from stepquant.session import (
-    SAMPLES_PER_STEP,
-    Session,
-    check_finite_weights,
-    float_products,
-    simulate,
-)
+from stepquant.simulation.packing import pack_model
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder, fingerprint

@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant import __version__
+from stepquant.methods.recipe import Calibration
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.sampling import set_scheduler
-from stepquant.recipe import Calibration
 from stepquant.runtime.layers.integer import PackedLayer
 
 

@@ -27,7 +27,7 @@ from stepquant.quantizers import (
     StepContext,
     StepGrid,
 )
-from stepquant.runtime.pack import pack_model
+from stepquant.simulation.packing import pack_model
 
 STEPS = 5
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -13,7 +13,7 @@ from stepquant.calibration import observe
 from stepquant.methods.adaptive_softmax import FACTORS, AdaptiveSoftmax, grid_fits
 from stepquant.methods.power_law import likelihood_ratio, prefers_log2, tail_of
 from stepquant.methods.temporal_quantizer import TemporalQuantizer
-from stepquant.scheme import Scheme
+from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 
 BITS = (3, 4, 6, 8)

@@ -14,8 +14,8 @@ from stepquant.calibration.influence import shared_power, weighted_power
 from stepquant.calibration.trajectories import predict
 from stepquant.methods import AffineDistillation, TemporalQuantizer
 from stepquant.methods.affine_distillation import affine_parameters, only_gradients_of
-from stepquant.methods.coherence import coherent_inputs
-from stepquant.runtime.pack import pack_model
+from stepquant.methods.training.steps_together import coherent_inputs
+from stepquant.simulation.packing import pack_model
 from stepquant.support.work_folder import WorkFolder
 
 TINY = {"iterations": 12, "batch": 6, "samples": 30, "steps_together": 3, "rate": 1e-3}

@@ -9,7 +9,7 @@ from torch import nn
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.methods import BiasCorrection, TemporalQuantizer
 from stepquant.methods.bias_correction import channels_of_outputs
-from stepquant.runtime.pack import pack_model
+from stepquant.simulation.packing import pack_model
 from stepquant.support.errors import StepQuantError
 
 

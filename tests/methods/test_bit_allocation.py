@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from stepquant.calibration.ranges import minmax_weight_range, search_weight_range
 from stepquant.calibration.rounding_errors import weight_error
 from stepquant.methods.bit_allocation import BitAllocation, allocate_bits, hull_segments
-from stepquant.recipe import parse_recipe
+from stepquant.methods.recipe import parse_recipe
 from stepquant.runtime.layers.integer import PackedLayer
-from stepquant.runtime.pack import pack_model
-from stepquant.scheme import Scheme
+from stepquant.simulation.packing import pack_model
+from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder

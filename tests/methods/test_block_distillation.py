@@ -8,7 +8,7 @@ from torch import nn
 from stepquant.calibration.block_inputs import BlockData, capture_inputs
 from stepquant.calibration.observe import quant_layers
 from stepquant.methods import BlockDistillation, TemporalQuantizer
-from stepquant.methods.block_training import mixed_batches, train_blocks, training_inputs
+from stepquant.methods.training.block_training import mixed_batches, train_blocks, training_inputs
 from stepquant.support.errors import StepQuantError
 from stepquant.support.work_folder import WorkFolder
 
@@ -343,7 +343,7 @@ def test_targets_that_do_not_fit_at_once_are_made_in_parts(tiny_session, monkeyp
     BlockDistillation(**settings).apply(whole)
     passes = []
     handle = session.float_model.register_forward_pre_hook(lambda _m, args: passes.append(1))
-    monkeypatch.setattr("stepquant.methods.block_training.BYTES_OF_TARGETS", 200_000)
+    monkeypatch.setattr("stepquant.methods.training.block_training.BYTES_OF_TARGETS", 200_000)
     BlockDistillation(**settings).apply(session)
     handle.remove()
     assert len(passes) > 6  # an ordinary run has two batches and one probe

@@ -15,8 +15,8 @@ from stepquant.methods.block_reconstruction import (
     rounding_penalty,
     unrounded_weights,
 )
-from stepquant.recipe import load_recipe, parse_step
-from stepquant.runtime.pack import pack_layer
+from stepquant.methods.recipe import load_recipe, parse_step
+from stepquant.simulation.packing import pack_layer
 from stepquant.support.errors import StepQuantError
 from stepquant.support.work_folder import WorkFolder
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 import torch
 
 from stepquant.calibration.block_replay import Replayable
-from stepquant.methods import BlockDistillation, TemporalQuantizer, block_training
-from stepquant.methods.block_training import _forgotten, most_kept
+from stepquant.methods import BlockDistillation, TemporalQuantizer
+from stepquant.methods.training import block_training
+from stepquant.methods.training.block_training import _forgotten, most_kept
 
 
 def test_outputs_are_kept_until_their_last_reader_is_done():

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from stepquant.methods import ChannelReparameterization, WeightDilation
 from stepquant.methods.channel_reparameterization import reparameterization_factors
+from stepquant.methods.recipe import parse_recipe, parse_step
 from stepquant.quantizers import QuantConv2d
-from stepquant.recipe import parse_recipe, parse_step
 from stepquant.support.errors import StepQuantError
 
 

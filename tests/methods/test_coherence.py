@@ -7,8 +7,9 @@ from architectures import session as session_of
 from stepquant.calibration.conditions import Conditions
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.methods import BlockDistillation, BlockReconstruction, ProgressiveAlignment
-from stepquant.methods.block_training import training_inputs
-from stepquant.methods.coherence import (
+from stepquant.methods.recipe import load_recipe, parse_step
+from stepquant.methods.training.block_training import training_inputs
+from stepquant.methods.training.steps_together import (
     check_together,
     coherent_batches,
     coherent_inputs,
@@ -17,8 +18,7 @@ from stepquant.methods.coherence import (
     shared_error,
     steps_of_each,
 )
-from stepquant.recipe import load_recipe, parse_step
-from stepquant.scheme import Scheme
+from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 
 SMALL = {

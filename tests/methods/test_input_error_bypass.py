@@ -10,7 +10,7 @@ from stepquant.calibration.ranges import minmax_weight_range
 from stepquant.methods import BiasCorrection, InputErrorBypass, TemporalQuantizer, WeightDilation
 from stepquant.models.input_bypass import SLOPES_NAME, bypass_of, detach_bypass
 from stepquant.quantizers import QuantConv2d
-from stepquant.runtime.pack import pack_model
+from stepquant.simulation.packing import pack_model
 
 
 class AnswersHalf(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stepquant.calibration.observe import quant_layers
-from stepquant.methods.layer_optimizer import LayerOptimizer, mean_scale
+from stepquant.methods.training.layer_optimizer import LayerOptimizer, mean_scale
 
 RATE = 0.25
 

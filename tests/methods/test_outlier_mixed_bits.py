@@ -11,7 +11,7 @@ from stepquant.calibration.block_inputs import capture_inputs
 from stepquant.calibration.ranges import search_weight_range
 from stepquant.methods import OutlierMixedBits
 from stepquant.methods.outlier_mixed_bits import allocate, channel_errors, kurtosis, sum_over_bits
-from stepquant.scheme import Scheme
+from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 from stepquant.support.work_folder import WorkFolder
 

@@ -16,12 +16,12 @@ from stepquant.methods.bias_correction import BiasCorrection
 from stepquant.methods.bit_allocation import BitAllocation
 from stepquant.methods.block_distillation import BlockDistillation
 from stepquant.methods.block_reconstruction import BlockReconstruction
-from stepquant.methods.block_training import GuardedBlock
 from stepquant.methods.channel_reparameterization import ChannelReparameterization
 from stepquant.methods.input_error_bypass import InputErrorBypass
 from stepquant.methods.temporal_quantizer import TemporalQuantizer
+from stepquant.methods.training.block_training import GuardedBlock
 from stepquant.models.input_bypass import common_channels, detach_bypass
-from stepquant.runtime.pack import pack_model
+from stepquant.simulation.packing import pack_model
 
 
 @torch.no_grad()

@@ -289,7 +289,9 @@ def test_blocks_that_run_once_are_trained_as_if_the_whole_chain_ran(name, monkey
     )
     assert set(replayable_blocks(replayed.float_model, order, replayed.trajectories)) == set(order)
     step.apply(replayed)
-    monkeypatch.setattr("stepquant.methods.block_training.replayable_blocks", lambda *_: {})
+    monkeypatch.setattr(
+        "stepquant.methods.training.block_training.replayable_blocks", lambda *_: {}
+    )
     step.apply(whole)
     assert replayed.summary == whole.summary
     for key, value in whole.model.state_dict().items():

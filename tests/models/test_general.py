@@ -9,7 +9,7 @@ from plain_denoiser import SHAPE, denoiser
 from quantize_runs import FAST, refused
 from stepquant.api import DenoiserPipeline, quantize, sample
 from stepquant.models.general import ModuleAdapter
-from stepquant.scheme import Scheme
+from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 
 WIDTH = 8

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stepquant.quantizers.low_rank import fitted_adapter, zero_adapter
-from stepquant.runtime.pack import pack_layer
+from stepquant.simulation.packing import pack_layer
 
 
 def generator() -> torch.Generator:

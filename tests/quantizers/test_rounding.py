@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stepquant.calibration.ranges import minmax_weight_range, search_weight_range
 from stepquant.quantizers import WeightQuantizer
 from stepquant.quantizers.rounding import SoftRounding, rectified_sigmoid, rounding_logits
-from stepquant.runtime.pack import pack_layer
+from stepquant.simulation.packing import pack_layer
 from stepquant.support.errors import StepQuantError
 
 BITS = {"w2": [2] * 6, "w4": [4] * 6, "w8": [8] * 6, "mixed": [1, 2, 3, 4, 5, 2]}

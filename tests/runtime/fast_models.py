@@ -14,9 +14,9 @@ from architectures import ARCHITECTURES, build
 from stepquant.api import quantize
 from stepquant.bench import set_backend
 from stepquant.methods import BiasCorrection, TemporalQuantizer
+from stepquant.methods.recipe import Recipe
 from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import named_arguments
-from stepquant.recipe import Recipe
 from stepquant.runtime.blocks import FAST_CLASSES, use_plain_blocks
 from stepquant.runtime.kernels import choose
 from stepquant.runtime.layers.integer import PackedLayer

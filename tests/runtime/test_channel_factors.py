@@ -30,7 +30,7 @@ from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.ops.native import products
 from stepquant.runtime.ops.native.attention_call import attention_codes
-from stepquant.runtime.pack import pack_layer
+from stepquant.simulation.packing import pack_layer
 from stepquant.support.errors import StepQuantError
 
 

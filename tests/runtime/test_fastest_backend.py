@@ -12,7 +12,7 @@ from test_openvino_backend import around, needs_openvino, needs_vnni
 
 from stepquant.engines.fastest import TIMED_CALLS, FastestDenoiser, seconds_of
 from stepquant.quantizers import StepContext
-from stepquant.runtime.pack import pack_layer
+from stepquant.simulation.packing import pack_layer
 
 pytestmark = [needs_openvino, needs_vnni]
 

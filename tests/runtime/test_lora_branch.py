@@ -18,7 +18,7 @@ from stepquant.runtime.layers.lora_branch import (
     detach_branch,
     named_branches,
 )
-from stepquant.runtime.pack import pack_layer
+from stepquant.simulation.packing import pack_layer
 
 TIMES = (0, 20, 40)
 

@@ -10,7 +10,7 @@ from layer_cases import assert_agrees, input_for, layers, seeded
 from torch import nn
 
 from stepquant.calibration.ranges import search_weight_range
-from stepquant.runtime.pack import pack_layer
+from stepquant.simulation.packing import pack_layer
 from stepquant.support.errors import StepQuantError
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from stepquant.quantizers import StepContext
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.layers.weight_only import weight_only_in_place_of
-from stepquant.runtime.pack import pack_layer
+from stepquant.simulation.packing import pack_layer
 
 X = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(3))
 

@@ -24,7 +24,7 @@ from stepquant.runtime.kernels import onednn
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.layers.lora_branch import LoraBranch, attach_branch
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.pack import pack_layer, pack_model
+from stepquant.simulation.packing import pack_layer, pack_model
 from stepquant.support.errors import StepQuantError
 
 

@@ -14,7 +14,7 @@ from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext
 from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.runtime.layers.lora_branch import LoraBranch, attach_branch
-from stepquant.runtime.pack import pack_layer
+from stepquant.simulation.packing import pack_layer
 from stepquant.support.errors import StepQuantError
 
 TIMES = [0, 40, torch.tensor([40, 0, 10])]

@@ -10,7 +10,7 @@ from stepquant.numerics import unpack_bits
 from stepquant.quantizers import QuantLayer
 from stepquant.runtime.layers.integer import PackedConv2d, PackedLinear
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.pack import layer_spec, pack_layer, pack_model
+from stepquant.simulation.packing import layer_spec, pack_layer, pack_model
 from stepquant.support.errors import StepQuantError
 
 

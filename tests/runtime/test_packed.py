@@ -19,7 +19,7 @@ from stepquant.quantizers import QuantLinear, StepContext
 from stepquant.runtime.kernels import onednn
 from stepquant.runtime.layers.integer import PackedLayer, PackedLinear, encode
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.pack import pack_layer, pack_model
+from stepquant.simulation.packing import pack_layer, pack_model
 from stepquant.support.errors import StepQuantError
 
 LINEAR = LayerSpec("linear", 12, 8, 4, 8)

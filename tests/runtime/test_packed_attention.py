@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from stepquant.quantizers import QuantAttention, StepContext
 from stepquant.runtime.layers.integer_attention import PackedAttention
-from stepquant.runtime.pack import pack_attention
+from stepquant.simulation.packing import pack_attention
 from stepquant.support.errors import StepQuantError
 
 B, H, N, M, D, STEPS = 4, 2, 5, 7, 8, 5

@@ -18,9 +18,9 @@ from stepquant.api import quantize, sample
 from stepquant.engines.captured_calls import RecordedDenoiser, recorded
 from stepquant.engines.captured_calls import denoiser as room
 from stepquant.methods import InputErrorBypass
+from stepquant.methods.recipe import Recipe
 from stepquant.models.input_bypass import bypass_of
 from stepquant.pipelines.sampling import with_recorded_denoiser
-from stepquant.recipe import Recipe
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.ops import native
 

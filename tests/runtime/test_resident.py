@@ -19,7 +19,7 @@ from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.layers.released import Released
 from stepquant.runtime.layers.resident import set_memory_mode, weight_bytes_resident
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.pack import pack_layer
+from stepquant.simulation.packing import pack_layer
 from stepquant.support.errors import StepQuantError
 
 MIXED = [2, 3, 4, 8, 5, 6, 7, 1]

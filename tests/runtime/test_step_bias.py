@@ -9,7 +9,7 @@ import pytest
 import torch
 from layer_cases import assert_agrees, input_for, layers, seeded
 
-from stepquant.runtime.pack import pack_layer
+from stepquant.simulation.packing import pack_layer
 
 
 @layers

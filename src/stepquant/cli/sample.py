@@ -66,10 +66,11 @@ def sample(
     with talk(context, quiet, json_file) as output:
         if grid is None and out is None:
             raise StepQuantError("the images would go nowhere: expected --grid FILE or --out DIR")
-        from stepquant import api, images  # not at the top: see demo.py
+        from stepquant import api
         from stepquant.engines.fastest import FASTEST
         from stepquant.engines.openvino_denoiser import device_of
         from stepquant.pipelines.sampling import denoiser_of
+        from stepquant.report import images  # not at the top: see demo.py
 
         if grid is not None:
             images.check_picture_path(grid)

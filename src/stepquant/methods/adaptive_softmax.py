@@ -23,11 +23,11 @@ from stepquant.methods.power_law import (
     prefers_log2,
     tail_of,
 )
+from stepquant.methods.session import Session
 from stepquant.methods.step import CORRECTED, Step
 from stepquant.numerics import dequantize, dequantize_log2, max_code, quantize, quantize_log2
 from stepquant.quantizers import ProbabilityQuantizer
-from stepquant.scheme import Scheme
-from stepquant.session import Session
+from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 
 # Factors of the largest value that a grid's upper end is searched over: six octaves down, and half

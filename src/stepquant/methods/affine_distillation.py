@@ -24,8 +24,11 @@ from torch import Tensor, nn
 from stepquant.calibration.guidance import mixed
 from stepquant.calibration.influence import MIXED, shared_power, why_not_followed
 from stepquant.calibration.trajectories import Trajectories, predict
-from stepquant.methods.block_training import is_check
-from stepquant.methods.coherence import (
+from stepquant.methods.session import Session
+from stepquant.methods.step import CORRECTED, Step
+from stepquant.methods.training.block_training import is_check
+from stepquant.methods.training.layer_optimizer import AdamOptimizer
+from stepquant.methods.training.steps_together import (
     check_together,
     coherent_batches,
     coherent_inputs,
@@ -33,11 +36,8 @@ from stepquant.methods.coherence import (
     of_all_kinds,
     steps_of_each,
 )
-from stepquant.methods.layer_optimizer import AdamOptimizer
-from stepquant.methods.step import CORRECTED, Step
 from stepquant.methods.trajectory_distillation import SECONDS_BETWEEN_SAVES, Training
-from stepquant.scheme import Scheme
-from stepquant.session import Session
+from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from stepquant.calibration.block_inputs import execution_order
 from stepquant.calibration.trajectories import Trajectories, predict
+from stepquant.methods.session import Session
 from stepquant.methods.step import Step
 from stepquant.models.calling import channel_dim
 from stepquant.quantizers import QuantLayer
-from stepquant.session import Session
 from stepquant.support.errors import StepQuantError
 
 

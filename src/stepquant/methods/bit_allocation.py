@@ -24,11 +24,11 @@ from stepquant.calibration.rounding_errors import input_errors, input_grids, wei
 from stepquant.calibration.sensitivity import OutputErrors, output_errors
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.methods.outlier_mixed_bits import BITS_CHOSEN
+from stepquant.methods.session import Session
 from stepquant.methods.step import Step
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.quantizers import QuantLayer
-from stepquant.scheme import Scheme
-from stepquant.session import Session
+from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 
 

@@ -16,7 +16,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stepquant.calibration.block_inputs import BlockData
-from stepquant.methods.block_training import (
+from stepquant.methods.session import Session
+from stepquant.methods.step import CORRECTED, Step
+from stepquant.methods.training.block_training import (
     GuardedBlock,
     is_check,
     steps_taken,
@@ -24,11 +26,9 @@ from stepquant.methods.block_training import (
     trained_layers,
     training_inputs,
 )
-from stepquant.methods.coherence import check_together
-from stepquant.methods.layer_optimizer import LayerOptimizer
-from stepquant.methods.step import CORRECTED, Step
-from stepquant.scheme import Scheme
-from stepquant.session import Session
+from stepquant.methods.training.layer_optimizer import LayerOptimizer
+from stepquant.methods.training.steps_together import check_together
+from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 
 
@@ -43,7 +43,7 @@ class BlockDistillation(Step):
     independent of one another. `step_order`: "mixed" draws batches over all steps; "sequential"
     gives each batch a single step and walks through the steps in sampling order, over and over, as
     EfficientDM (ICLR 2024) trains, for comparison. `steps_together`: above 1 the loss is of the
-    mean error over so many steps of one trajectory (`methods.coherence`, ours), and `samples` are
+    mean error over so many steps of one trajectory (`methods.training.steps_together`, ours), and `samples` are
     whole trajectories, or where conditions differ some steps of each; with mixed batches only.
 
     Layers that embed the timestep inside a block are not trained (`trained_layers`).

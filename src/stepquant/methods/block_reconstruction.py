@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from stepquant.calibration.block_inputs import BlockData
 from stepquant.calibration.observe import quant_layers
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.methods.block_training import (
+from stepquant.methods.session import Session
+from stepquant.methods.step import CORRECTED, Step
+from stepquant.methods.training.block_training import (
     GuardedBlock,
     is_check,
     steps_taken,
@@ -26,13 +28,11 @@ from stepquant.methods.block_training import (
     trained_layers,
     training_inputs,
 )
-from stepquant.methods.coherence import check_together
-from stepquant.methods.layer_optimizer import LayerOptimizer
-from stepquant.methods.step import CORRECTED, Step
+from stepquant.methods.training.layer_optimizer import LayerOptimizer
+from stepquant.methods.training.steps_together import check_together
 from stepquant.quantizers import QuantLayer
 from stepquant.quantizers.rounding import rectified_sigmoid
-from stepquant.scheme import Scheme
-from stepquant.session import Session
+from stepquant.simulation.scheme import Scheme
 
 FIRST_BETA, LAST_BETA = 20.0, 2.0
 # A rounded weight does not say between which two codes the float one lies: `Step.not_after`.
@@ -67,7 +67,7 @@ class BlockReconstruction(Step):
     the zero point) moves per iteration, in grid steps. `activations`: "together" trains the
     activation tables with the rounding; "after" trains them for a quarter of the iterations once
     the rounding is hard. Rates fall along a cosine. `steps_together`: above 1 the loss is of the
-    mean error over so many steps of one trajectory (`methods.coherence`, ours), and `samples` are
+    mean error over so many steps of one trajectory (`methods.training.steps_together`, ours), and `samples` are
     whole trajectories, or where conditions differ some steps of each.
 
     Q-Diffusion's own values: 20,000 iterations for the rounding at the rate 1e-3 and lambda 0.01 on

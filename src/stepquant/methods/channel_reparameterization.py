@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from stepquant.methods.equivalent_scaling import ScalingStep, apply_scaling
+from stepquant.methods.session import Session
 from stepquant.quantizers import QuantConv2d, QuantLayer
-from stepquant.session import Session
 
 DEFAULT_TRUNCATION = 10.0  # a choice: see `reparameterization_factors`
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from stepquant.calibration.observe import Observation, observe
+from stepquant.methods.session import Session
 from stepquant.methods.step import Step
 from stepquant.models.modulation import fold_into_modulation
 from stepquant.quantizers import QuantLayer
-from stepquant.session import Session
 
 # (weights of all consumers of one input part, concatenated over out-channels: [C_out, C_part, ...],
 #  largest |input| per step and in-channel [T, C_part]) -> factors [C_part]

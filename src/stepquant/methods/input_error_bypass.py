@@ -22,11 +22,11 @@ from pydantic import Field
 from torch import Tensor
 
 from stepquant.calibration.trajectories import predict
+from stepquant.methods.session import Session
 from stepquant.methods.step import CORRECTED, Step
 from stepquant.models.calling import channel_dim
 from stepquant.models.input_bypass import InputBypass, common_channels
 from stepquant.quantizers import QuantLayer
-from stepquant.session import Session
 
 
 class InputErrorBypass(Step):

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from stepquant.methods.session import Session
 from stepquant.methods.step import CORRECTED, TRAINING, Step
 from stepquant.quantizers.low_rank import fitted_adapter, zero_adapter
-from stepquant.session import Session
 
 
 class LowRankAdapters(Step):

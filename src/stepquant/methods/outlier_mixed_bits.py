@@ -16,11 +16,11 @@ from torch import Tensor
 from stepquant.calibration.block_inputs import capture_inputs, execution_order
 from stepquant.calibration.initialize import weight_search
 from stepquant.calibration.trajectories import Trajectories
+from stepquant.methods.session import Session
 from stepquant.methods.step import CORRECTED, TRAINING, Step
 from stepquant.quantizers import QuantLayer
 from stepquant.quantizers.weight import GridSearch
-from stepquant.scheme import Scheme
-from stepquant.session import Session
+from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 
 BITS_CHOSEN = "which has chosen the bits that it would replace"

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepquant.calibration.trajectories import Trajectories
+from stepquant.methods.session import Session
 from stepquant.methods.trajectory_distillation import TrajectoryDistillation
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.models.calling import call_denoiser
-from stepquant.session import Session
 from stepquant.support.errors import StepQuantError
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stepquant.methods.equivalent_scaling import ScalingStep, apply_scaling
-from stepquant.session import Session
+from stepquant.methods.session import Session
 
 
 def smoothing_factors(W: Tensor, X_max: Tensor, alpha: float) -> Tensor:

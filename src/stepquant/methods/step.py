@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from stepquant.calibration.trajectories import Trajectories
+from stepquant.methods.session import Session
 from stepquant.models.adapter import DenoiserAdapter
-from stepquant.scheme import Scheme
-from stepquant.session import Session
+from stepquant.simulation.scheme import Scheme
 
 # What several steps share in `Step.not_after`: steps that train weights on their grids, and those
 # that make up for the errors of all that came before them.

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from stepquant.methods.session import Session
 from stepquant.methods.step import Step
-from stepquant.session import Session
 
 
 class TemporalQuantizer(Step):

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from stepquant.calibration.influence import check_without_memory, weighted_power
 from stepquant.calibration.trajectories import Trajectories, predict
-from stepquant.methods.layer_optimizer import LayerOptimizer, Optimizer
+from stepquant.methods.session import Session
 from stepquant.methods.step import CORRECTED, Step
+from stepquant.methods.training.layer_optimizer import LayerOptimizer, Optimizer
 from stepquant.models.adapter import DenoiserAdapter
-from stepquant.session import Session
 from stepquant.support.errors import StepQuantError
 
 HELD_OUT = 128  # calibration inputs, spread over the steps

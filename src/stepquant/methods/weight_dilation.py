@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from stepquant.methods.equivalent_scaling import ScalingStep, apply_scaling
-from stepquant.session import Session
+from stepquant.methods.session import Session
 
 
 def dilation_factors(W: Tensor, max_factor: float) -> Tensor:

@@ -63,7 +63,7 @@ class PackedLayer(nn.Module):
         has_channel_scale: bool,
         has_step_bias: bool = False,
     ) -> None:
-        """Empty buffers of the right shapes; `load_state_dict` or `runtime.pack` fills them."""
+        """Empty buffers of the right shapes; `load_state_dict` or `simulation.packing` fills them."""
         super().__init__()
         check_bits(spec.weight_bits, "weight bits")
         check_bits(spec.activation_bits, "activation bits")

@@ -32,7 +32,7 @@ class PackedAttention(nn.Module):
     probability_log2: Tensor
 
     def __init__(self, bits: int, probability_bits: int, steps: int, context: StepContext) -> None:
-        """Tables of the right shapes; `load_state_dict` or `runtime.pack` fills them."""
+        """Tables of the right shapes; `load_state_dict` or `simulation.packing` fills them."""
         super().__init__()
         self.bits = check_bits(bits, "attention bits")
         self.probability_bits = check_bits(probability_bits, "probability bits")

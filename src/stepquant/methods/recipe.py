@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from stepquant.methods import STEPS, Step
-from stepquant.scheme import Scheme
+from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 
 

@@ -24,7 +24,7 @@ from stepquant.models.attention_processor import (
 from stepquant.models.mapped import Mapped, named_weights
 from stepquant.models.surgery import copy_around, replace_modules
 from stepquant.quantizers import QuantAttention, QuantConv2d, QuantLayer, QuantLinear, StepContext
-from stepquant.scheme import Scheme
+from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder

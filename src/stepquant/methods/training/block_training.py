@@ -19,7 +19,8 @@ from stepquant.calibration.block_replay import Replayable, replayable_blocks
 from stepquant.calibration.nested import inside, pick
 from stepquant.calibration.spill import Rows
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.methods.coherence import (
+from stepquant.methods.session import Session
+from stepquant.methods.training.steps_together import (
     coherent_batches,
     coherent_inputs,
     held_out_groups,
@@ -28,7 +29,6 @@ from stepquant.methods.coherence import (
 )
 from stepquant.models.calling import tensors_in
 from stepquant.quantizers import QuantLayer
-from stepquant.session import Session
 from stepquant.support.errors import StepQuantError
 
 BYTES_OF_TARGETS = 512 << 20  # float-chain outputs that are kept at once
