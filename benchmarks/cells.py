@@ -26,14 +26,14 @@ from safetensors.torch import load_file, save_file
 
 import stepquant
 from stepquant.evaluate import load_features, peak_memory_mb
-from stepquant.judge import class_shares, distances, evaluate
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import default_conditions, default_features, open_pipeline
 from stepquant.pipelines.sampling import AUTO, denoiser_of, sample_images
-from stepquant.quantize import quantize
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write, fingerprint
+from stepquant.verbs.evaluate import class_shares, distances, evaluate
+from stepquant.verbs.quantize import quantize
 
 BUDGETS = {"cpu": {"num": 2048, "steps": 50}, "gpu": {"num": 10_000, "steps": 100}}
 

@@ -33,9 +33,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cells import machine
 from stepquant.evaluate import peak_memory_mb
-from stepquant.quantize import quantize
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write
+from stepquant.verbs.quantize import quantize
 from stepquant.weight_only.conversion import pack
 
 SHARD_BYTES = 2 << 30

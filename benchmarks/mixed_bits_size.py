@@ -21,9 +21,9 @@ from paper_model import paper_pipeline
 from records import write_record
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.sampling import denoiser_of
-from stepquant.quantize import quantize
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.support.progress import Reporter
+from stepquant.verbs.quantize import quantize
 
 RECIPE = {
     "name": "mixed",

@@ -19,13 +19,13 @@ import torch
 from cells import machine
 from paper_model import paper_pipeline
 from records import write_record
-from stepquant.bench import denoiser_call
 from stepquant.evaluate import measure_latency, peak_memory_mb
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import denoiser_of
-from stepquant.quantize import quantize
 from stepquant.support.progress import Reporter
+from stepquant.verbs.bench import denoiser_call
+from stepquant.verbs.quantize import quantize
 
 RECIPE = {
     "name": "tables",

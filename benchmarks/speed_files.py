@@ -33,9 +33,9 @@ from speed_models import (
 from stepquant.methods.recipe import parse_recipe
 from stepquant.models.adapter import adapter_for
 from stepquant.pipelines.sampling import denoiser_of
-from stepquant.quantize import quantize
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write
+from stepquant.verbs.quantize import quantize
 
 CALIBRATION_SAMPLES = 3  # of NNCF
 STEPS, TABLE_STEPS, SMALL_TABLE_STEPS = 2, 100, 4

@@ -28,14 +28,14 @@ from records import write_record
 from stepquant.calibration.influence import image_gradients, influence_spectrum
 from stepquant.calibration.trajectories import capture_trajectories
 from stepquant.evaluate.metrics import paired_psnr
-from stepquant.judge import distances, noise_error
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.opening import default_features, open_pipeline
 from stepquant.pipelines.sampling import denoiser_of, sample_images, set_scheduler
-from stepquant.quantize import quantize
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write
+from stepquant.verbs.evaluate import distances, noise_error
+from stepquant.verbs.quantize import quantize
 
 SCHEDULER = "ddim"
 

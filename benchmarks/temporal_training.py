@@ -17,8 +17,8 @@ from pathlib import Path
 from cells import machine
 from records import write_record
 from stepquant.pipelines.opening import open_pipeline
-from stepquant.quantize import quantize
 from stepquant.support.progress import Reporter
+from stepquant.verbs.quantize import quantize
 
 
 def main() -> None:

@@ -13,12 +13,12 @@ from diffusers import DiffusionPipeline
 from architectures import ARCHITECTURES, SMALL, build, pixart, session
 from quantize_runs import refused, tree
 from stepquant.api import evaluate, inspect, quantize, sample
-from stepquant.bench import bench, set_backend
 from stepquant.calibration.trajectories import predict
 from stepquant.methods.recipe import load_recipe, recipe_names
 from stepquant.models.adapter import adapter_for
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.support.progress import Reporter
+from stepquant.verbs.bench import bench, set_backend
 
 STEPS = 3
 FEW = {
@@ -242,7 +242,9 @@ def test_an_interrupted_run_ends_with_the_same_bytes(name, after, tmp_path, monk
         run(name, "dilatequant", 4, out, reporter=Interrupting(after))
     trained = out.with_name("out.work") / "block_distillation"
     assert len(list(trained.glob("*.safetensors"))) == after
-    monkeypatch.setattr("stepquant.preparation.capture_trajectories", None)  # they are there
+    monkeypatch.setattr(
+        "stepquant.verbs.calibration_inputs.capture_trajectories", None
+    )  # they are there
     if name != "dit":
         message = refused(lambda: run(name, "dilatequant", 4, out, resume=True, prompts="x"))
         assert "holds the work of another job" in message

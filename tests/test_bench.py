@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from stepquant.api import sample
-from stepquant.bench import bench, denoiser_call, set_backend, with_backend
-from stepquant.quantize import quantize
 from stepquant.runtime.layers.integer import PackedLayer, is_packed
 from stepquant.runtime.layers.resident import set_memory_mode, weight_bytes_resident
 from stepquant.support.errors import StepQuantError
+from stepquant.verbs.bench import bench, denoiser_call, set_backend, with_backend
+from stepquant.verbs.quantize import quantize
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def test_a_lora_of_a_text_encoder_with_8_bit_weights():
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_sampled(components, words, monkeypatch):
-    monkeypatch.setattr("stepquant.preparation.capture_trajectories", None)
+    monkeypatch.setattr("stepquant.verbs.calibration_inputs.capture_trajectories", None)
     assert words in refused(lambda: run("sd", components=components))
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from stepquant.evaluate import load_features
-from stepquant.judge import class_shares, distances, evaluate, noise_error
 from stepquant.pipelines.sampling import sample_images
-from stepquant.quantize import quantize
 from stepquant.support.errors import StepQuantError
+from stepquant.verbs.evaluate import class_shares, distances, evaluate, noise_error
+from stepquant.verbs.quantize import quantize
 
 # So few images cannot have a covariance of full rank: the distances warn, which is tested
 # where they are.
@@ -96,8 +96,8 @@ def test_without_features_there_is_no_distance(pipeline):
 
 def test_images_at_hand_are_not_sampled_again(pipeline, monkeypatch):
     drawn = []
-    monkeypatch.setattr("stepquant.judge.sample_images", lambda *args: drawn.append(args))
-    monkeypatch.setattr("stepquant.judge.noise_error", lambda *args, **kwargs: [])
+    monkeypatch.setattr("stepquant.verbs.evaluate.sample_images", lambda *args: drawn.append(args))
+    monkeypatch.setattr("stepquant.verbs.evaluate.noise_error", lambda *args, **kwargs: [])
     torch.manual_seed(0)
     images = torch.rand(4, 1, 32, 32)
     record = evaluate(pipeline, pipeline, images=images, float_images=images, **FEW)
@@ -106,7 +106,7 @@ def test_images_at_hand_are_not_sampled_again(pipeline, monkeypatch):
 
 
 def test_unknown_features_are_told_before_anything_is_sampled(pipeline, monkeypatch):
-    monkeypatch.setattr("stepquant.judge.sample_images", None)
+    monkeypatch.setattr("stepquant.verbs.evaluate.sample_images", None)
     with pytest.raises(StepQuantError, match="features 'inception' were not found"):
         evaluate(pipeline, pipeline, features="inception", **FEW)
 

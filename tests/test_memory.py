@@ -11,12 +11,19 @@ from torch import nn
 
 from architectures import build
 from quantize_runs import FAST, left, refused, tree
-from stepquant import memory
 from stepquant.api import load_recipe, quantize
 from stepquant.calibration.spill import Spill
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.memory import GIB, Sizes, available_bytes, plan_memory, predict_peak, sizes_of
 from stepquant.methods.recipe import parse_recipe
+from stepquant.verbs import memory_plan
+from stepquant.verbs.memory_plan import (
+    GIB,
+    Sizes,
+    available_bytes,
+    plan_memory,
+    predict_peak,
+    sizes_of,
+)
 
 STEPS = 2
 SD15 = Sizes(
@@ -86,7 +93,7 @@ def test_data_that_do_not_fit_are_spilled_and_not_counted():
     roomy, threshold = predict_peak(SD15, many, 1, 0, 1000 * GIB)
     tight, lower = predict_peak(SD15, many, 1, 0, 8 * GIB)
     assert roomy.data > 40 * GIB and tight.peak <= 8 * GIB
-    assert memory.LEAST_SPILL <= lower < threshold
+    assert memory_plan.LEAST_SPILL <= lower < threshold
 
 
 @pytest.mark.parametrize("change", ["parameters", "block", "flow", "skips", "sample"])
@@ -136,12 +143,12 @@ def run(out, **changes):
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_sampled(tmp_path, monkeypatch):
-    monkeypatch.setattr("stepquant.preparation.capture_trajectories", None)
+    monkeypatch.setattr("stepquant.verbs.calibration_inputs.capture_trajectories", None)
     message = refused(lambda: run(tmp_path / "out", memory=0.001))
     assert message.startswith("calibrating the unet of StableDiffusionPipeline with 0.1 M param")
     assert "expected at most 0.00 GiB, the limit that was set; lower calibration.batch" in message
     assert "the memory limit is 0 GiB" in refused(lambda: run(tmp_path / "out", memory=0))
-    monkeypatch.setattr(memory, "available_bytes", lambda: -(10**12))
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda: -(10**12))
     assert "what this process holds and what is free" in refused(lambda: run(tmp_path / "out"))
     assert left(tmp_path) == []
 
@@ -157,8 +164,8 @@ def test_spilled_activations_give_the_same_bytes(tmp_path, monkeypatch):
         return empty(self, shape, dtype)
 
     monkeypatch.setattr(Spill, "empty", spy)
-    monkeypatch.setattr(memory, "LEAST_SPILL", 0)
-    monkeypatch.setattr(memory, "SPILL_SHARE", 10**15)
+    monkeypatch.setattr(memory_plan, "LEAST_SPILL", 0)
+    monkeypatch.setattr(memory_plan, "SPILL_SHARE", 10**15)
     run(tmp_path / "spilled", memory=100)
     assert made and all(spill.at_least == 0 for spill in made)
     assert tree(tmp_path / "spilled") == tree(tmp_path / "plain")

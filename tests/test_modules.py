@@ -29,11 +29,11 @@ from stepquant.api import (
     quantize,
     sample,
 )
-from stepquant.bench import set_backend
 from stepquant.checkpoint.save import save_pipeline
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
+from stepquant.verbs.bench import set_backend
 
 LAYERS = 2 + 1 + 4 + 2 + 1
 pytestmark = pytest.mark.usefixtures("one_thread")

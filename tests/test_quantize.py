@@ -11,8 +11,8 @@ from quantize_runs import FAST, SMALL, TINY, Lines, left, tree
 from stepquant.calibration.observe import quant_layers
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import sample_images
-from stepquant.quantize import quantize
 from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.verbs.quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

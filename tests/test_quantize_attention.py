@@ -10,10 +10,10 @@ import torch
 from quantize_runs import FAST, SMALL, left, refused, tree
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.opening import open_pipeline
-from stepquant.quantize import quantize
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.support.progress import Reporter
+from stepquant.verbs.quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,8 @@ from torch import nn
 from quantize_runs import FAST_MINMAX, SMALL, left, refused, tree
 from stepquant.methods.recipe import parse_recipe
 from stepquant.models.unet2d import UNet2DAdapter
-from stepquant.quantize import quantize
-from stepquant.readiness import check_denoiser
+from stepquant.verbs.quantize import quantize
+from stepquant.verbs.readiness import check_denoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -186,7 +186,7 @@ def test_features_without_pixels_are_refused_before_anything_is_sampled(
     float_pipeline, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(UNet2DAdapter, "relation_site", lambda *_: "time_embedding")
-    monkeypatch.setattr("stepquant.preparation.capture_trajectories", None)
+    monkeypatch.setattr("stepquant.verbs.calibration_inputs.capture_trajectories", None)
     act = lambda: quantize(float_pipeline, "mpq-dm", 2, 4, tmp_path / "out", 2)  # noqa: E731
     sentence = "step 'relation_distillation' found (1, 64) at 'time_embedding': expected features"
     assert refused(act).startswith(sentence)
@@ -211,7 +211,7 @@ def test_a_sampler_with_a_memory_is_refused_before_anything_is_sampled(
     def capture(*_, **__):
         raise Sampled
 
-    monkeypatch.setattr("stepquant.preparation.capture_trajectories", capture)
+    monkeypatch.setattr("stepquant.verbs.calibration_inputs.capture_trajectories", capture)
     recipe = {"name": "x", "description": "", "calibration": {"scheduler": "dpm-solver++"}}
     act = lambda step=step: quantize(  # noqa: E731
         float_pipeline, parse_recipe({**recipe, "steps": [step]}, "x"), 2, 4, tmp_path / "out", 2

@@ -15,8 +15,8 @@ import torch
 
 from quantize_runs import BLOCKS, FAST, RECONSTRUCT, SMALL, left, refused, tree
 from stepquant.methods import BlockDistillation
-from stepquant.quantize import quantize
 from stepquant.support.progress import Reporter
+from stepquant.verbs.quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,23 +9,23 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepquant.bench import bench, settings_kept, with_backend
 from stepquant.checkpoint.module import load_module
-from stepquant.demo import demo
 from stepquant.engines import slow_paths
 from stepquant.engines.captured_calls import RecordedDenoiser
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
-from stepquant.inspection import inspect
-from stepquant.judge import evaluate
 from stepquant.lora.pipeline import load_lora, lora_scales, set_lora_scales, unload_lora
 from stepquant.methods.recipe import load_recipe, recipe_names
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.denoiser_pipeline import DenoiserPipeline, general_adapter
 from stepquant.pipelines.opening import open_pipeline as load
 from stepquant.pipelines.sampling import AUTO, denoiser_of, sample_images
-from stepquant.quantize import Quantized, quantize
 from stepquant.runtime.layers.resident import WeightBytes, set_memory_mode, weight_bytes_resident
 from stepquant.support.progress import Reporter
+from stepquant.verbs.bench import bench, settings_kept, with_backend
+from stepquant.verbs.demo import demo
+from stepquant.verbs.evaluate import evaluate
+from stepquant.verbs.inspect import inspect
+from stepquant.verbs.quantize import Quantized, quantize
 from stepquant.weight_only.config import DynamicConfig, WeightOnlyConfig
 from stepquant.weight_only.conversion import pack
 
@@ -80,7 +80,7 @@ def sample(
     Image `i` starts from the noise of seed `seed + i` and is of prompt, or class label, number `i`,
     over and over again; see `stepquant.pipelines.sampling.sample_images`. `guidance`: scale of
     classifier-free guidance, else the pipeline's. `call`, and any other argument by name, goes to
-    the pipeline. `backend`: what a packed model runs on, see `stepquant.bench.with_backend`.
+    the pipeline. `backend`: what a packed model runs on, see `stepquant.verbs.bench.with_backend`.
     """
     conditioning = Conditioning.of(prompts, labels, guidance, {**(call or {}), **more})
     pipeline = load(model)

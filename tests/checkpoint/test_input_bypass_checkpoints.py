@@ -14,8 +14,8 @@ from stepquant.api import inspect
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import save_pipeline
 from stepquant.models.input_bypass import SLOPES_NAME, bypass_of
-from stepquant.quantize import quantize
 from stepquant.support.errors import StepQuantError
+from stepquant.verbs.quantize import quantize
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from diffusers import DDPMScheduler
 
 from architectures import session as session_of
 from quantize_runs import Lines, refused
-from stepquant.bench import set_backend
 from stepquant.calibration.influence import shared_power, weighted_power
 from stepquant.calibration.trajectories import predict
 from stepquant.methods import AffineDistillation, TemporalQuantizer
@@ -17,6 +16,7 @@ from stepquant.methods.affine_distillation import affine_parameters, only_gradie
 from stepquant.methods.training.steps_together import coherent_inputs
 from stepquant.simulation.packing import pack_model
 from stepquant.support.work_folder import WorkFolder
+from stepquant.verbs.bench import set_backend
 
 TINY = {"iterations": 12, "batch": 6, "samples": 30, "steps_together": 3, "rate": 1e-3}
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from architectures import ARCHITECTURES, build, session
-from stepquant.bench import denoiser_call
 from stepquant.calibration.block_inputs import capture_outputs, execution_order
 from stepquant.calibration.block_replay import replayable_blocks
 from stepquant.calibration.trajectories import predict
@@ -22,6 +21,7 @@ from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import call_denoiser
 from stepquant.models.modulation import fold_into_modulation
 from stepquant.support.errors import StepQuantError
+from stepquant.verbs.bench import denoiser_call
 
 # (blocks, folds): counted by hand in the architecture's definition
 COUNTS = {

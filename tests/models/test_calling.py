@@ -3,10 +3,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from stepquant.bench import denoiser_call
 from stepquant.calibration.conditions import Conditions
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.models.calling import call_denoiser, on_device, tensors_in
+from stepquant.verbs.bench import denoiser_call
 
 META = torch.device("meta")
 

@@ -18,10 +18,10 @@ import torch
 from fast_models import predictor
 from torch import Tensor, nn
 
-from stepquant.bench import set_backend
 from stepquant.engines.slow_paths import slow_paths
 from stepquant.runtime.kernels import onednn
 from stepquant.runtime.ops import native
+from stepquant.verbs.bench import set_backend
 
 BATCHES = (1, 3, 2)  # in turn on one model
 BITS = (8, 4)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from architectures import ARCHITECTURES, build
 from stepquant.api import quantize
-from stepquant.bench import set_backend
 from stepquant.methods import BiasCorrection, TemporalQuantizer
 from stepquant.methods.recipe import Recipe
 from stepquant.models.adapter import adapter_for
@@ -21,6 +20,7 @@ from stepquant.runtime.blocks import FAST_CLASSES, use_plain_blocks
 from stepquant.runtime.kernels import choose
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.ops.layer_spec import LayerSpec
+from stepquant.verbs.bench import set_backend
 
 FEW = {"calibration.trajectories": 2, "ranges.weights": "minmax", "ranges.activations": "minmax"}
 STATIC = Recipe(name="static", description="One scale for all steps.", steps=())

@@ -19,10 +19,10 @@ from fast_models import (
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from stepquant.bench import set_backend
 from stepquant.models.adapter import adapter_for
 from stepquant.runtime.kernels import onednn
 from stepquant.runtime.layers.lora_branch import LoraBranch, attach_branch, detach_branch
+from stepquant.verbs.bench import set_backend
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -10,10 +10,10 @@ from torch import nn
 
 from architectures import ARCHITECTURES, build
 from stepquant.api import quantize
-from stepquant.bench import set_backend
 from stepquant.engines.slow_paths import slow_paths
 from stepquant.runtime.kernels import onednn
 from stepquant.runtime.ops import native
+from stepquant.verbs.bench import set_backend
 
 needs_vnni = pytest.mark.skipif(onednn.pairs_saturate(), reason="no VNNI")
 FEW = {"calibration.trajectories": 1, "ranges.weights": "minmax", "ranges.activations": "minmax"}

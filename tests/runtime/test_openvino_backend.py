@@ -14,11 +14,9 @@ from layer_cases import assert_agrees, input_for, layers, seeded
 from torch import Tensor, nn
 
 import architectures
-from stepquant.bench import denoiser_call, with_backend
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser, device_of
 from stepquant.models.adapter import adapter_for
 from stepquant.pipelines.sampling import sample_images
-from stepquant.quantize import quantize
 from stepquant.quantizers import StepContext
 from stepquant.runtime.kernels import onednn
 from stepquant.runtime.layers.integer import PackedLayer
@@ -26,6 +24,8 @@ from stepquant.runtime.layers.lora_branch import LoraBranch, attach_branch
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.simulation.packing import pack_layer, pack_model
 from stepquant.support.errors import StepQuantError
+from stepquant.verbs.bench import denoiser_call, with_backend
+from stepquant.verbs.quantize import quantize
 
 
 def installed() -> bool:

@@ -12,11 +12,11 @@ from fast_models import TABLES, packed
 from recorded_models import assert_alike, scale_a_norm
 from torch import Tensor, nn
 
-from stepquant.bench import set_backend
 from stepquant.engines.captured_calls import RecordedDenoiser
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.layers.resident import set_memory_mode
 from stepquant.runtime.ops import native
+from stepquant.verbs.bench import set_backend
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

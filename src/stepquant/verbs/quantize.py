@@ -21,7 +21,6 @@ from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
 from stepquant.evaluate import peak_memory_mb, reset_peak_memory
 from stepquant.lora.pipeline import check_no_lora
-from stepquant.memory import as_mb, plan_memory
 from stepquant.methods.recipe import Recipe, load_recipe
 from stepquant.methods.session import (
     SAMPLES_PER_STEP,
@@ -36,14 +35,19 @@ from stepquant.models.surgery import copy_around
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import float32_bytes, open_pipeline, weight_file_bytes
 from stepquant.pipelines.sampling import check_seed, clipping_remark, denoiser_name, set_scheduler
-from stepquant.preparation import calibrated_scheduler, calibration_trajectories, with_own_scheduler
 from stepquant.quantizers import StepContext
-from stepquant.readiness import check_denoiser
-from stepquant.record import mean_weight_bits, provenance_of, reference_layers
 from stepquant.simulation.packing import pack_model
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder, fingerprint
+from stepquant.verbs.calibration_inputs import (
+    calibrated_scheduler,
+    calibration_trajectories,
+    with_own_scheduler,
+)
+from stepquant.verbs.memory_plan import as_mb, plan_memory
+from stepquant.verbs.provenance import mean_weight_bits, provenance_of, reference_layers
+from stepquant.verbs.readiness import check_denoiser
 from stepquant.weight_only.components import add_file_sizes, check_components, quantize_components
 
 

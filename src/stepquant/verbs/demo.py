@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepquant.bench import denoiser_call
 from stepquant.evaluate import measure_latency
-from stepquant.judge import distances, evaluate
 from stepquant.pipelines.opening import (
     BUILTIN,
     builtin_names,
@@ -21,11 +19,13 @@ from stepquant.pipelines.opening import (
     open_pipeline,
 )
 from stepquant.pipelines.sampling import denoiser_of, sample_images
-from stepquant.quantize import quantize
 from stepquant.report.images import save_grid
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write
+from stepquant.verbs.bench import denoiser_call
+from stepquant.verbs.evaluate import distances, evaluate
+from stepquant.verbs.quantize import quantize
 
 PREFERRED = ("cifar10-ddpm", "fashion-ddpm")
 STEPS = 50
