@@ -5,7 +5,7 @@ TORCH_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-NATIVE := src/stepquant/runtime/native
+NATIVE := src/stepquant/runtime/ops/native
 KERNELS := $(NATIVE)/_kernels.so
 
 .DEFAULT_GOAL := help

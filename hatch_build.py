@@ -13,7 +13,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FOLDER = "src/stepquant/runtime/native"
+FOLDER = "src/stepquant/runtime/ops/native"
 
 
 class NativeKernels(BuildHookInterface[Any]):

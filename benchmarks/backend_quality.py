@@ -18,12 +18,12 @@ from cells import machine
 from quality import parse_bits
 from records import write_record
 from stepquant.api import sample
+from stepquant.engines.backend import set_backend
 from stepquant.evaluate import paired_psnr
 from stepquant.methods.recipe import load_recipe
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import denoiser_of
 from stepquant.support.progress import Reporter
-from stepquant.verbs.bench import set_backend
 from stepquant.verbs.quantize import quantize
 
 BACKENDS = ("onednn", "auto", "openvino", "reference")

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from speed_files import IR, load_denoiser
 from speed_models import Inputs, call
+from stepquant.engines.backend import set_backend
 from stepquant.engines.captured_calls import recorded
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.support.errors import StepQuantError
-from stepquant.verbs.bench import set_backend
 
 Call = Callable[[], Tensor]
 

@@ -22,12 +22,12 @@ from cells import machine
 from records import write_record
 from stepquant.calibration.observe import quant_layers
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories
+from stepquant.engines.backend import set_backend
 from stepquant.evaluate import paired_psnr
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import denoiser_name, denoiser_of, sample_images
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.support.progress import Reporter
-from stepquant.verbs.bench import set_backend
 from stepquant.verbs.quantize import quantize
 
 RELOADED = 64  # images for which the reloaded checkpoint is compared: one batch

@@ -11,6 +11,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hypothesis import settings
 from torch import nn
 
+from fused_paths import PATHS, Path
 from stepquant.calibration.ranges import minmax_weight_range
 from stepquant.calibration.trajectories import capture_trajectories, drawer
 from stepquant.methods.session import Session
@@ -174,3 +175,9 @@ def tiny_session(tiny_pipeline: Callable[..., DDPMPipeline]) -> Callable[..., Se
         )
 
     return build
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> Path:
+    """The functions of `runtime.ops.fused`, in each of their forms."""
+    return Path(request.param)

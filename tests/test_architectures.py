@@ -14,11 +14,12 @@ from architectures import ARCHITECTURES, SMALL, build, pixart, session
 from quantize_runs import refused, tree
 from stepquant.api import evaluate, inspect, quantize, sample
 from stepquant.calibration.trajectories import predict
+from stepquant.engines.backend import set_backend
 from stepquant.methods.recipe import load_recipe, recipe_names
 from stepquant.models.adapter import adapter_for
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.support.progress import Reporter
-from stepquant.verbs.bench import bench, set_backend
+from stepquant.verbs.bench import bench
 
 STEPS = 3
 FEW = {

@@ -5,9 +5,10 @@ with `from_pretrained`.
 """
 
 from stepquant.checkpoint import plugin
+from stepquant.support.version import __version__
 from stepquant.weight_only import quantizers
 
-__version__ = "0.1.0"
+__all__ = ["__version__"]
 
 plugin.register()
 quantizers.register()

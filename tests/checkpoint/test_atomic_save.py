@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 from diffusers import DDPMPipeline
-from packed_models import packed_pipeline, unet
 from safetensors import SafetensorError
 
+from packed_models import packed_pipeline, unet
 from stepquant.checkpoint.folder import check_folder
 from stepquant.checkpoint.save import save_pipeline
 from stepquant.support.errors import StepQuantError

@@ -8,6 +8,8 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from safetensors.torch import load_file
+
 from packed_models import (
     ATTENTION,
     STATIC_ATTENTION,
@@ -18,8 +20,6 @@ from packed_models import (
     tampered,
     unet,
 )
-from safetensors.torch import load_file
-
 from stepquant.checkpoint.attention_config import AttentionConfig
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.load import load_pipeline

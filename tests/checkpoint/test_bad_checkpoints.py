@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
-from packed_models import MIXED, SCALED, SPLIT, STEPS, WEIGHTS, packed_pipeline, tampered
 
+from packed_models import MIXED, SCALED, SPLIT, STEPS, WEIGHTS, packed_pipeline, tampered
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import save_pipeline
 from stepquant.support.errors import StepQuantError

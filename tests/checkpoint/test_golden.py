@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import stepquant  # noqa: F401  registers with diffusers
-from stepquant.verbs.bench import set_backend
+from stepquant.engines.backend import set_backend
 
 GOLDEN = Path(__file__).parent / "golden"
 SAMPLE = torch.tensor([[1.0, 4.0, 6.0, 0.6]])

@@ -7,9 +7,9 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import UNet2DModel
-from packed_models import STATIC, STEPS, WEIGHTS, outputs, packed_pipeline, tampered, unet
 from safetensors.torch import load_file
 
+from packed_models import STATIC, STEPS, WEIGHTS, outputs, packed_pipeline, tampered, unet
 from stepquant.api import inspect
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import save_pipeline

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
-from packed_models import WEIGHTS, outputs, packed_pipeline, unet
 from safetensors.torch import load_file, save_file
 
+from packed_models import WEIGHTS, outputs, packed_pipeline, unet
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import save_pipeline
 from stepquant.support.errors import StepQuantError

@@ -9,6 +9,8 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, PipelineQuantizationConfig, UNet2DModel
 from diffusers.models import modeling_utils
+from safetensors import safe_open
+
 from packed_models import (
     SCALED,
     SPLIT,
@@ -20,8 +22,6 @@ from packed_models import (
     packed_unet,
     unet,
 )
-from safetensors import safe_open
-
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import attach_config, describe_layers, save_pipeline

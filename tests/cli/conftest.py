@@ -1,7 +1,8 @@
 import pytest
 import torch
-from cli_runs import TINY, run
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from cli_runs import TINY, run
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from cli_runs import record, refused, run
 
 from architectures import build
+from cli_runs import record, refused, run
 
 FEW = ("--steps=2", "--set=calibration.trajectories=2", "--recipe=minmax")
 

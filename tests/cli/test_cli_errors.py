@@ -8,9 +8,9 @@ import time
 import warnings
 
 import pytest
-from cli_runs import TINY, record, refused, run, tree
 from safetensors import SafetensorError
 
+from cli_runs import TINY, record, refused, run, tree
 from stepquant import api, cli
 from stepquant.methods import block_distillation
 

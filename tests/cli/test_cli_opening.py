@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cli_runs import record, refused, run
 from safetensors.torch import save_file
 
 from architectures import build
+from cli_runs import record, refused, run
 from lora_files import matrices, of
 from single_files import save_as_one_file
 from stepquant.api import evaluate as api_evaluate

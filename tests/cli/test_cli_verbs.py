@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import yaml
-from cli_runs import record, refused, run
 from PIL import Image
 
 import stepquant
+from cli_runs import record, refused, run
 from stepquant import api
 from stepquant.cli.quantize import quantize as quantize_verb
 

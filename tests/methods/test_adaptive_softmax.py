@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from softmax_samples import softmax, uniform
 
+from softmax_samples import softmax, uniform
 from stepquant.calibration import observe
 from stepquant.methods.adaptive_softmax import FACTORS, AdaptiveSoftmax, grid_fits
 from stepquant.methods.power_law import likelihood_ratio, prefers_log2, tail_of

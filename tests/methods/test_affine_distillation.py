@@ -11,12 +11,12 @@ from architectures import session as session_of
 from quantize_runs import Lines, refused
 from stepquant.calibration.influence import shared_power, weighted_power
 from stepquant.calibration.trajectories import predict
+from stepquant.engines.backend import set_backend
 from stepquant.methods import AffineDistillation, TemporalQuantizer
 from stepquant.methods.affine_distillation import affine_parameters, only_gradients_of
 from stepquant.methods.training.steps_together import coherent_inputs
 from stepquant.simulation.packing import pack_model
 from stepquant.support.work_folder import WorkFolder
-from stepquant.verbs.bench import set_backend
 
 TINY = {"iterations": 12, "batch": 6, "samples": 30, "steps_together": 3, "rate": 1e-3}
 

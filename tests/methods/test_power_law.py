@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from softmax_samples import normal, softmax, uniform
 from torch import Tensor
 
+from softmax_samples import normal, softmax, uniform
 from stepquant.methods.power_law import (
     fit_exponential,
     fit_log_normal,

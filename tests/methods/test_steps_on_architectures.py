@@ -10,6 +10,7 @@ import torch
 from architectures import ARCHITECTURES, session
 from quantize_runs import Lines, refused
 from stepquant.calibration.trajectories import predict
+from stepquant.engines.backend import set_backend
 from stepquant.methods.adaptive_softmax import AdaptiveSoftmax
 from stepquant.methods.bias_correction import BiasCorrection
 from stepquant.methods.bit_allocation import BitAllocation
@@ -21,7 +22,6 @@ from stepquant.methods.temporal_quantizer import TemporalQuantizer
 from stepquant.methods.training.block_training import GuardedBlock
 from stepquant.models.input_bypass import common_channels, detach_bypass
 from stepquant.simulation.packing import pack_model
-from stepquant.verbs.bench import set_backend
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fast_models import TABLES, packed
 
 import stepquant
+from fast_models import TABLES, packed
 from stepquant.runtime.kernels import onednn
 from stepquant.runtime.ops import native
 
@@ -34,8 +34,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     for bits in (8, 4):
         path = folder / f"{bits}.pickle"
         path.write_bytes(pickle.dumps(packed("sd", TABLES, bits)))
-    script = Path(__file__).with_name("degraded.py")
-    places = [Path(stepquant.__file__).parents[1], script.parent, script.parents[1]]
+    script = Path(__file__).parents[1] / "helpers" / "degraded.py"
+    places = [Path(stepquant.__file__).parents[1], script.parent]
     result = subprocess.run(
         [sys.executable, str(script), str(folder), *SETTINGS.values()],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))},

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from stepquant import __version__
 from stepquant.support.errors import StepQuantError
+from stepquant.support.version import __version__
 
 OWN_SCHEDULER = "own"
 

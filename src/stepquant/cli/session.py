@@ -20,9 +20,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from stepquant import __version__
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
+from stepquant.support.version import __version__
 
 NOT_DONE = 2  # the exit code of bad input, full disks and Ctrl-C
 PIPED_WIDTH = 160  # columns of a table that goes to a file or another program

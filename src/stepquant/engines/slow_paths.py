@@ -9,22 +9,27 @@ from typing import Any
 
 import psutil
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant.engines.captured_calls import state
+from stepquant.pipelines.sampling import denoiser_of
 from stepquant.runtime.kernels import onednn
 from stepquant.runtime.layers import codes
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.ops import native
 
 
-def slow_paths(model: nn.Module) -> list[str]:
+def slow_paths(model: nn.Module | DiffusionPipeline) -> list[str]:
     """One sentence for each thing that is slower than it could be on this machine, and why.
 
-    About the state that `model` is in now: ask after it was called or `set_backend` was. Empty
-    where nothing is slower, and for a model without packed layers. The numbers are the same either
-    way, but for what docs/architecture.md says of fused blocks.
+    `model`: a pipeline or its denoiser. The sentences describe its present state: ask after a call,
+    or after `set_backend`. The list is empty where nothing is slower, and for a model without
+    packed layers. The numbers are the same either way, except for what docs/architecture.md says
+    of fused blocks.
     """
+    if isinstance(model, DiffusionPipeline):
+        model = denoiser_of(model)
     # Layers that are offloaded one by one are elsewhere between two calls.
     layers = [
         module

@@ -43,8 +43,8 @@ class BlockDistillation(Step):
     independent of one another. `step_order`: "mixed" draws batches over all steps; "sequential"
     gives each batch a single step and walks through the steps in sampling order, over and over, as
     EfficientDM (ICLR 2024) trains, for comparison. `steps_together`: above 1 the loss is of the
-    mean error over so many steps of one trajectory (`methods.training.steps_together`, ours), and `samples` are
-    whole trajectories, or where conditions differ some steps of each; with mixed batches only.
+    mean error over so many steps of one trajectory (`training.steps_together`, ours), and `samples`
+    are whole trajectories, or where conditions differ some steps of each; with mixed batches only.
 
     Layers that embed the timestep inside a block are not trained (`trained_layers`).
 

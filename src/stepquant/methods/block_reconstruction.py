@@ -67,8 +67,8 @@ class BlockReconstruction(Step):
     the zero point) moves per iteration, in grid steps. `activations`: "together" trains the
     activation tables with the rounding; "after" trains them for a quarter of the iterations once
     the rounding is hard. Rates fall along a cosine. `steps_together`: above 1 the loss is of the
-    mean error over so many steps of one trajectory (`methods.training.steps_together`, ours), and `samples` are
-    whole trajectories, or where conditions differ some steps of each.
+    mean error over so many steps of one trajectory (`training.steps_together`, ours), and `samples`
+    are whole trajectories, or where conditions differ some steps of each.
 
     Q-Diffusion's own values: 20,000 iterations for the rounding at the rate 1e-3 and lambda 0.01 on
     a squared error that is summed over channels, 5,000 for the activation scales at 4e-4, batches

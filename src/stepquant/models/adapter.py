@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
@@ -104,10 +104,3 @@ def adapter_for(model: nn.Module) -> DenoiserAdapter:
         "adapter=general_adapter(pipeline)), or DenoiserPipeline around a module of your own "
         "(docs/python.md has the ten lines)"
     )
-
-
-def adapter_of(pipeline: Any, denoiser: nn.Module) -> DenoiserAdapter:
-    """The adapter that `pipeline` brings for its `denoiser`, or the architecture's."""
-    if hasattr(type(pipeline), "make_adapter"):
-        return pipeline.make_adapter()  # no property: pipelines hide an AttributeError inside one
-    return adapter_for(denoiser)

@@ -1,9 +1,9 @@
-"""Denoisers that are not from diffusers: a sampler around any module, and its adapter."""
+"""Denoisers that are not from diffusers: a pipeline around any module."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,11 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor, nn
 
-from stepquant.calibration.trajectories import capture_trajectories
 from stepquant.models.calling import call_denoiser
-from stepquant.models.general import ModuleAdapter
-from stepquant.models.inputs import Inputs
-from stepquant.pipelines.conditioning import Conditioning
 from stepquant.support.errors import StepQuantError
 
 # (denoiser, noise [B, C, H, W], steps, a generator for each image) -> images [B, C, H, W] in [0, 1]
 DrawImages = Callable[[nn.Module, Tensor, int, list[torch.Generator]], Tensor]
-SURVEY_STEPS = 2  # some samplers have no timestep for one step alone
 
 
 class OwnSampler(SchedulerMixin, ConfigMixin):
@@ -41,7 +36,7 @@ class DenoiserPipeline(DiffusionPipeline):
     schedule of 1000 steps, without clipping. `draw`: a function that draws images with a sampler of
     its own instead, `draw(denoiser, noise, steps, generators)`: `noise [B, C, H, W]`, a generator
     for each image, images `[B, C, H, W]` in [0, 1]; it calls `denoiser` as often as it likes, with
-    any further arguments. `blocks`, `float_layers`: patterns of names, see `ModuleAdapter`.
+    any further arguments. `blocks`, `float_layers`: patterns of names, see `models.general`.
 
     The whole of stepquant takes it as it takes a pipeline of diffusers, but that it is not saved:
     a quantized denoiser is, and `load_module` puts it into a module that the user builds anew.
@@ -78,10 +73,6 @@ class DenoiserPipeline(DiffusionPipeline):
     def components(self) -> dict[str, Any]:
         """Denoiser and scheduler; diffusers would take the other arguments for components, too."""
         return {"denoiser": self.denoiser, "scheduler": self.scheduler}
-
-    def make_adapter(self) -> ModuleAdapter:
-        """What the denoiser consists of, as far as that can be told."""
-        return general_adapter(self, *self.patterns)
 
     @torch.no_grad()
     def __call__(
@@ -120,29 +111,3 @@ class DenoiserPipeline(DiffusionPipeline):
             prediction = call_denoiser(denoiser, scaled, t.expand(len(x)))
             x = scheduler.step(prediction, t, x, **more).prev_sample
         return (x / 2 + 0.5).clamp(0, 1)
-
-
-def general_adapter(
-    pipeline: DiffusionPipeline,
-    blocks: Sequence[str] = (),
-    float_layers: Sequence[str] = (),
-    *,
-    prompts: str | Sequence[str] | None = None,
-    labels: int | Sequence[int] | None = None,
-    guidance: float | None = None,
-    call: Mapping[str, Any] | None = None,
-) -> ModuleAdapter:
-    """An adapter for the denoiser of a pipeline whose architecture stepquant does not know.
-
-    Its arguments are those of the first call when one image is drawn. `blocks`, `float_layers`:
-    patterns of names, see `ModuleAdapter`; the rest as in `quantize`, which takes the adapter as
-    `adapter=`.
-    """
-    conditioning = Conditioning.of(prompts, labels, guidance, call)
-    seen = capture_trajectories(pipeline, 1, SURVEY_STEPS, 0, None, conditioning=conditioning)
-
-    def example(batch: int) -> Inputs:
-        inputs = seen.take(torch.zeros(batch, dtype=torch.int64))
-        return inputs.sample, inputs.timestep, inputs.conditions.arguments()
-
-    return ModuleAdapter(example, blocks, float_layers)

@@ -11,7 +11,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from stepquant.engines.captured_calls import recorded
 from stepquant.pipelines.conditioning import Conditioning, takes_prompts
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
@@ -32,7 +31,7 @@ LARGEST_SEED = 2**48  # multiples of it are drawn from as well
 
 def denoiser_name(pipeline: DiffusionPipeline) -> str:
     """The pipeline's component that predicts the noise."""
-    name = _known_name(pipeline)
+    name = known_denoiser(pipeline)
     if name is not None:
         return name
     raise StepQuantError(
@@ -41,7 +40,8 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
     )
 
 
-def _known_name(pipeline: DiffusionPipeline) -> str | None:
+def known_denoiser(pipeline: DiffusionPipeline) -> str | None:
+    """The name of the denoiser among the pipeline's components, or None."""
     return next((n for n in DENOISERS if isinstance(getattr(pipeline, n, None), nn.Module)), None)
 
 
@@ -172,16 +172,6 @@ def with_own_tokenizers(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return pipeline
 
 
-def with_recorded_denoiser(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """A copy whose packed denoiser's calls are recorded, where they can be; else `pipeline`."""
-    name = _known_name(pipeline)
-    if name is None:  # sampling itself needs none
-        return pipeline
-    denoiser = getattr(pipeline, name)
-    found = recorded(denoiser)
-    return pipeline if found is denoiser else with_denoiser(pipeline, name, found)
-
-
 @torch.no_grad()
 def sample_images(
     pipeline: DiffusionPipeline,
@@ -223,8 +213,6 @@ def sample_images(
     conditioning.check(pipeline)
     latent = not decode and takes_prompts(pipeline) and getattr(pipeline, "vae", None) is not None
     pipeline.set_progress_bar_config(disable=True)
-    if not any("callback" in name for name in {**(conditioning.call or {}), **call}):
-        pipeline = with_recorded_denoiser(pipeline)  # a callback may change the denoiser in between
     images = []
     with reporter.task(f"sampling {num} images", total=num) as task:
         for start in range(0, num, batch):

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Pictures on disk: grids of images, and plots."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The scheme of bits, and the float model's simulated and integer twins."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,67 +10,20 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from stepquant.calibration.survey import adapter_of
+from stepquant.engines.backend import set_backend
 from stepquant.engines.captured_calls import recorded
-from stepquant.engines.fastest import FASTEST, FastestDenoiser
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser, device_of
 from stepquant.engines.slow_paths import slow_paths
 from stepquant.evaluate import measure_latency, peak_memory_mb
-from stepquant.models.adapter import DenoiserAdapter, adapter_for, adapter_of
+from stepquant.models.adapter import DenoiserAdapter, adapter_for
 from stepquant.models.calling import named_arguments, on_device
 from stepquant.pipelines.opening import open_pipeline
-from stepquant.pipelines.sampling import check_count, denoiser_name, denoiser_of, with_denoiser
+from stepquant.pipelines.sampling import check_count, denoiser_of
 from stepquant.runtime.layers.integer import PackedLayer, is_packed
-from stepquant.runtime.layers.resident import restore, set_memory_mode, weight_bytes_resident
+from stepquant.runtime.layers.resident import set_memory_mode, weight_bytes_resident
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
-
-
-def set_backend(model: nn.Module, backend: str) -> None:
-    """Run every packed layer of `model` on `backend`: auto, native, onednn, int_mm or reference."""
-    if device_of(backend) is not None:
-        raise StepQuantError(
-            f"the backend '{backend}' runs a whole denoiser, not its layers: expected auto, "
-            "native, onednn, int_mm or reference, or OpenVinoDenoiser(denoiser) in the "
-            "denoiser's place"
-        )
-    for module in model.modules():
-        if isinstance(module, PackedLayer):
-            module.backend = backend
-            module.prepare()
-
-
-@contextmanager
-def settings_kept(model: nn.Module) -> Iterator[None]:
-    """Give the packed layers of `model` back the backend and memory mode that they came with."""
-    before = [(m, m.backend, m.memory) for m in model.modules() if isinstance(m, PackedLayer)]
-    try:
-        yield
-    finally:
-        for layer, backend, memory in before:
-            if (layer.backend, layer.memory) != (backend, memory):
-                restore(layer)  # it is laid out anew by its next call
-                layer.backend, layer.memory = backend, memory
-
-
-def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline:
-    """`pipeline` on `backend`: its packed layers, or for openvino a copy with its denoiser there.
-
-    `backend`: as in `set_backend`, or `openvino`, `openvino:DEVICE` for another device than the
-    CPU, or "fastest", which times the two. "auto" leaves everything as it is.
-    """
-    if backend == "auto":
-        return pipeline
-    denoiser, device = denoiser_of(pipeline), device_of(backend)
-    if device is None and backend != FASTEST:
-        if not is_packed(denoiser):
-            raise StepQuantError(
-                f"{type(denoiser).__name__} has no packed layer: expected a model that stepquant "
-                f"quantize wrote for the backend '{backend}'"
-            )
-        set_backend(denoiser, backend)
-        return pipeline
-    other = FastestDenoiser(denoiser) if device is None else OpenVinoDenoiser(denoiser, device)
-    return with_denoiser(pipeline, denoiser_name(pipeline), other)
 
 
 def denoiser_call(

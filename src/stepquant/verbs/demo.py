@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepquant.engines.backend import with_captured_calls
 from stepquant.evaluate import measure_latency
 from stepquant.pipelines.opening import (
     BUILTIN,
@@ -119,7 +120,9 @@ def demo(
             brief if setting.recipe == "dilatequant" else None,
             reporter=reporter,
         )
-        drawn = sample_images(result.pipeline, images, STEPS, reporter=reporter)
+        drawn = sample_images(
+            with_captured_calls(result.pipeline), images, STEPS, reporter=reporter
+        )
         quality = evaluate(
             result.pipeline,
             float_pipeline,

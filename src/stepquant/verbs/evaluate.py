@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepquant.calibration.trajectories import capture_trajectories, predict
+from stepquant.engines.backend import with_captured_calls
 from stepquant.engines.slow_paths import slow_paths
 from stepquant.evaluate import (
     frechet_distance,
@@ -71,7 +72,8 @@ def evaluate(
     if float_images is None:
         float_images = sample_images(reference, *settings, conditioning=conditioning)
     if images is None:
-        images = sample_images(candidate, *settings, conditioning=conditioning)
+        drawing = with_captured_calls(candidate, conditioning.call)
+        images = sample_images(drawing, *settings, conditioning=conditioning)
     record: dict[str, Any] = {
         "num": len(images),
         "steps": steps,

@@ -11,12 +11,13 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant.calibration.observe import observe
+from stepquant.calibration.survey import adapter_of
 from stepquant.calibration.trajectories import capture_trajectories
 from stepquant.checkpoint.validate import packed_attention
 from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.methods.session import simulate
 from stepquant.methods.weight_dilation import dilation_factors
-from stepquant.models.adapter import DenoiserAdapter, adapter_of
+from stepquant.models.adapter import DenoiserAdapter
 from stepquant.models.attention_processor import PRODUCTS
 from stepquant.models.input_bypass import bypass_of
 from stepquant.pipelines.conditioning import Conditioning

@@ -10,11 +10,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from stepquant import __version__
 from stepquant.methods.recipe import Calibration
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.sampling import set_scheduler
 from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.support.version import __version__
 
 
 def provenance_of(

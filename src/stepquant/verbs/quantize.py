@@ -16,6 +16,7 @@ from torch import nn
 
 from stepquant.calibration.observe import quant_layers
 from stepquant.calibration.spill import Spill
+from stepquant.calibration.survey import adapter_of
 from stepquant.calibration.trajectories import drawer, first_inputs
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
@@ -29,7 +30,7 @@ from stepquant.methods.session import (
     float_products,
     simulate,
 )
-from stepquant.models.adapter import DenoiserAdapter, adapter_of
+from stepquant.models.adapter import DenoiserAdapter
 from stepquant.models.mapped import FloatState
 from stepquant.models.surgery import copy_around
 from stepquant.pipelines.conditioning import Conditioning

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Weight-only quantization: conversion without calibration, and quantization while loading."""

@@ -99,7 +99,7 @@ def quantize_weights(
 ) -> None:
     """Put weight-only layers in the place of the linear and conv layers of `model`, for saving too.
 
-    `what`: names it in errors. `bits`, `find`: see `runtime.layers.weight_only`; `grids` is what the
+    `what`: names it in errors. `bits`, `find`: see `layers.weight_only`; `grids` is what the
     config calls `find`. The layers `kept`, those that share their weight with another module, and
     subclasses of both kinds, stay float. Raises StepQuantError if nothing is left, if the model is
     quantized already, or is of a library that would not load it again.

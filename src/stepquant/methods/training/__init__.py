@@ -1,1 +1,1 @@
-"""TODO"""
+"""What training by blocks and by trajectories share."""

@@ -8,10 +8,10 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.runtime.kernels import onednn
 from stepquant.runtime.layers import codes
 from stepquant.runtime.layers.integer import PackedConv2d
 from stepquant.runtime.ops import fused
+from stepquant.runtime.ops.encoding import pad
 
 
 class FastUpsample2D(Upsample2D):
@@ -30,7 +30,7 @@ class FastUpsample2D(Upsample2D):
             code = functional.interpolate(code, scale_factor=2.0, mode="nearest")
         else:
             code = functional.interpolate(code, size=output_size, mode="nearest")
-        padded = onednn.pad(code, grid.in_force()[1], self.conv.spec.padding)
+        padded = pad(code, grid.in_force()[1], self.conv.spec.padding)
         return codes.run(self.conv, [padded], dtype=x.dtype)
 
     def _runs_on_codes(self, x: Tensor) -> bool:

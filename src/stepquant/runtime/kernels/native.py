@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.runtime.kernels.onednn import pad
 from stepquant.runtime.ops import native
+from stepquant.runtime.ops.encoding import pad
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.ops.native import products

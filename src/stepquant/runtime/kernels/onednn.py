@@ -17,14 +17,27 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from stepquant.runtime.layers.prepared import CallConstants
+from stepquant.runtime.ops.encoding import pad
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.ops.result_shapes import empty_result, planned_result
+
+
+@dataclass(frozen=True)
+class CallConstants:
+    """What a kernel call needs beside codes and weight, where it is the same at every step.
+
+    `scale`, `zero_point`: of the activation grid. `bias`: float32 `[C_out]`; a conv's holds the
+    share of the zero point, see the module docstring.
+    """
+
+    scale: float
+    zero_point: int
+    bias: Tensor
 
 
 def why_not(spec: LayerSpec, device: torch.device) -> str | None:
@@ -185,23 +198,6 @@ def _beside(gate: Tensor, y: Tensor, spec: LayerSpec) -> Tensor:
     if spec.kind == "conv2d":
         return gate[:, :, None, None]
     return gate.view(gate.shape[0], *(1,) * (y.dim() - 2), -1)
-
-
-def pad(codes: Tensor, zero_point: Tensor, padding: Sequence[int]) -> Tensor:
-    """`codes [B, C, H, W]` between rows and columns of `zero_point [1]`, channels last.
-
-    Part of the operator, not of what `torch.compile` sees: the code that it makes for copying uint8
-    into a frame is slower than the conv.
-    """
-    if not any(padding):
-        return codes.contiguous(memory_format=torch.channels_last)
-    batch, channels, height, width = codes.shape
-    top, left = padding
-    shape = (batch, channels, height + 2 * top, width + 2 * left)
-    fill = zero_point.to(torch.uint8).view(1, 1, 1, 1).expand(shape)
-    padded = fill.contiguous(memory_format=torch.channels_last)
-    padded[:, :, top : top + height, left : left + width] = codes
-    return padded
 
 
 _library = torch.library.Library("stepquant", "FRAGMENT")

@@ -17,7 +17,8 @@ from torch.nn.modules import module as hooks
 
 from stepquant.runtime.kernels import TAKE_CODES, onednn
 from stepquant.runtime.kernels import native as native_kernel
-from stepquant.runtime.layers.prepared import CallConstants, PreparedPart
+from stepquant.runtime.kernels.onednn import CallConstants
+from stepquant.runtime.layers.prepared import PreparedPart
 from stepquant.runtime.layers.resident import state_of
 from stepquant.runtime.ops import fused, native
 from stepquant.runtime.ops.grids import Grid, Output

@@ -14,8 +14,9 @@ from stepquant.quantizers.step_grid import StepContext
 from stepquant.runtime import kernels
 from stepquant.runtime.layers import codes, resident
 from stepquant.runtime.layers.differences import differences_of
+from stepquant.runtime.layers.input_error import input_error
 from stepquant.runtime.layers.prepared import PreparedPart
-from stepquant.runtime.ops.encoding import encode, input_error
+from stepquant.runtime.ops.encoding import encode
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
 
@@ -63,7 +64,7 @@ class PackedLayer(nn.Module):
         has_channel_scale: bool,
         has_step_bias: bool = False,
     ) -> None:
-        """Empty buffers of the right shapes; `load_state_dict` or `simulation.packing` fills them."""
+        """Empty buffers of the right shapes, for `load_state_dict` or `simulation.packing`."""
         super().__init__()
         check_bits(spec.weight_bits, "weight bits")
         check_bits(spec.activation_bits, "activation bits")

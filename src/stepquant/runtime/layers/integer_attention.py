@@ -23,7 +23,8 @@ class PackedAttention(nn.Module):
     `probability_log2` uint8 `[T]`, 1 where the probabilities of a step have the log2 grid.
 
     The products are sums of whole numbers, computed in floating point, where they are exact (see
-    `numerics.attention_products`): integer matmuls of torch take two matrices, not batches of small ones.
+    `numerics.attention_products`): integer matmuls of torch take two matrices, not batches of
+    small ones.
     """
 
     act_scale: Tensor

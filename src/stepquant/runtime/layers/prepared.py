@@ -7,22 +7,10 @@ from types import ModuleType
 
 from torch import Tensor
 
+from stepquant.runtime.kernels.onednn import CallConstants
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.ops.native.products import Weight
-
-
-@dataclass(frozen=True)
-class CallConstants:
-    """What a kernel call needs beside codes and weight, where it is the same at every step.
-
-    `scale`, `zero_point`: of the activation grid. `bias`: float32 `[C_out]`; a conv's holds the
-    share of the zero point, see `kernels.cpu`.
-    """
-
-    scale: float
-    zero_point: int
-    bias: Tensor
 
 
 @dataclass
@@ -30,7 +18,7 @@ class PreparedPart:
     """Input part number `index` of a layer: its kernel, with the weight in that kernel's layout.
 
     `reasons`: why faster kernels do not take it. `weight` and `rest`: what the kernel's `prepare`
-    gave; `weight` is None where each call lays it out (`runtime.layers.resident`). `grid`: the activation
+    gave; `weight` is None where each call lays it out (`layers.resident`). `grid`: the activation
     grid, at row 0. `start`: the part's first in-channel. `constants`, `held` and `grid_in_force`
     (with its addresses) are filled by `runtime.layers.codes`.
     """

@@ -1,17 +1,13 @@
-"""From a packed layer's float input to codes, and what the codes do not hold of it."""
+"""From floats to codes, and codes in the frame that a padded conv reads."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from stepquant.numerics import max_code
-from stepquant.quantizers.activation import spread_rows
-
-if TYPE_CHECKING:
-    from stepquant.runtime.layers.integer import PackedLayer
 
 
 def encode(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -24,21 +20,18 @@ def encode(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     return codes.round_().add_(zero_point).clamp_(0, max_code(bits)).to(torch.uint8)
 
 
-def input_error(layer: PackedLayer, x: Tensor) -> Tensor:
-    """What the activation grids of `layer` do not hold of its input `x`, in its shape, float32."""
-    context = layer.context
-    rows = torch.zeros_like(context.rows[:1]) if layer.steps == 1 else context.rows
-    rows = spread_rows(rows.to(x.device), x.shape[0])
-    errors = []
-    inputs = x.to(torch.float32).split(layer.splits, dim=layer.channel_dim)
-    for part, prepared in zip(inputs, layer.prepared_parts(), strict=True):
-        scale, zero_point = (
-            table[prepared.index].index_select(0, rows).view(-1, *(1,) * (x.dim() - 1))
-            for table in (layer.act_scale, layer.act_zero_point)
-        )
-        factors = prepared.grid.factors_for(part, layer.channel_dim)
-        scaled = part if factors is None else part * factors
-        codes = encode(scaled, scale, zero_point, layer.spec.activation_bits)
-        error = scaled - (codes.to(torch.float32) - zero_point) * scale
-        errors.append(error if factors is None else error / factors)
-    return torch.cat(errors, dim=layer.channel_dim)
+def pad(codes: Tensor, zero_point: Tensor, padding: Sequence[int]) -> Tensor:
+    """`codes [B, C, H, W]` between rows and columns of `zero_point [1]`, channels last.
+
+    Part of the operator, not of what `torch.compile` sees: the code that it makes for copying uint8
+    into a frame is slower than the conv.
+    """
+    if not any(padding):
+        return codes.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = codes.shape
+    top, left = padding
+    shape = (batch, channels, height + 2 * top, width + 2 * left)
+    fill = zero_point.to(torch.uint8).view(1, 1, 1, 1).expand(shape)
+    padded = fill.contiguous(memory_format=torch.channels_last)
+    padded[:, :, top : top + height, left : left + width] = codes
+    return padded

@@ -1,7 +1,7 @@
 """What lies between a model's integer layers, done in one pass: float images in, codes out.
 
 Each function has a plain form of torch operations, which says what it computes, and a native one
-(`runtime.ops.native`) that reads each value once or twice instead of ten times. The native one is taken
+(`ops.native`) that reads each value once or twice instead of ten times. The native one is taken
 for float32 and bfloat16 tensors on a CPU where the library is there; what torch.compile traces is
 the plain one. Both compute in float32. Their codes differ only where the value before it is rounded
 is a tie, up to the last bits of a float; without a norm or an activation they do not differ.
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.runtime.kernels.onednn import pad
 from stepquant.runtime.ops import native
 from stepquant.runtime.ops.encoding import encode as packed_encode
+from stepquant.runtime.ops.encoding import pad
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.native import Library, calls
 from stepquant.support.errors import StepQuantError

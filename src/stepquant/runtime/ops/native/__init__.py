@@ -2,7 +2,7 @@
 
 The library is compiled when the package is built or installed (`hatch_build.py`), or by
 `python -m stepquant.runtime.ops.native`. Where there is none, or `STEPQUANT_NATIVE` is 0,
-`runtime.ops.fused` and oneDNN's kernels compute the same with torch, only slower. Integer products are
+`ops.fused` and oneDNN's kernels compute the same with torch, only slower. Integer products are
 there for CPUs with AVX-512 VNNI, and with AMX; what caps oneDNN's instruction set caps them.
 """
 
