@@ -213,6 +213,20 @@ def test_onednn_gives_no_samples_for_none(name: str) -> None:
     assert y.shape == ((0, 24, 4, 3) if spec.kind == "conv2d" else (0, 5, spec.out_channels))
 
 
+@needs_onednn
+@pytest.mark.parametrize("name", ["linear-w8-extreme", "conv3x3-24-24-extreme"])
+def test_onednn_does_not_run_codes_in_one_pass_where_pairs_saturate(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "pairs_saturate", lambda: True)
+    case = NAMES[name]
+    inputs, channels = case.inputs(), torch.ones(case.spec.out_channels)
+    state = cpu.prepare(inputs["weight"], channels, case.spec)
+    constants = CallConstants(1.0, 0, channels)
+    with pytest.raises(AssertionError, match="one pass of oneDNN's kernel saturates"):
+        cpu.run_codes(state, inputs["codes"], constants, case.spec, None, False, torch.float32)
+
+
 def test_pad_surrounds_the_codes_with_the_zero_point() -> None:
     codes = torch.arange(12, dtype=torch.uint8).reshape(1, 2, 2, 3)
     padded = cpu.pad(codes, torch.tensor([200], dtype=torch.int32), (1, 2))
