@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stepquant.errors import StepQuantError
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext
+from stepquant.runtime import openvino_export
 from stepquant.runtime.attention import PackedAttention
 from stepquant.runtime.lora_branch import LoraBranch, attach_branch
 from stepquant.runtime.openvino_export import ExportLayer, export_denoiser
@@ -85,7 +86,8 @@ class Denoiser(nn.Module):
 
 @pytest.fixture
 def denoiser(simulate: Any, context: StepContext) -> Denoiser:
-    built = Denoiser(pack_layer(simulate(seeded("conv3x3")))).eval()
+    """With few enough bits for every CPU."""
+    built = Denoiser(pack_layer(simulate(seeded("conv3x3"), 4))).eval()
     context.attach(built)
     return built
 
@@ -130,11 +132,18 @@ def test_other_dtypes_and_offloading_are_refused(denoiser: Denoiser) -> None:
     assert refused(denoiser).startswith("Denoiser is offloaded by accelerate")
 
 
-def test_a_cpu_whose_kernels_saturate_is_refused(denoiser: Denoiser, monkeypatch: Any) -> None:
-    from stepquant.runtime import openvino_export
-
-    monkeypatch.setattr(openvino_export, "_saturates", lambda spec: True)
-    assert refused(denoiser).startswith("the layer 'layer' has w8a8 and this CPU no VNNI")
+@pytest.mark.parametrize("saturates", [True, False])
+def test_many_bits_are_refused_on_a_cpu_whose_kernels_saturate(
+    saturates: bool, denoiser: Denoiser, simulate: Any, context: StepContext, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(openvino_export, "_saturates", lambda spec: saturates)
+    export_denoiser(denoiser)
+    denoiser.layer = pack_layer(simulate(seeded("conv3x3"), 8, 8))
+    context.attach(denoiser)
+    if saturates:
+        assert refused(denoiser).startswith("the layer 'layer' has w8a8 and this CPU no VNNI")
+    else:
+        export_denoiser(denoiser)
 
 
 def test_no_module_stays_packed(denoiser: Denoiser) -> None:
