@@ -8,9 +8,10 @@ import yaml
 from PIL import Image
 
 import stepquant
-from cli_runs import record, refused, run
+from cli_runs import TINY, record, refused, run
 from stepquant import api
 from stepquant.cli.quantize import quantize as quantize_verb
+from stepquant.engines import openvino_export
 
 ENVELOPE = {"verb", "stepquant_version", "versions", "arguments", "results"}
 
@@ -189,20 +190,28 @@ def test_bench_times_both_models(float_folder, packed_folder, tmp_path):
         assert f"slower than it could be: {note}\n" in result.stdout
 
 
-def test_sample_and_bench_take_openvino(float_folder, packed_folder, tmp_path):
+def test_sample_and_bench_take_openvino(float_folder, packed_folder, tmp_path, monkeypatch):
     pytest.importorskip("openvino", reason="openvino is not installed")
+    everywhere = "{pattern: '*', weight_bits: 4, activation_bits: 8}"  # w8a8 wants VNNI
+    few_bits = ["--recipe=minmax", *TINY[:2], f"--set=scheme.overrides=[{everywhere}]"]
+    few_bits_folder = tmp_path / "few_bits"
+    result = run("quantize", float_folder, *few_bits, "--out", few_bits_folder)
+    assert result.exit_code == 0, result.stderr
     grid = tmp_path / "grid.png"
     told = refused("sample", float_folder, "--grid", grid, "--backend=openvino")
     assert told.startswith("UNet2DModel has no packed layer: expected a model")
     sampled = ["--num=1", "--steps=2", "--backend=openvino", "--quiet"]
-    result = run("sample", packed_folder, "--grid", grid, *sampled)
+    result = run("sample", few_bits_folder, "--grid", grid, *sampled)
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     assert grid.is_file()
     timed = ["--batch=1", "--repeats=1", "--backend=openvino:CPU"]
-    result = run("bench", packed_folder, "--against", float_folder, *timed)
+    result = run("bench", few_bits_folder, "--against", float_folder, *timed)
     assert result.exit_code == 0, result.stderr
     assert "OpenVINO's kernels on CPU: " in result.stdout
     assert "faster at batch 1 on this machine: " in result.stdout
+    monkeypatch.setattr(openvino_export, "_saturates", lambda spec: True)
+    told = refused("sample", packed_folder, "--grid", grid, "--backend=openvino")
+    assert told.startswith("the layer 'conv_in' has w8a8 and this CPU no VNNI")
 
 
 def test_inspect_shows_a_float_model(float_folder, tmp_path):

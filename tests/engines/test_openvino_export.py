@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from stepquant.runtime.attention import PackedAttention
+from stepquant.runtime.lora_branch import LoraBranch, attach_branch
+from stepquant.runtime.openvino_export import ExportLayer, export_denoiser
+from stepquant.runtime.pack import pack_layer
 from torch import Tensor, nn
 
 from layer_cases import assert_agrees, input_for, layers, seeded
+from stepquant.engines import openvino_export
 from stepquant.engines.openvino_export import ExportLayer, export_denoiser
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext
-from stepquant.runtime.layers.integer_attention import PackedAttention
-from stepquant.runtime.layers.lora_branch import LoraBranch, attach_branch
-from stepquant.simulation.packing import pack_layer
-from stepquant.support.errors import StepQuantError
+from stepquant.runtime import openvino_export
 
 TIMES = [0, 40, torch.tensor([40, 0, 10])]
 
@@ -85,7 +87,8 @@ class Denoiser(nn.Module):
 
 @pytest.fixture
 def denoiser(simulate: Any, context: StepContext) -> Denoiser:
-    built = Denoiser(pack_layer(simulate(seeded("conv3x3")))).eval()
+    """With few enough bits for every CPU."""
+    built = Denoiser(pack_layer(simulate(seeded("conv3x3"), 4))).eval()
     context.attach(built)
     return built
 
@@ -130,11 +133,18 @@ def test_other_dtypes_and_offloading_are_refused(denoiser: Denoiser) -> None:
     assert refused(denoiser).startswith("Denoiser is offloaded by accelerate")
 
 
-def test_a_cpu_whose_kernels_saturate_is_refused(denoiser: Denoiser, monkeypatch: Any) -> None:
-    from stepquant.engines import openvino_export
-
-    monkeypatch.setattr(openvino_export, "_saturates", lambda spec: True)
-    assert refused(denoiser).startswith("the layer 'layer' has w8a8 and this CPU no VNNI")
+@pytest.mark.parametrize("saturates", [True, False])
+def test_many_bits_are_refused_on_a_cpu_whose_kernels_saturate(
+    saturates: bool, denoiser: Denoiser, simulate: Any, context: StepContext, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(openvino_export, "_saturates", lambda spec: saturates)
+    export_denoiser(denoiser)
+    denoiser.layer = pack_layer(simulate(seeded("conv3x3"), 8, 8))
+    context.attach(denoiser)
+    if saturates:
+        assert refused(denoiser).startswith("the layer 'layer' has w8a8 and this CPU no VNNI")
+    else:
+        export_denoiser(denoiser)
 
 
 def test_no_module_stays_packed(denoiser: Denoiser) -> None:

@@ -75,8 +75,11 @@ def test_a_backend_can_be_asked_for(tiny_pipeline, packed, pipeline):
     set_backend(packed.unet, "auto")
 
 
-def test_openvino_is_timed_beside_the_packed_layers(packed, pipeline):
+def test_openvino_is_timed_beside_the_packed_layers(pipeline):
     pytest.importorskip("openvino", reason="openvino is not installed")
+    everywhere = {"pattern": "*", "weight_bits": 4, "activation_bits": 8}  # w8a8 wants VNNI
+    settings = {"calibration.trajectories": 1, "scheme.overrides": [everywhere]}
+    packed = quantize(pipeline, "minmax", 4, 8, steps=2, settings=settings).pipeline
     record = bench(packed, pipeline, batch=(1, 2), repeats=1, backend="openvino")
     names = ["float32", "quantized", "openvino"]
     assert [row["model"] for row in record["rows"]] == 2 * names
@@ -120,14 +123,26 @@ def test_what_weights_take_in_memory_is_told(packed, pipeline, mode):
     set_memory_mode(packed.unet, "fast")
 
 
-def test_backends_agree(packed):
-    call = denoiser_call(packed.unet, 2, 500)
-    outputs = {}
-    for backend in ("auto", "reference"):
-        set_backend(packed.unet, backend)
-        outputs[backend] = call()[0]
+@pytest.mark.parametrize("backend", ["auto", "onednn"])
+@torch.no_grad()
+def test_backends_agree(packed, backend):
+    """Strictly layer by layer: through a model, a value at a tie may fall to another code."""
+    call, calls = denoiser_call(packed.unet, 2, 500), []
+    set_backend(packed.unet, "reference")
+    hooks = [
+        layer.register_forward_hook(lambda layer, args, y: calls.append((layer, args[0], y)))
+        for layer in layers_of(packed)
+    ]
+    expected = call()[0]
+    for hook in hooks:
+        hook.remove()
+    set_backend(packed.unet, backend)
+    found = call()[0]
+    assert {id(layer) for layer, _, _ in calls} == {id(layer) for layer in layers_of(packed)}
+    for layer, x, y in calls:
+        assert (layer(x) - y).abs().max() < 1e-5 * y.abs().max()
     set_backend(packed.unet, "auto")
-    torch.testing.assert_close(outputs["auto"], outputs["reference"], rtol=1e-4, atol=1e-4)
+    assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 def test_a_call_is_of_the_models_own_size_and_without_gradients(tiny_unet):

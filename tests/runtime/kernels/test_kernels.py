@@ -214,6 +214,20 @@ def test_onednn_gives_no_samples_for_none(name: str) -> None:
     assert y.shape == ((0, 24, 4, 3) if spec.kind == "conv2d" else (0, 5, spec.out_channels))
 
 
+@needs_onednn
+@pytest.mark.parametrize("name", ["linear-w8-extreme", "conv3x3-24-24-extreme"])
+def test_onednn_does_not_run_codes_in_one_pass_where_pairs_saturate(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "pairs_saturate", lambda: True)
+    case = NAMES[name]
+    inputs, channels = case.inputs(), torch.ones(case.spec.out_channels)
+    state = onednn.prepare(inputs["weight"], channels, case.spec)
+    constants = CallConstants(1.0, 0, channels)
+    with pytest.raises(AssertionError, match="one pass of oneDNN's kernel saturates"):
+        onednn.run_codes(state, inputs["codes"], constants, case.spec, None, False, torch.float32)
+
+
 def test_pad_surrounds_the_codes_with_the_zero_point() -> None:
     codes = torch.arange(12, dtype=torch.uint8).reshape(1, 2, 2, 3)
     padded = pad(codes, torch.tensor([200], dtype=torch.int32), (1, 2))
@@ -281,12 +295,11 @@ def test_auto_on_a_device_that_no_kernel_is_made_for_says_why_it_is_slow() -> No
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_a_backend_that_is_asked_for_is_taken_or_the_reason_given(backend: str) -> None:
-    name, kernel, reasons = choose(LINEAR, CPU, backend)
-    if KERNELS[backend].why_not(LINEAR, CPU) is None:
-        assert (name, kernel, reasons) == (backend, KERNELS[backend], [])
+    chosen, reason = choose(LINEAR, CPU, backend), KERNELS[backend].why_not(LINEAR, CPU)
+    if reason is None:
+        assert chosen == (backend, KERNELS[backend], [])
     else:
-        assert name == "reference" and len(reasons) == 1
-        assert reasons[0].startswith(f"{backend}: made for ")
+        assert chosen == ("reference", KERNELS["reference"], [f"{backend}: {reason}"])
 
 
 def test_an_unknown_backend_is_refused() -> None:

@@ -171,6 +171,11 @@ def run_codes(
     own = dtype if added is None and gate is None else torch.float32
     if not codes.numel():  # oneDNN gives [0, C_out] for every shape
         return empty_result(codes, spec, dtype)
+    if spec.pair_overflows_int16 and pairs_saturate():
+        raise AssertionError(
+            f"one pass of oneDNN's kernel saturates w{spec.weight_bits}a{spec.activation_bits} "
+            "without VNNI: callers ask `runtime.codes.why_not` first"
+        )
     if spec.kind == "linear":
         y = torch.ops.onednn.qlinear_pointwise.default(
             *(codes, constants.scale, constants.zero_point, packed, weight_scale, zeros),
