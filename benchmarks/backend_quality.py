@@ -19,7 +19,7 @@ from quality import parse_bits
 from records import write_record
 from stepquant.api import sample
 from stepquant.engines.backend import set_backend
-from stepquant.evaluate import paired_psnr
+from stepquant.evaluation import paired_psnr
 from stepquant.methods.recipe import load_recipe
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import denoiser_of

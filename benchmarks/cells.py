@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import stepquant
-from stepquant.evaluate import load_features, peak_memory_mb
+from stepquant.evaluation import load_features, peak_memory_mb
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import default_conditions, default_features, open_pipeline

@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from cells import machine
 from records import write_record
-from stepquant.evaluate import frechet_distance, load_features
-from stepquant.evaluate.features import ASSETS
+from stepquant.evaluation import frechet_distance, load_features
+from stepquant.evaluation.features import ASSETS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
 from data import load

@@ -23,7 +23,7 @@ from records import write_record
 from stepquant.calibration.observe import quant_layers
 from stepquant.calibration.trajectories import Trajectories, capture_trajectories
 from stepquant.engines.backend import set_backend
-from stepquant.evaluate import paired_psnr
+from stepquant.evaluation import paired_psnr
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import denoiser_name, denoiser_of, sample_images
 from stepquant.runtime.layers.integer import PackedLayer

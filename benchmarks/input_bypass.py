@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cells import machine
 from quality import parse_bits
 from stepquant.calibration.observe import quant_layers
-from stepquant.evaluate.metrics import paired_psnr
+from stepquant.evaluation.metrics import paired_psnr
 from stepquant.methods.recipe import load_recipe, parse_recipe
 from stepquant.pipelines.opening import default_features, open_pipeline
 from stepquant.pipelines.sampling import AUTO, denoiser_name, denoiser_of, sample_images

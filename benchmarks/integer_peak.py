@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from stepquant.evaluate import measure_latency
+from stepquant.evaluation import measure_latency
 from stepquant.runtime.kernels import native, onednn
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.ops.result_shapes import shape_of

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cells import machine
-from stepquant.evaluate import peak_memory_mb
+from stepquant.evaluation import peak_memory_mb
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write
 from stepquant.verbs.quantize import quantize

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cells import machine
 from records import write_record
-from stepquant.evaluate import paired_psnr
+from stepquant.evaluation import paired_psnr
 from stepquant.pipelines.opening import default_features, open_pipeline
 from stepquant.pipelines.sampling import denoiser_of, sample_images
 from stepquant.support.progress import Reporter

@@ -19,7 +19,7 @@ import torch
 from cells import machine
 from paper_model import paper_pipeline
 from records import write_record
-from stepquant.evaluate import measure_latency, peak_memory_mb
+from stepquant.evaluation import measure_latency, peak_memory_mb
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import denoiser_of

@@ -27,7 +27,7 @@ from cells import machine
 from records import write_record
 from stepquant.calibration.influence import image_gradients, influence_spectrum
 from stepquant.calibration.trajectories import capture_trajectories
-from stepquant.evaluate.metrics import paired_psnr
+from stepquant.evaluation.metrics import paired_psnr
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.opening import default_features, open_pipeline
 from stepquant.pipelines.sampling import denoiser_of, sample_images, set_scheduler

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stepquant.api import load, quantize, sample
-from stepquant.evaluate import load_features, paired_psnr
+from stepquant.evaluation import load_features, paired_psnr
 from stepquant.pipelines.opening import builtin_names, default_conditions, default_features
 
 MODELS = [

@@ -15,7 +15,7 @@ from torch import nn
 
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.sampling import sample_images
-from stepquant.report.images import save_grid
+from stepquant.reporting.images import save_grid
 
 SOURCES = {
     "fashion_mnist": (

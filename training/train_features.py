@@ -2,7 +2,7 @@
 
     python training/train_features.py fashion --data DIR --out src/stepquant/assets/fashion-features
 
-A small residual classifier (`stepquant.evaluate.feature_network`), trained with SGD, a one-cycle
+A small residual classifier (`stepquant.evaluation.feature_network`), trained with SGD, a one-cycle
 learning rate, random shifts, flips and changes of light. The asset holds its fp16 weights and the
 float64 sums of the training set's features in the state that torchmetrics' FID keeps them in, so
 that a distance to the data needs no data. Fashion takes minutes on two CPU cores; CIFAR-10 wants
@@ -20,7 +20,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 
 from data import load
-from stepquant.evaluate.feature_network import FeatureNetwork, frechet_metric
+from stepquant.evaluation.feature_network import FeatureNetwork, frechet_metric
 
 DATA = {"fashion": "fashion_mnist", "cifar10": "cifar10"}
 SIZES = {

@@ -12,6 +12,7 @@ from stepquant.methods.recipe import load_recipe, recipe_names
 from stepquant.pipelines.denoiser_pipeline import DenoiserPipeline
 from stepquant.pipelines.opening import open_pipeline as load
 from stepquant.runtime.layers.resident import WeightBytes, set_memory_mode, weight_bytes_resident
+from stepquant.support.errors import StepQuantError
 from stepquant.verbs.bench import bench
 from stepquant.verbs.demo import demo
 from stepquant.verbs.evaluate import evaluate
@@ -27,6 +28,7 @@ __all__ = [
     "OpenVinoDenoiser",
     "Quantized",
     "RecordedDenoiser",
+    "StepQuantError",
     "WeightBytes",
     "WeightOnlyConfig",
     "bench",

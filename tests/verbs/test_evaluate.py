@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from stepquant.evaluate import load_features
+from stepquant.evaluation import load_features
 from stepquant.pipelines.sampling import sample_images
 from stepquant.support.errors import StepQuantError
 from stepquant.verbs.evaluate import class_shares, distances, evaluate, noise_error

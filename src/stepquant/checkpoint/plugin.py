@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from diffusers.quantizers import auto
 from torch import Tensor, nn
 
 from stepquant.checkpoint import validate
@@ -17,7 +16,7 @@ from stepquant.checkpoint.checksum import (
     read_checksum,
     tensor_line,
 )
-from stepquant.checkpoint.config import StepQuantConfig, StepQuantMethod
+from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
 from stepquant.models.attention_processor import ProductsProcessor
 from stepquant.models.input_bypass import InputBypass, bypass_of, detach_bypass
@@ -27,12 +26,6 @@ from stepquant.runtime.blocks import use_fast_blocks, use_plain_blocks
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.layers.lora_branch import named_branches
 from stepquant.support.errors import StepQuantError
-
-
-def register() -> None:
-    """Teach diffusers the method "stepquant"; it has no other way in than its two tables."""
-    auto.AUTO_QUANTIZER_MAPPING[StepQuantMethod.STEPQUANT.value] = StepQuantQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[StepQuantMethod.STEPQUANT.value] = StepQuantConfig
 
 
 class StepQuantQuantizer(FrozenQuantizer):

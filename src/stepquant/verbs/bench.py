@@ -15,7 +15,7 @@ from stepquant.engines.backend import set_backend
 from stepquant.engines.captured_calls import recorded
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser, device_of
 from stepquant.engines.slow_paths import slow_paths
-from stepquant.evaluate import measure_latency, peak_memory_mb
+from stepquant.evaluation import measure_latency, peak_memory_mb
 from stepquant.models.adapter import DenoiserAdapter, adapter_for
 from stepquant.models.calling import named_arguments, on_device
 from stepquant.pipelines.opening import open_pipeline

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepquant.engines.backend import with_captured_calls
-from stepquant.evaluate import measure_latency
+from stepquant.evaluation import measure_latency
 from stepquant.pipelines.opening import (
     BUILTIN,
     builtin_names,
@@ -20,7 +20,7 @@ from stepquant.pipelines.opening import (
     open_pipeline,
 )
 from stepquant.pipelines.sampling import denoiser_of, sample_images
-from stepquant.report.images import save_grid
+from stepquant.reporting.images import save_grid
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write

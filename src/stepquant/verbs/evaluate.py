@@ -13,7 +13,7 @@ from torch import Tensor
 from stepquant.calibration.trajectories import capture_trajectories, predict
 from stepquant.engines.backend import with_captured_calls
 from stepquant.engines.slow_paths import slow_paths
-from stepquant.evaluate import (
+from stepquant.evaluation import (
     frechet_distance,
     frechet_distance_interval,
     load_features,

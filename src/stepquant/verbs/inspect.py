@@ -24,7 +24,7 @@ from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import AUTO, denoiser_of
 from stepquant.quantizers import StepContext
-from stepquant.report.plots import check_plots, write_plots
+from stepquant.reporting.plots import check_plots, write_plots
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.simulation.scheme import Scheme

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.trajectories import Trajectories, predict
-from stepquant.evaluate.latency import MEGABYTE
+from stepquant.evaluation.latency import MEGABYTE
 from stepquant.methods.recipe import Recipe
 from stepquant.methods.training.block_training import BYTES_OF_OUTPUTS, BYTES_OF_TARGETS
 from stepquant.models.calling import tensors_in

@@ -20,7 +20,7 @@ from stepquant.calibration.survey import adapter_of
 from stepquant.calibration.trajectories import drawer, first_inputs
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
-from stepquant.evaluate import peak_memory_mb, reset_peak_memory
+from stepquant.evaluation import peak_memory_mb, reset_peak_memory
 from stepquant.lora.pipeline import check_no_lora
 from stepquant.methods.recipe import Recipe, load_recipe
 from stepquant.methods.session import (

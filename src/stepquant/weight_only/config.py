@@ -139,8 +139,3 @@ class DynamicConfig(WeightOnlyConfig):
     def takes(module: nn.Module) -> bool:
         """Whether a layer of these kinds can stand in the place of `module`."""
         return takes_dynamic(module)
-
-
-CONFIGS: dict[str, type[WeightOnlyConfig]] = {
-    kind.method.value: kind for kind in (WeightOnlyConfig, DynamicConfig)
-}

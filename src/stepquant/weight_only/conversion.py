@@ -15,7 +15,7 @@ from stepquant.calibration.initialize import weight_search
 from stepquant.checkpoint.folder import check_folder, read_components
 from stepquant.checkpoint.load import is_single_file, local_folder
 from stepquant.checkpoint.save import complete_or_absent, remove_partial
-from stepquant.evaluate import peak_memory_mb, reset_peak_memory
+from stepquant.evaluation import peak_memory_mb, reset_peak_memory
 from stepquant.models.adapter import ADAPTERS
 from stepquant.pipelines.opening import resolve_builtin, weight_file_bytes
 from stepquant.pipelines.sampling import DENOISERS

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.quantizers import auto
 from torch import Tensor, nn
 
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
 from stepquant.quantizers.weight import GridSearch
 from stepquant.runtime.layers.weight_only import minmax_grid
 from stepquant.support.errors import StepQuantError
-from stepquant.weight_only.config import CONFIGS, WeightOnlyConfig
+from stepquant.weight_only.config import WeightOnlyConfig
 from stepquant.weight_only.model import (
     check_loaded,
     check_tensor,
@@ -74,19 +73,6 @@ class WeightOnlyQuantizer(FrozenQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         check_loaded(model, self.quantization_config)
         model.register_to_config(quantization_config=self.quantization_config)
-
-
-def register() -> None:
-    """Teach diffusers, and transformers if it is installed, to load such components."""
-    from diffusers.utils import is_transformers_available, is_transformers_version
-
-    for method, kind in CONFIGS.items():
-        auto.AUTO_QUANTIZER_MAPPING[method] = WeightOnlyQuantizer
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = kind
-    if is_transformers_available() and is_transformers_version(">=", "5.0.0"):
-        from stepquant.weight_only import text
-
-        text.register()
 
 
 def quantize_weights(

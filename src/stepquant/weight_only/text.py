@@ -8,20 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
+from diffusers.utils import is_transformers_version
 from safetensors import safe_open
-from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from stepquant.support.errors import StepQuantError
-from stepquant.weight_only.config import CONFIGS, WeightOnlyConfig
+from stepquant.weight_only.config import WeightOnlyConfig
 from stepquant.weight_only.model import check_loaded, put_layers, resolved_at_load
-
-
-def register() -> None:
-    """Teach transformers the methods."""
-    for method, kind in CONFIGS.items():
-        auto.AUTO_QUANTIZER_MAPPING[method] = TextWeightOnlyQuantizer
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = kind
 
 
 def check_counts(files: list[str], config: WeightOnlyConfig) -> None:
@@ -64,6 +58,14 @@ class TextWeightOnlyQuantizer(HfQuantizer):
     requires_calibration = False
 
     quantization_config: WeightOnlyConfig  # type: ignore[assignment]
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Raise StepQuantError for a transformers release that calls quantizers in another way."""
+        if not is_transformers_version(">=", "5.0.0"):
+            raise StepQuantError(
+                f"transformers {transformers.__version__} is installed: expected 5 or newer for "
+                "weight-only text encoders; pip install 'stepquant[text]'"
+            )
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:

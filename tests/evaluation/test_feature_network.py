@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stepquant.evaluate import FeatureNetwork, frechet_metric
+from stepquant.evaluation import FeatureNetwork, frechet_metric
 from stepquant.support.errors import StepQuantError
 
 FASHION = {"in_channels": 1, "width": 24, "features": 64, "classes": 10}

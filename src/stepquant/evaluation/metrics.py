@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 from torch import Tensor
 
-from stepquant.evaluate.extra import evaluate_extra
-from stepquant.evaluate.feature_network import frechet_metric
-from stepquant.evaluate.features import check_unit_range
-from stepquant.evaluate.reference_statistics import COUNT, check_statistics
+from stepquant.evaluation.extra import evaluate_extra
+from stepquant.evaluation.feature_network import frechet_metric
+from stepquant.evaluation.features import check_unit_range
+from stepquant.evaluation.reference_statistics import COUNT, check_statistics
 from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:

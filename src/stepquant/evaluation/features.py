@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stepquant.evaluate.feature_network import FeatureNetwork
-from stepquant.evaluate.reference_statistics import check_statistics
+from stepquant.evaluation.feature_network import FeatureNetwork
+from stepquant.evaluation.reference_statistics import check_statistics
 from stepquant.support.errors import StepQuantError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -192,7 +192,7 @@ def _build(path: Path) -> FeatureNetwork:
     except (TypeError, ValueError, RuntimeError) as error:
         raise StepQuantError(
             f"'sizes' of {path} does not describe a feature network ({error}): expected the "
-            "arguments of stepquant.evaluate.FeatureNetwork"
+            "arguments of stepquant.evaluation.FeatureNetwork"
         ) from error
 
 

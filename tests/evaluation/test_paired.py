@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepquant.evaluate import noise_prediction_error, paired_psnr, paired_ssim
+from stepquant.evaluation import noise_prediction_error, paired_psnr, paired_ssim
 from stepquant.support.errors import StepQuantError
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from stepquant.evaluate.features import check_unit_range
+from stepquant.evaluation.features import check_unit_range
 from stepquant.support.errors import StepQuantError
 from stepquant.support.work_folder import atomic_write
 

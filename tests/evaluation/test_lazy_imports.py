@@ -4,8 +4,8 @@ import sys
 import pytest
 import torch
 
-import stepquant.evaluate
-from stepquant.evaluate import frechet_metric, paired_psnr, paired_ssim
+import stepquant.evaluation
+from stepquant.evaluation import frechet_metric, paired_psnr, paired_ssim
 from stepquant.support.errors import StepQuantError
 
 IMAGES = torch.zeros(2, 1, 16, 16)
@@ -13,8 +13,8 @@ IMAGES = torch.zeros(2, 1, 16, 16)
 
 def test_torchmetrics_is_not_imported_before_it_is_used():
     code = (
-        "import sys, stepquant.evaluate\n"
-        "from stepquant.evaluate import *\n"
+        "import sys, stepquant.evaluation\n"
+        "from stepquant.evaluation import *\n"
         "measure_latency({'a': int}, 1, 0)\n"
         "assert load_features.__name__ == 'load_features'\n"
         "print('torchmetrics' in sys.modules)\n"
@@ -27,15 +27,15 @@ def test_torchmetrics_is_not_imported_before_it_is_used():
     assert done.stdout.split() == ["False", "True"]
 
 
-@pytest.mark.parametrize("name", stepquant.evaluate.__all__)
+@pytest.mark.parametrize("name", stepquant.evaluation.__all__)
 def test_every_public_name_is_there(name):
-    assert getattr(stepquant.evaluate, name).__module__.startswith("stepquant.evaluate.")
-    assert name in dir(stepquant.evaluate)
+    assert getattr(stepquant.evaluation, name).__module__.startswith("stepquant.evaluation.")
+    assert name in dir(stepquant.evaluation)
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match=r"'stepquant\.evaluate' has no attribute 'fid'"):
-        _ = stepquant.evaluate.fid
+    with pytest.raises(AttributeError, match=r"'stepquant\.evaluation' has no attribute 'fid'"):
+        _ = stepquant.evaluation.fid
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_without_torchmetrics_the_error_says_what_to_install(monkeypatch, call):
 
 
 def test_another_missing_package_is_not_blamed_on_torchmetrics(monkeypatch):
-    from stepquant.evaluate.extra import evaluate_extra
+    from stepquant.evaluation.extra import evaluate_extra
 
     monkeypatch.setitem(sys.modules, "numpy_of_another_name", None)
     with pytest.raises(ModuleNotFoundError, match="numpy_of_another_name"), evaluate_extra():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stepquant.evaluate import FeatureNetwork, frechet_distance, frechet_metric, load_features
+from stepquant.evaluation import FeatureNetwork, frechet_distance, frechet_metric, load_features
 from stepquant.support.errors import StepQuantError
 
 SIZES = {"in_channels": 1, "width": 4, "features": 6, "classes": 3}

@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stepquant.report.images import GAP, save_grid, save_images
+from stepquant.reporting.images import GAP, save_grid, save_images
 from stepquant.support.errors import StepQuantError
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepquant.evaluate import Timing, measure_latency, peak_memory_mb, ratios, reset_peak_memory
+from stepquant.evaluation import Timing, measure_latency, peak_memory_mb, ratios, reset_peak_memory
 from stepquant.support.errors import StepQuantError
 
 

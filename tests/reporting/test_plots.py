@@ -3,7 +3,7 @@ import sys
 import pytest
 from PIL import Image
 
-from stepquant.report.plots import check_plots, write_plots
+from stepquant.reporting.plots import check_plots, write_plots
 from stepquant.support.errors import StepQuantError
 
 TIMESTEPS = [980, 660, 330, 0]

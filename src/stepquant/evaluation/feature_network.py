@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from stepquant.evaluate.extra import evaluate_extra
+from stepquant.evaluation.extra import evaluate_extra
 from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stepquant.report.images import check_new_folder, new_folder
+from stepquant.reporting.images import check_new_folder, new_folder
 from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:

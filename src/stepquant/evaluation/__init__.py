@@ -1,6 +1,6 @@
 """Quality, latency and memory of a model.
 
-The names below are loaded when they are first used: `import stepquant.evaluate` itself is cheap,
+The names below are loaded when they are first used: `import stepquant.evaluation` itself is cheap,
 and torchmetrics, of the `[evaluate]` extra, is imported by the first metric that is computed.
 """
 
@@ -10,16 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stepquant.evaluate.feature_network import FeatureNetwork, frechet_metric
-    from stepquant.evaluate.features import FeatureExtractor, load_features
-    from stepquant.evaluate.latency import (
+    from stepquant.evaluation.feature_network import FeatureNetwork, frechet_metric
+    from stepquant.evaluation.features import FeatureExtractor, load_features
+    from stepquant.evaluation.latency import (
         Timing,
         measure_latency,
         peak_memory_mb,
         ratios,
         reset_peak_memory,
     )
-    from stepquant.evaluate.metrics import (
+    from stepquant.evaluation.metrics import (
         StepError,
         frechet_distance,
         frechet_distance_interval,

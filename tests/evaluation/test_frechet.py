@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepquant.evaluate import frechet_distance, frechet_distance_interval, frechet_metric
+from stepquant.evaluation import frechet_distance, frechet_distance_interval, frechet_metric
 from stepquant.support.errors import StepQuantError
 
 
