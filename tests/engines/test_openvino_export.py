@@ -6,10 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from stepquant.runtime.attention import PackedAttention
-from stepquant.runtime.lora_branch import LoraBranch, attach_branch
-from stepquant.runtime.openvino_export import ExportLayer, export_denoiser
-from stepquant.runtime.pack import pack_layer
 from torch import Tensor, nn
 
 from layer_cases import assert_agrees, input_for, layers, seeded
@@ -17,7 +13,10 @@ from stepquant.engines import openvino_export
 from stepquant.engines.openvino_export import ExportLayer, export_denoiser
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext
-from stepquant.runtime import openvino_export
+from stepquant.runtime.layers.integer_attention import PackedAttention
+from stepquant.runtime.layers.lora_branch import LoraBranch, attach_branch
+from stepquant.simulation.packing import pack_layer
+from stepquant.support.errors import StepQuantError
 
 TIMES = [0, 40, torch.tensor([40, 0, 10])]
 
