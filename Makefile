@@ -9,13 +9,14 @@ NATIVE := src/stepquant/runtime/ops/native
 KERNELS := $(NATIVE)/_kernels.so
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow test-wheel lint format clean
 
 help:
 	@echo "make demo       quantize the embedded model, sample it, compare it with the float model"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-slow  the slow tests"
-	@echo "make lint       ruff and mypy"
+	@echo "make test-wheel  build the wheel, install it into an empty environment, quantize and sample"
+	@echo "make lint       ruff, mypy, and the order of the rooms"
 	@echo "make format     let ruff sort imports and format"
 	@echo "make clean      remove what the above wrote, except $(VENV)"
 	@echo
@@ -50,15 +51,29 @@ test: $(STAMP) $(KERNELS)
 test-slow: $(STAMP) $(KERNELS)
 	$(BIN)/pytest -m slow
 
+# What a user gets: no checkout, no development packages. The folder of the run is empty, too.
+test-wheel: $(STAMP)
+	rm -rf build/wheel
+	mkdir -p build/wheel/run
+	$(BIN)/pip wheel --no-deps -w build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/pip install --no-deps $(TORCH_FLAGS) -c constraints.txt torch
+	build/wheel/venv/bin/pip install -c constraints.txt build/wheel/*.whl
+	cd build/wheel/run && ../venv/bin/stepquant quantize builtin:fashion-ddpm --recipe minmax \
+		--steps 4 --set calibration.trajectories=2 --out packed
+	cd build/wheel/run && ../venv/bin/stepquant sample packed --num 2 --steps 2 --grid grid.png
+	test -s build/wheel/run/grid.png
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(KERNELS) build dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(KERNELS) build dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find src tests benchmarks training -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
