@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from stepquant.support.late_registration import register_late
+from stepquant.support.moved_modules import keep_old_names
 from stepquant.support.version import __version__
 
 if TYPE_CHECKING:
@@ -151,4 +152,14 @@ register_late(
         ),
         "AUTO_QUANTIZATION_CONFIG_MAPPING": _WEIGHT_ONLY_CONFIGS,
     },
+)
+keep_old_names(
+    {
+        "stepquant.errors": "stepquant.support.errors",
+        "stepquant.progress": "stepquant.support.progress",
+        "stepquant.recipe": "stepquant.methods.recipe",
+        "stepquant.scheme": "stepquant.simulation.scheme",
+        "stepquant.sources": "stepquant.pipelines.opening",
+        "stepquant.runtime.openvino_backend": "stepquant.engines.openvino_denoiser",
+    }
 )
