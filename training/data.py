@@ -66,3 +66,8 @@ def load(name: str, data_folder: Path) -> dict[str, torch.Tensor]:
         raise SystemExit(f"unknown data set '{name}': expected one of {', '.join(LOADERS)}")
     loader, _ = LOADERS[name]
     return loader(data_folder / name)
+
+
+def scaled(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images as the networks take them, float in [-1, 1]."""
+    return images.float() / 127.5 - 1

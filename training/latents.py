@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from loop import Budget, Settings, train
+from data import scaled
+from loop import Budget, Execution, Settings, train
 
 LATENT_CHANNELS = 4
 # Enough to keep latents near a normal distribution; more of it blurs the images.
@@ -23,6 +24,13 @@ SIZES: dict[str, dict[str, Any]] = {
     # Coloured photographs lose too much in 8 x 8 latents of four channels: 16 x 16.
     "cifar10": {"channels": 3, "widths": (48, 96)},
 }
+
+
+def add_autoencoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of scripts that take or train an autoencoder."""
+    parser.add_argument("--vae", type=Path, help="a trained autoencoder's folder; else train one")
+    parser.add_argument("--vae-minutes", type=float, help="wall clock for the autoencoder")
+    parser.add_argument("--vae-images", type=int, help="images that the autoencoder sees in all")
 
 
 def build(data: str) -> AutoencoderKL:
@@ -40,11 +48,6 @@ def build(data: str) -> AutoencoderKL:
         norm_num_groups=8,
         mid_block_add_attention=False,
     )
-
-
-def scaled(images: Tensor) -> Tensor:
-    """uint8 images as the networks take them, float in [-1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 def vae_loss(vae: AutoencoderKL, x: Tensor, rng: torch.Generator) -> Tensor:
@@ -74,7 +77,7 @@ def autoencoder(
         )
     if not (folder / "config.json").exists():
         vae = build(data).to(device, memory_format=torch.channels_last)
-        settings = Settings(BATCH, PEAK, args.ema, args.seed, args.bf16)
+        settings = Settings(BATCH, PEAK, args.ema, args.seed)
 
         def loss_at(rng: torch.Generator) -> Tensor:
             index = torch.randint(len(images), (BATCH,), generator=rng, device=device)
@@ -82,7 +85,8 @@ def autoencoder(
             return vae_loss(vae, x, rng)
 
         assert budget is not None, "a budget is asked for where no --vae is given"
-        run = train("vae", vae, loss_at, settings, budget, args.work, args.save_every, device)
+        execution = Execution(args.work, device, args.save_every, args.bf16)
+        run = train("vae", vae, loss_at, settings, budget, execution)
         vae = vae.half().float().eval()
         means, _ = encode(vae, images[::12], device)  # sorted by label: of all classes
         vae.register_to_config(scaling_factor=float(1 / means.float().std()))

@@ -1,8 +1,9 @@
-"""What every training of latent models shares: budget, learning rate, average, checkpoints."""
+"""The training loop of all diffusion models: budget, learning rate, average, checkpoints."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 WARMUP = 200  # steps
 AVERAGE = "ema"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of a parameter
+SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -39,30 +41,47 @@ class Budget:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a resumed run must have in common with the one before it."""
+    """Settings that a resumed run must share with the run before it."""
 
     batch: int
     lr: float
     ema: float
     seed: int
+    schedule: str = "cosine"
+    weighting: str = "uniform"  # of the loss, which `loss_at` applies
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how a run computes; a resumed run may choose anew."""
+
+    folder: Path
+    device: str
+    save_every: int  # steps
     bf16: bool
 
 
+@dataclass(frozen=True)
+class Copies:
+    """Copies of the averaged model: one each time that another `every` images have been seen."""
+
+    every: int
+    write: Callable[[nn.Module, Path], None]  # may change the module that it is given
+
+
 def add_arguments(parser: argparse.ArgumentParser, batch: int, lr: float) -> None:
-    """The arguments that the scripts have in common."""
+    """Add the arguments that all scripts share."""
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the image sets")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and the log go here")
     parser.add_argument("--out", type=Path, help="write the finished pipeline here")
-    parser.add_argument("--vae", type=Path, help="a trained autoencoder's folder; else train one")
     parser.add_argument("--minutes", type=float, help="wall clock for the denoiser, resumed or not")
     parser.add_argument("--images", type=int, help="images that the denoiser sees in all")
-    parser.add_argument("--vae-minutes", type=float, help="wall clock for the autoencoder")
-    parser.add_argument("--vae-images", type=int, help="images that the autoencoder sees in all")
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="learning rate")
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action="store_true", help="autocast; gains on GPUs")
+    parser.add_argument("--bf16", action="store_true", help="autocast, for GPUs and CPUs with AMX")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
 
 
@@ -75,9 +94,10 @@ def budget_of(parser: argparse.ArgumentParser, args: argparse.Namespace, prefix:
     return budget
 
 
-def learning_rate(step: int, spent: float, peak: float) -> float:
-    """Linear warm-up over steps, times a cosine decay to zero over the budget."""
-    return peak * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * spent))
+def learning_rate(step: int, spent: float, settings: Settings) -> float:
+    """Linear warm-up over steps; then constant, or a cosine decay to zero over the budget."""
+    warm = settings.lr * min(1.0, (step + 1) / WARMUP)
+    return warm if settings.schedule == "constant" else warm * 0.5 * (1 + math.cos(math.pi * spent))
 
 
 def train(
@@ -86,17 +106,18 @@ def train(
     loss_at: Callable[[torch.Generator], Tensor],
     settings: Settings,
     budget: Budget,
-    folder: Path,
-    save_every: int,
-    device: str,
+    execution: Execution,
+    copies: Copies | None = None,
 ) -> dict[str, float]:
     """Train `net` in place until the budget is spent, and leave the averaged weights in it.
 
     `loss_at` draws a batch with the generator that it is given and returns the loss, a scalar. One
     generator for each step makes a resumed run draw what the uninterrupted one would have.
-    `folder/NAME.safetensors` is the checkpoint, `folder/NAME.jsonl` the log. Returns `steps`,
-    `images`, `loss` (a running mean) and `minutes`.
+    `folder/NAME.safetensors` is the checkpoint, `folder/NAME.jsonl` the log, and
+    `folder/kept/IMAGES` a copy of the averaged model. Returns `steps`, `images`, `loss` (a running
+    mean) and `minutes`.
     """
+    folder, device = execution.folder, execution.device
     parameters = dict(net.named_parameters())  # tied ones once
     average = {key: value.detach().clone() for key, value in parameters.items()}
     optimizer = torch.optim.Adam(net.parameters(), lr=settings.lr, fused=True)
@@ -106,6 +127,13 @@ def train(
     if checkpoint.exists():
         state = _load(checkpoint, settings, parameters, average, optimizer, device)
     console = Console()
+
+    def write_log(record: dict[str, float | str]) -> None:
+        with open(folder / f"{name}.jsonl", "a") as log:
+            log.write(json.dumps(record) + "\n")
+        if not console.is_terminal:  # where there is no bar to look at
+            print(name, json.dumps(record), flush=True)
+
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(name, total=1.0, note="")
@@ -114,8 +142,8 @@ def train(
             step = int(state["steps"])
             rng = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + step)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, spent, settings.lr)
-            with torch.autocast(device, torch.bfloat16, enabled=settings.bf16):
+                group["lr"] = learning_rate(step, spent, settings)
+            with torch.autocast(device, torch.bfloat16, enabled=execution.bf16):
                 loss = loss_at(rng)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -130,24 +158,33 @@ def train(
             state["loss"] = now if step == 0 else 0.99 * state["loss"] + 0.01 * now
             state["steps"] = step + 1
             state["seconds"] = before + time.monotonic() - started
-            spent = budget.spent(state["steps"] * settings.batch, state["seconds"])
+            images = (step + 1) * settings.batch
+            spent = budget.spent(images, state["seconds"])
             bar.update(task, completed=spent, note=f"step {step + 1} loss {state['loss']:.4f}")
-            if (step + 1) % save_every == 0 or spent >= 1:
+            # Before the checkpoint: a run that is killed while it copies copies again.
+            if copies is not None and images % copies.every < settings.batch:
+                averaged = copy.deepcopy(net)
+                _assign(averaged, average)
+                path = folder / "kept" / str(images)
+                copies.write(averaged, path)
+                write_log({**state, "kept": str(path)})
+            if (step + 1) % execution.save_every == 0 or spent >= 1:
                 _save(checkpoint, settings, parameters, average, optimizer, state)
-                record = {**state, "left_s": state["seconds"] * (1 / spent - 1)}
-                with open(folder / f"{name}.jsonl", "a") as log:
-                    log.write(json.dumps(record) + "\n")
-                if not console.is_terminal:  # where there is no bar to look at
-                    print(name, json.dumps(record), flush=True)
-    with torch.no_grad():
-        for key, value in parameters.items():
-            value.copy_(average[key])
+                write_log({**state, "left_s": state["seconds"] * (1 / spent - 1)})
+    _assign(net, average)
     return {
         "steps": int(state["steps"]),
         "images": int(state["steps"]) * settings.batch,
         "loss": state["loss"],
         "minutes": state["seconds"] / 60,
     }
+
+
+@torch.no_grad()
+def _assign(net: nn.Module, values: dict[str, Tensor]) -> None:
+    """Overwrite the parameters of `net` with `values`."""
+    for key, parameter in net.named_parameters():
+        parameter.copy_(values[key])
 
 
 def _save(

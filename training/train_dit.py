@@ -19,8 +19,14 @@ from torch import Tensor, nn
 
 from assets import card_text, hardware, write_asset
 from data import LOADERS, load
-from latents import LATENT_CHANNELS, autoencoder_run, prepare, reconstruction_psnr
-from loop import Settings, add_arguments, budget_of, train
+from latents import (
+    LATENT_CHANNELS,
+    add_autoencoder_arguments,
+    autoencoder_run,
+    prepare,
+    reconstruction_psnr,
+)
+from loop import Execution, Settings, add_arguments, budget_of, train
 
 NULL = 1000  # the label of no class: `DiTPipeline` knows no other
 DROPPED = 0.1
@@ -87,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=MODELS)
     add_arguments(parser, batch=128, lr=1e-3)
+    add_autoencoder_arguments(parser)
     args = parser.parse_args()
     budget = budget_of(parser, args, "")
     vae_budget = None if args.vae else budget_of(parser, args, "vae-")
@@ -112,8 +119,9 @@ def main() -> None:
         ).sample
         return (prediction.float() - noise).square().mean()
 
-    settings = Settings(args.batch, args.lr, args.ema, args.seed, args.bf16)
-    run = train("denoiser", net, loss_at, settings, budget, args.work, args.save_every, device)
+    settings = Settings(args.batch, args.lr, args.ema, args.seed, args.schedule)
+    execution = Execution(args.work, device, args.save_every, args.bf16)
+    run = train("denoiser", net, loss_at, settings, budget, execution)
     untie(net, len(classes))
     pipeline = DiTPipeline(transformer=net, vae=vae, scheduler=scheduler)
     conditions = {

@@ -20,8 +20,14 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from assets import card_text, hardware, write_asset
 from data import LOADERS, load
-from latents import LATENT_CHANNELS, autoencoder_run, prepare, reconstruction_psnr
-from loop import Settings, add_arguments, budget_of, train
+from latents import (
+    LATENT_CHANNELS,
+    add_autoencoder_arguments,
+    autoencoder_run,
+    prepare,
+    reconstruction_psnr,
+)
+from loop import Execution, Settings, add_arguments, budget_of, train
 from prompts import TEMPLATES, TOKENS, build_tokenizer, prompts_of
 
 WIDTH = 64  # of the prompt's embedding
@@ -65,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=MODELS)
     add_arguments(parser, batch=64, lr=8e-4)
+    add_autoencoder_arguments(parser)
     args = parser.parse_args()
     budget = budget_of(parser, args, "")
     vae_budget = None if args.vae else budget_of(parser, args, "vae-")
@@ -110,8 +117,9 @@ def main() -> None:
         prediction = net["unet"](scheduler.add_noise(z, noise, t), t, hidden).sample
         return (prediction.float() - noise).square().mean()
 
-    settings = Settings(args.batch, args.lr, args.ema, args.seed, args.bf16)
-    run = train("denoiser", net, loss_at, settings, budget, args.work, args.save_every, device)
+    settings = Settings(args.batch, args.lr, args.ema, args.seed, args.schedule)
+    execution = Execution(args.work, device, args.save_every, args.bf16)
+    run = train("denoiser", net, loss_at, settings, budget, execution)
 
     pipeline = StableDiffusionPipeline(
         vae=vae,
