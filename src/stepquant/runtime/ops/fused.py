@@ -22,6 +22,7 @@ from stepquant.runtime.ops.encoding import encode as packed_encode
 from stepquant.runtime.ops.encoding import pad
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.native import Library, calls
+from stepquant.runtime.ops.native.structures import ACTIVATIONS
 from stepquant.support.errors import StepQuantError
 
 __all__ = [
@@ -280,9 +281,9 @@ def _float32(x: Tensor | None) -> Tensor | None:
 
 
 def _check_activation(activation: str) -> None:
-    if activation not in calls.ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         raise StepQuantError(
-            f"unknown activation '{activation}': expected one of {', '.join(calls.ACTIVATIONS)}"
+            f"unknown activation '{activation}': expected one of {', '.join(ACTIVATIONS)}"
         )
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from torch import Tensor
 
 from stepquant.runtime.ops.grids import Grid
-from stepquant.runtime.ops.native import Library
+from stepquant.runtime.ops.native import Library, structures
 from stepquant.runtime.ops.native.calls import fail, grid_structure
 from stepquant.support.errors import StepQuantError
 
-_ATTENTION = struct.Struct("12q").pack
+_pack_attention = structures.ATTENTION.pack
 
 
 def attention_codes(
@@ -35,12 +33,12 @@ def attention_codes(
     query, key, value = (_rows(each) for each in (query, key, value))
     result = torch.empty((batch, queries, channels), dtype=torch.uint8, device="cpu")
     status = library.attention(
-        _ATTENTION(
+        _pack_attention(
             *(query.data_ptr(), key.data_ptr(), value.data_ptr()),
             *(query.stride(1), key.stride(1), value.stride(1)),
             *(batch, heads, head_dim, queries, keys, result.data_ptr()),
-        )
-        + grid_structure(grid),
+            grid_structure(grid),
+        ),
         head_dim**-0.5,
         torch.get_num_threads(),
     )

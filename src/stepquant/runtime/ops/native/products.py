@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from typing import NamedTuple
 
 import torch
@@ -10,15 +9,14 @@ from torch import Tensor
 
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.ops.native import Library
-from stepquant.runtime.ops.native.calls import ACTIVATION_CODES, fail, floats, grid_structure
+from stepquant.runtime.ops.native import Library, structures
+from stepquant.runtime.ops.native.calls import fail, floats, grid_structure
+from stepquant.runtime.ops.native.structures import ACTIVATIONS
 from stepquant.runtime.ops.result_shapes import shape_of
 from stepquant.support.errors import StepQuantError
 
-_CODES = struct.Struct("12q").pack
-_WEIGHT = struct.Struct("7q").pack
-_RESULT = struct.Struct("6q").pack
-_ENCODED = struct.Struct("3q").pack
+_pack_codes, _pack_weight = structures.CODES.pack, structures.WEIGHT.pack
+_pack_result, _pack_encoded = structures.RESULT.pack, structures.ENCODED.pack
 
 
 class Weight(NamedTuple):
@@ -49,7 +47,7 @@ def weight_of(
     tensors = (tiles, scale, sums, floats(bias), floats(step_bias))
     addresses = _addresses(*tensors)
     four_bits = tiles.dtype is torch.uint8
-    structure = _WEIGHT(addresses[0], four_bits, scale.shape[0], *addresses[1:])
+    structure = _pack_weight(addresses[0], four_bits, scale.shape[0], *addresses[1:])
     return Weight(*tensors, addresses, structure)
 
 
@@ -62,14 +60,14 @@ def _image(codes: Tensor, spec: LayerSpec, sizes: tuple[int, ...]) -> bytes:
     if spec.kind == "linear":
         batch, channels = codes.shape[0] if codes.dim() > 1 else 1, spec.in_channels
         rows = codes.numel() // (batch * channels)
-        return _CODES(
+        return _pack_codes(
             *(codes.data_ptr(), batch, 1, rows, channels),
             *(rows * channels, rows * channels, channels, 1, 1, channels, channels),
         )
     batch, channels, frame_height, frame_width = codes.shape
     (stride_h, stride_w), (dilation_h, dilation_w) = spec.stride, spec.dilation
     row = frame_width * channels
-    return _CODES(
+    return _pack_codes(
         *(codes.data_ptr(), batch, sizes[2], sizes[3], channels),
         *(frame_height * row, stride_h * row, stride_w * channels),
         *(*spec.kernel_size, dilation_h * row, dilation_w * channels),
@@ -106,7 +104,7 @@ def products(
         _image(codes, spec, sizes),
         weight.structure,
         grid_structure(grid),
-        _RESULT(
+        _pack_result(
             *(result.data_ptr(), dtype is torch.bfloat16),
             *(0 if added is None else added.data_ptr(), _is_bf16(added)),
             *((0, 0) if gate is None else (gate.data_ptr(), gate.stride(0))),
@@ -136,13 +134,14 @@ def product_codes(
     output_grid.check_channels(sizes[-1] // 2 if gated else sizes[-1])
     shape = (*sizes[:-1], sizes[-1] // 2) if gated else sizes
     result = torch.empty(shape, dtype=torch.uint8, device="cpu")
-    place = _ENCODED(result.data_ptr(), ACTIVATION_CODES[activation], gated)
+    grid_out = grid_structure(output_grid)
+    encoded = _pack_encoded(result.data_ptr(), ACTIVATIONS[activation], gated, grid_out)
     status = library.products(
         _image(codes, spec, sizes),
         weight.structure,
         grid_structure(grid),
         None,
-        place + grid_structure(output_grid),
+        encoded,
         torch.get_num_threads(),
     )
     if status:
