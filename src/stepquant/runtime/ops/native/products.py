@@ -1,4 +1,4 @@
-"""The native integer product called with tensors; `kernels.native` says what it computes."""
+"""The native integer product called with tensors: `ops.fused` says what it computes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stepquant.runtime.ops import checks
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.ops.native import Library, structures
 from stepquant.runtime.ops.native.calls import fail, floats, grid_structure
 from stepquant.runtime.ops.native.structures import ACTIVATIONS
 from stepquant.runtime.ops.result_shapes import shape_of
-from stepquant.support.errors import StepQuantError
 
 _pack_codes, _pack_weight = structures.CODES.pack, structures.WEIGHT.pack
 _pack_result, _pack_encoded = structures.RESULT.pack, structures.ENCODED.pack
@@ -23,7 +23,7 @@ class Weight(NamedTuple):
     """A layer's tensors as the kernel reads them, and the structure that says where they lie."""
 
     tiles: Tensor
-    """int8, or uint8 of four bits each, see `kernels.native.lay_out`"""
+    """int8, or uint8 of four bits each, see `native.tiles.lay_out`"""
     scale: Tensor
     """float32 `[C_out]`"""
     sums: Tensor
@@ -43,7 +43,12 @@ class Weight(NamedTuple):
 def weight_of(
     tiles: Tensor, scale: Tensor, sums: Tensor, bias: Tensor | None, step_bias: Tensor | None
 ) -> Weight:
-    """The tensors with their structure; all contiguous and on the CPU."""
+    """The tensors with their structure, all contiguous.
+
+    Tensors that torch traces, or that are not on the CPU, have no structure.
+    """
+    if torch.compiler.is_compiling() or type(tiles) is not Tensor or not tiles.is_cpu:
+        return Weight(tiles, scale, sums, bias, step_bias, (), b"")
     tensors = (tiles, scale, sums, floats(bias), floats(step_bias))
     addresses = _addresses(*tensors)
     four_bits = tiles.dtype is torch.uint8
@@ -85,16 +90,14 @@ def products(
     dtype: torch.dtype,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """See `kernels.native.run_codes`; `codes` are not empty."""
+    """See `fused.tiled_product`; `codes` are not empty."""
     assert library.products is not None
     sizes, memory_format = shape_of(codes, spec)
     codes = codes.contiguous(memory_format=memory_format)
-    if gate is not None:
-        _check("gate", gate, (sizes[0], spec.out_channels))
-        if gate.dtype is not torch.float32 or gate.stride(1) != 1:
-            gate = gate.to(torch.float32).contiguous()
+    checks.product_operands(sizes, spec, added, gate)
+    if gate is not None and (gate.dtype is not torch.float32 or gate.stride(1) != 1):
+        gate = gate.to(torch.float32).contiguous()
     if added is not None:
-        _check("sum", added, sizes)
         added = added.contiguous(memory_format=memory_format)
     if added is not None and overwrite and added.dtype is dtype:
         result = added
@@ -127,7 +130,7 @@ def product_codes(
     gated: bool,
     output_grid: Grid,
 ) -> Tensor:
-    """See `kernels.native.run_to_codes`; `codes` are not empty."""
+    """See `fused.tiled_product_codes`; `codes` are not empty."""
     assert library.products is not None and spec.kind == "linear"
     sizes, _ = shape_of(codes, spec)
     codes = codes.contiguous()
@@ -147,14 +150,6 @@ def product_codes(
     if status:
         fail(status)
     return result
-
-
-def _check(what: str, x: Tensor, sizes: tuple[int, ...]) -> None:
-    """Whether the kernel can read `x` for a result of `sizes`."""
-    if x.shape != sizes or x.dtype not in (torch.float32, torch.bfloat16):
-        raise StepQuantError(
-            f"a layer's {what} is {x.dtype} {tuple(x.shape)}: expected float32 or bfloat16 {sizes}"
-        )
 
 
 def _is_bf16(x: Tensor | None) -> bool:
