@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.runtime.ops import fused
-from stepquant.runtime.ops.fused import Grid
+from stepquant.runtime.ops import plain
+from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.native import Library, build, calls
 
 NAMES = ("group_norm_encode", "encode", "layer_norm_encode", "gated_encode", "epilogue")
@@ -40,7 +40,7 @@ class Path:
     def __init__(self, name: str) -> None:
         if name == "plain":
             for each in NAMES:
-                setattr(self, each, getattr(fused, f"plain_{each}"))
+                setattr(self, each, getattr(plain, each))
             return
         library = _library(name)
         if isinstance(library, str):

@@ -25,7 +25,7 @@ from fused_paths import (
     image,
 )
 from stepquant.runtime.layers.integer import encode as packed_encode
-from stepquant.runtime.ops import fused, native
+from stepquant.runtime.ops import fused, native, plain
 from stepquant.runtime.ops.fused import Grid, Output
 from stepquant.support.errors import StepQuantError
 
@@ -231,7 +231,7 @@ def test_public_functions_take_what_the_native_ones_cannot() -> None:
     x, outputs = draw(2, 8, 3, 3), [Output(0, 8, GRID, (1, 1))]
     for dtype in (torch.float16, torch.float64):
         codes = fused.encode(x.to(dtype), "silu", GRID)
-        assert torch.equal(codes, fused.plain_encode(x.to(dtype), "silu", GRID))
+        assert torch.equal(codes, plain.encode(x.to(dtype), "silu", GRID))
         (codes,) = fused.group_norm_encode(
             [x.to(dtype)], None, 2, None, None, 1e-5, "silu", outputs
         )
@@ -244,15 +244,6 @@ def test_native_refuses_other_grids() -> None:
     grid = GRID._replace(zero_point=torch.tensor([20], dtype=torch.int32))
     with pytest.raises(StepQuantError, match="as many uint8 zero points"):
         fused.encode(draw(4), "none", grid)
-
-
-def test_compiled_code_traces_the_plain_form() -> None:
-    def codes(x: Tensor) -> Tensor:
-        return fused.encode(x, "silu", TABLE, (1, 1))
-
-    compiled = torch.compile(codes, backend="eager", fullgraph=True)
-    x = image(2, 8, 5, 5)
-    assert torch.equal(compiled(x), fused.plain_encode(x, "silu", TABLE, (1, 1)))
 
 
 @pytest.mark.parametrize(

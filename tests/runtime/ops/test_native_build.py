@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from stepquant.runtime.ops import native
-from stepquant.runtime.ops.native import Library, build
+from stepquant.runtime.ops.native import Library, build, structures
+from stepquant.runtime.ops.native.structures import Structure
 
 
 def test_available_or_a_reason() -> None:
@@ -71,3 +72,37 @@ def test_what_the_compiler_knows_is_in_the_library(tmp_path: Path) -> None:
             assert hasattr(loaded, f"products_{level}")
             last = level == list(build.PRODUCT_LEVELS)[-1]
             assert hasattr(loaded, f"attention_{level}") == last
+
+
+OTHER_SHAPES = {
+    "a-field-less": Structure("Shape", "batch channels height"),
+    "swapped-fields": Structure("Shape", "batch channels width height"),
+    "a-structure-more": Structure("Shape", "batch channels height", ("grid", structures.GRID)),
+}
+
+
+@pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
+@pytest.mark.parametrize("changed", OTHER_SHAPES.values(), ids=OTHER_SHAPES)
+def test_a_structure_of_another_layout_is_refused(
+    changed: Structure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [changed if each is structures.SHAPE else each for each in structures.STRUCTURES]
+    monkeypatch.setattr(structures, "STRUCTURES", tuple(others))
+    with pytest.raises(OSError, match="does not fit this package: the library has 'Shape 32: "):
+        Library()
+
+
+@pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
+def test_another_enumeration_and_a_missing_structure_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(structures.ACTIVATIONS, "relu", 4)
+        with pytest.raises(OSError, match="Activation"):
+            Library()
+    monkeypatch.setattr(structures, "STRUCTURES", structures.STRUCTURES[:-1])
+    with pytest.raises(OSError, match="does not fit"):
+        Library()
+    monkeypatch.setattr(structures, "layout", lambda: [])
+    with pytest.raises(OSError, match="describes 12 types"):
+        Library()

@@ -14,10 +14,11 @@ from torch import Tensor
 from fused_paths import ACTIVATIONS, TABLE, assert_codes
 from kernel_cases import CASES, Case, int64_reference
 from stepquant.runtime.kernels import native as kernel
+from stepquant.runtime.ops import fused
 from stepquant.runtime.ops.encoding import pad
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.ops.native import Library, build, products
+from stepquant.runtime.ops.native import Library, build, products, tiles
 from stepquant.runtime.ops.result_shapes import shape_of
 from stepquant.support.errors import StepQuantError
 
@@ -248,8 +249,8 @@ def test_a_row_of_the_output_grid_outside_its_table_is_refused(loaded: Library) 
     [(48, False, True), (48, True, False), (64, True, True), (40, False, False)],
 )
 def test_codes_take_whole_tiles(out_channels: int, gated: bool, fits: bool) -> None:
-    assert kernel.fits_in_tiles(LayerSpec("linear", 8, out_channels, 8, 8), gated) == fits
-    assert not kernel.fits_in_tiles(LayerSpec("conv2d", 8, out_channels, 8, 8), gated)
+    assert tiles.fits_in_tiles(LayerSpec("linear", 8, out_channels, 8, 8), gated) == fits
+    assert not tiles.fits_in_tiles(LayerSpec("conv2d", 8, out_channels, 8, 8), gated)
 
 
 @settings(deadline=None, max_examples=40)
@@ -289,25 +290,6 @@ def test_four_bits_are_for_what_fits_in_each_row(span: int, dtype: torch.dtype) 
     spec = LayerSpec("linear", 64, 20, 8, 8)
     laid_out = kernel.lay_out(weight, torch.ones(20), spec)
     assert laid_out.dtype == dtype and torch.equal(kernel.differences(laid_out, spec), weight)
-
-
-@pytest.mark.parametrize(
-    "case", [LARGE[2], LARGE[7], CASES[1], FOUR_BITS[0]], ids=lambda case: case.name
-)
-def test_the_operator_tells_torch_compile_the_truth(case: Case) -> None:
-    reason = kernel.why_not(case.spec, torch.device("cpu"))
-    if reason:
-        pytest.skip(reason)
-    inputs, spec = case.inputs(), case.spec
-    state = kernel.prepare(inputs["weight"], torch.ones(spec.out_channels), spec)
-    arguments = (
-        *(inputs["codes"], torch.ones(1), torch.tensor([3], dtype=torch.uint8), *state),
-        *(None, inputs["accumulate"], spec.kind == "linear"),
-        *(spec.kernel_size, spec.stride, spec.padding, spec.dilation),
-    )
-    real, planned = torch.ops.stepquant.native_u8s8(*arguments), kernel._shape(*arguments)
-    assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
-    assert planned.stride() == real.stride()
 
 
 def test_columns_that_overflow_are_left_to_other_kernels() -> None:
@@ -377,7 +359,8 @@ def test_an_image_smaller_than_the_kernel_is_refused() -> None:
 def test_no_samples_give_no_samples(spec: LayerSpec) -> None:
     codes = torch.zeros((0, 64, 6, 6) if spec.kind == "conv2d" else (0, 7, 64), dtype=torch.uint8)
     state = kernel.prepare(torch.ones(spec.weight_shape, dtype=torch.int8), torch.ones(32), spec)
-    y = kernel.run_codes(products.weight_of(*state, None, None), codes, grid_of(LARGE[0]), spec)
+    weight = products.weight_of(*state, None, None)
+    y = fused.tiled_product(codes, grid_of(LARGE[0]), weight, spec)
     assert y.shape == ((0, 32, 4, 4) if spec.kind == "conv2d" else (0, 7, 32))
 
 

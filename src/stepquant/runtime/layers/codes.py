@@ -24,6 +24,7 @@ from stepquant.runtime.ops import fused, native
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.native.calls import grid_addresses, grid_structure
 from stepquant.runtime.ops.native.products import Weight, weight_of
+from stepquant.runtime.ops.native.tiles import fits_in_tiles
 
 if TYPE_CHECKING:
     from stepquant.runtime.layers.integer import PackedLayer
@@ -168,7 +169,7 @@ def run(
         out = dtype if part.index == last else torch.float32
         if part.kernel is native_kernel:
             weight, grid = _held(layer, part), grid_in_force(layer, part)
-            y = native_kernel.run_codes(weight, code, grid, part.spec, y, mine, out, gate)
+            y = fused.tiled_product(code, grid, weight, part.spec, y, mine, out, gate)
         else:
             constants = part.constants or _constants(layer, part)
             y = onednn.run_codes(
@@ -192,10 +193,10 @@ def run_to_codes(
     makes the codes itself, the values between are not written to memory; else they have `dtype`.
     """
     (part,) = layer.prepared_parts()
-    if part.kernel is native_kernel and native_kernel.fits_in_tiles(part.spec, gated):
+    if part.kernel is native_kernel and fits_in_tiles(part.spec, gated):
         weight, grid = _held(layer, part), grid_in_force(layer, part)
-        return native_kernel.run_to_codes(
-            weight, code, grid, part.spec, activation, gated, output_grid
+        return fused.tiled_product_codes(
+            code, grid, weight, part.spec, activation, gated, output_grid
         )
     y = run(layer, [code], dtype=dtype)
     if gated:

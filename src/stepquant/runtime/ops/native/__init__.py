@@ -18,7 +18,7 @@ from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
-from stepquant.runtime.ops.native import build
+from stepquant.runtime.ops.native import build, structures
 
 SWITCH = "STEPQUANT_NATIVE"  # set to 0 or off, the library is not loaded
 ISA_CAPS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # the first that is set counts
@@ -74,6 +74,10 @@ class Library:
                 f"the library at {path} is of other sources: "
                 "python -m stepquant.runtime.ops.native makes it anew"
             )
+        loaded.layout.restype = ctypes.c_char_p
+        differs = structures.difference(loaded.layout().decode())
+        if differs is not None:
+            raise OSError(f"the library at {path} does not fit this package: {differs}")
         best, names = loaded.best_level(), list(build.LEVELS)
         self.level = names[best] if level is None else level
         if names.index(self.level) > best:

@@ -1,5 +1,6 @@
-// What crosses from Python to the kernels. Everything is 8 bytes wide, so that `struct.pack` with
-// "q" makes these structs (native/calls.py). Strides count values, not bytes.
+// Structures that Python passes to the kernels. Every field is 8 bytes wide, so that `struct.pack`
+// makes them; native/structures.py repeats the definitions, and the loader compares the two
+// (`layout` in level.cpp). Strides count values, not bytes.
 #pragma once
 
 #include <cstdint>
@@ -81,5 +82,5 @@ struct Attention {  // of bfloat16 [batch, queries or keys, heads * head_dim], s
 // Results of the functions.
 enum Status : int32_t { kDone = 0, kRowOutside = 1, kNoMemory = 2 };
 
-// Activations, in the order of calls.ACTIVATIONS.
+// Activations, as in structures.ACTIVATIONS.
 enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3 };

@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from torch import Tensor
 
+from stepquant.runtime.ops import checks
 from stepquant.runtime.ops.grids import Grid
-from stepquant.runtime.ops.native import Library
+from stepquant.runtime.ops.native import Library, structures
 from stepquant.runtime.ops.native.calls import fail, grid_structure
-from stepquant.support.errors import StepQuantError
 
-_ATTENTION = struct.Struct("12q").pack
+_pack_attention = structures.ATTENTION.pack
 
 
 def attention_codes(
     library: Library, query: Tensor, key: Tensor, value: Tensor, heads: int, grid: Grid
 ) -> Tensor:
-    """Codes of `softmax(Q K^T / sqrt(d)) V`, head by head: uint8 `[B, N, heads * d]`.
+    """See `fused.attention_codes`; operands are bfloat16, `d` is even, none is empty.
 
-    `query [B, N, heads * d]`, `key` and `value [B, M, heads * d]`: bfloat16, `d` even, none empty.
     Products are of bfloat16, exponentials rounded to it, sums float32.
     """
     assert library.attention is not None
     batch, queries, channels = query.shape
     keys, head_dim = key.shape[1], channels // heads
-    if key.shape != value.shape or key.shape != (batch, keys, channels):
-        raise StepQuantError(
-            f"attention's keys are {tuple(key.shape)}, its values {tuple(value.shape)}: expected "
-            f"{(batch, keys, channels)}"
-        )
-    grid.check_channels(channels)
+    checks.attention_codes(query, key, value, heads, grid)
     query, key, value = (_rows(each) for each in (query, key, value))
     result = torch.empty((batch, queries, channels), dtype=torch.uint8, device="cpu")
     status = library.attention(
-        _ATTENTION(
+        _pack_attention(
             *(query.data_ptr(), key.data_ptr(), value.data_ptr()),
             *(query.stride(1), key.stride(1), value.stride(1)),
             *(batch, heads, head_dim, queries, keys, result.data_ptr()),
-        )
-        + grid_structure(grid),
+            grid_structure(grid),
+        ),
         head_dim**-0.5,
         torch.get_num_threads(),
     )

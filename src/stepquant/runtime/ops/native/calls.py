@@ -1,8 +1,8 @@
 """The native kernels' functions called with tensors: `runtime.ops.fused` says what they compute.
 
 Arguments are as there, on the CPU and not empty, images and rows float32 or bfloat16. A model makes
-hundreds of these calls in a forward, so they do little besides: structures (`abi.h`) are packed as
-bytes, tensors are passed by their addresses.
+hundreds of these calls in a forward, so they do little besides: structures (`native.structures`)
+are packed as bytes, tensors are passed by their addresses.
 """
 
 from __future__ import annotations
@@ -14,19 +14,13 @@ import torch
 from torch import Tensor
 
 from stepquant.runtime.ops.grids import Grid, Output
-from stepquant.runtime.ops.native import Library
+from stepquant.runtime.ops.native import Library, structures
+from stepquant.runtime.ops.native.structures import ACTIVATIONS, STATUS
 from stepquant.support.errors import StepQuantError
 
-ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh")  # in the order of `Activation` in abi.h
-ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-
-_SHAPE = struct.Struct("4q").pack
-_IMAGE = struct.Struct("7q").pack
-_GRID = struct.Struct("6q").pack
-_OUTPUT = struct.Struct("5q").pack
-_ROWS = struct.Struct("5q").pack
-
-_ROW_OUTSIDE, _NO_MEMORY = 1, 2
+_pack_shape, _pack_image = structures.SHAPE.pack, structures.IMAGE.pack
+_pack_output, _pack_rows = structures.OUTPUT.pack, structures.ROWS.pack
+_pack_grid = structures.GRID.pack
 
 
 def group_norm_encode(
@@ -50,7 +44,7 @@ def group_norm_encode(
     added, weight, bias = floats(added), floats(weight), floats(bias)
     results = [_empty(batch, out.channels, height, width, out.padding) for out in outputs]
     status = library.group_norm_encode(
-        _SHAPE(batch, channels, height, width),
+        _pack_shape(batch, channels, height, width),
         b"".join([_image(part) for part in parts]),
         len(parts),
         _address(added),
@@ -58,7 +52,7 @@ def group_norm_encode(
         _address(weight),
         _address(bias),
         eps,
-        ACTIVATION_CODES[activation],
+        ACTIVATIONS[activation],
         b"".join([_output(out, result) for out, result in zip(outputs, results, strict=True)]),
         len(results),
         torch.get_num_threads(),
@@ -72,7 +66,7 @@ def encode(
     library: Library, x: Tensor, activation: str, grid: Grid, padding: tuple[int, int] = (0, 0)
 ) -> Tensor:
     """See `fused.encode`."""
-    kind, threads = ACTIVATION_CODES[activation], torch.get_num_threads()
+    kind, threads = ACTIVATIONS[activation], torch.get_num_threads()
     if x.dim() == 4:
         batch, channels, height, width = x.shape
         strides = x.stride()
@@ -80,7 +74,7 @@ def encode(
             x = x.contiguous(memory_format=torch.channels_last)
         result = _empty(batch, channels, height, width, padding)
         status = library.encode_image(
-            _SHAPE(batch, channels, height, width),
+            _pack_shape(batch, channels, height, width),
             _image(x),
             kind,
             _output(Output(0, channels, grid, padding), result),
@@ -120,7 +114,7 @@ def layer_norm_encode(
     weight, bias, scale, shift = floats(weight), floats(bias), _rows(scale), _rows(shift)
     results = [_empty_rows(x.shape) for _ in grids]
     status = library.layer_norm_encode(
-        _ROWS(
+        _pack_rows(
             *(x.data_ptr(), x.dtype is torch.bfloat16),
             *(batch, x.numel() // (batch * channels), channels),
         ),
@@ -147,8 +141,10 @@ def gated_encode(library: Library, x: Tensor, gate_activation: str, grid: Grid) 
     channels = x.shape[-1] // 2
     result = _empty_rows((*x.shape[:-1], channels))
     status = library.gated_encode(
-        _ROWS(x.data_ptr(), x.dtype is torch.bfloat16, 1, result.numel() // channels, channels),
-        ACTIVATION_CODES[gate_activation],
+        _pack_rows(
+            x.data_ptr(), x.dtype is torch.bfloat16, 1, result.numel() // channels, channels
+        ),
+        ACTIVATIONS[gate_activation],
         grid_structure(grid),
         result.data_ptr(),
         torch.get_num_threads(),
@@ -212,7 +208,7 @@ def _address(x: Tensor | None) -> int | None:
 
 
 def _image(x: Tensor) -> bytes:
-    return _IMAGE(x.data_ptr(), x.dtype is torch.bfloat16, x.shape[1], *x.stride())
+    return _pack_image(x.data_ptr(), x.dtype is torch.bfloat16, x.shape[1], *x.stride())
 
 
 def grid_addresses(grid: Grid) -> tuple[int, ...]:
@@ -241,7 +237,7 @@ def grid_structure(grid: Grid) -> bytes:
             f"{grid}"
         )
     *tables, of_channels = grid_addresses(grid)
-    return _GRID(*tables, scale.numel(), largest, of_channels)
+    return _pack_grid(*tables, scale.numel(), largest, of_channels)
 
 
 def _are_floats(x: Tensor) -> bool:
@@ -249,13 +245,13 @@ def _are_floats(x: Tensor) -> bool:
 
 
 def _output(out: Output, result: Tensor) -> bytes:
-    place = _OUTPUT(result.data_ptr(), out.start, out.channels, *out.padding)
-    return place + grid_structure(out.grid)
+    grid = grid_structure(out.grid)
+    return _pack_output(result.data_ptr(), out.start, out.channels, *out.padding, grid)
 
 
 def fail(status: int) -> None:
     """Raise what a function's status other than 0 stands for."""
-    if status == _ROW_OUTSIDE:
+    if status == STATUS["row_outside"]:
         raise StepQuantError("a grid's row is outside its table")
-    assert status == _NO_MEMORY, status
+    assert status == STATUS["no_memory"], status
     raise MemoryError("no memory for what a native kernel keeps during a call")

@@ -3,6 +3,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cstddef>
+#include <string>
+#include <type_traits>
+
+#include "abi.h"
+
 #ifndef SOURCES
 #error "SOURCES names the sources that the library is made of (native/build.py)"
 #endif
@@ -31,3 +37,72 @@ extern "C" __attribute__((visibility("default"))) int best_products() {
 
 // The digest of the sources, so that a library that is older than they are is not used.
 extern "C" __attribute__((visibility("default"))) const char* sources() { return SOURCES; }
+
+namespace {
+
+std::string listed(std::initializer_list<std::pair<const char*, size_t>> numbers) {
+    std::string line;
+    for (const auto& each : numbers)
+        line += (line.empty() ? "" : ", ") + std::string(each.first) + ' ' +
+                std::to_string(each.second);
+    return line + '\n';
+}
+
+template <typename T>
+std::string structure(const char* name,
+                      std::initializer_list<std::pair<const char*, size_t>> offsets) {
+    static_assert(std::is_standard_layout<T>::value, "offsets are those of C");
+    return std::string(name) + ' ' + std::to_string(sizeof(T)) + ": " + listed(offsets);
+}
+
+std::string described() {
+#define AT(type, field) {#field, offsetof(type, field)}
+    std::string text;
+    text += structure<Image>("Image", {AT(Image, data), AT(Image, bf16), AT(Image, channels),
+                                       AT(Image, stride_b), AT(Image, stride_c),
+                                       AT(Image, stride_h), AT(Image, stride_w)});
+    text += structure<Shape>("Shape", {AT(Shape, batch), AT(Shape, channels), AT(Shape, height),
+                                       AT(Shape, width)});
+    text += structure<Grid>("Grid", {AT(Grid, scale), AT(Grid, zero_point), AT(Grid, row),
+                                     AT(Grid, rows), AT(Grid, largest), AT(Grid, factors)});
+    text += structure<Output>("Output", {AT(Output, codes), AT(Output, start),
+                                         AT(Output, channels), AT(Output, pad_h),
+                                         AT(Output, pad_w), AT(Output, grid)});
+    text += structure<Rows>("Rows", {AT(Rows, data), AT(Rows, bf16), AT(Rows, batch),
+                                     AT(Rows, count), AT(Rows, channels)});
+    text += structure<Codes>(
+        "Codes", {AT(Codes, codes), AT(Codes, batch), AT(Codes, height), AT(Codes, width),
+                  AT(Codes, channels), AT(Codes, stride_b), AT(Codes, stride_h),
+                  AT(Codes, stride_w), AT(Codes, taps_h), AT(Codes, taps_w), AT(Codes, tap_h),
+                  AT(Codes, tap_w)});
+    text += structure<Weight>("Weight", {AT(Weight, tiles), AT(Weight, four_bits),
+                                         AT(Weight, out_channels), AT(Weight, scale),
+                                         AT(Weight, sums), AT(Weight, bias),
+                                         AT(Weight, step_bias)});
+    text += structure<Result>("Result", {AT(Result, data), AT(Result, bf16), AT(Result, added),
+                                         AT(Result, added_bf16), AT(Result, gate),
+                                         AT(Result, gate_stride)});
+    text += structure<Encoded>("Encoded", {AT(Encoded, codes), AT(Encoded, activation),
+                                           AT(Encoded, gated), AT(Encoded, grid)});
+    text += structure<Attention>(
+        "Attention", {AT(Attention, q), AT(Attention, k), AT(Attention, v),
+                      AT(Attention, query_stride), AT(Attention, key_stride),
+                      AT(Attention, value_stride), AT(Attention, batch), AT(Attention, heads),
+                      AT(Attention, head_dim), AT(Attention, queries), AT(Attention, keys),
+                      AT(Attention, codes), AT(Attention, grid)});
+#undef AT
+    text += "Activation: " + listed({{"none", kNone}, {"silu", kSilu}, {"gelu", kGelu},
+                                     {"gelu_tanh", kGeluTanh}});
+    text += "Status: " + listed({{"done", kDone}, {"row_outside", kRowOutside},
+                                 {"no_memory", kNoMemory}});
+    return text;
+}
+
+}  // namespace
+
+// The layout of abi.h as this compiler made it, one line for each structure: its name and size, then
+// its fields with their offsets. native/structures.py writes the same text.
+extern "C" __attribute__((visibility("default"))) const char* layout() {
+    static const std::string text = described();
+    return text.c_str();
+}

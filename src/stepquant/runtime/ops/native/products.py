@@ -1,31 +1,29 @@
-"""The native integer product called with tensors; `kernels.native` says what it computes."""
+"""The native integer product called with tensors: `ops.fused` says what it computes."""
 
 from __future__ import annotations
 
-import struct
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from stepquant.runtime.ops import checks
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.ops.native import Library
-from stepquant.runtime.ops.native.calls import ACTIVATION_CODES, fail, floats, grid_structure
+from stepquant.runtime.ops.native import Library, structures
+from stepquant.runtime.ops.native.calls import fail, floats, grid_structure
+from stepquant.runtime.ops.native.structures import ACTIVATIONS
 from stepquant.runtime.ops.result_shapes import shape_of
-from stepquant.support.errors import StepQuantError
 
-_CODES = struct.Struct("12q").pack
-_WEIGHT = struct.Struct("7q").pack
-_RESULT = struct.Struct("6q").pack
-_ENCODED = struct.Struct("3q").pack
+_pack_codes, _pack_weight = structures.CODES.pack, structures.WEIGHT.pack
+_pack_result, _pack_encoded = structures.RESULT.pack, structures.ENCODED.pack
 
 
 class Weight(NamedTuple):
     """A layer's tensors as the kernel reads them, and the structure that says where they lie."""
 
     tiles: Tensor
-    """int8, or uint8 of four bits each, see `kernels.native.lay_out`"""
+    """int8, or uint8 of four bits each, see `native.tiles.lay_out`"""
     scale: Tensor
     """float32 `[C_out]`"""
     sums: Tensor
@@ -45,11 +43,16 @@ class Weight(NamedTuple):
 def weight_of(
     tiles: Tensor, scale: Tensor, sums: Tensor, bias: Tensor | None, step_bias: Tensor | None
 ) -> Weight:
-    """The tensors with their structure; all contiguous and on the CPU."""
+    """The tensors with their structure, all contiguous.
+
+    Tensors that torch traces, or that are not on the CPU, have no structure.
+    """
+    if torch.compiler.is_compiling() or type(tiles) is not Tensor or not tiles.is_cpu:
+        return Weight(tiles, scale, sums, bias, step_bias, (), b"")
     tensors = (tiles, scale, sums, floats(bias), floats(step_bias))
     addresses = _addresses(*tensors)
     four_bits = tiles.dtype is torch.uint8
-    structure = _WEIGHT(addresses[0], four_bits, scale.shape[0], *addresses[1:])
+    structure = _pack_weight(addresses[0], four_bits, scale.shape[0], *addresses[1:])
     return Weight(*tensors, addresses, structure)
 
 
@@ -62,14 +65,14 @@ def _image(codes: Tensor, spec: LayerSpec, sizes: tuple[int, ...]) -> bytes:
     if spec.kind == "linear":
         batch, channels = codes.shape[0] if codes.dim() > 1 else 1, spec.in_channels
         rows = codes.numel() // (batch * channels)
-        return _CODES(
+        return _pack_codes(
             *(codes.data_ptr(), batch, 1, rows, channels),
             *(rows * channels, rows * channels, channels, 1, 1, channels, channels),
         )
     batch, channels, frame_height, frame_width = codes.shape
     (stride_h, stride_w), (dilation_h, dilation_w) = spec.stride, spec.dilation
     row = frame_width * channels
-    return _CODES(
+    return _pack_codes(
         *(codes.data_ptr(), batch, sizes[2], sizes[3], channels),
         *(frame_height * row, stride_h * row, stride_w * channels),
         *(*spec.kernel_size, dilation_h * row, dilation_w * channels),
@@ -87,16 +90,14 @@ def products(
     dtype: torch.dtype,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """See `kernels.native.run_codes`; `codes` are not empty."""
+    """See `fused.tiled_product`; `codes` are not empty."""
     assert library.products is not None
     sizes, memory_format = shape_of(codes, spec)
     codes = codes.contiguous(memory_format=memory_format)
-    if gate is not None:
-        _check("gate", gate, (sizes[0], spec.out_channels))
-        if gate.dtype is not torch.float32 or gate.stride(1) != 1:
-            gate = gate.to(torch.float32).contiguous()
+    checks.product_operands(sizes, spec, added, gate)
+    if gate is not None and (gate.dtype is not torch.float32 or gate.stride(1) != 1):
+        gate = gate.to(torch.float32).contiguous()
     if added is not None:
-        _check("sum", added, sizes)
         added = added.contiguous(memory_format=memory_format)
     if added is not None and overwrite and added.dtype is dtype:
         result = added
@@ -106,7 +107,7 @@ def products(
         _image(codes, spec, sizes),
         weight.structure,
         grid_structure(grid),
-        _RESULT(
+        _pack_result(
             *(result.data_ptr(), dtype is torch.bfloat16),
             *(0 if added is None else added.data_ptr(), _is_bf16(added)),
             *((0, 0) if gate is None else (gate.data_ptr(), gate.stride(0))),
@@ -129,33 +130,26 @@ def product_codes(
     gated: bool,
     output_grid: Grid,
 ) -> Tensor:
-    """See `kernels.native.run_to_codes`; `codes` are not empty."""
+    """See `fused.tiled_product_codes`; `codes` are not empty."""
     assert library.products is not None and spec.kind == "linear"
     sizes, _ = shape_of(codes, spec)
     codes = codes.contiguous()
     output_grid.check_channels(sizes[-1] // 2 if gated else sizes[-1])
     shape = (*sizes[:-1], sizes[-1] // 2) if gated else sizes
     result = torch.empty(shape, dtype=torch.uint8, device="cpu")
-    place = _ENCODED(result.data_ptr(), ACTIVATION_CODES[activation], gated)
+    grid_out = grid_structure(output_grid)
+    encoded = _pack_encoded(result.data_ptr(), ACTIVATIONS[activation], gated, grid_out)
     status = library.products(
         _image(codes, spec, sizes),
         weight.structure,
         grid_structure(grid),
         None,
-        place + grid_structure(output_grid),
+        encoded,
         torch.get_num_threads(),
     )
     if status:
         fail(status)
     return result
-
-
-def _check(what: str, x: Tensor, sizes: tuple[int, ...]) -> None:
-    """Whether the kernel can read `x` for a result of `sizes`."""
-    if x.shape != sizes or x.dtype not in (torch.float32, torch.bfloat16):
-        raise StepQuantError(
-            f"a layer's {what} is {x.dtype} {tuple(x.shape)}: expected float32 or bfloat16 {sizes}"
-        )
 
 
 def _is_bf16(x: Tensor | None) -> bool:

@@ -1,0 +1,210 @@
+"""Refusals of the fused passes: arguments that no implementation can take.
+
+Each function takes the arguments of the pass of its name in `ops.fused` and raises StepQuantError.
+The native kernels read memory by these numbers, so every implementation is called after its check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stepquant.runtime.ops.grids import Grid, Output
+from stepquant.runtime.ops.layer_spec import LayerSpec
+from stepquant.runtime.ops.native import tiles
+from stepquant.runtime.ops.native.structures import ACTIVATIONS
+from stepquant.runtime.ops.result_shapes import check_channels, shape_of
+from stepquant.support.errors import StepQuantError
+
+if TYPE_CHECKING:
+    from stepquant.runtime.ops.native.products import Weight
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+def group_norm_encode(
+    parts: Sequence[Tensor],
+    added: Tensor | None,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    outputs: Sequence[Output],
+) -> None:
+    """Shapes of the parts and of what joins them, and the channels of each output."""
+    del eps
+    if activation not in ("none", "silu"):
+        raise StepQuantError(f"activation '{activation}' after a group norm: expected none or silu")
+    batch, _, height, width = parts[0].shape
+    channels = 0
+    for part in parts:
+        shape = part.shape
+        channels += shape[1]
+        if shape[0] != batch or shape[2] != height or shape[3] != width:
+            raise StepQuantError(
+                f"parts of {tuple(shape)} and {tuple(parts[0].shape)}: expected the same batch, "
+                "height and width"
+            )
+    if channels % groups:
+        raise StepQuantError(f"{channels} channels do not make {groups} groups")
+    _check_biases(channels, weight, bias)
+    if added is not None and added.shape != (batch, channels):
+        raise StepQuantError(f"what is added is {tuple(added.shape)}: expected {(batch, channels)}")
+    for out in outputs:
+        if out.start < 0 or out.start + out.channels > channels:
+            raise StepQuantError(
+                f"an output takes channels {out.start} to {out.start + out.channels} of {channels}"
+            )
+        out.grid.check_channels(out.channels)
+
+
+def encode(x: Tensor, activation: str, output_grid: Grid, padding: tuple[int, int]) -> None:
+    """The activation's name, the padding, and the factors' channels."""
+    _check_activation(activation)
+    if x.dim() != 4 and any(padding):
+        raise StepQuantError(f"padding {padding} around {x.dim()} dimensions: expected 4")
+    if output_grid.factors is not None:
+        output_grid.check_channels(x.shape[1 if x.dim() == 4 else -1])
+
+
+def layer_norm_encode(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    grids: Sequence[Grid],
+) -> None:
+    """Shapes of weight, bias and modulation, and the factors' channels."""
+    del eps
+    _check_biases(x.shape[-1], weight, bias)
+    for name, each in (("scale", scale), ("shift", shift)):
+        if each is not None and (x.dim() < 2 or each.shape != (x.shape[0], x.shape[-1])):
+            raise StepQuantError(
+                f"{name} is {tuple(each.shape)} for {tuple(x.shape)}: expected a row for each "
+                "sample"
+            )
+    for grid in grids:
+        grid.check_channels(x.shape[-1])
+
+
+def gated_encode(x: Tensor, gate_activation: str, output_grid: Grid) -> None:
+    """The activation's name, an even number of channels, and the factors' channels."""
+    _check_activation(gate_activation)
+    if x.shape[-1] % 2:
+        raise StepQuantError(f"{x.shape[-1]} channels have no halves: expected an even number")
+    output_grid.check_channels(x.shape[-1] // 2)
+
+
+def epilogue(
+    grid: Grid, sums: Tensor, bias: Tensor | None, step_bias: Tensor | None, add_share: bool
+) -> None:
+    """Shapes of the biases."""
+    del add_share
+    channels = sums.shape[0]
+    _check_biases(channels, None, bias)
+    _check_step_bias(step_bias, grid, channels)
+
+
+def tiled_product(
+    codes: Tensor,
+    grid: Grid,
+    weight: Weight,
+    spec: LayerSpec,
+    added: Tensor | None,
+    dtype: torch.dtype,
+    gate: Tensor | None,
+) -> None:
+    """The weight's layout, and shapes and dtypes of what goes into the result."""
+    del dtype
+    _check_weight(weight, grid, spec)
+    product_operands(shape_of(codes, spec).sizes, spec, added, gate)
+
+
+def product_operands(
+    sizes: tuple[int, ...], spec: LayerSpec, added: Tensor | None, gate: Tensor | None
+) -> None:
+    """Shapes and dtypes of what is joined with a result of `sizes`."""
+    if gate is not None:
+        _check_float("gate", gate, (sizes[0], spec.out_channels))
+    if added is not None:
+        _check_float("sum", added, sizes)
+
+
+def tiled_product_codes(
+    codes: Tensor,
+    grid: Grid,
+    weight: Weight,
+    spec: LayerSpec,
+    activation: str,
+    gated: bool,
+    output_grid: Grid,
+) -> None:
+    """The weight's layout, whole tiles of a linear layer, and the factors' channels."""
+    _check_activation(activation)
+    check_channels(codes, spec)
+    _check_weight(weight, grid, spec)
+    if not tiles.fits_in_tiles(spec, gated):
+        raise StepQuantError(
+            f"a {spec.kind} layer of {spec.out_channels} channels makes no codes itself: expected "
+            f"a linear layer of whole tiles of {tiles.TILE}, two for each tile of gated codes"
+        )
+    output_grid.check_channels(spec.out_channels // 2 if gated else spec.out_channels)
+
+
+def attention_codes(query: Tensor, key: Tensor, value: Tensor, heads: int, grid: Grid) -> None:
+    """Shapes of the operands, whole heads, and the factors' channels."""
+    batch, channels = query.shape[0], query.shape[2]
+    expected = (batch, key.shape[1], channels)
+    if key.shape != value.shape or key.shape != expected:
+        raise StepQuantError(
+            f"attention's keys are {tuple(key.shape)}, its values {tuple(value.shape)}: expected "
+            f"{expected}"
+        )
+    if channels % heads:
+        raise StepQuantError(f"{channels} channels do not make {heads} heads")
+    grid.check_channels(channels)
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise StepQuantError(
+            f"unknown activation '{activation}': expected one of {', '.join(ACTIVATIONS)}"
+        )
+
+
+def _check_biases(channels: int, weight: Tensor | None, bias: Tensor | None) -> None:
+    for name, each in (("weight", weight), ("bias", bias)):
+        if each is not None and each.shape != (channels,):
+            raise StepQuantError(f"the {name} is {tuple(each.shape)}: expected {(channels,)}")
+
+
+def _check_step_bias(step_bias: Tensor | None, grid: Grid, channels: int) -> None:
+    if step_bias is not None and step_bias.shape != (grid.scale.shape[0], channels):
+        raise StepQuantError(
+            f"the biases of steps are {tuple(step_bias.shape)}: "
+            f"expected {(grid.scale.shape[0], channels)}"
+        )
+
+
+def _check_weight(weight: Weight, grid: Grid, spec: LayerSpec) -> None:
+    tiles.check(weight.tiles, spec)
+    if weight.sums.shape != (spec.out_channels,) or weight.sums.dtype is not torch.int32:
+        raise StepQuantError(
+            f"a weight's sums are {weight.sums.dtype} {tuple(weight.sums.shape)}: expected int32 "
+            f"{(spec.out_channels,)}"
+        )
+    _check_biases(spec.out_channels, weight.scale, weight.bias)
+    _check_step_bias(weight.step_bias, grid, spec.out_channels)
+
+
+def _check_float(what: str, x: Tensor, sizes: tuple[int, ...]) -> None:
+    if x.shape != sizes or x.dtype not in FLOATS:
+        raise StepQuantError(
+            f"a layer's {what} is {x.dtype} {tuple(x.shape)}: expected float32 or bfloat16 {sizes}"
+        )

@@ -1,0 +1,183 @@
+"""The fused passes as operators of `torch.library`, in the namespace `stepquant`.
+
+The arguments of an operator must be types of a schema, so a `Grid` becomes its tensors, a list of
+grids one list for each field, and a layer's weight and spec their fields. `implement` undoes this:
+an implementation takes the arguments of the function of that name in `ops.plain`, after its check
+in `ops.checks`. Each operator has three here: the CPU's (`ops.cpu`), the torch operations of
+`ops.plain` for every other device, and a fake one that gives shapes. A device with kernels of its
+own adds a line for each:
+
+    implement("encode", "CUDA", kernels.encode)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepquant.runtime.ops import checks, cpu, fakes, plain
+from stepquant.runtime.ops.encoding import pad
+from stepquant.runtime.ops.grids import Grid, Output
+from stepquant.runtime.ops.layer_spec import LayerSpec
+from stepquant.runtime.ops.native.products import Weight, weight_of
+
+FIELDS = 5  # of a Grid that a schema holds: all but the structure
+
+_GRID = "Tensor scale, Tensor zero_point, Tensor? row, int largest, Tensor? factors"
+_OUTPUT_GRID = ", ".join(part.replace(" ", " output_") for part in _GRID.split(", "))
+_GRIDS = "Tensor[] scales, Tensor[] zero_points, Tensor?[] rows, int[] largest, Tensor?[] factors"
+_PRODUCT = (
+    f"Tensor codes, {_GRID}, Tensor tiles, Tensor weight_scale, Tensor sums, Tensor? bias,"
+    " Tensor? step_bias, bool linear, int in_channels, int[2] kernel_size, int[2] stride,"
+    " int[2] padding, int[2] dilation"
+)
+
+
+def grid_values(grid: Grid) -> tuple[Any, ...]:
+    """The fields of a grid, as an operator takes them."""
+    return grid[:FIELDS]
+
+
+def grid_lists(grids: Sequence[Grid]) -> tuple[list[Any], ...]:
+    """The fields of some grids, a list for each."""
+    return tuple([[grid[field] for grid in grids] for field in range(FIELDS)])
+
+
+def product_values(weight: Weight, spec: LayerSpec, padding: tuple[int, int]) -> tuple[Any, ...]:
+    """A layer's weight and shape; `padding`: rows and columns that the codes do not have yet."""
+    return (
+        *(weight.tiles, weight.scale, weight.sums, weight.bias, weight.step_bias),
+        *(spec.kind == "linear", spec.in_channels),
+        *(spec.kernel_size, spec.stride, padding, spec.dilation),
+    )
+
+
+class _Operator(NamedTuple):
+    schema: str
+    gather: Callable[..., tuple[Any, ...]]
+    """From the operator's arguments to those of its implementations."""
+
+
+def _gather_group_norm(*values: Any) -> tuple[Any, ...]:
+    *before, scales, zero_points, rows, largest, factors, starts, channels, paddings = values
+    grids = _grids(scales, zero_points, rows, largest, factors)
+    pairs = zip(paddings[::2], paddings[1::2], strict=True)
+    outputs = map(Output, starts, channels, grids, pairs)
+    return (*before, list(outputs))
+
+
+def _gather_encode(x: Tensor, activation: str, *values: Any) -> tuple[Any, ...]:
+    *grid, padding = values
+    return x, activation, Grid(*grid), tuple(padding)
+
+
+def _gather_layer_norm(*values: Any) -> tuple[Any, ...]:
+    return (*values[:-FIELDS], _grids(*values[-FIELDS:]))
+
+
+def _gather_last_grid(*values: Any) -> tuple[Any, ...]:
+    return (*values[:-FIELDS], Grid(*values[-FIELDS:]))
+
+
+def _gather_epilogue(*values: Any) -> tuple[Any, ...]:
+    return (Grid(*values[:FIELDS]), *values[FIELDS:])
+
+
+def _gather_product(*values: Any) -> tuple[Any, ...]:
+    codes, grid, tensors = values[0], Grid(*values[1:6]), values[6:11]
+    linear, in_channels, *sizes = values[11:17]
+    tiles, scale, sums, bias, step_bias = tensors
+    scale = scale.to(torch.float32).contiguous()
+    weight = weight_of(tiles.contiguous(), scale, sums.contiguous(), bias, step_bias)
+    kernel_size, stride, padding, dilation = (tuple(each) for each in sizes)
+    shape = ("linear" if linear else "conv2d", in_channels, scale.shape[0])
+    spec = LayerSpec(*shape, 8, 8, kernel_size, stride, (0, 0), dilation)
+    if any(padding):
+        codes = pad(codes, grid.in_force()[1], padding)
+    return (codes, grid, weight, spec, *values[17:])
+
+
+def _gather_product_codes(*values: Any) -> tuple[Any, ...]:
+    return (*_gather_product(*values[:-FIELDS]), Grid(*values[-FIELDS:]))
+
+
+def _grids(*lists: Sequence[Any]) -> list[Grid]:
+    return [Grid(*fields) for fields in zip(*lists, strict=True)]
+
+
+OPERATORS = {
+    "group_norm_encode": _Operator(
+        "(Tensor[] parts, Tensor? added, int groups, Tensor? weight, Tensor? bias, float eps,"
+        f" str activation, {_GRIDS}, int[] starts, int[] channels, int[] paddings) -> Tensor[]",
+        _gather_group_norm,
+    ),
+    "encode": _Operator(
+        f"(Tensor x, str activation, {_GRID}, int[2] padding) -> Tensor", _gather_encode
+    ),
+    "layer_norm_encode": _Operator(
+        "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? scale, Tensor? shift,"
+        f" {_GRIDS}) -> Tensor[]",
+        _gather_layer_norm,
+    ),
+    "gated_encode": _Operator(
+        f"(Tensor x, str gate_activation, {_GRID}) -> Tensor", _gather_last_grid
+    ),
+    "epilogue": _Operator(
+        f"({_GRID}, Tensor sums, Tensor? bias, Tensor? step_bias, bool add_share)"
+        " -> (Tensor, Tensor)",
+        _gather_epilogue,
+    ),
+    "tiled_product": _Operator(
+        f"({_PRODUCT}, Tensor? added, ScalarType dtype, Tensor? gate) -> Tensor", _gather_product
+    ),
+    "tiled_product_codes": _Operator(
+        f"({_PRODUCT}, str activation, bool gated, {_OUTPUT_GRID}) -> Tensor",
+        _gather_product_codes,
+    ),
+    "attention_codes": _Operator(
+        f"(Tensor query, Tensor key, Tensor value, int heads, {_GRID}) -> Tensor",
+        _gather_last_grid,
+    ),
+}
+
+_LIBRARY = torch.library.Library("stepquant", "FRAGMENT")
+
+
+def implement(name: str, key: str, function: Callable[..., Any]) -> None:
+    """Let the operator `name` run `function` on tensors of the dispatch key `key`, such as "CUDA".
+
+    `function` takes the arguments of the function of that name in `ops.plain`, already checked. It
+    must return new tensors that share no memory with each other.
+    """
+    _LIBRARY.impl(name, _gathering(name, function), key)
+
+
+def _gathering(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    gather, check = OPERATORS[name].gather, getattr(checks, name)
+
+    def run(*values: Any) -> Any:
+        arguments = gather(*values)
+        check(*arguments)
+        return function(*arguments)
+
+    return run
+
+
+def _apart(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """`function` with results that share no memory with each other or with its arguments."""
+    return lambda *arguments: tuple([each.clone() for each in function(*arguments)])
+
+
+for _name, _operator in OPERATORS.items():
+    _own, _any = getattr(cpu, _name), getattr(plain, _name)
+    if _name == "epilogue":
+        _own, _any = _apart(_own), _apart(_any)
+    _LIBRARY.define(_name + _operator.schema)
+    implement(_name, "CPU", _own)
+    implement(_name, "CompositeExplicitAutograd", _any)
+    torch.library.register_fake(
+        f"stepquant::{_name}", _gathering(_name, getattr(fakes, _name)), lib=_LIBRARY
+    )
