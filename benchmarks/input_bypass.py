@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from cells import machine
 from quality import parse_bits
 from stepquant.calibration.observe import quant_layers
-from stepquant.evaluation.metrics import paired_psnr
+from stepquant.evaluation import paired_psnr
+from stepquant.evaluation.metrics.frechet import distances
 from stepquant.methods.recipe import load_recipe, parse_recipe
 from stepquant.pipelines.opening import default_features, open_pipeline
 from stepquant.pipelines.sampling import AUTO, denoiser_name, denoiser_of, sample_images
 from stepquant.quantizers import QuantLayer
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write
-from stepquant.verbs.evaluate import distances
 from stepquant.verbs.quantize import Quantized, quantize
 
 FAR = 1.5  # times the float model's largest magnitude at the step

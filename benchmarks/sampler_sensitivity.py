@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from cells import machine
 from records import write_record
 from stepquant.evaluation import paired_psnr
+from stepquant.evaluation.metrics.frechet import distances
 from stepquant.pipelines.opening import default_features, open_pipeline
 from stepquant.pipelines.sampling import denoiser_of, sample_images
 from stepquant.support.progress import Reporter
-from stepquant.verbs.evaluate import distances
 
 NOISE = (1e-4, 1e-3)
 

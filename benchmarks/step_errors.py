@@ -27,14 +27,15 @@ from cells import machine
 from records import write_record
 from stepquant.calibration.influence import image_gradients, influence_spectrum
 from stepquant.calibration.trajectories import capture_trajectories
-from stepquant.evaluation.metrics import paired_psnr
+from stepquant.evaluation import paired_psnr
+from stepquant.evaluation.metrics.frechet import distances
+from stepquant.evaluation.metrics.noise_error import noise_error
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.opening import default_features, open_pipeline
 from stepquant.pipelines.sampling import denoiser_of, sample_images, set_scheduler
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write
-from stepquant.verbs.evaluate import distances, noise_error
 from stepquant.verbs.quantize import quantize
 
 SCHEDULER = "ddim"

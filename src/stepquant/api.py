@@ -1,4 +1,4 @@
-"""The public functions, one for each verb of the command line."""
+"""The public names: a function for each verb of the command line, and what plug-ins build on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from stepquant.checkpoint.module import load_module
 from stepquant.engines.captured_calls import RecordedDenoiser
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
 from stepquant.engines.slow_paths import slow_paths
+from stepquant.evaluation.metric import Comparison, register_metric
 from stepquant.lora.pipeline import load_lora, lora_scales, set_lora_scales, unload_lora
 from stepquant.methods.recipe import load_recipe, recipe_names
+from stepquant.methods.session import Session
+from stepquant.methods.step import Step, register_step
+from stepquant.models.adapter import DenoiserAdapter, register_adapter
+from stepquant.models.base import DiffusersAdapter
 from stepquant.pipelines.denoiser_pipeline import DenoiserPipeline
 from stepquant.pipelines.opening import open_pipeline as load
 from stepquant.runtime.layers.resident import WeightBytes, set_memory_mode, weight_bytes_resident
@@ -23,11 +28,16 @@ from stepquant.weight_only.config import DynamicConfig, WeightOnlyConfig
 from stepquant.weight_only.conversion import pack
 
 __all__ = [
+    "Comparison",
+    "DenoiserAdapter",
     "DenoiserPipeline",
+    "DiffusersAdapter",
     "DynamicConfig",
     "OpenVinoDenoiser",
     "Quantized",
     "RecordedDenoiser",
+    "Session",
+    "Step",
     "StepQuantError",
     "WeightBytes",
     "WeightOnlyConfig",
@@ -44,6 +54,9 @@ __all__ = [
     "pack",
     "quantize",
     "recipe_names",
+    "register_adapter",
+    "register_metric",
+    "register_step",
     "sample",
     "set_lora_scales",
     "set_memory_mode",

@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from stepquant.methods import STEPS, BlockDistillation, WeightDilation
+from fake_packages import install
+from stepquant.methods import STEPS, BlockDistillation, Step, WeightDilation, register_step
 from stepquant.methods.recipe import Recipe, load_recipe, parse_recipe, parse_step, recipe_names
 from stepquant.simulation.scheme import Override, Scheme
 from stepquant.support.errors import StepQuantError
+from stepquant.support.plugins import PlugIns
 
 BASE = {"name": "mine", "description": "for a test"}
 
@@ -187,6 +189,31 @@ def test_what_is_wrong_in_a_recipe_is_told_in_one_sentence(change, told):
     sentence = refused(lambda: parse_recipe({**BASE, **change}, "recipe 'mine'"))
     assert sentence.startswith("recipe 'mine': ")
     assert told in sentence
+
+
+@pytest.mark.parametrize("bad", [None, 3, "Round", "scheme", "a.b"])
+def test_a_step_has_a_name_that_a_recipe_can_have(bad):
+    kind = type("Mine", (Step,), {"name": bad, "__annotations__": {"name": "ClassVar[str]"}})
+    assert f"the name of the step Mine is {bad!r}: exp" in refused(lambda: register_step(kind))
+
+
+def test_only_steps_are_registered():
+    assert "is no step" in refused(lambda: register_step(dict))
+
+
+def test_an_installed_package_ships_recipes(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("")
+    (tmp_path / "mine" / "plain.yaml").write_text(yaml.safe_dump({**BASE, "steps": ["smoothing"]}))
+    entries = {"plain": "mine", "absent": "mine", "minmax": "mine"}
+    monkeypatch.syspath_prepend(install(tmp_path, "mine", entries, "stepquant.recipes"))
+    monkeypatch.setattr("stepquant.methods.recipe.PLUG_INS", PlugIns("recipe", "stepquant.recipes"))
+    assert {"plain", "absent", "dilatequant"} <= set(recipe_names())
+    assert [step.name for step in load_recipe("plain").steps] == ["smoothing"]
+    assert load_recipe("dilatequant").name == "dilatequant"
+    told = refused(lambda: load_recipe("absent"))
+    assert told.startswith("recipe 'absent' of the package 'mine' 1.0 cannot be loaded from 'mine'")
+    assert "'minmax' is in stepquant and in the" in refused(lambda: load_recipe("minmax"))
 
 
 def test_a_missing_key_is_named():

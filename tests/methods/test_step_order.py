@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 
 from quantize_runs import refused
-from stepquant.methods import STEPS
+from stepquant.methods import STEPS, Step, register_step
 from stepquant.methods.recipe import parse_recipe
 
 BASE = {"name": "mine", "description": "for a test"}
+
+
+@pytest.fixture
+def foreign():
+    """A step from outside the package."""
+
+    @register_step
+    class Foreign(Step):
+        name = "foreign"
+        needs_ranges = False
+        not_after: ClassVar = {"temporal_quantizer": "which it undoes"}
+        not_before: ClassVar = {
+            "smoothing": "which has rounded",
+            "temporal_quantizer": "which undoes it",
+        }
+
+    yield Foreign
+    del STEPS._entries["foreign"], STEPS._origins["foreign"]
 
 
 @pytest.mark.parametrize(
@@ -119,3 +139,15 @@ def test_of_two_steps_with_one_task_only_one_is_taken(pair, told, turned):
 @pytest.mark.parametrize("name", sorted(STEPS))
 def test_a_step_names_only_steps_that_exist_as_those_it_must_not_follow(name):
     assert STEPS[name].not_after.keys() <= STEPS.keys() - {name}
+
+
+def test_a_step_may_say_what_must_not_follow_it(foreign):
+    """As a step of another package has to: no step of stepquant can name it in `not_after`."""
+    told = refused(lambda: parse_recipe({**BASE, "steps": ["foreign", "smoothing"]}, "x"))
+    assert told == (
+        "x: step 'smoothing' comes after 'foreign', which has rounded: expected it earlier; "
+        "exchange the two"
+    )
+    parse_recipe({**BASE, "steps": ["smoothing", "foreign"]}, "x")
+    told = refused(lambda: parse_recipe({**BASE, "steps": ["temporal_quantizer", "foreign"]}, "x"))
+    assert told.endswith("which it undoes: expected only one of the two")

@@ -216,7 +216,6 @@ def test_the_adapter_is_found_by_the_class_of_the_model(tiny_unet):
 
 
 def test_an_unknown_architecture_is_named():
-    with pytest.raises(
-        StepQuantError, match="no adapter for the architecture Linear: expected one of UNet2DModel"
-    ):
+    told = r"no adapter for the architecture Linear: expected one of .*UNet2DModel"
+    with pytest.raises(StepQuantError, match=told):
         adapter_for(nn.Linear(2, 2))

@@ -6,10 +6,14 @@ import math
 import pytest
 import torch
 
-from stepquant.evaluation import load_features
+from stepquant.evaluation import load_features, register_metric
+from stepquant.evaluation.metric import METRICS
+from stepquant.evaluation.metrics.class_shares import class_shares
+from stepquant.evaluation.metrics.frechet import distances
+from stepquant.evaluation.metrics.noise_error import noise_error
 from stepquant.pipelines.sampling import sample_images
 from stepquant.support.errors import StepQuantError
-from stepquant.verbs.evaluate import class_shares, distances, evaluate, noise_error
+from stepquant.verbs.evaluate import evaluate
 from stepquant.verbs.quantize import quantize
 
 # So few images cannot have a covariance of full rank: the distances warn, which is tested
@@ -97,7 +101,9 @@ def test_without_features_there_is_no_distance(pipeline):
 def test_images_at_hand_are_not_sampled_again(pipeline, monkeypatch):
     drawn = []
     monkeypatch.setattr("stepquant.verbs.evaluate.sample_images", lambda *args: drawn.append(args))
-    monkeypatch.setattr("stepquant.verbs.evaluate.noise_error", lambda *args, **kwargs: [])
+    monkeypatch.setattr(
+        "stepquant.evaluation.metrics.noise_error.noise_error", lambda *args, **kwargs: []
+    )
     torch.manual_seed(0)
     images = torch.rand(4, 1, 32, 32)
     record = evaluate(pipeline, pipeline, images=images, float_images=images, **FEW)
@@ -181,3 +187,26 @@ def test_a_class_for_each_image_is_needed(pictures):
     images, classes = pictures
     with pytest.raises(StepQuantError, match="7 images, 7 of the float model and 6 classes"):
         class_shares(images, images, classes[:6], "fashion")
+
+
+def test_a_metric_that_is_named_is_computed_as_well(pipeline):
+    images = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    given = {"images": images, "float_images": images, "features": "fashion", **FEW}
+
+    @register_metric("widest", key="widest_gap", better="lower", needs=("features",))
+    def widest(images, float_images, comparison):
+        assert comparison.candidate is comparison.reference is pipeline
+        return {"widest_gap": float((images - float_images).abs().max())}
+
+    try:
+        record = evaluate(pipeline, pipeline, metrics="widest", **given)
+    finally:
+        del METRICS._entries["widest"], METRICS._origins["widest"]
+    assert list(record)[-1] == "widest_gap" and record["widest_gap"] == 0.0
+    assert record.keys() - {"widest_gap"} == evaluate(pipeline, pipeline, **given).keys()
+
+
+def test_an_unknown_metric_is_told_before_anything_is_sampled(pipeline, monkeypatch):
+    monkeypatch.setattr("stepquant.verbs.evaluate.sample_images", None)
+    with pytest.raises(StepQuantError, match="unknown metric 'fid': expected one of class_shares"):
+        evaluate(pipeline, pipeline, metrics=["fid"], **FEW)

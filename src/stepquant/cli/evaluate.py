@@ -25,8 +25,7 @@ from stepquant.cli.options import (
 )
 from stepquant.cli.session import talk
 
-LISTS = ("noise_error", "slow_paths")
-SETTING = ("num", "steps", "scheduler", "seed", "features")
+NOT_MEASURED = ("num", "steps", "scheduler", "seed", "features", "slow_paths")
 
 
 def evaluate(
@@ -40,6 +39,13 @@ def evaluate(
             metavar="NAME",
             help="Feature network of the Fréchet distance, or its folder; an embedded model has "
             "its own, others none.",
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Another metric, such as class_shares or one of an installed plug-in; repeat.",
         ),
     ] = None,
     steps: Steps = 50,
@@ -59,6 +65,7 @@ def evaluate(
     """Compare a model's images with those of its float model at the same seeds."""
     with talk(context, quiet, json_file) as output:
         from stepquant import api  # not at the top: see demo.py
+        from stepquant.evaluation.metric import DEFAULT, METRICS, table_rows
         from stepquant.pipelines.opening import default_features
 
         ours, theirs = opened(config, model, against)
@@ -74,16 +81,12 @@ def evaluate(
             seed,
             batch,
             reporter=output.reporter,
+            metrics=metric or (),
             **conditions(prompt, prompts, label, guidance, call),
         )
         output.results = {**record, "loras": loras}
-        errors = record["noise_error"]
-        worst = max(errors, key=lambda row: row["relative_mse"])
-        values = {key: value for key, value in record.items() if key not in (*SETTING, *LISTS)}
-        mean = sum(row["relative_mse"] for row in errors) / len(errors)
-        values["noise_error, mean over steps"] = mean
-        values[f"noise_error, worst step ({worst['timestep']})"] = worst["relative_mse"]
-        output.table([{"measure": key, "value": value} for key, value in values.items()])
+        metrics = [METRICS[name] for name in dict.fromkeys((*DEFAULT, *(metric or ())))]
+        output.table(table_rows(record, metrics, NOT_MEASURED))
         used = record["scheduler"] or "own scheduler"
         for entry in loras:
             output.line(lora_line(entry))

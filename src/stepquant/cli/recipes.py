@@ -8,18 +8,25 @@ import typer
 
 from stepquant.cli.options import Json, Quiet
 from stepquant.cli.session import talk
+from stepquant.support.errors import StepQuantError
 
-recipes = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
+recipes = typer.Typer(
+    help="The recipes that come with stepquant and its plug-ins.", no_args_is_help=True
+)
 
 
 @recipes.command("list")
 def list_recipes(context: typer.Context, json_file: Json = None, quiet: Quiet = False) -> None:
-    """Name and describe the shipped recipes."""
+    """Name and describe the recipes of stepquant and of installed plug-ins."""
     with talk(context, quiet, json_file) as output:
         from stepquant import api  # not at the top: see demo.py
 
-        found = [api.load_recipe(name) for name in api.recipe_names()]
-        rows = [{"name": recipe.name, "description": recipe.description} for recipe in found]
+        rows = []
+        for name in api.recipe_names():
+            try:
+                rows.append({"name": name, "description": api.load_recipe(name).description})
+            except StepQuantError as error:  # a plug-in of somebody else, which hides no other
+                rows.append({"name": name, "description": str(error)})
         output.results = {"recipes": rows}
         output.table(rows)
 

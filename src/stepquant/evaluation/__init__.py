@@ -19,18 +19,19 @@ if TYPE_CHECKING:
         ratios,
         reset_peak_memory,
     )
-    from stepquant.evaluation.metrics import (
-        StepError,
+    from stepquant.evaluation.metric import Comparison, Metric, register_metric
+    from stepquant.evaluation.metrics.frechet import (
         frechet_distance,
         frechet_distance_interval,
-        noise_prediction_error,
-        paired_psnr,
-        paired_ssim,
     )
+    from stepquant.evaluation.metrics.noise_error import StepError, noise_prediction_error
+    from stepquant.evaluation.metrics.paired import paired_psnr, paired_ssim
 
 __all__ = [
+    "Comparison",
     "FeatureExtractor",
     "FeatureNetwork",
+    "Metric",
     "StepError",
     "Timing",
     "frechet_distance",
@@ -43,6 +44,7 @@ __all__ = [
     "paired_ssim",
     "peak_memory_mb",
     "ratios",
+    "register_metric",
     "reset_peak_memory",
 ]
 
@@ -56,13 +58,22 @@ _FILES = {
     "peak_memory_mb": "latency",
     "reset_peak_memory": "latency",
     "ratios": "latency",
+    "Comparison": "metric",
+    "Metric": "metric",
+    "register_metric": "metric",
+    "frechet_distance": "metrics.frechet",
+    "frechet_distance_interval": "metrics.frechet",
+    "StepError": "metrics.noise_error",
+    "noise_prediction_error": "metrics.noise_error",
+    "paired_psnr": "metrics.paired",
+    "paired_ssim": "metrics.paired",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{__name__}.{_FILES.get(name, 'metrics')}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
 
 
 def __dir__() -> list[str]:

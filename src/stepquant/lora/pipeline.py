@@ -172,8 +172,10 @@ def _scaled_layers(pipeline: DiffusionPipeline, denoiser: Any) -> dict[str, str]
     found: dict[str, str] = {}
     for entry in denoiser.hf_quantizer.quantization_config.recipe.get("steps", []):
         for step, settings in entry.items():
-            scales = issubclass(STEPS.get(step, Step), ScalingStep)
-            if not scales or settings.get("fold") is False:
+            fold = settings.get("fold")  # says enough of a step whose package is not installed
+            if fold is None:  # a recipe from before steps had it, or no scaling
+                fold = issubclass(STEPS.get(step, Step), ScalingStep)
+            if not fold:
                 continue
             for producer, consumers in groups:
                 convs = all(isinstance(layers[name], PackedConv2d) for name in consumers)

@@ -1,44 +1,29 @@
-"""One file per idea of a paper; each is a step of a recipe."""
+"""One file per idea of a paper; each is a step of a recipe.
 
-from stepquant.methods.adaptive_softmax import AdaptiveSoftmax
-from stepquant.methods.affine_distillation import AffineDistillation
-from stepquant.methods.bias_correction import BiasCorrection
+A new file needs no line here: the registry finds it.
+"""
+
+from stepquant.methods.step import STEPS, Step, register_step
+
+# In the order in which errors list the steps.
+# isort: off
+from stepquant.methods.weight_dilation import WeightDilation
+from stepquant.methods.smoothing import Smoothing
+from stepquant.methods.channel_reparameterization import ChannelReparameterization
+from stepquant.methods.temporal_quantizer import TemporalQuantizer
+from stepquant.methods.outlier_mixed_bits import OutlierMixedBits
 from stepquant.methods.bit_allocation import BitAllocation
+from stepquant.methods.adaptive_softmax import AdaptiveSoftmax
+from stepquant.methods.input_error_bypass import InputErrorBypass
 from stepquant.methods.block_distillation import BlockDistillation
 from stepquant.methods.block_reconstruction import BlockReconstruction
-from stepquant.methods.channel_reparameterization import ChannelReparameterization
-from stepquant.methods.input_error_bypass import InputErrorBypass
-from stepquant.methods.low_rank_adapters import LowRankAdapters
-from stepquant.methods.outlier_mixed_bits import OutlierMixedBits
 from stepquant.methods.progressive_alignment import ProgressiveAlignment
-from stepquant.methods.relation_distillation import RelationDistillation
-from stepquant.methods.smoothing import Smoothing
-from stepquant.methods.step import Step
-from stepquant.methods.temporal_quantizer import TemporalQuantizer
+from stepquant.methods.low_rank_adapters import LowRankAdapters
 from stepquant.methods.trajectory_distillation import TrajectoryDistillation
-from stepquant.methods.weight_dilation import WeightDilation
-
-STEPS: dict[str, type[Step]] = {
-    step.name: step
-    for step in (
-        WeightDilation,
-        Smoothing,
-        ChannelReparameterization,
-        TemporalQuantizer,
-        OutlierMixedBits,
-        BitAllocation,
-        AdaptiveSoftmax,
-        InputErrorBypass,
-        BlockDistillation,
-        BlockReconstruction,
-        ProgressiveAlignment,
-        LowRankAdapters,
-        TrajectoryDistillation,
-        RelationDistillation,
-        AffineDistillation,
-        BiasCorrection,
-    )
-}
+from stepquant.methods.relation_distillation import RelationDistillation
+from stepquant.methods.affine_distillation import AffineDistillation
+from stepquant.methods.bias_correction import BiasCorrection
+# isort: on
 
 __all__ = [
     "STEPS",
@@ -59,4 +44,5 @@ __all__ = [
     "TemporalQuantizer",
     "TrajectoryDistillation",
     "WeightDilation",
+    "register_step",
 ]

@@ -24,7 +24,7 @@ from stepquant.methods.power_law import (
     tail_of,
 )
 from stepquant.methods.session import Session
-from stepquant.methods.step import CORRECTED, Step
+from stepquant.methods.step import CORRECTED, Step, register_step
 from stepquant.numerics import dequantize, dequantize_log2, max_code, quantize, quantize_log2
 from stepquant.quantizers import ProbabilityQuantizer
 from stepquant.simulation.scheme import Scheme
@@ -73,6 +73,7 @@ def grid_fits(values: Tensor, weights: Tensor | None, bits: int) -> tuple[GridFi
     return best_uniform, best_log2
 
 
+@register_step
 class AdaptiveSoftmax(Step):
     """Choose the grid of attention's probabilities, and search its scale, group by group of steps.
 

@@ -25,7 +25,7 @@ from stepquant.calibration.guidance import mixed
 from stepquant.calibration.influence import MIXED, shared_power, why_not_followed
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.methods.session import Session
-from stepquant.methods.step import CORRECTED, Step
+from stepquant.methods.step import CORRECTED, Step, register_step
 from stepquant.methods.training.block_training import is_check
 from stepquant.methods.training.layer_optimizer import AdamOptimizer
 from stepquant.methods.training.steps_together import (
@@ -41,6 +41,7 @@ from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 
 
+@register_step
 class AffineDistillation(Step):
     """Train biases and the gains and biases of norms, all layers together; codes stay.
 

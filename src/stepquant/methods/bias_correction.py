@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from stepquant.calibration.block_inputs import execution_order
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.methods.session import Session
-from stepquant.methods.step import Step
+from stepquant.methods.step import Step, register_step
 from stepquant.models.calling import channel_dim
 from stepquant.quantizers import QuantLayer
 from stepquant.support.errors import StepQuantError
 
 
+@register_step
 class BiasCorrection(Step):
     """Take off, at each step, the mean error of each channel of the prediction.
 

@@ -25,7 +25,7 @@ from stepquant.calibration.sensitivity import OutputErrors, output_errors
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.methods.outlier_mixed_bits import BITS_CHOSEN
 from stepquant.methods.session import Session
-from stepquant.methods.step import Step
+from stepquant.methods.step import Step, register_step
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.quantizers import QuantLayer
 from stepquant.simulation.scheme import Scheme
@@ -79,6 +79,7 @@ def hull_segments(errors: np.ndarray) -> list[tuple[int, int]]:
     return list(itertools.pairwise(corners))
 
 
+@register_step
 class BitAllocation(Step):
     """Choose the weight bits of every out-channel, and the activation bits of every layer.
 

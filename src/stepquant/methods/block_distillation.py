@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stepquant.calibration.block_inputs import BlockData
 from stepquant.methods.session import Session
-from stepquant.methods.step import CORRECTED, Step
+from stepquant.methods.step import CORRECTED, Step, register_step
 from stepquant.methods.training.block_training import (
     GuardedBlock,
     is_check,
@@ -32,6 +32,7 @@ from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 
 
+@register_step
 class BlockDistillation(Step):
     """Train each quantized block to give what the float chain gives.
 

@@ -19,7 +19,7 @@ from stepquant.calibration.block_inputs import BlockData
 from stepquant.calibration.observe import quant_layers
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.methods.session import Session
-from stepquant.methods.step import CORRECTED, Step
+from stepquant.methods.step import CORRECTED, Step, register_step
 from stepquant.methods.training.block_training import (
     GuardedBlock,
     is_check,
@@ -56,6 +56,7 @@ def annealed_beta(iteration: int, iterations: int, warm_up: float) -> float | No
     return FIRST_BETA + (LAST_BETA - FIRST_BETA) * done
 
 
+@register_step
 class BlockReconstruction(Step):
     """Learn how the weights of each quantized block are rounded, and its activation tables.
 

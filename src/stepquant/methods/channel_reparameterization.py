@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stepquant.methods.equivalent_scaling import ScalingStep, apply_scaling
 from stepquant.methods.session import Session
+from stepquant.methods.step import register_step
 from stepquant.quantizers import QuantConv2d, QuantLayer
 
 DEFAULT_TRUNCATION = 10.0  # a choice: see `reparameterization_factors`
@@ -45,6 +46,7 @@ def reparameterization_factors(p: Tensor, truncation: float) -> Tensor:
     return r.to(p.dtype).clamp(1.0, truncation)
 
 
+@register_step
 class ChannelReparameterization(ScalingStep):
     """Even out the activation ranges of in-channels over all steps; weights are not looked at.
 

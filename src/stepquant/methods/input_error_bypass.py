@@ -23,12 +23,13 @@ from torch import Tensor
 
 from stepquant.calibration.trajectories import predict
 from stepquant.methods.session import Session
-from stepquant.methods.step import CORRECTED, Step
+from stepquant.methods.step import CORRECTED, Step, register_step
 from stepquant.models.calling import channel_dim
 from stepquant.models.input_bypass import InputBypass, common_channels
 from stepquant.quantizers import QuantLayer
 
 
+@register_step
 class InputErrorBypass(Step):
     """Add to the prediction what the float model would have answered to the input layer's error.
 

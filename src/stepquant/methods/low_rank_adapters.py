@@ -9,10 +9,11 @@ import torch
 from pydantic import Field
 
 from stepquant.methods.session import Session
-from stepquant.methods.step import CORRECTED, TRAINING, Step
+from stepquant.methods.step import CORRECTED, TRAINING, Step, register_step
 from stepquant.quantizers.low_rank import fitted_adapter, zero_adapter
 
 
+@register_step
 class LowRankAdapters(Step):
     """Freeze the weights and give each layer an adapter of `rank`, merged before quantization.
 

@@ -17,7 +17,7 @@ from stepquant.calibration.block_inputs import capture_inputs, execution_order
 from stepquant.calibration.initialize import weight_search
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.methods.session import Session
-from stepquant.methods.step import CORRECTED, TRAINING, Step
+from stepquant.methods.step import CORRECTED, TRAINING, Step, register_step
 from stepquant.quantizers import QuantLayer
 from stepquant.quantizers.weight import GridSearch
 from stepquant.simulation.scheme import Scheme
@@ -47,6 +47,7 @@ def allocate(raising: Tensor, lowering: Tensor, bits: int, raised: int, lowered:
     return allocated
 
 
+@register_step
 class OutlierMixedBits(Step):
     """Give out-channels one bit more or less by how salient they are, at the same mean.
 

@@ -16,12 +16,13 @@ from pydantic import Field
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.methods.block_reconstruction import ROUNDED, BlockReconstruction, unrounded_weights
 from stepquant.methods.session import Session
-from stepquant.methods.step import CORRECTED
+from stepquant.methods.step import CORRECTED, register_step
 from stepquant.methods.training.block_training import training_inputs
 
 FIRST_SEED = 4_000_000  # of the images drawn here, after the session's own
 
 
+@register_step
 class ProgressiveAlignment(BlockReconstruction):
     """Block reconstruction, then `rounds` more on inputs that the quantized model draws itself.
 

@@ -20,6 +20,11 @@ from pydantic import (
 from stepquant.methods import STEPS, Step
 from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
+from stepquant.support.plugins import PlugIns
+
+SHIPPED = resources.files("stepquant") / "recipes"
+# Each names a package of Python modules, which holds NAME.yaml.
+PLUG_INS = PlugIns("recipe", "stepquant.recipes")
 
 
 class Calibration(BaseModel):
@@ -69,11 +74,11 @@ class Recipe(BaseModel):
             if names.count(name) > 1:
                 raise StepQuantError(f"step '{name}' appears twice: expected each step once")
         for before, after in itertools.combinations(steps, 2):
-            if before.name in after.not_after:
-                either = after.name in before.not_after
+            why = _why_not_after(after, before)
+            if why is not None:
+                either = _why_not_after(before, after) is not None
                 raise StepQuantError(
-                    f"step '{after.name}' comes after '{before.name}', "
-                    f"{after.not_after[before.name]}: expected "
+                    f"step '{after.name}' comes after '{before.name}', {why}: expected "
                     + ("only one of the two" if either else "it earlier; exchange the two")
                 )
         for before, after in itertools.pairwise(steps):
@@ -119,6 +124,11 @@ def _settable(plain: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return sections + [item for entry in plain["steps"] for item in entry.items()]
 
 
+def _why_not_after(after: Step, before: Step) -> str | None:
+    """What is wrong where the step `after` comes anywhere after `before`, or None."""
+    return after.not_after.get(before.name) or before.not_before.get(after.name)
+
+
 def parse_step(entry: Any) -> Step:
     """A step from `name` or `{name: {hyper-parameters}}`."""
     if isinstance(entry, Step):
@@ -130,16 +140,15 @@ def parse_step(entry: Any) -> Step:
             f"step {entry!r} is not understood: expected 'name' or 'name: {{key: value}}'"
         )
     ((name, values),) = entry.items()
-    if name not in STEPS:
-        raise StepQuantError(f"unknown step '{name}': expected one of {', '.join(STEPS)}")
+    kind = STEPS.find(name)
     if not isinstance(values, dict | None):
         raise StepQuantError(
             f"step '{name}' has the settings {values!r}: expected 'key: value' for each"
         )
     try:
-        return STEPS[name].model_validate(values or {})
+        return kind.model_validate(values or {})
     except ValidationError as error:
-        raise StepQuantError(f"step '{name}': {_first(error, STEPS[name])}") from error
+        raise StepQuantError(f"step '{name}': {_first(error, kind)}") from error
 
 
 def parse_recipe(plain: Any, where: str) -> Recipe:
@@ -180,17 +189,31 @@ def _model_at(model: type[BaseModel], place: tuple[int | str, ...]) -> type[Base
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    folder = resources.files("stepquant") / "recipes"
-    return sorted(
+    """Names of the recipes that come with stepquant and with installed plug-ins."""
+    return sorted({*_shipped(), *PLUG_INS.entries})
+
+
+def _shipped() -> list[str]:
+    return [
         entry.name.removesuffix(".yaml")
-        for entry in folder.iterdir()
+        for entry in SHIPPED.iterdir()
         if entry.name.endswith(".yaml")
-    )
+    ]
+
+
+def _named(name: str) -> str:
+    """The text of the recipe `name`, one of `recipe_names`."""
+    if name not in PLUG_INS.entries:
+        return (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
+    package = PLUG_INS.load(name, "stepquant" if name in _shipped() else None)
+    try:
+        return (resources.files(package) / f"{name}.yaml").read_text(encoding="utf-8")
+    except (OSError, TypeError, UnicodeDecodeError) as error:
+        raise PLUG_INS.broken(name, str(error)) from error
 
 
 def load_recipe(name: str | Path | Recipe) -> Recipe:
-    """A shipped recipe by name, a recipe file by its path (`.yaml`), or the recipe itself."""
+    """A recipe by its name, the one in a file (a path that ends in `.yaml`), or `name` itself."""
     if isinstance(name, Recipe):
         return name
     text = str(name)
@@ -211,7 +234,7 @@ def load_recipe(name: str | Path | Recipe) -> Recipe:
                 f"unknown recipe '{text}': expected one of {', '.join(recipe_names())}, or a path "
                 "that ends in .yaml"
             )
-        content = (resources.files("stepquant") / "recipes" / f"{text}.yaml").read_text()
+        content = _named(text)
         where = f"recipe '{text}'"
     try:
         plain = yaml.safe_load(content)

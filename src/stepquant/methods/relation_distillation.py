@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.methods.session import Session
+from stepquant.methods.step import register_step
 from stepquant.methods.trajectory_distillation import TrajectoryDistillation
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.models.calling import call_denoiser
@@ -43,6 +44,7 @@ def relation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     )
 
 
+@register_step
 class RelationDistillation(TrajectoryDistillation):
     """Trajectory distillation with a term for the relations of pixels.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stepquant.methods.equivalent_scaling import ScalingStep, apply_scaling
 from stepquant.methods.session import Session
+from stepquant.methods.step import register_step
 
 
 def smoothing_factors(W: Tensor, X_max: Tensor, alpha: float) -> Tensor:
@@ -21,6 +22,7 @@ def smoothing_factors(W: Tensor, X_max: Tensor, alpha: float) -> Tensor:
     return torch.where((X_max > 0) & (W_max > 0), s, torch.ones_like(s))
 
 
+@register_step
 class Smoothing(ScalingStep):
     """Balance activation and weight ranges per in-channel, for comparison with Weight Dilation.
 

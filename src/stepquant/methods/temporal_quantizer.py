@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Literal
 
 from stepquant.methods.session import Session
-from stepquant.methods.step import Step
+from stepquant.methods.step import Step, register_step
 
 
+@register_step
 class TemporalQuantizer(Step):
     """Give every activation quantizer a row for each step of the calibrated sampler.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stepquant.calibration.influence import check_without_memory, weighted_power
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.methods.session import Session
-from stepquant.methods.step import CORRECTED, Step
+from stepquant.methods.step import CORRECTED, Step, register_step
 from stepquant.methods.training.layer_optimizer import LayerOptimizer, Optimizer
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.support.errors import StepQuantError
@@ -30,6 +30,7 @@ SECONDS_BETWEEN_SAVES = 20.0
 CHECKS = 8  # of the held-out loss, evenly over the training
 
 
+@register_step
 class TrajectoryDistillation(Step):
     """Train all layers together to predict the float model's noise on its own trajectories.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stepquant.methods.equivalent_scaling import ScalingStep, apply_scaling
 from stepquant.methods.session import Session
+from stepquant.methods.step import register_step
 
 
 def dilation_factors(W: Tensor, max_factor: float) -> Tensor:
@@ -48,6 +49,7 @@ def shrink_until_kept(W: Tensor, s: Tensor, W_max: Tensor, W_min: Tensor) -> Ten
     return s
 
 
+@register_step
 class WeightDilation(ScalingStep):
     """Dilate the in-channels of every layer; 1/s is folded where that is exact.
 

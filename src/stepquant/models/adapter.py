@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import nn
 
-from stepquant.models.dit import DiTAdapter
-from stepquant.models.flux import FluxAdapter
 from stepquant.models.inputs import Inputs
 from stepquant.models.modulation import Modulation
-from stepquant.models.pixart import PixArtAdapter
-from stepquant.models.sd3 import SD3Adapter
-from stepquant.models.unet2d import UNet2DAdapter
-from stepquant.models.unet2d_condition import UNet2DConditionAdapter
 from stepquant.support.errors import StepQuantError
+from stepquant.support.registry import Registry
 
 
 class DenoiserAdapter(Protocol):
@@ -80,17 +75,27 @@ class DenoiserAdapter(Protocol):
         ...
 
 
-ADAPTERS: dict[str, DenoiserAdapter] = {
-    adapter.architecture: adapter
-    for adapter in (
-        UNet2DAdapter(),
-        UNet2DConditionAdapter(),
-        DiTAdapter(),
-        PixArtAdapter(),
-        SD3Adapter(),
-        FluxAdapter(),
-    )
-}
+ADAPTERS: Registry[DenoiserAdapter] = Registry("adapter", "stepquant.adapters", "stepquant.models")
+
+AnyAdapter = TypeVar("AnyAdapter", bound=type[DenoiserAdapter])
+
+
+def register_adapter(adapter: AnyAdapter) -> AnyAdapter:
+    """Decorator: take an adapter for all denoisers whose class is named by its `architecture`.
+
+    The class is called without arguments, once.
+
+    Raises:
+        StepQuantError: it names no architecture, or one that has an adapter.
+    """
+    architecture = getattr(adapter, "architecture", None)
+    if not isinstance(architecture, str):
+        raise StepQuantError(
+            f"the architecture of the adapter {adapter.__qualname__} is {architecture!r}: expected "
+            "the name of the denoiser's class"
+        )
+    ADAPTERS.register(architecture, adapter(), adapter)
+    return adapter
 
 
 def adapter_for(model: nn.Module) -> DenoiserAdapter:

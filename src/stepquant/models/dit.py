@@ -6,11 +6,13 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
+from stepquant.models.adapter import register_adapter
 from stepquant.models.base import DiffusersAdapter, Folds, projections, value_folds
 from stepquant.models.inputs import MIDDLE, Inputs, random_sample
 from stepquant.models.modulation import Modulation, norm_modulations
 
 
+@register_adapter
 class DiTAdapter(DiffusersAdapter):
     """Each transformer block is a unit, with its time and class embedding in it.
 

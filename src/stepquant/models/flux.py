@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import nn
 
+from stepquant.models.adapter import register_adapter
 from stepquant.models.base import DiffusersAdapter, Folds, projections
 from stepquant.models.inputs import TOKENS, Inputs, noise
 from stepquant.models.modulation import Modulation, norm_modulations
@@ -18,6 +19,7 @@ from stepquant.models.modulation import Modulation, norm_modulations
 SIDE = 32  # tokens of a picture of 512 pixels; the config does not name a size
 
 
+@register_adapter
 class FluxAdapter(DiffusersAdapter):
     """Each block, double or single, is a unit. Timesteps run from 0 to 1.
 

@@ -9,11 +9,13 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding
 from torch import nn
 
+from stepquant.models.adapter import register_adapter
 from stepquant.models.dit import DiTAdapter
 from stepquant.models.inputs import MIDDLE, TOKENS, Inputs, noise, random_sample
 from stepquant.models.modulation import Modulation
 
 
+@register_adapter
 class PixArtAdapter(DiTAdapter):
     """As DiT, but one time embedding modulates all blocks, and a projection of the prompt.
 

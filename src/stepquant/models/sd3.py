@@ -7,11 +7,13 @@ from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding
 from torch import nn
 
+from stepquant.models.adapter import register_adapter
 from stepquant.models.base import DiffusersAdapter, Folds, projections, value_folds
 from stepquant.models.inputs import MIDDLE, TOKENS, Inputs, noise, random_sample
 from stepquant.models.modulation import Modulation, norm_modulations
 
 
+@register_adapter
 class SD3Adapter(DiffusersAdapter):
     """Each joint block of text and image tokens is a unit.
 

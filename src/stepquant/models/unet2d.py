@@ -10,12 +10,14 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from stepquant.models.adapter import register_adapter
 from stepquant.models.base import DiffusersAdapter, Folds, value_folds
 from stepquant.models.inputs import MIDDLE, Inputs, random_sample
 
 UNITS = (ResnetBlock2D, Attention, Downsample2D, Upsample2D, TimestepEmbedding)
 
 
+@register_adapter
 class UNet2DAdapter(DiffusersAdapter):
     """Blocks, skip splits, folds and attention sites of `UNet2DModel`.
 

@@ -13,6 +13,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from stepquant.models.adapter import register_adapter
 from stepquant.models.base import Folds, feed_forward_folds, value_folds
 from stepquant.models.inputs import MIDDLE, TOKENS, Inputs, noise, random_sample
 from stepquant.models.unet2d import UNet2DAdapter
@@ -21,6 +22,7 @@ from stepquant.support.errors import StepQuantError
 TIME_IDS = 6  # of SDXL: original size, crop, target size
 
 
+@register_adapter
 class UNet2DConditionAdapter(UNet2DAdapter):
     """Resnets and resamplers as in `UNet2DModel`; each transformer block is a unit too."""
 

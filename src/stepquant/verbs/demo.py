@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from stepquant.engines.backend import with_captured_calls
 from stepquant.evaluation import measure_latency
+from stepquant.evaluation.metric import METRICS
 from stepquant.pipelines.opening import (
     BUILTIN,
     builtin_names,
@@ -25,13 +27,14 @@ from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import atomic_write
 from stepquant.verbs.bench import denoiser_call
-from stepquant.verbs.evaluate import distances, evaluate
+from stepquant.verbs.evaluate import evaluate
 from stepquant.verbs.quantize import quantize
 
 PREFERRED = ("cifar10-ddpm", "fashion-ddpm")
 STEPS = 50
 TIMING_BATCH = 16
 GRID_COLUMNS = 12
+SHOWN = ("paired_psnr", "frechet_distance")  # metrics with a column of the table
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,22 @@ def demo_model() -> str:
 
 
 def demo(
-    out: str | Path, images: int = 160, iterations: int = 100, reporter: Reporter | None = None
+    out: str | Path,
+    images: int = 160,
+    iterations: int = 100,
+    reporter: Reporter | None = None,
+    metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Quantize an embedded model by two recipes, and compare quality, speed and size.
 
     Writes to the new folder `out`: the four packed pipelines, `grid.png` (float above quantized,
     column by column from the same noise) and `demo.json`, the record that is returned; its `table`
     has one row for each model. `images`: how many are sampled of each. `iterations` of block
-    distillation, fewer than the recipe's own so that the demo ends within minutes.
+    distillation, fewer than the recipe's own so that the demo ends within minutes. `metrics` names
+    further columns of the table.
     """
     reporter = reporter or Reporter(quiet=True)
+    shown = [METRICS.find(metric) for metric in dict.fromkeys((*SHOWN, *metrics))]
     folder = Path(out)
     if folder.exists():
         raise StepQuantError(
@@ -90,21 +99,7 @@ def demo(
     float_denoiser = denoiser_of(float_pipeline)
     reporter.line(f"{name}: {sum(p.numel() for p in float_denoiser.parameters()):,} parameters")
     float_images = sample_images(float_pipeline, images, STEPS, reporter=reporter)
-    fd = f"fd_{features}"
-    size = float32_bytes(float_denoiser)
-    rows: list[dict[str, Any]] = [
-        {
-            "model": "float32",
-            "psnr_db": None,
-            fd: distances(float_images, float_images, features)[fd],
-            "ms_per_step": None,
-            "times_faster": 1.0,
-            "bytes": size,
-            "times_smaller": 1.0,
-            "quantize_s": None,
-            "peak_memory_mb": None,
-        }
-    ]
+    rows: list[dict[str, Any]] = []
     strips: list[Tensor] = [float_images[:GRID_COLUMNS]]
     calls = {"float32": denoiser_call(float_denoiser, TIMING_BATCH, 500)}
     for setting in SETTINGS:
@@ -132,12 +127,12 @@ def demo(
             images=drawn,
             float_images=float_images,
             reporter=reporter,
+            metrics=metrics,
         )
         rows.append(
             {
                 "model": setting.label,
-                "psnr_db": quality["paired_psnr_db"],
-                fd: quality[fd],
+                **dict(metric.cell(quality) for metric in shown),
                 "ms_per_step": None,
                 "times_faster": None,
                 "bytes": result.record["checkpoint_bytes"],
@@ -148,6 +143,20 @@ def demo(
         )
         strips.append(drawn[:GRID_COLUMNS])
         calls[setting.label] = denoiser_call(denoiser_of(result.pipeline), TIMING_BATCH, 500)
+    rows.insert(
+        0,
+        {
+            "model": "float32",
+            # Each record says the same of the float model.
+            **{metric.cell(quality)[0]: metric.cell_of_float(quality) for metric in shown},
+            "ms_per_step": None,
+            "times_faster": 1.0,
+            "bytes": float32_bytes(float_denoiser),
+            "times_smaller": 1.0,
+            "quantize_s": None,
+            "peak_memory_mb": None,
+        },
+    )
     timings = measure_latency(calls, repeats=20)
     for row in rows:
         row["ms_per_step"] = timings[row["model"]].median_ms

@@ -172,9 +172,10 @@ def predict_peak(
     captured = FLOAT * 2 * total * sizes.sample  # as recorded, and put in order
     data = 0
     for step in recipe.steps:
-        batch = getattr(step, "batch", None)
-        if step.trains == "nothing" or batch is None:
+        if step.trains == "nothing":
             continue
+        # A step of another package may have neither setting; then it may take all at once.
+        batch = getattr(step, "batch", calibration.batch)
         count = {"model": sizes.parameters, "blocks": sizes.block, "affine": sizes.affine}
         trained = TRAINING * count[step.trains]
         weights = max(weights, FLOAT * (trained + TEMPORARIES * sizes.layer))
@@ -185,7 +186,7 @@ def predict_peak(
         if step.trains == "blocks":
             flow = FLOAT * batch * int(KEPT_FOR_GRADIENTS * sizes.block_flow)
             forward = max(forward, flow, 2 * batch * of_one)
-            samples = FLOAT * min(total, step.samples)
+            samples = FLOAT * min(total, getattr(step, "samples", total))
             kept = min(samples * sizes.skips, BYTES_OF_OUTPUTS + BYTES_OF_TARGETS)
             data = max(data, samples * sizes.block_rows + kept)
     left = max(0, room - held - model - weights - forward - captured)

@@ -10,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from stepquant.methods.recipe import Calibration
+from stepquant.methods.recipe import Calibration, Recipe
+from stepquant.methods.step import STEPS
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.sampling import set_scheduler
 from stepquant.runtime.layers.integer import PackedLayer
@@ -33,6 +34,15 @@ def provenance_of(
         "versions": {"stepquant": __version__, **{name: version(name) for name in packages}},
         "threads": torch.get_num_threads(),
     }
+
+
+def plug_ins_of(recipe: Recipe) -> dict[str, str]:
+    """The installed packages other than stepquant whose steps `recipe` has, each with its version.
+
+    They decide the result as stepquant's own version does.
+    """
+    packages = {STEPS.package(step.name) for step in recipe.steps}
+    return dict(sorted(package for package in packages if package is not None))
 
 
 def mean_weight_bits(model: nn.Module) -> float:

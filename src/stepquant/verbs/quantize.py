@@ -47,7 +47,12 @@ from stepquant.verbs.calibration_inputs import (
     with_own_scheduler,
 )
 from stepquant.verbs.memory_plan import as_mb, plan_memory
-from stepquant.verbs.provenance import mean_weight_bits, provenance_of, reference_layers
+from stepquant.verbs.provenance import (
+    mean_weight_bits,
+    plug_ins_of,
+    provenance_of,
+    reference_layers,
+)
 from stepquant.verbs.readiness import check_denoiser
 from stepquant.weight_only.components import add_file_sizes, check_components, quantize_components
 
@@ -175,6 +180,9 @@ def quantize(
     provenance = provenance_of(seed, pipeline, resolved.calibration, conditioning)
     if components:
         provenance["components"] = components
+    plug_ins = plug_ins_of(resolved)
+    if plug_ins:
+        provenance["plug_ins"] = plug_ins
     job = {
         "recipe": resolved.to_dict(),
         "provenance": provenance,

@@ -1,17 +1,17 @@
-"""Distances between image sets and between paired images and outputs."""
+"""Fréchet distance between the features of two sets of images (Heusel et al. 2017)."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from stepquant.evaluation.extra import evaluate_extra
 from stepquant.evaluation.feature_network import frechet_metric
-from stepquant.evaluation.features import check_unit_range
+from stepquant.evaluation.features import FeatureExtractor, load_features
+from stepquant.evaluation.metric import Comparison, register_metric
 from stepquant.evaluation.reference_statistics import COUNT, check_statistics
 from stepquant.support.errors import StepQuantError
 
@@ -19,17 +19,6 @@ if TYPE_CHECKING:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     Reference = Tensor | Mapping[str, Tensor]
-
-PSNR_CEILING = 100.0  # dB; a root mean square error of 1e-5, far below half a step of 8 bits
-SSIM_WINDOW = 11  # pixels, the side of the Gaussian window of Wang et al. 2004
-CHUNK = 500  # images a pass, which bounds the memory that SSIM needs
-
-
-class StepError(TypedDict):
-    """One row of `noise_prediction_error`."""
-
-    timestep: int | float
-    relative_mse: float
 
 
 def _checked_features(features: Tensor, what: str) -> Tensor:
@@ -173,129 +162,39 @@ def frechet_distance_interval(
     return max(0.0, point - (upper - middle)), point + (middle - lower)
 
 
-def _check_pair(images_a: Tensor, images_b: Tensor, smallest: int) -> None:
-    """Raise a StepQuantError unless both are `[N, C, H, W]` in [0, 1], H and W `smallest` or up."""
-    for name, images in (("images_a", images_a), ("images_b", images_b)):
-        shape = list(images.shape)
-        if images.ndim != 4 or 0 in shape or min(shape[2:]) < smallest:
-            raise StepQuantError(
-                f"{name} have shape {shape}: expected [N, C, H, W] with H and W of {smallest} or "
-                "more"
-            )
-        check_unit_range(images, name)
-    if images_a.shape != images_b.shape:
-        raise StepQuantError(
-            f"images_a have shape {list(images_a.shape)} and images_b {list(images_b.shape)}: "
-            "expected pairs of one shape; sample both models with the same seeds"
-        )
+def distances(
+    images: Tensor, float_images: Tensor, features: str | FeatureExtractor
+) -> dict[str, Any]:
+    """Fréchet distances of `images` to the training data and to the float model's images.
 
-
-def paired_psnr(images_a: Tensor, images_b: Tensor) -> float:
-    """Mean over pairs of the peak signal-to-noise ratio, in dB, with a data range of 1.
-
-    PSNR = -10 log10(mean squared error over C, H, W), per pair, then averaged over the pairs: not
-    the PSNR of the pooled error. A pair counts at most 100 dB (`PSNR_CEILING`), an error that no
-    8-bit image can show; so identical pairs, whose ratio is infinite, count 100 dB, the mean stays
-    finite and comparable, and a mean of exactly 100.0 says that every pair is that close.
-
-    Args:
-        images_a: floating point `[N, C, H, W]` in [0, 1], of the float model.
-        images_b: the same, of the other model at the same seeds. The order does not matter.
-
-    Raises:
-        StepQuantError: wrong or different shapes, a dtype that is not floating point, values that
-            are not finite or not in [0, 1], or torchmetrics is not installed.
+    Also the float model's own distance to the data, and the ratio of the two.
     """
-    with evaluate_extra():
-        from torchmetrics.functional.image import peak_signal_noise_ratio
-    _check_pair(images_a, images_b, 1)
-    ratios = peak_signal_noise_ratio(
-        images_a.detach().cpu().double(),
-        images_b.detach().cpu().double(),
-        data_range=1.0,
-        reduction="none",
-        dim=(1, 2, 3),
-    )  # [N]
-    return float(ratios.clamp(max=PSNR_CEILING).mean())
+    extractor = load_features(features) if isinstance(features, str) else features
+    name = f"fd_{extractor.name}"
+    theirs, ours = extractor(float_images), extractor(images)
+    record: dict[str, Any] = {
+        "features": extractor.name,
+        f"{name}_to_float": frechet_distance(ours, theirs),
+        f"{name}_to_float_interval": list(frechet_distance_interval(ours, theirs)),
+    }
+    if extractor.reference is not None:
+        record[name] = frechet_distance(ours, extractor.reference)
+        record[f"{name}_interval"] = list(frechet_distance_interval(ours, extractor.reference))
+        record[f"{name}_of_float"] = frechet_distance(theirs, extractor.reference)
+        record[f"{name}_ratio"] = record[name] / record[f"{name}_of_float"]
+    return record
 
 
-def paired_ssim(images_a: Tensor, images_b: Tensor) -> float:
-    """Mean over pairs of the structural similarity, at most 1 (identical), data range 1.
-
-    Wang et al. 2004: 11 x 11 Gaussian window of standard deviation 1.5, k1 = 0.01, k2 = 0.03,
-    averaged over channels and all pixels; beyond its edges an image is mirrored (torchmetrics'
-    choice: other packages leave the outer five pixels out, and differ in the second decimal on
-    images as small as these).
-
-    Args:
-        images_a: floating point `[N, C, H, W]` in [0, 1], H and W of 11 or more.
-        images_b: the same, of the other model at the same seeds. The order does not matter.
-
-    Raises:
-        StepQuantError: as `paired_psnr`, or images smaller than the window.
-    """
-    with evaluate_extra():
-        from torchmetrics.functional.image import structural_similarity_index_measure
-    _check_pair(images_a, images_b, SSIM_WINDOW)
-    total = 0.0
-    for a, b in zip(images_a.split(CHUNK), images_b.split(CHUNK), strict=True):
-        similarity = structural_similarity_index_measure(
-            a.detach().cpu().float(),
-            b.detach().cpu().float(),
-            data_range=1.0,
-            kernel_size=SSIM_WINDOW,
-            reduction="none",
-        )
-        assert isinstance(similarity, Tensor)  # a pair only when the full image is asked for
-        total += float(similarity.double().sum())
-    return total / len(images_a)
-
-
-def noise_prediction_error(
-    float_outputs: Sequence[Tensor] | Tensor,
-    quantized_outputs: Sequence[Tensor] | Tensor,
-    timesteps: Sequence[float] | Tensor,
-) -> list[StepError]:
-    """Mean squared error of the denoiser's output at each step, over the float mean square.
-
-    Both models must have been given the same inputs, those of the float trajectory, or the errors
-    of earlier steps are counted again.
-
-    Args:
-        float_outputs: T tensors of the float model's output, each `[N, ...]`, or one `[T, N, ...]`.
-        quantized_outputs: the same of the quantized model.
-        timesteps: the T timesteps that they belong to.
-
-    Returns:
-        T rows {"timestep": number, "relative_mse": float}, in the order given: 0 is equal, 1 is as
-        wrong as an output of zeros.
-
-    Raises:
-        StepQuantError: lengths or shapes differ, values are not finite, or a float output is zero
-            throughout; the sentence names the timestep.
-    """
-    # Those of flow matching are not whole.
-    steps = [int(step) if float(step).is_integer() else float(step) for step in timesteps]
-    if not len(float_outputs) == len(quantized_outputs) == len(steps) > 0:
-        raise StepQuantError(
-            f"there are {len(float_outputs)} float outputs, {len(quantized_outputs)} quantized "
-            f"outputs and {len(steps)} timesteps: expected one of each per step, one step or more"
-        )
-    rows: list[StepError] = []
-    for step, wanted, found in zip(steps, float_outputs, quantized_outputs, strict=True):
-        if wanted.shape != found.shape or wanted.numel() == 0:
-            raise StepQuantError(
-                f"the quantized output at timestep {step} has shape {list(found.shape)}: expected "
-                f"that of the float output, {list(wanted.shape)}, and not empty"
-            )
-        want = wanted.detach().cpu().double()
-        error = float((found.detach().cpu().double() - want).square().mean())
-        power = float(want.square().mean())
-        relative = error / power if power > 0 else float("nan")
-        if not 0 <= relative < float("inf"):
-            raise StepQuantError(
-                f"the outputs at timestep {step} have a mean squared error of {error} and a float "
-                f"mean square of {power}: expected finite values and a float output above zero"
-            )
-        rows.append({"timestep": step, "relative_mse": relative})
-    return rows
+@register_metric(
+    "frechet_distance",
+    key="fd_{features}",
+    better="lower",
+    of_float="fd_{features}_of_float",
+    needs=("features",),
+)
+def to_data_and_float(
+    images: Tensor, float_images: Tensor, comparison: Comparison
+) -> dict[str, Any]:
+    """`distances` over the features of the comparison."""
+    assert comparison.features is not None
+    return distances(images, float_images, comparison.features)

@@ -1,0 +1,1 @@
+"""One file per metric; a new one needs no line elsewhere, the registry finds it."""

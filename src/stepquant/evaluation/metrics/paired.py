@@ -1,0 +1,104 @@
+"""PSNR and SSIM of pairs of images that two models drew from the same seeds."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stepquant.evaluation.extra import evaluate_extra
+from stepquant.evaluation.features import check_unit_range
+from stepquant.evaluation.metric import Comparison, register_metric
+from stepquant.support.errors import StepQuantError
+
+PSNR_CEILING = 100.0  # dB; a root mean square error of 1e-5, far below half a step of 8 bits
+SSIM_WINDOW = 11  # pixels, the side of the Gaussian window of Wang et al. 2004
+CHUNK = 500  # images a pass, which bounds the memory that SSIM needs
+
+
+def _check_pair(images_a: Tensor, images_b: Tensor, smallest: int) -> None:
+    """Raise a StepQuantError unless both are `[N, C, H, W]` in [0, 1], H and W `smallest` or up."""
+    for name, images in (("images_a", images_a), ("images_b", images_b)):
+        shape = list(images.shape)
+        if images.ndim != 4 or 0 in shape or min(shape[2:]) < smallest:
+            raise StepQuantError(
+                f"{name} have shape {shape}: expected [N, C, H, W] with H and W of {smallest} or "
+                "more"
+            )
+        check_unit_range(images, name)
+    if images_a.shape != images_b.shape:
+        raise StepQuantError(
+            f"images_a have shape {list(images_a.shape)} and images_b {list(images_b.shape)}: "
+            "expected pairs of one shape; sample both models with the same seeds"
+        )
+
+
+def paired_psnr(images_a: Tensor, images_b: Tensor) -> float:
+    """Mean over pairs of the peak signal-to-noise ratio, in dB, with a data range of 1.
+
+    PSNR = -10 log10(mean squared error over C, H, W), per pair, then averaged over the pairs: not
+    the PSNR of the pooled error. A pair counts at most 100 dB (`PSNR_CEILING`), an error that no
+    8-bit image can show; so identical pairs, whose ratio is infinite, count 100 dB, the mean stays
+    finite and comparable, and a mean of exactly 100.0 says that every pair is that close.
+
+    Args:
+        images_a: floating point `[N, C, H, W]` in [0, 1], of the float model.
+        images_b: the same, of the other model at the same seeds. The order does not matter.
+
+    Raises:
+        StepQuantError: wrong or different shapes, a dtype that is not floating point, values that
+            are not finite or not in [0, 1], or torchmetrics is not installed.
+    """
+    with evaluate_extra():
+        from torchmetrics.functional.image import peak_signal_noise_ratio
+    _check_pair(images_a, images_b, 1)
+    ratios = peak_signal_noise_ratio(
+        images_a.detach().cpu().double(),
+        images_b.detach().cpu().double(),
+        data_range=1.0,
+        reduction="none",
+        dim=(1, 2, 3),
+    )  # [N]
+    return float(ratios.clamp(max=PSNR_CEILING).mean())
+
+
+def paired_ssim(images_a: Tensor, images_b: Tensor) -> float:
+    """Mean over pairs of the structural similarity, at most 1 (identical), data range 1.
+
+    Wang et al. 2004: 11 x 11 Gaussian window of standard deviation 1.5, k1 = 0.01, k2 = 0.03,
+    averaged over channels and all pixels; beyond its edges an image is mirrored (torchmetrics'
+    choice: other packages leave the outer five pixels out, and differ in the second decimal on
+    images as small as these).
+
+    Args:
+        images_a: floating point `[N, C, H, W]` in [0, 1], H and W of 11 or more.
+        images_b: the same, of the other model at the same seeds. The order does not matter.
+
+    Raises:
+        StepQuantError: as `paired_psnr`, or images smaller than the window.
+    """
+    with evaluate_extra():
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    _check_pair(images_a, images_b, SSIM_WINDOW)
+    total = 0.0
+    for a, b in zip(images_a.split(CHUNK), images_b.split(CHUNK), strict=True):
+        similarity = structural_similarity_index_measure(
+            a.detach().cpu().float(),
+            b.detach().cpu().float(),
+            data_range=1.0,
+            kernel_size=SSIM_WINDOW,
+            reduction="none",
+        )
+        assert isinstance(similarity, Tensor)  # a pair only when the full image is asked for
+        total += float(similarity.double().sum())
+    return total / len(images_a)
+
+
+@register_metric("paired_psnr", key="paired_psnr_db", column="psnr_db", better="higher")
+def psnr(images: Tensor, float_images: Tensor, comparison: Comparison) -> dict[str, float]:
+    """`paired_psnr` beside the float model's images."""
+    return {"paired_psnr_db": paired_psnr(float_images, images)}
+
+
+@register_metric("paired_ssim", key="paired_ssim", better="higher")
+def ssim(images: Tensor, float_images: Tensor, comparison: Comparison) -> dict[str, float]:
+    """`paired_ssim` beside the float model's images."""
+    return {"paired_ssim": paired_ssim(float_images, images)}
