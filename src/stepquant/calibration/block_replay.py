@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from stepquant.calibration.nested import inside, pick
+from stepquant.calibration.nested import pick
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.models.calling import named_arguments, tensors_in
 from stepquant.models.surgery import replace_modules
@@ -100,14 +101,12 @@ def readers(
 
 def copied(output: Any) -> Any:
     """`output` with a copy of each tensor."""
-    return output.clone() if isinstance(output, Tensor) else inside(output, copied)
+    return tree_map_only(Tensor, torch.clone, output)
 
 
 def spoiled(output: Any) -> Any:
     """`output` with NaN for every value."""
-    if isinstance(output, Tensor):
-        return torch.full_like(output, torch.nan)
-    return inside(output, spoiled)
+    return tree_map_only(Tensor, lambda tensor: torch.full_like(tensor, torch.nan), output)
 
 
 @dataclass(frozen=True)
