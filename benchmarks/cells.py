@@ -30,8 +30,9 @@ from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import default_conditions, default_features, open_pipeline
 from stepquant.pipelines.sampling import AUTO, denoiser_of, sample_images
+from stepquant.support.atomic import atomic_write
 from stepquant.support.progress import Reporter
-from stepquant.support.work_folder import atomic_write, fingerprint
+from stepquant.support.work_folder import fingerprint
 from stepquant.verbs.evaluate import class_shares, distances, evaluate
 from stepquant.verbs.quantize import quantize
 

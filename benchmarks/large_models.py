@@ -33,8 +33,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cells import machine
 from stepquant.evaluate import peak_memory_mb
+from stepquant.support.atomic import atomic_write
 from stepquant.support.progress import Reporter
-from stepquant.support.work_folder import atomic_write
 from stepquant.verbs.quantize import quantize
 from stepquant.weight_only.conversion import pack
 

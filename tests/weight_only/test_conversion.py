@@ -157,7 +157,7 @@ def test_what_cannot_be_packed_is_refused(sd_folder, tmp_path):
         components={"text_encoder": "w8"}
     )
     assert "the component 'vae' is to be 'w2'" in message(components={"vae": "w2"})
-    assert "exists already" in message(out=sd_folder)
+    assert "exists: expected a new one" in message(out=sd_folder)
     assert "is a single file: expected a diffusers pipeline folder" in message(
         sd_folder / "unet" / WEIGHTS
     )

@@ -21,9 +21,9 @@ from stepquant.pipelines.opening import (
 )
 from stepquant.pipelines.sampling import denoiser_of, sample_images
 from stepquant.report.images import save_grid
+from stepquant.support.atomic import atomic_write, check_new_folder
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
-from stepquant.support.work_folder import atomic_write
 from stepquant.verbs.bench import denoiser_call
 from stepquant.verbs.evaluate import distances, evaluate
 from stepquant.verbs.quantize import quantize
@@ -78,11 +78,7 @@ def demo(
     distillation, fewer than the recipe's own so that the demo ends within minutes.
     """
     reporter = reporter or Reporter(quiet=True)
-    folder = Path(out)
-    if folder.exists():
-        raise StepQuantError(
-            f"output folder '{folder}' exists: expected a new one; name another or delete it"
-        )
+    folder = check_new_folder(out)
     name = demo_model()
     features = default_features(name)
     assert features is not None
