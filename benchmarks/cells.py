@@ -25,12 +25,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import stepquant
-from stepquant.evaluate import load_features, peak_memory_mb
+from stepquant.evaluate import load_features
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import default_conditions, default_features, open_pipeline
 from stepquant.pipelines.sampling import AUTO, denoiser_of, sample_images
 from stepquant.support.atomic import atomic_write
+from stepquant.support.process_memory import peak_memory_mb
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import fingerprint
 from stepquant.verbs.evaluate import class_shares, distances, evaluate

@@ -1,4 +1,4 @@
-"""Quality, latency and memory of a model.
+"""Quality and latency of a model.
 
 The names below are loaded when they are first used: `import stepquant.evaluate` itself is cheap,
 and torchmetrics, of the `[evaluate]` extra, is imported by the first metric that is computed.
@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stepquant.evaluate.feature_network import FeatureNetwork, frechet_metric
     from stepquant.evaluate.features import FeatureExtractor, load_features
-    from stepquant.evaluate.latency import (
-        Timing,
-        measure_latency,
-        peak_memory_mb,
-        ratios,
-        reset_peak_memory,
-    )
+    from stepquant.evaluate.latency import Timing, measure_latency, ratios
     from stepquant.evaluate.metrics import (
         StepError,
         frechet_distance,
@@ -41,9 +35,7 @@ __all__ = [
     "noise_prediction_error",
     "paired_psnr",
     "paired_ssim",
-    "peak_memory_mb",
     "ratios",
-    "reset_peak_memory",
 ]
 
 _FILES = {
@@ -53,8 +45,6 @@ _FILES = {
     "load_features": "features",
     "Timing": "latency",
     "measure_latency": "latency",
-    "peak_memory_mb": "latency",
-    "reset_peak_memory": "latency",
     "ratios": "latency",
 }
 

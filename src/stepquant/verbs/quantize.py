@@ -20,7 +20,6 @@ from stepquant.calibration.survey import adapter_of
 from stepquant.calibration.trajectories import drawer, first_inputs
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, save_pipeline
-from stepquant.evaluate import peak_memory_mb, reset_peak_memory
 from stepquant.lora.pipeline import check_no_lora
 from stepquant.methods.recipe import Recipe, load_recipe
 from stepquant.methods.session import (
@@ -40,6 +39,7 @@ from stepquant.quantizers import StepContext
 from stepquant.simulation.packing import pack_model
 from stepquant.support.atomic import check_new_folder, remove_partial
 from stepquant.support.errors import StepQuantError
+from stepquant.support.process_memory import as_mb, peak_memory_mb, reset_peak_memory
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder, fingerprint
 from stepquant.verbs.calibration_inputs import (
@@ -47,7 +47,7 @@ from stepquant.verbs.calibration_inputs import (
     calibration_trajectories,
     with_own_scheduler,
 )
-from stepquant.verbs.memory_plan import as_mb, plan_memory
+from stepquant.verbs.memory_plan import plan_memory
 from stepquant.verbs.provenance import mean_weight_bits, provenance_of, reference_layers
 from stepquant.verbs.readiness import check_denoiser
 from stepquant.weight_only.components import add_file_sizes, check_components, quantize_components

@@ -15,13 +15,13 @@ from stepquant.calibration.initialize import weight_search
 from stepquant.checkpoint.folder import check_folder, read_components
 from stepquant.checkpoint.load import is_single_file, local_folder
 from stepquant.checkpoint.save import new_checkpoint
-from stepquant.evaluate import peak_memory_mb, reset_peak_memory
 from stepquant.models.adapter import ADAPTERS
 from stepquant.pipelines.opening import resolve_builtin, weight_file_bytes
 from stepquant.pipelines.sampling import DENOISERS
 from stepquant.runtime.layers.weight_only import check_weight_only_bits
 from stepquant.support.atomic import remove_partial
 from stepquant.support.errors import StepQuantError
+from stepquant.support.process_memory import peak_memory_mb, reset_peak_memory
 from stepquant.support.progress import Reporter
 from stepquant.weight_only.components import WAYS
 from stepquant.weight_only.streaming import stream_weights
