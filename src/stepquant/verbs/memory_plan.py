@@ -13,6 +13,7 @@ from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.methods.recipe import Recipe
 from stepquant.methods.training.block_training import BYTES_OF_OUTPUTS, BYTES_OF_TARGETS
 from stepquant.models.calling import tensors_in
+from stepquant.models.hooks import hooked
 from stepquant.models.mapped import FloatState
 from stepquant.support.errors import StepQuantError
 from stepquant.support.process_memory import available_bytes, held_bytes
@@ -71,27 +72,18 @@ def sizes_of(
     rows = dict.fromkeys(blocks, 0)
     outputs = dict.fromkeys(blocks, 0)
 
+    modules = {name: module for name, module in model.named_modules() if name}
+
     def look(name: str, args: object, kwargs: object, output: object) -> None:
         given = _values(tensors_in((args, kwargs)))
         made = _values(tensors_in(output))
         if name in rows:
             rows[name], outputs[name] = given + made, made
-        module = model.get_submodule(name)
-        if not any(True for _ in module.children()):
+        if not any(True for _ in modules[name].children()):
             flows[name] = flows.get(name, 0) + given + made
 
-    handles = [
-        module.register_forward_hook(
-            lambda _m, args, kwargs, y, name=name: look(name, args, kwargs, y), with_kwargs=True
-        )
-        for name, module in model.named_modules()
-        if name
-    ]
-    try:
+    with hooked(modules, after=look):
         predict(model, one)
-    finally:
-        for handle in handles:
-            handle.remove()
     in_block = dict.fromkeys(blocks, 0)
     weights = dict.fromkeys(blocks, 0)
     for name, flow in flows.items():
