@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.models.surgery import replace_modules
-from stepquant.quantizers.weight import GridSearch
-from stepquant.runtime.layers.weight_only import WeightOnly, minmax_grid, weight_only_in_place_of
+from stepquant.quantizers.weight import GridSearch, minmax_weight_range
+from stepquant.runtime.layers.weight_only import WeightOnly, weight_only_in_place_of
 from stepquant.support.errors import StepQuantError
 from stepquant.weight_only.config import WeightOnlyConfig
 
@@ -89,7 +89,7 @@ def put_layers(
     model: nn.Module,
     config: WeightOnlyConfig,
     empty: bool = False,
-    find: GridSearch = minmax_grid,
+    find: GridSearch = minmax_weight_range,
 ) -> set[str]:
     """Weight-only layers where the config names them; names of their codes and scales.
 

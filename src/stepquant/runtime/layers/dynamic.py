@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepquant.numerics import scale_of
 from stepquant.runtime import kernels
 from stepquant.runtime.layers.weight_only import (
     LARGEST,
@@ -33,8 +34,7 @@ def dynamic_codes(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     of zeros the scale 1.
     """
     x = x.to(torch.float32)
-    largest = x.abs().amax(dim=dims, keepdim=True)
-    scale = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
+    scale = scale_of(x.abs().amax(dim=dims, keepdim=True), LARGEST, inverted=False)
     codes = torch.round(x / scale) + ZERO
     return codes.clamp(ZERO - LARGEST, ZERO + LARGEST).to(torch.uint8), scale
 
