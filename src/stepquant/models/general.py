@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from stepquant.models.base import DiffusersAdapter, Folds
 from stepquant.models.calling import call_denoiser, tensors_in
+from stepquant.models.eligibility import LAYERS
 from stepquant.models.hooks import hooked
 from stepquant.models.inputs import Inputs
 from stepquant.support.errors import StepQuantError
 
-LAYERS = (nn.Linear, nn.Conv2d)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 BATCHES = (2, 3)  # a number of rows that grows with these is one of samples
 

@@ -158,11 +158,6 @@ def check_weight_only_bits(bits: int, what: str) -> int:
     return bits
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether `weight_only_in_place_of` takes the module: no subclass, which may do anything."""
-    return type(module) in (nn.Linear, nn.Conv2d)
-
-
 Kinds = tuple[type[WeightOnlyLinear], type[WeightOnlyConv2d]]
 WEIGHT_ONLY: Kinds = (WeightOnlyLinear, WeightOnlyConv2d)
 
