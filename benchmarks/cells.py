@@ -25,15 +25,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import stepquant
-from stepquant.evaluation import load_features, peak_memory_mb
+from stepquant.evaluation import load_features
 from stepquant.evaluation.metrics.class_shares import class_shares
 from stepquant.evaluation.metrics.frechet import distances
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import default_conditions, default_features, open_pipeline
 from stepquant.pipelines.sampling import AUTO, denoiser_of, sample_images
+from stepquant.support.atomic import atomic_write
+from stepquant.support.process_memory import peak_memory_mb
 from stepquant.support.progress import Reporter
-from stepquant.support.work_folder import atomic_write, fingerprint
+from stepquant.support.work_folder import fingerprint
 from stepquant.verbs.evaluate import evaluate
 from stepquant.verbs.quantize import quantize
 

@@ -18,9 +18,10 @@ from cpu_engines import EAGER, ENGINES, NNCF, Call, Loader, import_for, one_sent
 from integer_peak import count_macs, integer_peak
 from speed_files import load_denoiser, read_config
 from speed_models import MODELS, Inputs, call, random_inputs
-from stepquant.evaluation import measure_latency, peak_memory_mb
+from stepquant.evaluation import measure_latency
 from stepquant.runtime.layers.integer import is_packed
 from stepquant.runtime.layers.resident import MODES, set_memory_mode, weight_bytes_resident
+from stepquant.support.process_memory import peak_memory_mb
 from stepquant.support.progress import Reporter
 
 if TYPE_CHECKING:

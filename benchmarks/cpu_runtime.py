@@ -27,9 +27,9 @@ from cpu_tables import footprint_table, timing_table
 from records import write_record
 from speed_files import Subject, is_made, make, needed
 from speed_models import MODELS
+from stepquant.support.atomic import atomic_write
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
-from stepquant.support.work_folder import atomic_write
 
 CELLS = Path("runs/cpu_runtime")
 RESULTS = Path("benchmarks/results")

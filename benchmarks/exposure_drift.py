@@ -28,8 +28,8 @@ from stepquant.methods.progressive_alignment import FIRST_SEED
 from stepquant.methods.recipe import parse_recipe
 from stepquant.models.adapter import adapter_for
 from stepquant.pipelines.opening import open_pipeline
+from stepquant.support.atomic import atomic_write
 from stepquant.support.progress import Reporter
-from stepquant.support.work_folder import atomic_write
 from stepquant.verbs.quantize import quantize
 
 CALIBRATION_SEED = 1_000_000  # where `quantize` draws its calibration images from

@@ -30,8 +30,8 @@ from stepquant.methods.recipe import load_recipe, parse_recipe
 from stepquant.pipelines.opening import default_features, open_pipeline
 from stepquant.pipelines.sampling import AUTO, denoiser_name, denoiser_of, sample_images
 from stepquant.quantizers import QuantLayer
+from stepquant.support.atomic import atomic_write
 from stepquant.support.progress import Reporter
-from stepquant.support.work_folder import atomic_write
 from stepquant.verbs.quantize import Quantized, quantize
 
 FAR = 1.5  # times the float model's largest magnitude at the step

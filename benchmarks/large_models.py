@@ -32,9 +32,9 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cells import machine
-from stepquant.evaluation import peak_memory_mb
+from stepquant.support.atomic import atomic_write
+from stepquant.support.process_memory import peak_memory_mb
 from stepquant.support.progress import Reporter
-from stepquant.support.work_folder import atomic_write
 from stepquant.verbs.quantize import quantize
 from stepquant.weight_only.conversion import pack
 

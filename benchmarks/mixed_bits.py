@@ -26,7 +26,7 @@ from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.methods.recipe import load_recipe, parse_recipe
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import denoiser_of
-from stepquant.support.work_folder import atomic_write
+from stepquant.support.atomic import atomic_write
 
 OMQ = ["smoothing", "temporal_quantizer", "outlier_mixed_bits", "low_rank_adapters"]
 APART = 10_000  # image i is drawn from `seed + i`: nearer seeds would share most images

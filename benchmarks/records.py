@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stepquant.support.work_folder import atomic_write
+from stepquant.support.atomic import atomic_write
 
 
 def write_record(record: dict[str, Any], path: Path) -> None:

@@ -19,10 +19,11 @@ import torch
 from cells import machine
 from paper_model import paper_pipeline
 from records import write_record
-from stepquant.evaluation import measure_latency, peak_memory_mb
+from stepquant.evaluation import measure_latency
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import denoiser_of
+from stepquant.support.process_memory import peak_memory_mb
 from stepquant.support.progress import Reporter
 from stepquant.verbs.bench import denoiser_call
 from stepquant.verbs.quantize import quantize

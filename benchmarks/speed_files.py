@@ -33,8 +33,8 @@ from speed_models import (
 from stepquant.methods.recipe import parse_recipe
 from stepquant.models.adapter import adapter_for
 from stepquant.pipelines.sampling import denoiser_of
+from stepquant.support.atomic import atomic_write
 from stepquant.support.progress import Reporter
-from stepquant.support.work_folder import atomic_write
 from stepquant.verbs.quantize import quantize
 
 CALIBRATION_SAMPLES = 3  # of NNCF

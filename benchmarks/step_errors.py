@@ -34,8 +34,8 @@ from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.opening import default_features, open_pipeline
 from stepquant.pipelines.sampling import denoiser_of, sample_images, set_scheduler
 from stepquant.quantizers import StepContext, StepGrid
+from stepquant.support.atomic import atomic_write
 from stepquant.support.progress import Reporter
-from stepquant.support.work_folder import atomic_write
 from stepquant.verbs.quantize import quantize
 
 SCHEDULER = "ddim"

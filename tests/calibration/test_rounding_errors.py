@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from stepquant.calibration.ranges import minmax_weight_range
 from stepquant.calibration.rounding_errors import input_errors, input_grids, weight_error
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.quantizers import QuantConv2d, StepContext, StepGrid
+from stepquant.quantizers.weight import minmax_weight_range
 
 
 class Denoiser(nn.Module):

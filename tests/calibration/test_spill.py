@@ -13,7 +13,7 @@ from quantize_runs import left, refused
 from stepquant.calibration.block_inputs import capture_inputs, capture_outputs
 from stepquant.calibration.spill import Rows, Spill
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.evaluation import peak_memory_mb, reset_peak_memory
+from stepquant.support.process_memory import peak_memory_mb, reset_peak_memory
 
 
 class Model(torch.nn.Module):

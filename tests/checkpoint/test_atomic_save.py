@@ -97,7 +97,7 @@ def test_folder_appears_only_when_everything_is_flushed(pipeline, tmp_path, monk
 def test_existing_folder_is_refused_and_untouched(pipeline, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    with pytest.raises(StepQuantError, match=r"output folder '.*out' exists already"):
+    with pytest.raises(StepQuantError, match=r"output folder '.*out' exists: expected a new one"):
         save_pipeline(pipeline, "unet", tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
 

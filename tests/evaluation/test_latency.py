@@ -1,12 +1,10 @@
-import sys
 from itertools import accumulate
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepquant.evaluation import Timing, measure_latency, peak_memory_mb, ratios, reset_peak_memory
+from stepquant.evaluation import Timing, measure_latency, ratios
 from stepquant.support.errors import StepQuantError
 
 
@@ -126,52 +124,3 @@ def test_ratios_of_an_unknown_baseline():
 def test_ratios_of_a_time_of_zero():
     with pytest.raises(StepQuantError, match="'a' took 0 ms"):
         ratios({"a": Timing(0, 0, 0, 1), "b": Timing(1, 1, 1, 1)}, "b")
-
-
-def test_peak_memory_is_read_from_the_status(tmp_path):
-    status = tmp_path / "status"
-    status.write_text("Name:\tpython\nVmPeak:\t  999999 kB\nVmHWM:\t    2000 kB\n")
-    assert peak_memory_mb(status) == pytest.approx(2.048)
-
-
-@pytest.mark.parametrize(("platform", "megabytes"), [("linux", 5.12), ("darwin", 0.005)])
-def test_peak_memory_from_getrusage_knows_the_unit(tmp_path, monkeypatch, platform, megabytes):
-    resource = pytest.importorskip("resource")
-
-    class Usage:
-        ru_maxrss = 5000
-
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(resource, "getrusage", lambda who: Usage())
-    assert peak_memory_mb(tmp_path / "absent") == pytest.approx(megabytes)
-
-
-def test_peak_memory_without_either_source(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "resource", None)
-    with pytest.raises(StepQuantError, match="peak memory cannot be read on"):
-        peak_memory_mb(tmp_path / "absent")
-
-
-def test_peak_memory_lies_between_what_is_held_now_and_what_getrusage_saw():
-    resource = pytest.importorskip("resource")
-    statm = Path("/proc/self/statm")
-    if not statm.is_file():
-        pytest.skip("needs Linux")
-    held = int(statm.read_text().split()[1]) * resource.getpagesize() / 1e6
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    # The kernel's counters are only exact to some pages per core.
-    assert 0.98 * held <= peak_memory_mb() <= 1.02 * highest
-
-
-def test_the_peak_is_that_since_the_reset() -> None:
-    ballast = bytearray(64_000_000)
-    ballast[::4096] = b"x" * len(ballast[::4096])
-    before = peak_memory_mb()
-    del ballast
-    if not reset_peak_memory():
-        pytest.skip("this system cannot reset the high-water mark")
-    assert peak_memory_mb() < before - 32
-
-
-def test_a_system_without_clear_refs_says_so(tmp_path: Path) -> None:
-    assert reset_peak_memory(tmp_path / "absent" / "clear_refs") is False

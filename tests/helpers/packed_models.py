@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stepquant.calibration.ranges import minmax_weight_range, search_weight_range
+from stepquant.calibration.ranges import search_weight_range
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config
 from stepquant.models.attention_processor import ProductsProcessor
@@ -27,6 +27,7 @@ from stepquant.quantizers import (
     StepContext,
     StepGrid,
 )
+from stepquant.quantizers.weight import minmax_weight_range
 from stepquant.simulation.packing import pack_model
 
 STEPS = 5

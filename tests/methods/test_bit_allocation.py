@@ -8,10 +8,11 @@ from diffusers import EulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepquant.calibration.ranges import minmax_weight_range, search_weight_range
+from stepquant.calibration.ranges import search_weight_range
 from stepquant.calibration.rounding_errors import weight_error
 from stepquant.methods.bit_allocation import BitAllocation, allocate_bits, hull_segments
 from stepquant.methods.recipe import parse_recipe
+from stepquant.quantizers.weight import minmax_weight_range
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.simulation.packing import pack_model
 from stepquant.simulation.scheme import Scheme

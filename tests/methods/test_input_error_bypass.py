@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from stepquant.calibration.ranges import minmax_weight_range
 from stepquant.methods import BiasCorrection, InputErrorBypass, TemporalQuantizer, WeightDilation
 from stepquant.models.input_bypass import SLOPES_NAME, bypass_of, detach_bypass
 from stepquant.quantizers import QuantConv2d
+from stepquant.quantizers.weight import minmax_weight_range
 from stepquant.simulation.packing import pack_model
 
 

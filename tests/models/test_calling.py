@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from stepquant.calibration.conditions import Conditions
@@ -67,3 +68,10 @@ def test_what_is_no_tensor_stays_as_it_is():
         "b": "text",
         "c": [None],
     }
+
+
+def test_output_classes_of_diffusers_are_opened_and_stay_what_they_are():
+    output = UNet2DOutput(sample=torch.ones(2))
+    moved = on_device([output], META)[0]
+    assert type(moved) is UNet2DOutput and moved.sample.device == META
+    assert tensors_in((output, {"more": torch.ones(1)})) == [output.sample, torch.ones(1)]

@@ -13,6 +13,7 @@ from stepquant.numerics import (
     max_codes,
     quantize,
     range_to_grid,
+    scale_of,
 )
 
 
@@ -240,3 +241,10 @@ def test_halves_have_the_gradients_of_a_straight_through_round() -> None:
     theirs = torch.autograd.grad((plain(x, scale) * weights).sum(), (x, scale))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_scale_is_one_where_there_is_no_range() -> None:
+    tiny = torch.finfo(torch.float32).tiny
+    widths = torch.tensor([0.0, tiny / 8, 127.0])
+    assert scale_of(widths, 127).tolist() == [1.0, 1.0, 1.0]
+    assert scale_of(widths, 127, inverted=False).tolist() == [1.0, float(widths[1] / 127), 1.0]

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stepquant.calibration.ranges import minmax_weight_range, search_weight_range
+from stepquant.calibration.ranges import search_weight_range
 from stepquant.quantizers import WeightQuantizer
 from stepquant.quantizers.rounding import SoftRounding, rectified_sigmoid, rounding_logits
+from stepquant.quantizers.weight import minmax_weight_range
 from stepquant.simulation.packing import pack_layer
 from stepquant.support.errors import StepQuantError
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepquant.calibration.ranges import minmax_weight_range, search_weight_range
+from stepquant.calibration.ranges import search_weight_range
 from stepquant.numerics import range_to_grid
 from stepquant.quantizers import WeightQuantizer
-from stepquant.quantizers.weight import weight_grid
+from stepquant.quantizers.weight import minmax_weight_range, weight_grid
 from stepquant.support.errors import StepQuantError
 
 SHAPES = {"linear": (6, 40), "conv": (6, 5, 3, 3)}

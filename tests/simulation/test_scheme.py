@@ -5,7 +5,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from stepquant.models.unet2d import UNet2DAdapter
-from stepquant.simulation.scheme import PROTOCOLS, Override, Scheme, why_unsupported
+from stepquant.simulation.scheme import PROTOCOLS, Override, Scheme
 from stepquant.support.errors import StepQuantError
 
 ADAPTER = UNet2DAdapter()
@@ -174,12 +174,3 @@ def test_layers_that_cannot_be_quantized_stay_float_with_the_reason(tiny_unet):
     assert not set(bits) & set(left_float)
     with pytest.raises(StepQuantError, match="matches no layer"):
         resolved(unet, overrides=(override("conv_act.0"),))
-
-
-@pytest.mark.parametrize(
-    "module",
-    [nn.Linear(2, 3), nn.Conv2d(2, 3, (1, 3), stride=2, padding=(0, 1), dilation=2)],
-    ids=["linear", "conv"],
-)
-def test_ordinary_layers_are_supported(module):
-    assert why_unsupported(module) is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stepquant.support.errors import StepQuantError
-from stepquant.support.work_folder import WorkFolder, apart, atomic_write, fingerprint
+from stepquant.support.work_folder import WorkFolder, apart, fingerprint
 
 JOB = {"recipe": {"name": "mine"}, "seed": 0}
 PIECE = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3, dtype=torch.int64)}
@@ -24,63 +24,6 @@ def refused(act) -> str:
         act()
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def test_a_write_takes_the_place_of_the_file_at_once(tmp_path):
-    target = tmp_path / "file"
-    target.write_text("old")
-
-    def write(partial):
-        partial.write_text("new")
-        assert target.read_text() == "old"
-
-    atomic_write(target, write)
-    assert target.read_text() == "new"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    target = tmp_path / "file"
-    target.write_text("old")
-
-    def write(partial):
-        partial.write_text("half")
-        raise error
-
-    with pytest.raises(error):
-        atomic_write(target, write)
-    assert target.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_a_link_stays_a_link_and_its_target_is_replaced(tmp_path):
-    (tmp_path / "target").write_text("old")
-    (tmp_path / "link").symlink_to(tmp_path / "target")
-    atomic_write(tmp_path / "link", lambda partial: partial.write_text("new"))
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "target").read_text() == "new"
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "target"]
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    atomic_write(pipe, lambda path: path.write_text("text"))
-    assert os.read(reader, 100) == b"text"
-    os.close(reader)
-    assert pipe.is_fifo()
-
-
-def test_the_bytes_are_on_the_disk_before_the_name_changes(tmp_path, monkeypatch):
-    order = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (order.append("fsync"), fsync(file)))
-    monkeypatch.setattr(os, "replace", lambda *names: (order.append("replace"), replace(*names)))
-    atomic_write(tmp_path / "file", lambda partial: partial.write_text("new"))
-    assert order == ["fsync", "replace"]
 
 
 def test_the_folder_begins_with_the_job(path):

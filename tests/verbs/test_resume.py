@@ -180,7 +180,7 @@ import fnmatch, json, os, signal, sys, time
 from pathlib import Path
 import torch
 from stepquant.methods import affine_distillation, trajectory_distillation
-from stepquant.quantize import quantize
+from stepquant.verbs.quantize import quantize
 
 model, recipe, settings, points = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
 torch.set_num_threads(1)

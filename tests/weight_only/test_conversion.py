@@ -13,7 +13,8 @@ from architectures import ARCHITECTURES, build, condition_unet
 from quantize_runs import Lines, left, refused, tree
 from stepquant.api import inspect, pack, quantize, sample
 from stepquant.calibration.ranges import search_weight_range
-from stepquant.runtime.layers.weight_only import WeightOnly, minmax_grid
+from stepquant.quantizers.weight import minmax_weight_range
+from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.support.progress import Reporter
 from stepquant.weight_only.quantizers import quantize_weights
 from stepquant.weight_only.streaming import stream_weights
@@ -47,7 +48,11 @@ def without_origin(files):
 @pytest.mark.parametrize(("source_shard", "shard"), [("10GB", 1 << 30), ("20KB", 16 << 10)])
 @pytest.mark.parametrize(
     ("bits", "grids", "find"),
-    [(8, None, minmax_grid), (4, "minmax", minmax_grid), (4, "mse", search_weight_range)],
+    [
+        (8, None, minmax_weight_range),
+        (4, "minmax", minmax_weight_range),
+        (4, "mse", search_weight_range),
+    ],
 )
 def test_the_bytes_are_those_of_packing_the_whole_model_in_memory(
     tmp_path, source_shard, shard, bits, grids, find
@@ -157,7 +162,7 @@ def test_what_cannot_be_packed_is_refused(sd_folder, tmp_path):
         components={"text_encoder": "w8"}
     )
     assert "the component 'vae' is to be 'w2'" in message(components={"vae": "w2"})
-    assert "exists already" in message(out=sd_folder)
+    assert "exists: expected a new one" in message(out=sd_folder)
     assert "is a single file: expected a diffusers pipeline folder" in message(
         sd_folder / "unet" / WEIGHTS
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from stepquant.calibration.nested import Joined, pick
 from stepquant.calibration.spill import Rows, Spill
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.models.calling import tensors_in
+from stepquant.models.hooks import hooked
 from stepquant.support.errors import StepQuantError
 
 
@@ -85,12 +85,12 @@ def capture_inputs(
     joined = Joined(f"the block '{block}'", len(data), spill)
     count = 0
 
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(_: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         joined.add((args, kwargs), count)
         raise _StopForward
 
     with (
-        _hook(model.get_submodule(block).register_forward_pre_hook(record, with_kwargs=True)),
+        hooked({block: model.get_submodule(block)}, before=record),
         replaying(model, outputs or {}) as stands_in,
     ):
         chunks = [slice(start, start + batch) for start in range(0, len(data), batch)]
@@ -122,18 +122,13 @@ def capture_outputs(
     """
     spill = spill or Spill()
     outputs = {block: Rows(len(data), spill) for block in blocks}
-    handles = [
-        model.get_submodule(block).register_forward_hook(
-            lambda _m, _a, y, block=block: outputs[block].add(joined_output(y))
-        )
-        for block in blocks
-    ]
-    try:
+
+    def keep(block: str, _args: Any, _kwargs: Any, output: Any) -> None:
+        outputs[block].add(joined_output(output))
+
+    with hooked({block: model.get_submodule(block) for block in blocks}, after=keep):
         for start in range(0, len(data), batch):
             predict(model, data.take(slice(start, start + batch)))
-    finally:
-        for handle in handles:
-            handle.remove()
     return {block: rows.joined() for block, rows in outputs.items()}
 
 
@@ -141,23 +136,7 @@ def capture_outputs(
 def execution_order(model: nn.Module, blocks: list[str], data: Trajectories) -> list[str]:
     """`blocks` in the order in which a forward first calls them."""
     order: list[str] = []
-    handles = [
-        model.get_submodule(block).register_forward_pre_hook(
-            lambda _m, _a, block=block: order.append(block)
-        )
-        for block in blocks
-    ]
-    try:
+    modules = {block: model.get_submodule(block) for block in blocks}
+    with hooked(modules, before=lambda block, *_: order.append(block)):
         predict(model, data.take(slice(0, 1)))
-    finally:
-        for handle in handles:
-            handle.remove()
     return list(dict.fromkeys(order))
-
-
-@contextmanager
-def _hook(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

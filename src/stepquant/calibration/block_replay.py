@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from stepquant.calibration.nested import inside, pick
+from stepquant.calibration.nested import pick
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.models.calling import named_arguments, tensors_in
+from stepquant.models.hooks import hooked
 from stepquant.models.surgery import replace_modules
 
 
@@ -72,42 +74,39 @@ def readers(
     """
     found: dict[str, set[str]] = {}
     with replaying(model, outputs) as stands_in:
-        blocks = {model.get_submodule(name): name for name in names}
+        blocks = {name: model.get_submodule(name) for name in names}
+        names_of = {block: name for name, block in blocks.items()}
         for source in stands_in:
             reached: set[str] = set()
 
             def look(
-                module: nn.Module,
+                name: str,
                 args: tuple[Any, ...],
                 kwargs: dict[str, Any],
                 reached: set[str] = reached,
             ) -> None:
                 if any(bool(value.isnan().any()) for value in tensors_in((args, kwargs))):
-                    reached.add(blocks[module])
+                    reached.add(name)
 
             clean = source.output
             source.output = spoiled(clean)
-            handles = [m.register_forward_pre_hook(look, with_kwargs=True) for m in blocks]
             try:
-                model(*call, **named)
+                with hooked(blocks, before=look):
+                    model(*call, **named)
             finally:
                 source.output = clean
-                for handle in handles:
-                    handle.remove()
-            found[blocks[source]] = reached
+            found[names_of[source]] = reached
     return found
 
 
 def copied(output: Any) -> Any:
     """`output` with a copy of each tensor."""
-    return output.clone() if isinstance(output, Tensor) else inside(output, copied)
+    return tree_map_only(Tensor, torch.clone, output)
 
 
 def spoiled(output: Any) -> Any:
     """`output` with NaN for every value."""
-    if isinstance(output, Tensor):
-        return torch.full_like(output, torch.nan)
-    return inside(output, spoiled)
+    return tree_map_only(Tensor, lambda tensor: torch.full_like(tensor, torch.nan), output)
 
 
 @dataclass(frozen=True)
@@ -132,37 +131,20 @@ def replayable_blocks(
     """
     calls: dict[str, list[Any]] = {name: [] for name in order}
     written: set[str] = set()
-    handles = []
-    for name in order:
-        before: list[int] = []
+    versions: dict[str, list[int]] = {}
 
-        def remember(_m: nn.Module, args: Any, kwargs: Any, before: list[int] = before) -> None:
-            before[:] = [tensor._version for tensor in tensors_in((args, kwargs))]
+    def remember(name: str, *given: Any) -> None:
+        versions[name] = [tensor._version for tensor in tensors_in(given)]
 
-        def compare(
-            _m: nn.Module,
-            args: Any,
-            kwargs: Any,
-            output: Any,
-            name: str = name,
-            before: list[int] = before,
-        ) -> None:
-            calls[name].append(output)
-            if before != [tensor._version for tensor in tensors_in((args, kwargs))]:
-                written.add(name)
+    def compare(name: str, args: Any, kwargs: Any, output: Any) -> None:
+        calls[name].append(output)
+        if versions[name] != [tensor._version for tensor in tensors_in((args, kwargs))]:
+            written.add(name)
 
-        block = model.get_submodule(name)
-        handles += [
-            block.register_forward_pre_hook(remember, with_kwargs=True),
-            block.register_forward_hook(compare, with_kwargs=True),
-        ]
     one = data.take(slice(0, 1))
     named = named_arguments(model, one.conditions.arguments()) | {"timestep": one.timestep}
-    try:
+    with hooked({name: model.get_submodule(name) for name in order}, remember, compare):
         model(one.sample, **named)
-    finally:
-        for handle in handles:
-            handle.remove()
     single = {name: found[0] for name, found in calls.items() if len(found) == 1}
     outputs = {name: y for name, y in single.items() if name not in written and _has_float_rows(y)}
     return {

@@ -6,15 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.observe import Observation, observe, quant_attention, quant_layers
-from stepquant.calibration.ranges import (
-    minmax_weight_range,
-    search_activation_range,
-    search_weight_range,
-)
+from stepquant.calibration.ranges import search_activation_range, search_weight_range
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.numerics import range_to_grid
 from stepquant.quantizers import ActivationQuantizer, ProbabilityQuantizer, QuantLayer
-from stepquant.quantizers.weight import GridSearch
+from stepquant.quantizers.weight import GridSearch, minmax_weight_range
 from stepquant.support.progress import Reporter
 
 

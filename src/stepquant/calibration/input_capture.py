@@ -20,7 +20,7 @@ class Seen(Exception):
 
 
 class Recorder:
-    """A forward pre-hook that keeps the inputs of every call of a denoiser."""
+    """Keeps the inputs of every call of a denoiser; a `before` of `models.hooks.hooked`."""
 
     def __init__(self, denoiser: nn.Module, by_sample: Collection[str] | None = None) -> None:
         """`by_sample`: see `ConditionRecorder`."""
@@ -39,7 +39,7 @@ class Recorder:
         self.timesteps: list[Tensor] = []
         self.conditions = ConditionRecorder(type(denoiser).__name__, by_sample)
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, _: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the arguments of one call."""
         arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         for name in self._open:  # of `**cond`, whatever it is called

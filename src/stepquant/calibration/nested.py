@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map, tree_map_only
 
 from stepquant.calibration.spill import Rows, Spill
-from stepquant.models.calling import inside
+from stepquant.models.calling import tensors_in
 from stepquant.support.errors import StepQuantError
 
 
@@ -26,11 +27,13 @@ class Shared:
 
 def pick(value: Any, index: Tensor | slice) -> Any:
     """`value` for the samples `index`."""
-    if isinstance(value, Shared):
-        return value.tensor
-    if isinstance(value, Tensor):
-        return value[index]
-    return inside(value, lambda entry: pick(entry, index))
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Shared):
+            return leaf.tensor
+        return leaf[index] if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(of_leaf, value)
 
 
 class Joined:
@@ -53,22 +56,23 @@ class Joined:
 
         Raises StepQuantError, naming the owner, for a tensor that has no rows and changes.
         """
-        tensors = _tensors(value)
+        tensors = tensors_in(value)
         if self._calls == 0:
             self._first, self._count = value, count
         else:
+            firsts = tensors_in(self._first)
             if self._calls == 1:
-                pairs = zip(_tensors(self._first), tensors, strict=True)
+                pairs = zip(firsts, tensors, strict=True)
                 self._rows = [
                     Rows(self._total, self._spill)
                     if _has_rows(first, self._count) and _has_rows(second, count)
                     else None
                     for first, second in pairs
                 ]
-                for rows, first in zip(self._rows, _tensors(self._first), strict=True):
+                for rows, first in zip(self._rows, firsts, strict=True):
                     if rows is not None:
                         rows.add(first)
-            for rows, first, tensor in zip(self._rows, _tensors(self._first), tensors, strict=True):
+            for rows, first, tensor in zip(self._rows, firsts, tensors, strict=True):
                 if rows is None:
                     self._check_shared(first, tensor, count)
                 elif not _has_rows(tensor, count):
@@ -79,15 +83,13 @@ class Joined:
 
     def joined(self) -> Any:
         """The value for all samples: tensors with rows `[total, ...]`, others `Shared`."""
-        found = iter(zip(self._rows, _tensors(self._first), strict=True))
+        found = iter(zip(self._rows, tensors_in(self._first), strict=True))
 
-        def build(entry: Any) -> Any:
-            if not isinstance(entry, Tensor):
-                return inside(entry, build)
+        def build(_: Tensor) -> Any:
             rows, first = next(found)
             return Shared(first) if rows is None else rows.joined()
 
-        return build(self._first)
+        return tree_map_only(Tensor, build, self._first)
 
     def _check_shared(self, first: Tensor, tensor: Tensor, count: int) -> None:
         if tensor.shape != first.shape or not torch.allclose(tensor, first, equal_nan=True):
@@ -103,17 +105,3 @@ class Joined:
 
 def _has_rows(tensor: Tensor, count: int) -> bool:
     return tensor.dim() > 0 and len(tensor) == count
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in `value`, in the order in which `inside` meets them."""
-    found: list[Tensor] = []
-
-    def visit(entry: Any) -> Any:
-        if isinstance(entry, Tensor):
-            found.append(entry)
-            return entry
-        return inside(entry, visit)
-
-    visit(value)
-    return found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.trajectories import Trajectories, predict
+from stepquant.models.hooks import hooked
 from stepquant.quantizers import QuantAttention, QuantLayer
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
@@ -108,24 +110,19 @@ def observe_probabilities(
     generator = torch.Generator().manual_seed(seed)
     steps = len(trajectories.timesteps)
 
-    def look(name: str, args: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
+    def look(name: str, args: tuple[Any, ...], _: dict[str, Any]) -> None:
         flat = attention[name].float_probabilities(args[0], args[1], args[3]).flatten()
         values, weights = tails_and_draw(flat, generator)
         low, high = flat.amin().view(1), flat.amax().view(1)
         seen[name].add(steps, low=low, high=high, values=values, weights=weights)
 
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: look(name, args))
-        for name, module in attention.items()
-    ]
-    try:
-        with reporter.task("observing probabilities", total=steps) as task:
-            for step in range(steps):
-                predict(model, trajectories.step(step, per_step))
-                task.advance()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        hooked(attention, before=look),
+        reporter.task("observing probabilities", total=steps) as task,
+    ):
+        for step in range(steps):
+            predict(model, trajectories.step(step, per_step))
+            task.advance()
     return seen
 
 
@@ -164,40 +161,33 @@ def observe(
         values, weights = tails_and_draw(tensor.reshape(-1), generator)
         now.setdefault((name, index), []).append((low, high, values, weights))
 
-    def look(name: str, layer: QuantLayer, args: tuple[Tensor, ...]) -> None:
+    def look(name: str, args: tuple[Tensor, ...], _: dict[str, Any]) -> None:
+        layer = layers[name]
         for index, part in enumerate(layer.input_parts(args[0])):
             add(name, index, part, part.movedim(layer.channel_dim, -1).flatten(0, -2))
 
-    def look_at_attention(name: str, args: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
+    def look_at_attention(name: str, args: tuple[Any, ...], _: dict[str, Any]) -> None:
         query, key, value, mask = args
         probabilities = attention[name].float_probabilities(query, key, mask)
         for index, operand in enumerate((query, key, value, probabilities)):
             add(name, index, operand, operand.reshape(-1, 1))
 
-    handles = [
-        layer.register_forward_pre_hook(lambda q, args, name=name: look(name, q, args))
-        for name, layer in layers.items()
-    ]
-    handles += [
-        module.register_forward_pre_hook(lambda _, args, name=name: look_at_attention(name, args))
-        for name, module in attention.items()
-    ]
-    try:
-        with reporter.task(description, total=len(trajectories.timesteps)) as task:
-            for step in range(len(trajectories.timesteps)):
-                predict(model, trajectories.step(step, per_step))
-                for key, calls in now.items():  # of a layer that the model uses twice, both
-                    lows, highs, values, weights = zip(*calls, strict=True)
-                    seen[key].add(
-                        len(trajectories.timesteps),
-                        low=torch.stack(lows).amin(dim=0),
-                        high=torch.stack(highs).amax(dim=0),
-                        values=torch.cat(values),
-                        weights=torch.cat(weights),
-                    )
-                now.clear()
-                task.advance()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        hooked(layers, before=look),
+        hooked(attention, before=look_at_attention),
+        reporter.task(description, total=len(trajectories.timesteps)) as task,
+    ):
+        for step in range(len(trajectories.timesteps)):
+            predict(model, trajectories.step(step, per_step))
+            for key, calls in now.items():  # of a layer that the model uses twice, both
+                lows, highs, values, weights = zip(*calls, strict=True)
+                seen[key].add(
+                    len(trajectories.timesteps),
+                    low=torch.stack(lows).amin(dim=0),
+                    high=torch.stack(highs).amax(dim=0),
+                    values=torch.cat(values),
+                    weights=torch.cat(weights),
+                )
+            now.clear()
+            task.advance()
     return seen

@@ -12,8 +12,8 @@ from stepquant.numerics import (
     max_code,
     quantize,
     range_to_grid,
+    scale_of,
 )
-from stepquant.quantizers.weight import weight_grid
 
 ERROR_POWER = 2.4  # |error|^2.4, as in LAPQ, BRECQ and the works that build on them
 SHRINK = torch.linspace(1.0, 0.2, 41)
@@ -76,11 +76,6 @@ def search_activation_range(
     return range_to_grid(best_low, best_high, bits)
 
 
-def minmax_weight_range(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """`(scale, zero_point)`, each `[C_out]`, that covers all of `weight [C_out, K]`."""
-    return weight_grid(weight.amin(dim=1), weight.amax(dim=1), bits)
-
-
 def search_symmetric_range(
     weight: Tensor, bits: int, zero_point: float, factors: Tensor, power: float = ERROR_POWER
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,8 +88,7 @@ def search_symmetric_range(
     bound = weight.abs().amax(dim=1)
     best, best_scale = torch.full_like(bound, torch.inf), torch.ones_like(bound)
     for factor in factors:
-        scale = bound * factor / (max_code(bits) - zero_point)
-        scale = torch.where(torch.isfinite(1.0 / scale), scale, torch.ones_like(scale))
+        scale = scale_of(bound * factor, max_code(bits) - zero_point)
         codes = quantize(weight, scale[:, None], zero[:, None], bits, halves=True)
         error = weight - dequantize(codes, scale[:, None], zero[:, None])
         error = error.abs_().pow_(power).mean(dim=1)

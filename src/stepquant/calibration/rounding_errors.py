@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.ranges import search_activation_range
 from stepquant.calibration.trajectories import Trajectories, predict
+from stepquant.models.hooks import hooked
 from stepquant.numerics import fake_quantize, range_to_grid
 from stepquant.quantizers import QuantLayer
 from stepquant.quantizers.weight import GridSearch
@@ -41,26 +44,19 @@ def input_grids(
     seen: dict[str, list[list[Tensor]]] = {name: [] for name in layers}
     now: dict[str, list[Tensor]] = {}
 
-    def look(name: str, layer: QuantLayer, args: tuple[Tensor, ...]) -> None:
+    def look(name: str, args: tuple[Tensor, ...], _: dict[str, Any]) -> None:
         found = []
-        for part in layer.input_parts(args[0]):
+        for part in layers[name].input_parts(args[0]):
             flat = part.reshape(-1)
             ends = torch.stack([flat.amin(), flat.amax()])
             found.append(torch.cat([ends, flat[:: -(-flat.numel() // SEARCHED)]]))
         now[name] = found  # of a layer that the model uses twice, what it gets last
 
-    handles = [
-        layer.register_forward_pre_hook(lambda q, args, name=name: look(name, q, args))
-        for name, layer in layers.items()
-    ]
-    try:
+    with hooked(layers, before=look):
         for index in range(len(data)):
             predict(model, data.take(slice(index, index + 1)))
             for name, found in now.items():
                 seen[name].append(found)
-    finally:
-        for handle in handles:
-            handle.remove()
     grids: dict[str, InputGrids] = {}
     for name, samples in seen.items():
         parts = [torch.stack(part) for part in zip(*samples, strict=True)]  # each [N, 2 + n]

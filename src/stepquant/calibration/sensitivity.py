@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.trajectories import Trajectories, predict
+from stepquant.models.hooks import hooked
 from stepquant.quantizers import QuantLayer
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
@@ -57,23 +59,24 @@ def output_errors(
     """
     seen: dict[str, Tensor] = {}
 
-    def keep(name: str, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def keep(
+        name: str, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
         x = x.view_as(x)  # this layer's own share of the gradient, where others read `x` too
         x.retain_grad()
         seen[name] = x
-        return (x, *args[1:])
+        return (x, *args[1:]), kwargs
 
     weights: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: keep(name, args))
-        for name, layer in layers.items()
-    ]
     trajectories = data.trajectory.unique()
     try:
-        with reporter.task("measuring what errors do", total=len(data)) as task:
+        with (
+            hooked(layers, before=keep),
+            reporter.task("measuring what errors do", total=len(data)) as task,
+        ):
             for trajectory in trajectories:
                 model.zero_grad(set_to_none=True)
                 moved: dict[str, Tensor] = {}
@@ -92,8 +95,6 @@ def output_errors(
                     change = _moved_by_weight(layers[name], errors)
                     weights[name] = change.square() + weights.get(name, 0)
     finally:
-        for handle in handles:
-            handle.remove()
         model.zero_grad(set_to_none=True)
     return OutputErrors(
         {name: total / len(trajectories) for name, total in weights.items()},

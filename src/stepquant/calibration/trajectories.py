@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stepquant.calibration.conditions import Conditions
 from stepquant.calibration.input_capture import Recorder, Seen
 from stepquant.models.calling import call_denoiser
+from stepquant.models.hooks import hooked
 from stepquant.pipelines.sampling import (
     Conditioning,
     check_count,
@@ -136,14 +137,8 @@ def first_inputs(
         recorder(*call)
         raise Seen
 
-    handle = denoiser.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        with suppress(Seen):
-            sample_images(
-                pipeline, 1, steps, seed, scheduler, conditioning=conditioning, decode=False
-            )
-    finally:
-        handle.remove()
+    with suppress(Seen), hooked({"": denoiser}, before=look):
+        sample_images(pipeline, 1, steps, seed, scheduler, conditioning=conditioning, decode=False)
     _check_called(recorder)
     timestep = torch.cat(recorder.timesteps)
     owner = torch.zeros(len(timestep), dtype=torch.int64)
@@ -173,8 +168,7 @@ def capture_trajectories(
     denoiser = denoiser_of(pipeline)
 
     def draw(count: int, size: int, hook: Callable[..., None], shown: Reporter | None) -> None:
-        handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
-        try:
+        with hooked({"": denoiser}, before=hook):
             sample_images(
                 pipeline,
                 count,
@@ -187,8 +181,6 @@ def capture_trajectories(
                 conditioning=conditioning,
                 decode=False,
             )
-        finally:
-            handle.remove()
 
     other = Recorder(denoiser)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepquant.models.eligibility import why_float
 from stepquant.numerics import check_bits
 from stepquant.quantizers import StepContext
 from stepquant.runtime.layers.integer import PackedConv2d, PackedLayer, PackedLinear
@@ -101,7 +102,13 @@ class LayerConfig:
                 f"layer '{name}' is a {type(module).__name__} in the model: expected "
                 f"nn.{KINDS[self.kind].__name__}, as the quantization config says"
             )
-        spec = self._spec(name, module)
+        reason = why_float(module, subclasses=True)
+        if reason is not None:
+            raise StepQuantError(
+                f"layer '{name}' in the model is one that stays float ({reason}): expected a plain "
+                "layer, of a conv one group and zero padding given in pixels"
+            )
+        spec = self._spec(module)
         splits = self.splits or (spec.in_channels,)
         if sum(splits) != spec.in_channels:
             raise StepQuantError(
@@ -121,13 +128,13 @@ class LayerConfig:
                 spec, splits, self.steps, context, has_bias, self.channel_scale, self.step_bias
             )
 
-    def _spec(self, name: str, module: Any) -> LayerSpec:
-        spec = self._shape(name, module)
+    def _spec(self, module: Any) -> LayerSpec:
+        spec = self._shape(module)
         return replace(
             spec, channel_counts=self.channel_counts, half_zero_points=self.half_zero_points
         )
 
-    def _shape(self, name: str, module: Any) -> LayerSpec:
+    def _shape(self, module: Any) -> LayerSpec:
         if isinstance(module, nn.Linear):
             return LayerSpec(
                 "linear",
@@ -135,12 +142,6 @@ class LayerConfig:
                 module.out_features,
                 self.weight_bits,
                 self.activation_bits,
-            )
-        if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
-            raise StepQuantError(
-                f"layer '{name}' is a convolution with groups={module.groups}, "
-                f"padding={module.padding!r} and padding_mode='{module.padding_mode}': expected "
-                "one group and zero padding given in pixels"
             )
         return LayerSpec(
             "conv2d",

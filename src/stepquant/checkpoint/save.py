@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
-from safetensors import SafetensorError
 from torch import nn
 
 from stepquant.checkpoint.attention_config import AttentionConfig
@@ -31,6 +27,7 @@ from stepquant.checkpoint.validate import (
 from stepquant.models.attention_processor import PRODUCTS
 from stepquant.models.input_bypass import bypass_of
 from stepquant.quantizers import StepContext
+from stepquant.support.atomic import atomic_folder
 from stepquant.support.errors import StepQuantError
 
 
@@ -98,7 +95,7 @@ def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[
             "call attach_config on it first"
         )
     check_model(component)
-    with complete_or_absent(folder) as partial:
+    with new_checkpoint(folder) as partial:
         # Nothing loads a folder of a pipeline that only the user's code can build.
         if getattr(pipeline, "saves_denoiser_only", False) or not isinstance(component, ModelMixin):
             write_module(component, partial)
@@ -108,33 +105,11 @@ def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[
 
 
 @contextmanager
-def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """A hidden folder to write to, which becomes the new `folder` at the end, or vanishes.
-
-    Raises StepQuantError if `folder` exists, and when the disk is full or refuses the write.
-    """
-    if folder.exists():
-        raise StepQuantError(
-            f"the output folder '{folder}' exists already: expected a new one; remove it or "
-            "choose another name"
-        )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-        try:
-            yield partial
-            _finish(partial, folder)
-        except BaseException:  # also an interrupt: nothing half-written stays behind
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except (OSError, SafetensorError) as error:
-        raise _write_error(folder, error) from error
-
-
-def remove_partial(folder: Path) -> None:
-    """Delete what a process that was killed while it wrote `folder` left beside it."""
-    for partial in folder.parent.glob(f".{folder.name}.partial-*"):
-        shutil.rmtree(partial, ignore_errors=True)
+def new_checkpoint(folder: Path) -> Iterator[Path]:
+    """A hidden folder to write a pipeline to, which becomes `folder`; see `atomic_folder`."""
+    with atomic_folder(folder) as partial:
+        yield partial
+        _forget_origin(partial)
 
 
 def _shared_context(model: nn.Module) -> StepContext:
@@ -148,54 +123,9 @@ def _shared_context(model: nn.Module) -> StepContext:
     return next(iter(contexts.values()))
 
 
-def _finish(partial: Path, folder: Path) -> None:
-    _forget_origin(partial)
-    # mkdtemp and safetensors make theirs private; the folder gets the user's usual modes.
-    mask = _umask()
-    for path in (partial, *partial.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        _flush(path)
-    partial.rename(folder)
-    _flush(folder.parent)
-
-
 def _forget_origin(folder: Path) -> None:
     """Drop the path that each part was once loaded from: it differs between equal checkpoints."""
     for path in folder.rglob("*.json"):
         values = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # can only be read by setting it
-    os.umask(mask)
-    return mask
-
-
-def _write_error(folder: Path, error: Exception) -> StepQuantError:
-    # safetensors reports the operating system's errors as text only.
-    number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error):
-        return StepQuantError(
-            f"no space left on the disk while writing '{folder}': nothing was kept; free some "
-            "space or choose a folder on another disk"
-        )
-    if number in (errno.ENOTEMPTY, errno.EEXIST) and folder.exists():
-        return StepQuantError(
-            f"the output folder '{folder}' appeared while it was being written: expected a new "
-            "one; choose another name"
-        )
-    reason = getattr(error, "strerror", None) or str(error)
-    return StepQuantError(
-        f"'{folder}' could not be written ({reason}): nothing was kept; choose a folder that can "
-        "be written to"
-    )

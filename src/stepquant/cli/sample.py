@@ -26,6 +26,7 @@ from stepquant.cli.options import (
     scheduler_name,
 )
 from stepquant.cli.session import talk
+from stepquant.support.atomic import check_new_folder
 from stepquant.support.errors import StepQuantError
 
 
@@ -75,7 +76,7 @@ def sample(
         if grid is not None:
             images.check_picture_path(grid)
         if out is not None:
-            images.check_new_folder(out)
+            check_new_folder(out)
         (pipeline,) = opened(config, model)
         pipeline, loras = with_loras(pipeline, lora)
         pipeline = api.load(pipeline)

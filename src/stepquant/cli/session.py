@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from stepquant.support.atomic import atomic_write
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.support.version import __version__
@@ -183,8 +184,6 @@ def record_of(context: typer.Context, results: dict[str, Any]) -> dict[str, Any]
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write `record` to `path`: complete or not at all."""
-    from stepquant.support.work_folder import atomic_write
-
     text = json.dumps(plain(record), indent=2, allow_nan=False) + "\n"
     atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 

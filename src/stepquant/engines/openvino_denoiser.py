@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stepquant.engines.openvino_export import (
     DEFAULT,
@@ -19,8 +20,6 @@ from stepquant.engines.openvino_export import (
     traced,
 )
 from stepquant.models.calling import (
-    inside,
-    leaves_in,
     prediction_in,
     tensors_in,
     with_prediction,
@@ -139,7 +138,7 @@ class OpenVinoDenoiser(StandIn):
                     "own device and precision are options"
                 )
         for name, value in arguments.items():
-            for leaf in leaves_in(value):
+            for leaf in tree_leaves(value):
                 if not isinstance(leaf, Tensor | bool | int | float | str | None):
                     raise StepQuantError(
                         f"the denoiser's argument '{name}' holds a {type(leaf).__name__}: expected "
@@ -255,6 +254,5 @@ def _reason(error: Exception) -> str:
 
 def description(value: Any) -> str:
     """What decides the graph of a call: all but the numbers in its tensors."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)}"
-    return repr(inside(value, description))
+    described = tree_map_only(Tensor, lambda each: f"{each.dtype} {tuple(each.shape)}", value)
+    return repr(described)

@@ -1,4 +1,4 @@
-"""Quality, latency and memory of a model.
+"""Quality and latency of a model.
 
 The names below are loaded when they are first used: `import stepquant.evaluation` itself is cheap,
 and torchmetrics, of the `[evaluate]` extra, is imported by the first metric that is computed.
@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from stepquant.evaluation.latency import (
         Timing,
         measure_latency,
-        peak_memory_mb,
         ratios,
-        reset_peak_memory,
     )
     from stepquant.evaluation.metric import Comparison, Metric, register_metric
     from stepquant.evaluation.metrics.frechet import (
@@ -42,10 +40,8 @@ __all__ = [
     "noise_prediction_error",
     "paired_psnr",
     "paired_ssim",
-    "peak_memory_mb",
     "ratios",
     "register_metric",
-    "reset_peak_memory",
 ]
 
 _FILES = {
@@ -55,8 +51,6 @@ _FILES = {
     "load_features": "features",
     "Timing": "latency",
     "measure_latency": "latency",
-    "peak_memory_mb": "latency",
-    "reset_peak_memory": "latency",
     "ratios": "latency",
     "Comparison": "metric",
     "Metric": "metric",

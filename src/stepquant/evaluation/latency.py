@@ -1,18 +1,14 @@
-"""Time and memory of callables in this process."""
+"""How long callables take, in turns, in one process."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from stepquant.support.errors import StepQuantError
-
-MEGABYTE = 1e6  # bytes
 
 
 @dataclass(frozen=True)
@@ -115,48 +111,3 @@ def ratios(timings: Mapping[str, Timing], baseline: str) -> dict[str, float]:
                 "do more work per call"
             )
     return {name: timings[baseline].median_ms / t.median_ms for name, t in timings.items()}
-
-
-def reset_peak_memory(clear_refs: Path = Path("/proc/self/clear_refs")) -> bool:
-    """Start the high-water mark that `peak_memory_mb` reads again from what is held now.
-
-    Linux can do that for a process (writing 5 to `clear_refs`); elsewhere nothing happens and the
-    answer is False, and the mark stays that of the whole process.
-    """
-    try:
-        clear_refs.write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_memory_mb(status: Path = Path("/proc/self/status")) -> float:
-    """The most resident memory this process has held, in MB of 10^6 bytes.
-
-    It is a high-water mark of the process, since its start or the last `reset_peak_memory`: it
-    does not fall when memory is freed. Where it cannot be reset, measure each model in a process
-    of its own. Memory on a GPU is not in it.
-
-    On Linux it is `VmHWM` of `/proc/self/status`, because there `getrusage` gives a freshly
-    started child the high-water mark of its parent, so a fresh process would not help. Elsewhere
-    it is `ru_maxrss` of `getrusage`, in bytes on macOS and in kB on other systems.
-
-    Args:
-        status: where Linux keeps the process status.
-
-    Raises:
-        StepQuantError: the system has neither, such as Windows.
-    """
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / MEGABYTE  # "kB" there means 1024 bytes
-    try:
-        import resource  # absent on Windows
-    except ModuleNotFoundError as error:
-        raise StepQuantError(
-            f"peak memory cannot be read on '{sys.platform}': expected Linux, macOS or another "
-            "Unix; leave the memory out"
-        ) from error
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE

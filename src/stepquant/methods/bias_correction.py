@@ -6,6 +6,8 @@ add up over the sampler, until the images are too dark or too bright.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.methods.session import Session
 from stepquant.methods.step import Step, register_step
 from stepquant.models.calling import channel_dim
+from stepquant.models.hooks import hooked
 from stepquant.quantizers import QuantLayer
 from stepquant.support.errors import StepQuantError
 
@@ -99,18 +102,15 @@ def channels_of_outputs(
     else than the layer's results is predicted.
     """
 
-    def number(_: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
+    def number(_name: str, _args: Any, _kwargs: Any, result: Tensor) -> Tensor:
         numbers = torch.arange(result.shape[channel_dim], dtype=result.dtype)
         shape = [1] * result.dim()
         shape[channel_dim] = -1
         return numbers.to(result.device).view(shape).expand_as(result).clone()
 
     layer = model.get_submodule(name)
-    handle = layer.register_forward_hook(number)
-    try:
+    with hooked({name: layer}, after=number):
         found = by_channel(predict(model, data))
-    finally:
-        handle.remove()
     count = layer.weight.shape[0]
     members = [row.unique() for row in found]  # of each channel of the prediction
     if not torch.equal(torch.cat(members).sort().values, torch.arange(count).to(found)):

@@ -16,6 +16,7 @@ step, so that it fits any scheduler and whatever the model predicts.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -25,6 +26,7 @@ from stepquant.calibration.trajectories import predict
 from stepquant.methods.session import Session
 from stepquant.methods.step import CORRECTED, Step, register_step
 from stepquant.models.calling import channel_dim
+from stepquant.models.hooks import hooked
 from stepquant.models.input_bypass import InputBypass, common_channels
 from stepquant.quantizers import QuantLayer
 
@@ -96,19 +98,12 @@ def sample_readers(session: Session) -> tuple[list[str], bool]:
     inputs = session.trajectories.step(0, 1)
     found: dict[str, None] = {}  # in the order of the calls, each once
 
-    def look(name: str, x: Tensor) -> None:
-        if torch.equal(x, inputs.sample):
+    def look(name: str, args: tuple[Tensor, ...], _: dict[str, Any]) -> None:
+        if torch.equal(args[0], inputs.sample):
             found[name] = None
 
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: look(name, args[0]))
-        for name, layer in session.layers().items()
-    ]
-    try:
+    with hooked(session.layers(), before=look):
         prediction = predict(session.model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     shapes = []
     for tensor in (inputs.sample, prediction):
         shape: list[int | None] = list(tensor.shape)

@@ -22,6 +22,7 @@ from stepquant.methods.step import register_step
 from stepquant.methods.trajectory_distillation import TrajectoryDistillation
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.models.calling import call_denoiser
+from stepquant.models.hooks import hooked
 from stepquant.support.errors import StepQuantError
 
 
@@ -125,10 +126,9 @@ def output_of(module: nn.Module) -> Iterator[list[Tensor]]:
     Of a block that gives text and image tokens, the image's, which are the last.
     """
     found: list[Tensor] = []
-    handle = module.register_forward_hook(
-        lambda _m, _a, output: found.append(output[-1] if isinstance(output, tuple) else output)
-    )
-    try:
+
+    def keep(_name: str, _args: Any, _kwargs: Any, output: Any) -> None:
+        found.append(output[-1] if isinstance(output, tuple) else output)
+
+    with hooked({"": module}, after=keep):
         yield found
-    finally:
-        handle.remove()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stepquant.support.errors import StepQuantError
 
@@ -74,43 +75,15 @@ def with_prediction(output: Any, prediction: Tensor) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in `value`: itself, or those in a tuple, list or dictionary, nested too."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, tuple | list):
-        return []
-    return [tensor for entry in value for tensor in tensors_in(entry)]
-
-
-def leaves_in(value: Any) -> list[Any]:
-    """What is in `value` when dictionaries, lists and tuples are opened."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if type(value) not in (tuple, list):
-        return [value]
-    return [leaf for entry in value for leaf in leaves_in(entry)]
-
-
-def inside(value: Any, change: Callable[[Any], Any]) -> Any:
-    """`value` with `change` made to what a tuple, list or dictionary holds."""
-    if isinstance(value, dict):
-        return {key: change(entry) for key, entry in value.items()}
-    if type(value) in (tuple, list):  # not torch.Size, which is a tuple
-        return type(value)(change(entry) for entry in value)
-    return value
+    """The tensors in `value`: itself, or those in nested containers and output classes."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """`value` with the next of `tensors` in the place of each of its own, as `tensors_in` goes."""
-    if isinstance(value, Tensor):
-        return next(tensors)
-    return inside(value, lambda entry: with_tensors(entry, tensors))
+    """`value` with its tensors replaced by the next of `tensors`, in the order of `tensors_in`."""
+    return tree_map_only(Tensor, lambda _: next(tensors), value)
 
 
 def on_device(value: Any, device: torch.device) -> Any:
     """`value` with all tensors in it, nested ones too, on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return inside(value, lambda entry: on_device(entry, device))
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from stepquant.models.base import DiffusersAdapter, Folds
 from stepquant.models.calling import call_denoiser, tensors_in
+from stepquant.models.eligibility import LAYERS
+from stepquant.models.hooks import hooked
 from stepquant.models.inputs import Inputs
 from stepquant.support.errors import StepQuantError
 
-LAYERS = (nn.Linear, nn.Conv2d)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 BATCHES = (2, 3)  # a number of rows that grows with these is one of samples
 
@@ -222,23 +223,12 @@ def _calls(model: nn.Module, inputs: Inputs) -> list[_Call]:
         made.append(call)
         running.append(call)
 
-    def leave(output: Any) -> None:
+    def leave(_name: str, _args: Any, _kwargs: Any, output: Any) -> None:
         running.pop().outputs = tensors_in(output)
 
-    handles = []
-    for name, module in model.named_modules():
-        if name and _layers(module):
-            handles += [
-                module.register_forward_pre_hook(
-                    lambda _m, args, kwargs, name=name: enter(name, args, kwargs), with_kwargs=True
-                ),
-                module.register_forward_hook(lambda _m, _a, output: leave(output)),
-            ]
-    try:
+    holders = {n: module for n, module in model.named_modules() if n and _layers(module)}
+    with hooked(holders, enter, leave):
         call_denoiser(model, *inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return made
 
 

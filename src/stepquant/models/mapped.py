@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
+from stepquant.models.eligibility import shared_weights, why_float
 from stepquant.models.weight_files import WeightFiles, check_files, empty_model
 
 
@@ -62,12 +63,9 @@ def open_mapped(folder: Path, what: str) -> Any:
     """
     files, model = WeightFiles(folder), empty_model(folder, what)
     check_files(model, files, what)
-    counts: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    shared = shared_weights(model)
     for name, module in list(model.named_modules()):
-        if type(module) in KINDS and counts[id(module.weight)] == 1:
+        if why_float(module, any_conv=True, shared=shared) is None:
             del module._parameters["weight"]
             module.__class__ = KINDS[type(module)]
             module.files, module.key = files, f"{name}.weight"

@@ -1,6 +1,6 @@
 """Pure tensor functions: bit facts, affine and log2 grids, straight-through gradients, packing."""
 
-from stepquant.numerics.affine import dequantize, fake_quantize, quantize, range_to_grid
+from stepquant.numerics.affine import dequantize, fake_quantize, quantize, range_to_grid, scale_of
 from stepquant.numerics.bits import WEIGHT_ZERO_POINT_8BIT, check_bits, max_code, max_codes
 from stepquant.numerics.log2 import dequantize_log2, fake_quantize_log2, quantize_log2
 from stepquant.numerics.packing import (
@@ -27,6 +27,7 @@ __all__ = [
     "quantize",
     "quantize_log2",
     "range_to_grid",
+    "scale_of",
     "unpack_bits",
     "unpack_channels",
     "unpack_nibbles",

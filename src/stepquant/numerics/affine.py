@@ -47,15 +47,24 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (codes - zero_point) * scale
 
 
+def scale_of(width: Tensor, levels: float, inverted: bool = True) -> Tensor:
+    """The scale at which `levels` steps cover `width`: `width / levels`.
+
+    An empty range gets scale 1. So does one so narrow that `1 / scale` would overflow, unless
+    nobody inverts the scale (`inverted=False`).
+    """
+    scale = width / levels
+    usable = torch.isfinite(1.0 / scale) if inverted else scale > 0
+    return torch.where(usable, scale, torch.ones_like(scale))
+
+
 def range_to_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """`(scale, zero_point)` of the affine grid that covers `[min(low, 0), max(high, 0)]`.
 
-    Zero is always on the grid, so zero padding is exact. An empty range gets scale 1, and so does
-    one so narrow that `1 / scale` would overflow.
+    Zero is always on the grid, so zero padding is exact. See `scale_of` for empty ranges.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = (high - low) / max_code(bits)
-    scale = torch.where(torch.isfinite(1.0 / scale), scale, torch.ones_like(scale))
+    scale = scale_of(high - low, max_code(bits))
     zero_point = torch.round(-low / scale).clamp(0, max_code(bits))
     return scale, zero_point
 

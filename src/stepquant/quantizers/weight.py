@@ -11,8 +11,10 @@ from stepquant.numerics import (
     WEIGHT_ZERO_POINT_8BIT,
     check_bits,
     fake_quantize,
+    max_code,
     quantize,
     range_to_grid,
+    scale_of,
 )
 
 # (weight [C, K], bits) -> (scale [C], zero point [C])
@@ -27,9 +29,13 @@ def weight_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     if bits < 8:
         return range_to_grid(low, high, bits)
-    scale = torch.maximum(low.abs(), high.abs()) / 127
-    scale = torch.where(torch.isfinite(1.0 / scale), scale, torch.ones_like(scale))
+    scale = scale_of(torch.maximum(low.abs(), high.abs()), max_code(8) - WEIGHT_ZERO_POINT_8BIT)
     return scale, torch.full_like(scale, WEIGHT_ZERO_POINT_8BIT)
+
+
+def minmax_weight_range(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`(scale, zero_point)`, each `[C_out]`, that covers all of `weight [C_out, K]`."""
+    return weight_grid(weight.amin(dim=1), weight.amax(dim=1), bits)
 
 
 class WeightQuantizer(nn.Module):

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from stepquant.evaluation.features import check_unit_range
+from stepquant.support.atomic import atomic_folder, atomic_write
 from stepquant.support.errors import StepQuantError
-from stepquant.support.work_folder import atomic_write
 
 GAP = 2  # pixels between images, after scaling
 LABEL_SIZE = 14  # points
@@ -37,34 +33,6 @@ def check_picture_path(path: str | Path) -> Path:
             f"the picture '{path}' cannot be written: expected its folder '{path.parent}' to exist"
         )
     return path
-
-
-def check_new_folder(folder: str | Path) -> Path:
-    """`folder` if it is yet to be made; ask before the work that goes there."""
-    folder = Path(folder)
-    if folder.exists():
-        raise StepQuantError(
-            f"output folder '{folder}' exists: expected a new one; name another or delete it"
-        )
-    return folder
-
-
-@contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A hidden folder to write to, which becomes `folder` at the end, or is deleted on an error."""
-    folder = check_new_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    try:
-        yield partial
-        for path in partial.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        partial.chmod(0o755)  # mkdtemp makes it private
-        partial.rename(folder)
-    except BaseException:  # also an interrupt: nothing half-written stays behind
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def save_grid(
@@ -115,7 +83,7 @@ def save_images(images: Tensor, folder: str | Path) -> list[Path]:
     """
     whole = to_bytes(images)
     names = [f"{index:05d}.png" for index in range(len(whole))]
-    with new_folder(folder) as partial:
+    with atomic_folder(Path(folder)) as partial:
         for name, image in zip(names, whole, strict=True):
             Image.fromarray(_pixels(image)).save(partial / name, format="PNG")
     return [Path(folder) / name for name in names]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stepquant.reporting.images import check_new_folder, new_folder
+from stepquant.support.atomic import atomic_folder, check_new_folder
 from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def write_plots(record: dict[str, Any], folder: str | Path) -> list[Path]:
             "kurtosis": draw_kurtosis,
         }
     names = [f"{name}.png" for name in pictures]
-    with new_folder(folder) as partial:
+    with atomic_folder(Path(folder)) as partial:
         for name, draw in zip(names, pictures.values(), strict=True):
             draw(figure_class, record).savefig(partial / name, dpi=130, bbox_inches="tight")
     return [Path(folder) / name for name in names]

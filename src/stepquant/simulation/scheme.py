@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from stepquant.models.adapter import DenoiserAdapter
+from stepquant.models.eligibility import why_float
 from stepquant.numerics import check_bits
 from stepquant.support.errors import StepQuantError
 
@@ -109,11 +110,9 @@ class Scheme(BaseModel):
             outer = outer | adapter.time_embedding_layers(model)
             exempt = adapter.shortcut_and_downsampling_layers(model)
         for name, module in model.named_modules():
-            if not isinstance(module, nn.Linear | nn.Conv2d):
-                if isinstance(module, _ConvNd):
-                    left_float[name] = f"layer of the class {type(module).__name__}"
+            if not isinstance(module, nn.Linear | _ConvNd):
                 continue
-            reason = why_unsupported(module) or kept.get(name)
+            reason = why_float(module, subclasses=True) or kept.get(name)
             if name in exempt:
                 reason = f"protocol {self.protocol}"
             if reason:
@@ -130,16 +129,3 @@ class Scheme(BaseModel):
                     f"of layer names such as '{next(iter(bits), 'conv_in')}'"
                 )
         return bits, left_float
-
-
-def why_unsupported(module: nn.Linear | nn.Conv2d) -> str | None:
-    """Why a layer cannot be quantized and stays float, or None."""
-    plain = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
-    if type(module).forward is not plain.forward:  # it may compute anything
-        return f"layer of the class {type(module).__name__}"
-    if isinstance(module, nn.Conv2d):
-        if module.groups != 1:
-            return f"grouped conv ({module.groups} groups)"
-        if module.padding_mode != "zeros" or isinstance(module.padding, str):
-            return f"padding {module.padding!r} of mode '{module.padding_mode}'"
-    return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,27 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stepquant.support.atomic import PARTIAL, atomic_write
 from stepquant.support.errors import StepQuantError
 
-
-def atomic_write(path: Path, write: Any) -> None:
-    """Call `write(partial path)`, flush it to disk and put it in the place of `path`.
-
-    A link stays one: what it points to is replaced. A device or a pipe is written to as it is.
-    """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        write(path)
-        return
-    if path.is_symlink():
-        path = path.resolve()
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+JOB = "job.json"
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -60,7 +42,7 @@ def is_foreign(path: Path) -> bool:
     """Whether `path` is a file, or a folder of things that no `WorkFolder` began with."""
     if not path.is_dir():
         return path.exists()
-    return any(entry.name != "job.json.partial" for entry in path.iterdir())
+    return any(entry.name != JOB + PARTIAL for entry in path.iterdir())
 
 
 class WorkFolder:
@@ -74,7 +56,7 @@ class WorkFolder:
         if path is None:
             return
         text = json.dumps(job, indent=1, sort_keys=True)
-        record = path / "job.json"
+        record = path / JOB
         if resume and record.exists():
             if record.read_text() != text:
                 raise StepQuantError(

@@ -15,7 +15,7 @@ from stepquant.engines.backend import set_backend
 from stepquant.engines.captured_calls import recorded
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser, device_of
 from stepquant.engines.slow_paths import slow_paths
-from stepquant.evaluation import measure_latency, peak_memory_mb
+from stepquant.evaluation import measure_latency
 from stepquant.models.adapter import DenoiserAdapter, adapter_for
 from stepquant.models.calling import named_arguments, on_device
 from stepquant.pipelines.opening import open_pipeline
@@ -23,6 +23,7 @@ from stepquant.pipelines.sampling import check_count, denoiser_of
 from stepquant.runtime.layers.integer import PackedLayer, is_packed
 from stepquant.runtime.layers.resident import set_memory_mode, weight_bytes_resident
 from stepquant.support.errors import StepQuantError
+from stepquant.support.process_memory import peak_memory_mb
 from stepquant.support.progress import Reporter
 
 

@@ -23,9 +23,9 @@ from stepquant.pipelines.opening import (
 )
 from stepquant.pipelines.sampling import denoiser_of, sample_images
 from stepquant.reporting.images import save_grid
+from stepquant.support.atomic import atomic_write, check_new_folder
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
-from stepquant.support.work_folder import atomic_write
 from stepquant.verbs.bench import denoiser_call
 from stepquant.verbs.evaluate import evaluate
 from stepquant.verbs.quantize import quantize
@@ -87,11 +87,7 @@ def demo(
     """
     reporter = reporter or Reporter(quiet=True)
     shown = [METRICS.find(metric) for metric in dict.fromkeys((*SHOWN, *metrics))]
-    folder = Path(out)
-    if folder.exists():
-        raise StepQuantError(
-            f"output folder '{folder}' exists: expected a new one; name another or delete it"
-        )
+    folder = check_new_folder(out)
     name = demo_model()
     features = default_features(name)
     assert features is not None

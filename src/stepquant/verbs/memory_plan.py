@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from stepquant.calibration.trajectories import Trajectories, predict
-from stepquant.evaluation.latency import MEGABYTE
 from stepquant.methods.recipe import Recipe
 from stepquant.methods.training.block_training import BYTES_OF_OUTPUTS, BYTES_OF_TARGETS
 from stepquant.models.calling import tensors_in
+from stepquant.models.hooks import hooked
 from stepquant.models.mapped import FloatState
 from stepquant.support.errors import StepQuantError
+from stepquant.support.process_memory import available_bytes, held_bytes
 
 GIB = 2**30
 FLOAT = 4  # bytes
@@ -73,27 +72,18 @@ def sizes_of(
     rows = dict.fromkeys(blocks, 0)
     outputs = dict.fromkeys(blocks, 0)
 
+    modules = {name: module for name, module in model.named_modules() if name}
+
     def look(name: str, args: object, kwargs: object, output: object) -> None:
         given = _values(tensors_in((args, kwargs)))
         made = _values(tensors_in(output))
         if name in rows:
             rows[name], outputs[name] = given + made, made
-        module = model.get_submodule(name)
-        if not any(True for _ in module.children()):
+        if not any(True for _ in modules[name].children()):
             flows[name] = flows.get(name, 0) + given + made
 
-    handles = [
-        module.register_forward_hook(
-            lambda _m, args, kwargs, y, name=name: look(name, args, kwargs, y), with_kwargs=True
-        )
-        for name, module in model.named_modules()
-        if name
-    ]
-    try:
+    with hooked(modules, after=look):
         predict(model, one)
-    finally:
-        for handle in handles:
-            handle.remove()
     in_block = dict.fromkeys(blocks, 0)
     weights = dict.fromkeys(blocks, 0)
     for name, flow in flows.items():
@@ -195,22 +185,6 @@ def predict_peak(
     return Prediction(held, model, weights, forward, captured + min(data, left)), spilled_from
 
 
-def held_bytes() -> int:
-    """Resident memory of this process."""
-    return psutil.Process().memory_info().rss
-
-
-def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """What this process may take yet: free memory, in a container at most up to its limit."""
-    free = psutil.virtual_memory().available
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        used = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        return free if limit == "max" else min(free, int(limit) - int(used["anon"]))
-    except (OSError, KeyError, ValueError):
-        return free
-
-
 def check_fits(prediction: Prediction, room: int, what: str, asked: bool) -> None:
     """An error if `prediction` is more than `room`, bytes in all; `asked`: the user set it."""
     if prediction.peak <= room:
@@ -264,8 +238,3 @@ def plan_memory(
     prediction, spilled_from = predict_peak(sizes, recipe, len(inputs), held, room)
     check_fits(prediction, room, what, limit is not None)
     return Plan(prediction, spilled_from)
-
-
-def as_mb(size: int) -> float:
-    """Bytes in MB of 10^6, as `peak_memory_mb` counts."""
-    return round(size / MEGABYTE, 1)

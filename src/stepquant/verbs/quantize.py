@@ -19,8 +19,7 @@ from stepquant.calibration.spill import Spill
 from stepquant.calibration.survey import adapter_of
 from stepquant.calibration.trajectories import drawer, first_inputs
 from stepquant.checkpoint.config import StepQuantConfig
-from stepquant.checkpoint.save import attach_config, remove_partial, save_pipeline
-from stepquant.evaluation import peak_memory_mb, reset_peak_memory
+from stepquant.checkpoint.save import attach_config, save_pipeline
 from stepquant.lora.pipeline import check_no_lora
 from stepquant.methods.recipe import Recipe, load_recipe
 from stepquant.methods.session import (
@@ -38,7 +37,9 @@ from stepquant.pipelines.opening import float32_bytes, open_pipeline, weight_fil
 from stepquant.pipelines.sampling import check_seed, clipping_remark, denoiser_name, set_scheduler
 from stepquant.quantizers import StepContext
 from stepquant.simulation.packing import pack_model
+from stepquant.support.atomic import check_new_folder, remove_partial
 from stepquant.support.errors import StepQuantError
+from stepquant.support.process_memory import as_mb, peak_memory_mb, reset_peak_memory
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder, fingerprint
 from stepquant.verbs.calibration_inputs import (
@@ -46,7 +47,7 @@ from stepquant.verbs.calibration_inputs import (
     calibration_trajectories,
     with_own_scheduler,
 )
-from stepquant.verbs.memory_plan import as_mb, plan_memory
+from stepquant.verbs.memory_plan import plan_memory
 from stepquant.verbs.provenance import (
     mean_weight_bits,
     plug_ins_of,
@@ -136,10 +137,8 @@ def quantize(
     work_path = None if target is None else target.with_name(target.name + ".work")
     # A kill between the rename of a finished checkpoint and the end leaves both folders.
     finished = resume and work_path is not None and work_path.exists()
-    if target is not None and target.exists() and not finished:
-        raise StepQuantError(
-            f"output folder '{target}' exists: expected a new one; name another or delete it"
-        )
+    if target is not None and not finished:
+        check_new_folder(target)
     pipeline = open_pipeline(model, map_large=True)
     component = denoiser_name(pipeline)
     float_model = getattr(pipeline, component)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from enum import Enum
 from typing import Any, ClassVar
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from stepquant.runtime.layers.dynamic import DynamicConv2d, DynamicLinear, takes_dynamic
+from stepquant.models.eligibility import why_float
+from stepquant.runtime.layers.dynamic import DynamicConv2d, DynamicLinear
 from stepquant.runtime.layers.weight_only import (
     WEIGHT_ONLY,
     Kinds,
     check_weight_only_bits,
-    is_plain,
 )
 from stepquant.support.errors import StepQuantError
 
@@ -41,6 +42,7 @@ class WeightOnlyConfig(QuantizationConfigMixin):
 
     method: ClassVar[WeightOnlyMethod] = WeightOnlyMethod.WEIGHT_ONLY
     kinds: ClassVar[Kinds] = WEIGHT_ONLY
+    any_conv: ClassVar[bool] = True  # with groups and any padding
 
     def __init__(
         self,
@@ -73,10 +75,10 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         self.bits = check_weight_only_bits(bits, "bits of the config of a weight-only component")
         self.grids = grids
 
-    @staticmethod
-    def takes(module: nn.Module) -> bool:
-        """Whether a layer of these kinds can stand in the place of `module`."""
-        return is_plain(module)
+    @classmethod
+    def takes(cls, module: nn.Module, shared: Collection[int] = ()) -> bool:
+        """Whether a layer of these kinds can replace `module`; `shared`: see `why_float`."""
+        return why_float(module, any_conv=cls.any_conv, shared=shared) is None
 
     @property
     def names(self) -> list[str]:
@@ -124,6 +126,7 @@ class DynamicConfig(WeightOnlyConfig):
 
     method: ClassVar[WeightOnlyMethod] = WeightOnlyMethod.DYNAMIC
     kinds: ClassVar[Kinds] = (DynamicLinear, DynamicConv2d)
+    any_conv: ClassVar[bool] = False
 
     def __init__(
         self, layers: list[str] | None = None, format_version: int = FORMAT_VERSION, **more: Any
@@ -134,8 +137,3 @@ class DynamicConfig(WeightOnlyConfig):
                 f"bits of a {type(self).__name__} is {self.bits}: expected 8, the bits of its "
                 "integer kernels; WeightOnlyConfig takes 4, too"
             )
-
-    @staticmethod
-    def takes(module: nn.Module) -> bool:
-        """Whether a layer of these kinds can stand in the place of `module`."""
-        return takes_dynamic(module)

@@ -14,13 +14,14 @@ from torch import nn
 from stepquant.calibration.initialize import weight_search
 from stepquant.checkpoint.folder import check_folder, read_components
 from stepquant.checkpoint.load import is_single_file, local_folder
-from stepquant.checkpoint.save import complete_or_absent, remove_partial
-from stepquant.evaluation import peak_memory_mb, reset_peak_memory
+from stepquant.checkpoint.save import new_checkpoint
 from stepquant.models.adapter import ADAPTERS
 from stepquant.pipelines.opening import resolve_builtin, weight_file_bytes
 from stepquant.pipelines.sampling import DENOISERS
 from stepquant.runtime.layers.weight_only import check_weight_only_bits
+from stepquant.support.atomic import remove_partial
 from stepquant.support.errors import StepQuantError
+from stepquant.support.process_memory import peak_memory_mb, reset_peak_memory
 from stepquant.support.progress import Reporter
 from stepquant.weight_only.components import WAYS
 from stepquant.weight_only.streaming import stream_weights
@@ -73,7 +74,7 @@ def pack(
     reset_peak_memory()
     started = time.monotonic()
     records: dict[str, Any] = {}
-    with complete_or_absent(target) as partial_folder:
+    with new_checkpoint(target) as partial_folder:
         chosen = {str(folder / name) for name in ways}
 
         def left_out(parent: str, names: list[str]) -> list[str]:

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from stepquant.models.eligibility import shared_weights
 from stepquant.models.surgery import replace_modules
-from stepquant.quantizers.weight import GridSearch
-from stepquant.runtime.layers.weight_only import WeightOnly, minmax_grid, weight_only_in_place_of
+from stepquant.quantizers.weight import GridSearch, minmax_weight_range
+from stepquant.runtime.layers.weight_only import WeightOnly, weight_only_in_place_of
 from stepquant.support.errors import StepQuantError
 from stepquant.weight_only.config import WeightOnlyConfig
 
@@ -33,14 +34,11 @@ def resolved(config: Config, model: nn.Module, what: str, kept: Collection[str] 
     if config.layers is not None:
         check_names(model, config)
         return _with_layers(config, config.layers)
-    counts: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    shared = shared_weights(model)
     names = [
         name
         for name, module in model.named_modules()
-        if config.takes(module) and counts[id(module.weight)] == 1 and name not in kept
+        if config.takes(module, shared) and name not in kept
     ]
     if not names:
         raise StepQuantError(f"{what} has no linear or conv layer: expected some to quantize")
@@ -89,7 +87,7 @@ def put_layers(
     model: nn.Module,
     config: WeightOnlyConfig,
     empty: bool = False,
-    find: GridSearch = minmax_grid,
+    find: GridSearch = minmax_weight_range,
 ) -> set[str]:
     """Weight-only layers where the config names them; names of their codes and scales.
 

@@ -14,8 +14,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
-from stepquant.quantizers.weight import GridSearch
-from stepquant.runtime.layers.weight_only import minmax_grid
+from stepquant.quantizers.weight import GridSearch, minmax_weight_range
 from stepquant.support.errors import StepQuantError
 from stepquant.weight_only.config import WeightOnlyConfig
 from stepquant.weight_only.model import (
@@ -80,7 +79,7 @@ def quantize_weights(
     what: str,
     bits: int = 8,
     grids: str | None = None,
-    find: GridSearch = minmax_grid,
+    find: GridSearch = minmax_weight_range,
     kept: Collection[str] = (),
 ) -> None:
     """Put weight-only layers in the place of the linear and conv layers of `model`, for saving too.

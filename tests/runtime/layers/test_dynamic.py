@@ -9,14 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from layer_cases import LAYERS, input_for, layers, seeded
+from layer_cases import input_for, layers, seeded
 from quantize_runs import refused
 from stepquant.runtime.kernels import reference
 from stepquant.runtime.layers.dynamic import (
     DynamicConv2d,
     DynamicLinear,
     dynamic_codes,
-    takes_dynamic,
 )
 from stepquant.runtime.layers.weight_only import weight_only_in_place_of
 
@@ -96,18 +95,6 @@ def test_copies_and_moves_lay_the_weight_out_anew():
     other.load_state_dict(state)
     torch.testing.assert_close(other(x) + y, 2 * layer.bias.view(1, -1, 1, 1).expand_as(y))
     assert {t.device.type for t in other.to("meta").state_dict().values()} == {"meta"}
-
-
-def test_what_kernels_do_not_take_is_not_taken():
-    assert all(takes_dynamic(build()) for build in LAYERS.values())
-    for module in (
-        nn.Conv2d(8, 8, 3, groups=2),
-        nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
-        nn.Conv2d(8, 8, 3, padding="same"),
-        nn.Conv1d(8, 8, 3),
-        nn.SiLU(),
-    ):
-        assert not takes_dynamic(module)
 
 
 @pytest.mark.parametrize("kinds", [KINDS, None], ids=["dynamic", "weight-only"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layer_cases import LAYERS, input_for, layers, seeded
-from stepquant.calibration.ranges import minmax_weight_range
+from stepquant.quantizers.weight import minmax_weight_range
 from stepquant.runtime.kernels import int_mm, onednn, reference
 from stepquant.runtime.layers import resident
 from stepquant.runtime.layers.integer import PackedLayer

@@ -10,8 +10,8 @@ from torch import nn
 
 from layer_cases import LAYERS, input_for, seeded
 from stepquant.numerics import fake_quantize
+from stepquant.quantizers.weight import minmax_weight_range
 from stepquant.runtime.layers.weight_only import (
-    minmax_grid,
     weight_codes,
     weight_only_in_place_of,
     weight_only_tensors,
@@ -76,7 +76,7 @@ def test_a_layer_of_4_bits_computes_with_its_codes(kind, monkeypatch):
     layer, x = KINDS[kind](), input_for(kind)
     new = weight_only_in_place_of(layer, bits=4)
     rows = layer.weight.flatten(1)
-    scale, zero_point = minmax_grid(rows, 4)
+    scale, zero_point = minmax_weight_range(rows, 4)
     assert new.weight.dtype == torch.int8 and new.weight.numel() == -(-rows.numel() // 2)
     assert torch.equal(new.weight_scale, scale)
     assert torch.equal(new.weight_zero_point, zero_point.to(torch.uint8))

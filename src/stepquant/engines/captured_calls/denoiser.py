@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from stepquant.engines.captured_calls.recorder import NotRecordable, Recorder
 from stepquant.engines.captured_calls.state import State, why_not
 from stepquant.models.calling import (
-    leaves_in,
     prediction_in,
     tensors_in,
     with_prediction,
@@ -241,11 +241,12 @@ def _record(denoiser: nn.Module, arguments: dict[str, Any], state: State) -> tup
 def _only_result(output: Any, denoiser: nn.Module) -> Tensor:
     """The prediction in `output`, if it is the only tensor there."""
     opened = output
-    if not isinstance(output, Tensor | tuple | list | dict):
-        if not dataclasses.is_dataclass(output):
-            raise NotRecordable(f"it returns a {type(output).__name__}")
+    if dataclasses.is_dataclass(output) and not isinstance(output, dict):  # unknown to pytree
         opened = list(vars(output).values())
-    if len(tensors_in(opened)) != 1:
+    found = tensors_in(opened)
+    if not found:
+        raise NotRecordable(f"it returns a {type(output).__name__}")
+    if len(found) != 1:
         raise NotRecordable("it returns more than the prediction")
     return prediction_in(output, denoiser)
 
@@ -278,19 +279,20 @@ def _is_plain(arguments: dict[str, Any]) -> bool:
         return False
     if not isinstance(arguments.get("timestep"), Tensor):
         return False
-    for leaf in leaves_in(arguments):
+    for leaf in tree_leaves(arguments):
         if not isinstance(leaf, PLAIN) or (isinstance(leaf, Tensor) and not leaf.is_cpu):
             return False
     return True
 
 
-def _description(value: Any) -> Any:
+def _description(arguments: dict[str, Any]) -> Any:
     """What has to be the same for a replay: all but the numbers in the tensors."""
-    if isinstance(value, Tensor):
-        wide = zip(value.stride(), value.shape, strict=True)
-        return value.dtype, value.shape, tuple([step for step, size in wide if size > 1])
-    if isinstance(value, dict):
-        return tuple([(name, _description(entry)) for name, entry in value.items()])
-    if type(value) in (tuple, list):
-        return type(value), tuple([_description(entry) for entry in value])
-    return type(value), value
+    leaves, structure = tree_flatten(arguments)
+    return structure, tuple([_description_of_leaf(leaf) for leaf in leaves])
+
+
+def _description_of_leaf(leaf: Any) -> tuple[Any, ...]:
+    if not isinstance(leaf, Tensor):
+        return type(leaf), leaf
+    wide = zip(leaf.stride(), leaf.shape, strict=True)
+    return leaf.dtype, leaf.shape, tuple([step for step, size in wide if size > 1])

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from stepquant.engines.captured_calls.memory import Memory, storage_address
-from stepquant.models.calling import inside, tensors_in, with_tensors
+from stepquant.models.calling import tensors_in, with_tensors
 from stepquant.runtime.ops.native import FUNCTIONS, Library, called_instead, library
 from stepquant.runtime.ops.native.calls import fail
 
@@ -194,9 +195,7 @@ class Recorder(TorchDispatchMode):
                 self._others.setdefault(address, tensor)
 
     def _kept(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self.memory.kept(value)
-        return inside(value, self._kept)
+        return tree_map_only(Tensor, self.memory.kept, value)
 
 
 def _check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

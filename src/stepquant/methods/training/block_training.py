@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from stepquant.calibration.block_inputs import (
     BlockData,
@@ -16,7 +17,7 @@ from stepquant.calibration.block_inputs import (
     joined_output,
 )
 from stepquant.calibration.block_replay import Replayable, replayable_blocks
-from stepquant.calibration.nested import inside, pick
+from stepquant.calibration.nested import pick
 from stepquant.calibration.spill import Rows
 from stepquant.calibration.trajectories import Trajectories
 from stepquant.methods.session import Session
@@ -27,7 +28,7 @@ from stepquant.methods.training.steps_together import (
     shared_error,
     steps_of_each,
 )
-from stepquant.models.calling import tensors_in
+from stepquant.models.calling import tensors_in, with_tensors
 from stepquant.quantizers import QuantLayer
 from stepquant.support.errors import StepQuantError
 
@@ -179,17 +180,16 @@ def _run(
         joined = joined or [Rows(len(timestep), session.spill) for _ in tensors]
         for rows, tensor in zip(joined, tensors, strict=True):
             rows.add(tensor)
-    if isinstance(output, Tensor):
-        return joined[0].joined()
-    found = iter(joined)  # a tuple of tensors and None, see `replayable_blocks`
-    return tuple(next(found).joined() if isinstance(e, Tensor) else e for e in output)
+    return with_tensors(output, (rows.joined() for rows in joined))
 
 
 def _forgotten(output: Any, count: int) -> Any:
     """Of the same shapes, with the values of the first sample only."""
-    if isinstance(output, Tensor):
-        return output[:1].clone().expand(count, *output.shape[1:])
-    return inside(output, lambda entry: _forgotten(entry, count))
+
+    def expanded(tensor: Tensor) -> Tensor:
+        return tensor[:1].clone().expand(count, *tensor.shape[1:])
+
+    return tree_map_only(Tensor, expanded, output)
 
 
 def _targets(

@@ -10,8 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from stepquant.numerics import scale_of
 from stepquant.runtime import kernels
 from stepquant.runtime.layers.weight_only import (
     LARGEST,
@@ -33,8 +34,7 @@ def dynamic_codes(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     of zeros the scale 1.
     """
     x = x.to(torch.float32)
-    largest = x.abs().amax(dim=dims, keepdim=True)
-    scale = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
+    scale = scale_of(x.abs().amax(dim=dims, keepdim=True), LARGEST, inverted=False)
     codes = torch.round(x / scale) + ZERO
     return codes.clamp(ZERO - LARGEST, ZERO + LARGEST).to(torch.uint8), scale
 
@@ -133,11 +133,3 @@ class DynamicConv2d(Dynamic, WeightOnlyConv2d):
         codes, scale = dynamic_codes(x, (1, 2, 3))
         y = self.products(codes) * scale
         return (y if self.bias is None else y + self.bias.view(1, -1, 1, 1)).to(x.dtype)
-
-
-def takes_dynamic(module: nn.Module) -> bool:
-    """Whether a dynamic layer can stand in the place of the module: those that kernels know."""
-    if type(module) is nn.Conv2d:
-        zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        return module.groups == 1 and zeros
-    return type(module) is nn.Linear

@@ -13,8 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stepquant.numerics import dequantize, pack_bits, packed_size, quantize, unpack_nibbles
-from stepquant.quantizers.weight import GridSearch, weight_grid
+from stepquant.numerics import (
+    dequantize,
+    pack_bits,
+    packed_size,
+    quantize,
+    scale_of,
+    unpack_nibbles,
+)
+from stepquant.quantizers.weight import GridSearch, minmax_weight_range
 from stepquant.support.errors import StepQuantError
 
 LARGEST = 127  # 8-bit codes are symmetric around zero
@@ -28,19 +35,13 @@ def weight_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     An out-channel of zeros gets the scale 1.
     """
     weight = weight.detach().to(torch.float32)
-    largest = weight.flatten(1).abs().amax(dim=1)
-    scale = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
+    scale = scale_of(weight.flatten(1).abs().amax(dim=1), LARGEST, inverted=False)
     codes = (weight / scale.view(-1, *(1,) * (weight.dim() - 1))).round()
     return codes.clamp(-LARGEST, LARGEST).to(torch.int8), scale
 
 
-def minmax_grid(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """`(scale, zero point)` `[C_out]` that cover all of `rows [C_out, K]`; a `GridSearch`."""
-    return weight_grid(rows.amin(dim=1), rows.amax(dim=1), bits)
-
-
 def weight_only_tensors(
-    weight: Tensor, bits: int, find: GridSearch = minmax_grid
+    weight: Tensor, bits: int, find: GridSearch = minmax_weight_range
 ) -> dict[str, Tensor]:
     """What a weight-only layer holds in the place of `weight [C_out, ...]`, by its name there.
 
@@ -157,11 +158,6 @@ def check_weight_only_bits(bits: int, what: str) -> int:
     return bits
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether `weight_only_in_place_of` takes the module: no subclass, which may do anything."""
-    return type(module) in (nn.Linear, nn.Conv2d)
-
-
 Kinds = tuple[type[WeightOnlyLinear], type[WeightOnlyConv2d]]
 WEIGHT_ONLY: Kinds = (WeightOnlyLinear, WeightOnlyConv2d)
 
@@ -170,7 +166,7 @@ def weight_only_in_place_of(
     module: nn.Module,
     empty: bool = False,
     bits: int = 8,
-    find: GridSearch = minmax_grid,
+    find: GridSearch = minmax_weight_range,
     kinds: Kinds = WEIGHT_ONLY,
 ) -> WeightOnly:
     """A weight-only layer like `module`, with its weight rounded and its bias as it is.
