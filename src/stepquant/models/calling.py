@@ -1,4 +1,4 @@
-"""The one way in which denoisers are called, whatever their arguments are called."""
+"""One way to call every denoiser, whatever the names of its arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stepquant.support.errors import StepQuantError
 
 
 def argument_names(denoiser: nn.Module) -> list[str]:
-    """Names of the arguments of `denoiser.forward`, in order; the first is the sample."""
+    """Return the argument names of `denoiser.forward`, in order; the first is the sample."""
     return list(inspect.signature(denoiser.forward).parameters)
 
 
@@ -25,10 +25,14 @@ def call_denoiser(
     timestep: Tensor,
     conditions: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """The prediction `[B, ...]` for `sample [B, ...]` at `timestep`, `[]` or `[B]`.
+    """Return the prediction `[B, ...]` for `sample [B, ...]` at `timestep`, `[]` or `[B]`.
 
-    `conditions`: the other arguments by name. The sample goes first, under whatever name; a
-    denoiser of diffusers is asked for a tuple. Timestep and conditions go to the sample's device.
+    `conditions` holds the other arguments by name. The sample is passed first, by position.
+    diffusers denoisers are asked for a tuple. Timestep and conditions are moved to the sample's
+    device.
+
+    Raises:
+        StepQuantError: the output holds no prediction; see `prediction_in`.
     """
     given = named_arguments(denoiser, conditions or {})
     at, given = on_device((timestep, given), sample.device)
@@ -36,13 +40,20 @@ def call_denoiser(
 
 
 def named_arguments(denoiser: nn.Module, conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given by name beside the timestep."""
+    """Return the keyword arguments other than the timestep.
+
+    They are `conditions`, and `return_dict=False` if `denoiser.forward` accepts it.
+    """
     plain = "return_dict" in argument_names(denoiser)
     return {**conditions, **({"return_dict": False} if plain else {})}
 
 
 def prediction_in(output: Any, denoiser: nn.Module) -> Tensor:
-    """The tensor in what `denoiser` returned: itself, the first of a tuple, or `.sample`."""
+    """Return the prediction in a denoiser's output: a tensor, a tuple's first entry, or `.sample`.
+
+    Raises:
+        StepQuantError: none of these is a tensor.
+    """
     found = output[0] if isinstance(output, tuple) and output else output
     found = getattr(found, "sample", found) if not isinstance(found, Tensor) else found
     if not isinstance(found, Tensor):
@@ -54,12 +65,15 @@ def prediction_in(output: Any, denoiser: nn.Module) -> Tensor:
 
 
 def channel_dim(x: Tensor) -> int:
-    """Where an image `[B, C, H, W]` or tokens `[B, N, C]` have their channels."""
+    """Return the channel dimension of an image `[B, C, H, W]` (1) or of tokens `[B, N, C]` (-1)."""
     return -1 if x.dim() == 3 else 1
 
 
 def with_prediction(output: Any, prediction: Tensor) -> Any:
-    """As `output`, what a denoiser returned, with another tensor where `prediction_in` finds it."""
+    """Return a denoiser's `output` with `prediction` in place of its own prediction.
+
+    `prediction` goes where `prediction_in` finds the tensor. `output` is not changed.
+    """
     if isinstance(output, Tensor):
         return prediction
     if isinstance(output, tuple):
@@ -74,7 +88,7 @@ def with_prediction(output: Any, prediction: Tensor) -> Any:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in `value`: itself, or those in a tuple, list or dictionary, nested too."""
+    """Return the tensors in `value`: itself, or those in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -85,7 +99,10 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def leaves_in(value: Any) -> list[Any]:
-    """What is in `value` when dictionaries, lists and tuples are opened."""
+    """Return the leaves of `value`: everything in its nested dictionaries, lists and tuples.
+
+    Subclasses of list and tuple, such as `torch.Size`, are leaves themselves.
+    """
     if isinstance(value, dict):
         value = list(value.values())
     if type(value) not in (tuple, list):
@@ -94,7 +111,10 @@ def leaves_in(value: Any) -> list[Any]:
 
 
 def inside(value: Any, change: Callable[[Any], Any]) -> Any:
-    """`value` with `change` made to what a tuple, list or dictionary holds."""
+    """Return `value` with `change` applied to each entry of a tuple, list or dictionary.
+
+    Any other value is returned unchanged.
+    """
     if isinstance(value, dict):
         return {key: change(entry) for key, entry in value.items()}
     if type(value) in (tuple, list):  # not torch.Size, which is a tuple
@@ -103,14 +123,17 @@ def inside(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """`value` with the next of `tensors` in the place of each of its own, as `tensors_in` goes."""
+    """Return `value` with each of its tensors replaced by the next of `tensors`.
+
+    The order is that of `tensors_in`.
+    """
     if isinstance(value, Tensor):
         return next(tensors)
     return inside(value, lambda entry: with_tensors(entry, tensors))
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """`value` with all tensors in it, nested ones too, on `device`."""
+    """Return `value` with all its tensors, nested ones too, moved to `device`."""
     if isinstance(value, Tensor):
         return value.to(device)
     return inside(value, lambda entry: on_device(entry, device))
