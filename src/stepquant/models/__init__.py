@@ -1,1 +1,1 @@
-"""Adapters: what the methods need to know of each architecture."""
+"""Architecture adapters, denoiser calls, module replacement, and float weights read from disk."""

@@ -1,4 +1,4 @@
-"""What the methods need to know of an architecture, and where that knowledge is looked up."""
+"""The adapter protocol, and the registry that maps a denoiser's class to its adapter."""
 
 from __future__ import annotations
 
@@ -13,65 +13,82 @@ from stepquant.support.registry import Registry
 
 
 class DenoiserAdapter(Protocol):
-    """One architecture; all answers are names of submodules."""
+    """Protocol of an adapter, which describes one architecture to the methods.
+
+    Modules and layers are given by their names in the model. `architecture` is the name of the
+    denoiser's class.
+    """
 
     architecture: str
 
     def blocks(self, model: nn.Module) -> list[str]:
-        """Units that are distilled one after another; together they hold every layer."""
+        """Names of the units that are distilled one after another.
+
+        Steps that train block by block leave out the layers that lie in no block.
+        """
         ...
 
     def input_output_layers(self, model: nn.Module) -> set[str]:
-        """The layers that see the sample or give the result."""
+        """Names of the layers that read the sample or produce the prediction."""
         ...
 
     def time_embedding_layers(self, model: nn.Module) -> set[str]:
-        """The layers that embed the timestep, before it is projected for each block."""
+        """Names of the layers that embed the timestep, before its projection for each block."""
         ...
 
     def shortcut_and_downsampling_layers(self, model: nn.Module) -> set[str]:
-        """Convs on the residual stream: shortcuts of resnets, and downsampling."""
+        """Names of the convs on the residual stream: resnet shortcuts and downsampling."""
         ...
 
     def skip_splits(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
-        """Layers with concatenated inputs: the in-channels of each part."""
+        """In-channels of each input part, for the layers with concatenated inputs."""
         ...
 
     def float_layers(self, model: nn.Module) -> dict[str, str]:
-        """Layers that must stay float, each with the reason."""
+        """Layers that must stay float, and the reason for each."""
         ...
 
     def folds(self, model: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
         """`(producer, consumers)` pairs for which an equivalent scaling folds exactly.
 
-        The producer's output channel `k` is divided by `s[k]`, through its weight and bias, and
-        every consumer's weight is multiplied with `s[k]` along in-channel `k`. A producer with more
-        output channels than the consumers have in-channels is divided in its first ones: the linear
-        half of a GEGLU. Producer and consumers lie in one of `blocks`, which is trained to give
-        what the float one gives: a division that another block takes back would be undone.
+        Folding divides the producer's output channel `k` by `s[k]`, through its weight and bias. It
+        multiplies every consumer's weight by `s[k]` along in-channel `k`. If the producer has more
+        output channels than the consumers have in-channels, folding divides the first ones: the
+        linear half of a GEGLU.
+
+        Producer and consumers must lie in the same block. Each block is trained to reproduce its
+        float output, so training would undo a division that only another block compensates for.
         """
         ...
 
     def modulations(self, model: nn.Module) -> list[Modulation]:
-        """Modulated norms, into whose linear layer an equivalent scaling folds exactly.
+        """Modulated norms whose linear layer absorbs an equivalent scaling exactly.
 
-        The linear layer lies in one block with its consumers, as in `folds`.
+        The linear layer and its consumers must lie in the same block, as in `folds`.
         """
         ...
 
     def relation_site(self, model: nn.Module) -> str:
-        """The module that gives the last features before the output layers.
+        """Name of the module that outputs the last features before the output layers.
 
-        `[B, C, H, W]`, or a transformer's tokens `[B, P, C]`; of a tuple the last.
+        Its output is `[B, C, H, W]`, or a transformer's tokens `[B, P, C]`. If it returns a tuple,
+        the last entry holds the features.
         """
         ...
 
     def attention_sites(self, model: nn.Module) -> list[str]:
-        """Attention modules, whose products stay float in the runtime."""
+        """Names of the attention modules.
+
+        Their products stay float if the scheme has no `attention_bits`, or if
+        `attention_processor.why_products_stay_float` names a reason.
+        """
         ...
 
     def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
-        """Random arguments of the config's sizes, the same at each call, in the middle of time."""
+        """Random arguments for `batch` samples, in the middle of the time range.
+
+        Sizes come from the model's config. Every call returns the same values.
+        """
         ...
 
 
@@ -81,12 +98,12 @@ AnyAdapter = TypeVar("AnyAdapter", bound=type[DenoiserAdapter])
 
 
 def register_adapter(adapter: AnyAdapter) -> AnyAdapter:
-    """Decorator: take an adapter for all denoisers whose class is named by its `architecture`.
+    """Class decorator that registers an adapter for the denoiser class `architecture`.
 
-    The class is called without arguments, once.
+    The decorator instantiates the adapter once, without arguments, and returns the class unchanged.
 
     Raises:
-        StepQuantError: it names no architecture, or one that has an adapter.
+        StepQuantError: `architecture` is missing or not a string, or already has an adapter.
     """
     architecture = getattr(adapter, "architecture", None)
     if not isinstance(architecture, str):
@@ -99,8 +116,12 @@ def register_adapter(adapter: AnyAdapter) -> AnyAdapter:
 
 
 def adapter_for(model: nn.Module) -> DenoiserAdapter:
-    """The adapter of `model`'s class, or of one that it derives from."""
-    for kind in type(model).__mro__:  # a subclass is taken for what it derives from
+    """Return the adapter for the class of `model`, or for its nearest base class that has one.
+
+    Raises:
+        StepQuantError: neither the class nor any base class has an adapter.
+    """
+    for kind in type(model).__mro__:  # a subclass uses the adapter of its base class
         if kind.__name__ in ADAPTERS:
             return ADAPTERS[kind.__name__]
     raise StepQuantError(

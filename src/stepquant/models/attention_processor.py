@@ -1,4 +1,4 @@
-"""diffusers' `Attention` with its two products left to a module of ours."""
+"""diffusers' `Attention`, with its two matrix products delegated to a replaceable module."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-PRODUCTS = ".processor.products"  # where the products lie in an attention module
+PRODUCTS = ".processor.products"  # name of the products inside an attention module
 PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0)
 
 
 class ProductsProcessor(nn.Module):
-    """An attention processor, diffusers' own place for another way to compute attention.
+    """Attention processor that delegates the two matrix products to the module `products`.
 
-    `products`: a module that is called with queries `[B, H, N, D]`, keys and values `[B, H, M, D]`
-    and None or a mask to add to the scores, and gives `[B, H, N, D]`. Everything else is as in
-    diffusers' `AttnProcessor2_0`: norms, projections (which may be quantized layers), residual.
+    Processors are diffusers' extension point for other attention code. `products` is called with
+    queries `[B, H, N, D]`, keys and values `[B, H, M, D]`, and either an additive mask or None. It
+    returns `[B, H, N, D]`. Everything else is as in diffusers' `AttnProcessor2_0`: norms,
+    projections (which may be quantized layers), residual.
     """
 
     def __init__(self, products: nn.Module) -> None:
@@ -32,7 +33,7 @@ class ProductsProcessor(nn.Module):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """`forward`; diffusers looks here for the arguments that it may pass."""
+        """Call `forward`; diffusers reads this signature to see which arguments it may pass."""
         return super().__call__(
             attention, hidden_states, encoder_hidden_states, attention_mask, temb
         )
@@ -45,8 +46,13 @@ class ProductsProcessor(nn.Module):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """What `attention` gives for `hidden_states` `[B, C, H, W]` or `[B, N, C]`."""
-        module: Any = attention  # its parts are of many kinds
+        """Return the output of `attention` for `hidden_states`, `[B, C, H, W]` or `[B, N, C]`.
+
+        `encoder_hidden_states` is the source of keys and values; None means `hidden_states`. A bool
+        `attention_mask` is True at visible positions; any other mask is added to the scores. `temb`
+        is passed to a spatial norm.
+        """
+        module: Any = attention  # its submodules have many types
         x = hidden_states
         if module.spatial_norm is not None:
             x = module.spatial_norm(x, temb)
@@ -74,7 +80,7 @@ class ProductsProcessor(nn.Module):
         if mask is not None:
             mask = module.prepare_attention_mask(mask, source.shape[1], x.shape[0])
             mask = mask.view(x.shape[0], module.heads, -1, mask.shape[-1])
-            if mask.dtype == torch.bool:  # True is what may be seen
+            if mask.dtype == torch.bool:  # True marks visible positions
                 mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
         y = self.products(query, key, value, mask).transpose(1, 2).flatten(2)  # [B, N, C]
         for part in module.to_out:
@@ -87,11 +93,11 @@ class ProductsProcessor(nn.Module):
 
 
 def why_products_stay_float(module: nn.Module) -> str | None:
-    """Why the products of an attention module cannot be quantized, or None."""
+    """Return why an attention module's products cannot be quantized, or None if they can."""
     if not isinstance(module, Attention):
         return f"attention of the class {type(module).__name__}"
     processor: Any = module.processor
-    if type(processor) not in PLAIN_PROCESSORS:  # a class made from one may compute otherwise
+    if type(processor) not in PLAIN_PROCESSORS:  # a subclass may compute something else
         return f"attention with the processor {type(processor).__name__}"
     if not module.scale_qk:
         return "attention with unscaled scores"

@@ -1,4 +1,4 @@
-"""What most architectures of diffusers have in common, for adapters to build on."""
+"""Common parts of the adapters for diffusers' architectures."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ Folds = list[tuple[str, tuple[str, ...]]]
 
 
 class DiffusersAdapter:
-    """Answers from the classes of submodules. `units`: the classes whose modules are blocks."""
+    """Base class that answers from the classes of submodules.
+
+    - `architecture`: name of the denoiser's class.
+    - `units`: classes whose modules are blocks.
+    - `outer`: names of the input layer and the output layer.
+    """
 
     architecture: ClassVar[str]
     units: ClassVar[tuple[type[nn.Module], ...]]
     outer: ClassVar[tuple[str, str]]  # input and output layer
 
     def blocks(self, model: nn.Module) -> list[str]:
-        """Modules of the classes `units`; any other layer is its own unit."""
+        """Modules of the classes `units`; a conv or linear layer outside them is its own block."""
         return outermost_modules(model, (*self.units, nn.Conv2d, nn.Linear))
 
     def input_output_layers(self, model: nn.Module) -> set[str]:
-        """The two layers `outer`."""
+        """The two layers in `outer`."""
         return set(self.outer)
 
     def time_embedding_layers(self, model: nn.Module) -> set[str]:
@@ -45,11 +50,11 @@ class DiffusersAdapter:
         return set()
 
     def skip_splits(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
-        """None: no concatenated inputs."""
+        """None: no layer has concatenated inputs."""
         return {}
 
     def float_layers(self, model: nn.Module) -> dict[str, str]:
-        """None beyond those that no layer class takes."""
+        """None beyond the layers that have no quantized class."""
         return {}
 
     def modulations(self, model: nn.Module) -> list[Modulation]:
@@ -62,25 +67,31 @@ class DiffusersAdapter:
 
 
 def projections(attention: str, added: bool = False) -> tuple[str, ...]:
-    """q, k and v of an attention; of the text in joint attention with `added`."""
+    """Names of an attention's q, k and v; with `added`, those of the text in joint attention."""
     kinds = "add_{}_proj" if added else "to_{}"
     return tuple(f"{attention}.{kinds.format(letter)}" for letter in "qkv")
 
 
 def value_folds(model: nn.Module, sites: list[str]) -> Folds:
-    """Values into the output projection, which is linear in v; not where several v's are joined."""
+    """Folds of the values (v) into the output projection, which is linear in them.
+
+    Joint attention is left out: there, the values of two streams feed the same projections.
+    """
     folds: Folds = []
     for name in sites:
         attention = model.get_submodule(name)
         joined = getattr(attention, "added_kv_proj_dim", None) is not None
-        # A norm of the values' heads, a gate or a second projection would stand in between.
+        # Elsewhere a norm of the value heads, a gate or a second projection may be in between.
         if isinstance(attention, Attention) and not joined and not attention.pre_only:
             folds.append((f"{name}.to_v", (f"{name}.to_out.0",)))
     return folds
 
 
 def feed_forward_folds(model: nn.Module) -> Folds:
-    """The linear half of a GEGLU into the projection out; other activations are not linear."""
+    """Folds of a GEGLU's linear half into the output projection.
+
+    Feed-forward layers with another activation are left out.
+    """
     folds: Folds = []
     for name, module in model.named_modules():
         if isinstance(module, FeedForward) and type(module.net[0]).__name__ == "GEGLU":

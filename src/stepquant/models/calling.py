@@ -1,4 +1,4 @@
-"""The one way in which denoisers are called, whatever their arguments are called."""
+"""One way to call every denoiser, whatever the names of its arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepquant.support.errors import StepQuantError
 
 
 def argument_names(denoiser: nn.Module) -> list[str]:
-    """Names of the arguments of `denoiser.forward`, in order; the first is the sample."""
+    """Return the argument names of `denoiser.forward`, in order; the first is the sample."""
     return list(inspect.signature(denoiser.forward).parameters)
 
 
@@ -26,10 +26,14 @@ def call_denoiser(
     timestep: Tensor,
     conditions: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """The prediction `[B, ...]` for `sample [B, ...]` at `timestep`, `[]` or `[B]`.
+    """Return the prediction `[B, ...]` for `sample [B, ...]` at `timestep`, `[]` or `[B]`.
 
-    `conditions`: the other arguments by name. The sample goes first, under whatever name; a
-    denoiser of diffusers is asked for a tuple. Timestep and conditions go to the sample's device.
+    `conditions` holds the other arguments by name. The sample is passed first, by position.
+    diffusers denoisers are asked for a tuple. Timestep and conditions are moved to the sample's
+    device.
+
+    Raises:
+        StepQuantError: the output holds no prediction; see `prediction_in`.
     """
     given = named_arguments(denoiser, conditions or {})
     at, given = on_device((timestep, given), sample.device)
@@ -37,13 +41,20 @@ def call_denoiser(
 
 
 def named_arguments(denoiser: nn.Module, conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given by name beside the timestep."""
+    """Return the keyword arguments other than the timestep.
+
+    They are `conditions`, and `return_dict=False` if `denoiser.forward` accepts it.
+    """
     plain = "return_dict" in argument_names(denoiser)
     return {**conditions, **({"return_dict": False} if plain else {})}
 
 
 def prediction_in(output: Any, denoiser: nn.Module) -> Tensor:
-    """The tensor in what `denoiser` returned: itself, the first of a tuple, or `.sample`."""
+    """Return the prediction in a denoiser's output: a tensor, a tuple's first entry, or `.sample`.
+
+    Raises:
+        StepQuantError: none of these is a tensor.
+    """
     found = output[0] if isinstance(output, tuple) and output else output
     found = getattr(found, "sample", found) if not isinstance(found, Tensor) else found
     if not isinstance(found, Tensor):
@@ -55,12 +66,15 @@ def prediction_in(output: Any, denoiser: nn.Module) -> Tensor:
 
 
 def channel_dim(x: Tensor) -> int:
-    """Where an image `[B, C, H, W]` or tokens `[B, N, C]` have their channels."""
+    """Return the channel dimension of an image `[B, C, H, W]` (1) or of tokens `[B, N, C]` (-1)."""
     return -1 if x.dim() == 3 else 1
 
 
 def with_prediction(output: Any, prediction: Tensor) -> Any:
-    """As `output`, what a denoiser returned, with another tensor where `prediction_in` finds it."""
+    """Return a denoiser's `output` with `prediction` in place of its own prediction.
+
+    `prediction` goes where `prediction_in` finds the tensor. `output` is not changed.
+    """
     if isinstance(output, Tensor):
         return prediction
     if isinstance(output, tuple):

@@ -14,9 +14,9 @@ from stepquant.models.modulation import Modulation, norm_modulations
 
 @register_adapter
 class DiTAdapter(DiffusersAdapter):
-    """Each transformer block is a unit, with its time and class embedding in it.
+    """Adapter for DiT; each transformer block is a unit, with its own time and class embedding.
 
-    The embedding of the first block is used once more by the output layers.
+    The output layers reuse the embedding of the first block.
     """
 
     architecture = "DiTTransformer2DModel"
@@ -24,11 +24,17 @@ class DiTAdapter(DiffusersAdapter):
     outer = ("pos_embed.proj", "proj_out_2")
 
     def folds(self, model: nn.Module) -> Folds:
-        """Values into the output projection. Behind GELU, a scaling stays in the quantizer."""
+        """Values into the output projection.
+
+        Nothing folds through GELU. The activation quantizer behind it applies the scaling.
+        """
         return value_folds(model, self.attention_sites(model))
 
     def modulations(self, model: nn.Module) -> list[Modulation]:
-        """Both norms of each block; the last one lies between two units."""
+        """Both norms of each block.
+
+        The final norm is left out, because it lies between two units.
+        """
         found: list[Modulation] = []
         for b in range(len(model.transformer_blocks)):
             block = f"transformer_blocks.{b}"
@@ -38,10 +44,10 @@ class DiTAdapter(DiffusersAdapter):
         return found
 
     def relation_site(self, model: nn.Module) -> str:
-        """The last transformer block: tokens."""
+        """The last transformer block, which outputs tokens."""
         return f"transformer_blocks.{len(model.transformer_blocks) - 1}"
 
     def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
-        """A sample with a timestep and a class for each image."""
+        """Noise, a timestep and a class label for each sample."""
         labels = torch.arange(batch) % model.config.num_embeds_ada_norm
         return random_sample(model, batch), torch.full((batch,), MIDDLE), {"class_labels": labels}

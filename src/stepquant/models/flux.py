@@ -16,14 +16,14 @@ from stepquant.models.base import DiffusersAdapter, Folds, projections
 from stepquant.models.inputs import TOKENS, Inputs, noise
 from stepquant.models.modulation import Modulation, norm_modulations
 
-SIDE = 32  # tokens of a picture of 512 pixels; the config does not name a size
+SIDE = 32  # tokens per side of a 512-pixel image; the config names no size
 
 
 @register_adapter
 class FluxAdapter(DiffusersAdapter):
-    """Each block, double or single, is a unit. Timesteps run from 0 to 1.
+    """Adapter for FLUX.1; each double or single block is a unit. Timesteps run from 0 to 1.
 
-    Attention is of a class of its own, whose products stay float.
+    The products of attention stay float, because FLUX has an attention class of its own.
     """
 
     architecture = "FluxTransformer2DModel"
@@ -36,7 +36,7 @@ class FluxAdapter(DiffusersAdapter):
     outer = ("x_embedder", "proj_out")
 
     def skip_splits(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
-        """The output of each single block, which takes attention and MLP side by side."""
+        """Output layer of each single block: attention channels, then MLP channels."""
         return {
             f"single_transformer_blocks.{b}.proj_out": (
                 block.proj_out.in_features - block.mlp_hidden_dim,
@@ -46,11 +46,14 @@ class FluxAdapter(DiffusersAdapter):
         }
 
     def folds(self, model: nn.Module) -> Folds:
-        """None: values of text and image feed both output projections."""
+        """None: the values of text and image feed both output projections."""
         return []
 
     def modulations(self, model: nn.Module) -> list[Modulation]:
-        """The norms of each block, for image and text; the last one lies between two units."""
+        """The norms of each block, for image and text.
+
+        The final norm is left out, because it lies between two units.
+        """
         found: list[Modulation] = []
         for b in range(len(model.transformer_blocks)):
             name = f"transformer_blocks.{b}"
@@ -72,13 +75,16 @@ class FluxAdapter(DiffusersAdapter):
         return [name for name, module in model.named_modules() if isinstance(module, FluxAttention)]
 
     def relation_site(self, model: nn.Module) -> str:
-        """The last block: image tokens."""
+        """The last block, which outputs image tokens."""
         if len(model.single_transformer_blocks) == 0:
             return f"transformer_blocks.{len(model.transformer_blocks) - 1}"
         return f"single_transformer_blocks.{len(model.single_transformer_blocks) - 1}"
 
     def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
-        """Tokens of a picture of 512 pixels at a time for each, and a prompt's two embeddings."""
+        """Tokens of a 512-pixel image and a timestep for each sample, and two prompt embeddings.
+
+        A model with guidance embeddings also gets a guidance of 3.5.
+        """
         config = model.config
         rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
         places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).float()

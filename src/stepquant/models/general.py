@@ -1,4 +1,4 @@
-"""Any denoiser: what can be told of it from its structure and from running it once."""
+"""Adapter for any denoiser, built from its module tree and three forward passes."""
 
 from __future__ import annotations
 
@@ -18,48 +18,54 @@ from stepquant.models.inputs import Inputs
 from stepquant.support.errors import StepQuantError
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-BATCHES = (2, 3)  # a number of rows that grows with these is one of samples
+BATCHES = (2, 3)  # batch sizes of the runs; a leading dimension that scales with them is per-sample
 
 
 @dataclass
 class _Call:
-    """One call of a module in a forward."""
+    """One call of a module in a forward pass."""
 
     name: str
-    tensors: list[Tensor]  # arguments
+    tensors: list[Tensor]  # among the arguments, nested ones too
     outputs: list[Tensor]
 
 
 @dataclass
 class _Survey:
-    """What forwards at both of `BATCHES` were seen to do."""
+    """Module calls observed in forward passes at both of `BATCHES`."""
 
     calls: tuple[list[_Call], list[_Call]]
-    moved: list[_Call]  # the first batch with another sample
+    moved: list[_Call]  # calls at the first batch size, for another sample
 
     def of(self, name: str) -> list[tuple[_Call, _Call]]:
-        """Each call of the module `name`, at both batches."""
+        """Return each call of the module `name`, as pairs over both batch sizes."""
         pairs = zip(*self.calls, strict=True)
         return [(two, three) for two, three in pairs if two.name == name]
 
     def order(self, names: set[str]) -> list[str]:
-        """`names` in the order in which they were first called."""
+        """Return `names` in the order of their first calls."""
         called = [call.name for call in self.calls[0] if call.name in names]
         return list(dict.fromkeys(called))
 
 
 class ModuleAdapter(DiffusersAdapter):
-    """An adapter for a denoiser of unknown architecture.
+    """Adapter for a denoiser of unknown architecture.
 
-    `example(batch)`: arguments that the denoiser takes, as the sampler gives them.
-    `block_patterns`: shell-style patterns of the names of blocks; without any, the children of
-    module lists and sequentials that hold quantizable layers and are called once in a forward.
-    Layers that lie in no block are units of their own where each sample has one row of their input;
-    others are quantized and not trained. `float_patterns`: layers that are to stay float.
+    - `example(batch)`: arguments for the denoiser, in the form that the sampler passes.
+    - `block_patterns`: shell-style patterns of block names. Without patterns, blocks are the
+      children of module lists, module dicts and sequentials. They must hold quantizable layers, be
+      called once per forward pass, and have one row per sample.
+    - `float_patterns`: shell-style patterns of the layers that stay float.
 
-    The input layer is the first to be called with something that depends on the sample, the output
-    layer the last one of all. Nothing is folded and no input is split: a scaling stays in the
-    quantizer, and a concatenation is quantized as one tensor.
+    A layer outside every block is a unit of its own if it is called once and its tensors have one
+    row per sample. Other layers are quantized, but steps that train block by block leave them out.
+
+    The input layer is the first layer whose input depends on the sample. The output layer is the
+    last layer called. The adapter folds nothing and splits no input: the activation quantizer
+    applies every scaling, and a concatenation is quantized as one tensor.
+
+    The adapter runs the model three times on `example` inputs and keeps the calls that it sees. It
+    raises StepQuantError if the runs call different modules.
     """
 
     architecture = "nn.Module"
@@ -75,7 +81,12 @@ class ModuleAdapter(DiffusersAdapter):
         self._surveyed: tuple[nn.Module, _Survey] | None = None
 
     def blocks(self, model: nn.Module) -> list[str]:
-        """By pattern or by structure; see the class."""
+        """Names of the blocks, by pattern or by structure; see the class.
+
+        Raises:
+            StepQuantError: a pattern matches no module with layers, or a matching module cannot be
+                a block.
+        """
         found = self._named(model) if self._block_patterns else self._structural(model)
         for name, module in model.named_modules():
             inside = any(name == unit or name.startswith(f"{unit}.") for unit in found)
@@ -84,7 +95,11 @@ class ModuleAdapter(DiffusersAdapter):
         return found
 
     def input_output_layers(self, model: nn.Module) -> set[str]:
-        """The first layer that sees the sample, and the last one."""
+        """The first layer that sees the sample, and the last layer called.
+
+        Raises:
+            StepQuantError: no linear or conv layer sees the sample.
+        """
         survey, layers = self._survey(model), _layers(model)
         depends = [
             one.name
@@ -99,7 +114,11 @@ class ModuleAdapter(DiffusersAdapter):
         return {depends[0], [c.name for c in survey.calls[0] if c.name in layers][-1]}
 
     def float_layers(self, model: nn.Module) -> dict[str, str]:
-        """Those asked for, and those that cannot be simulated in the place where they are used."""
+        """Layers that match `float_patterns`, and layers that cannot be simulated in their place.
+
+        Raises:
+            StepQuantError: a pattern matches no layer.
+        """
         survey, layers = self._survey(model), _layers(model)
         reasons: dict[str, str] = {}
         for pattern in self._float_patterns:
@@ -119,18 +138,18 @@ class ModuleAdapter(DiffusersAdapter):
         return reasons
 
     def folds(self, model: nn.Module) -> Folds:
-        """None: what feeds what is not known."""
+        """None: the adapter does not know which layer feeds which."""
         return []
 
     def relation_site(self, model: nn.Module) -> str:
-        """The last block before the output layer."""
+        """The last block called that is neither the input layer nor the output layer."""
         outer = self.input_output_layers(model)
         order = [name for name in self._survey(model).order(set(self.blocks(model)))]
         inner = [name for name in order if name not in outer]
         return (inner or order)[-1]
 
     def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
-        """The example."""
+        """The arguments that `example(batch)` returns."""
         return self._example(batch)
 
     def _named(self, model: nn.Module) -> list[str]:
@@ -174,7 +193,7 @@ class ModuleAdapter(DiffusersAdapter):
         return found
 
     def _why_no_unit(self, model: nn.Module, name: str) -> str | None:
-        """Why the module `name` cannot be trained by itself, as a predicate, or None."""
+        """Return why the module `name` cannot be trained alone, as a predicate, or None."""
         pairs = self._survey(model).of(name)
         if len(pairs) != 1:
             return f"is called {len(pairs)} times in a forward"
@@ -205,7 +224,7 @@ class ModuleAdapter(DiffusersAdapter):
 
 
 def _layers(module: nn.Module, prefix: str = "") -> set[str]:
-    """Names of the quantizable layers in `module`, which may be one itself."""
+    """Return the names of the quantizable layers in `module`, which may be a layer itself."""
     return {
         ".".join(filter(None, (prefix, name)))
         for name, inner in module.named_modules()
@@ -214,7 +233,7 @@ def _layers(module: nn.Module, prefix: str = "") -> set[str]:
 
 
 def _calls(model: nn.Module, inputs: Inputs) -> list[_Call]:
-    """Every call of a submodule with layers, in the order in which they begin."""
+    """Return every call of a submodule with layers, in the order in which the calls begin."""
     made: list[_Call] = []
     running: list[_Call] = []
 
@@ -233,7 +252,7 @@ def _calls(model: nn.Module, inputs: Inputs) -> list[_Call]:
 
 
 def _rows(two: Tensor, three: Tensor) -> bool:
-    """Whether the first dimension of a layer's input grows with the samples."""
+    """Return whether the leading dimension of a layer's input scales with the number of samples."""
     if two.dim() < 2:
         return False
     (a, rest), (b, other) = divmod(two.shape[0], BATCHES[0]), divmod(three.shape[0], BATCHES[1])

@@ -1,6 +1,6 @@
-"""What the input layer's grid loses of the sampler's sample, passed by the denoiser.
+"""Bypass that adds the input layer's quantization error back to the prediction.
 
-The step `input_error_bypass` says why, and where the slopes come from.
+The step `input_error_bypass` explains why, and where the slopes come from.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from stepquant.models.calling import channel_dim, prediction_in, with_prediction
 from stepquant.quantizers.activation import spread_rows
 from stepquant.quantizers.step_grid import StepContext
 
-SLOPES_NAME = "input_error_slope"  # the buffer of the denoiser, float32 [T]
+SLOPES_NAME = "input_error_slope"  # buffer of the denoiser, float32 [T]
 
 
 class InputLayer(Protocol):
-    """A simulated or packed layer, which gives its errors away where it is asked to."""
+    """A simulated or packed layer that hands its input error to an attached bypass."""
 
     context: StepContext
     bypass: InputBypass | None
@@ -27,46 +27,53 @@ class InputLayer(Protocol):
 class InputBypass:
     """Adds `slope * (x - quantized x)` to the prediction for the sample `x`.
 
-    `layer`: name of the denoiser's layer that reads the sample. The layer leaves its error here
-    while it runs (`take`), where accelerate has its tables in place; a forward hook of the denoiser
-    adds it. Where sample and prediction differ in channels, the first ones that both have are meant
-    (a variance beside the noise, a mask beside the sample). Computed in float32; the result has the
-    dtype of the prediction. No gradient passes.
+    `layer` names the denoiser's layer that reads the sample. That layer hands over its error while
+    it runs (`take`), because accelerate has its tables in place only then. A forward hook of the
+    denoiser adds the error to the prediction.
+
+    If sample and prediction differ in channels, the bypass acts on the first channels, which both
+    have. The others are a variance beside the noise, or a mask beside the sample. The sum is
+    computed in float32 and returned in the dtype of the prediction. No gradient flows through the
+    error.
     """
 
     def __init__(self, layer: str) -> None:
         self.layer = layer
-        # float32 [T], whatever the denoiser's buffer, which is saved, may be cast to
+        # float32 [T], a copy: the denoiser's saved buffer may be cast to another dtype
         self.slopes = torch.zeros(1)
         self._context: StepContext | None = None
-        self._error: Tensor | None = None  # of the forward in flight
+        self._error: Tensor | None = None  # of the current forward pass
 
     def attach(self, denoiser: nn.Module, slopes: Tensor) -> None:
-        """Add to every prediction of `denoiser` from now on; `slopes [T]`, one for each step."""
+        """Add the input error to every prediction of `denoiser` from now on.
+
+        `slopes [T]`, float32, has one value for each step. An earlier bypass is removed. Slopes on
+        the meta device are read later, by `read_slopes`.
+        """
         detach_bypass(denoiser)
         layer = cast(InputLayer, denoiser.get_submodule(self.layer))
         layer.bypass, self._context = self, layer.context
         denoiser.register_buffer(SLOPES_NAME, slopes)
         if not slopes.is_meta:
             self.read_slopes(denoiser)
-        # A bound method, so that a deep copy of the denoiser gets one of its own.
+        # Bound methods: a deep copy of the denoiser then gets a bypass of its own.
         denoiser.register_forward_pre_hook(self._begin)
         denoiser.register_forward_hook(self._add)
 
     def read_slopes(self, denoiser: nn.Module) -> None:
-        """Use the slopes in the buffer of `denoiser`, which were loaded."""
+        """Copy the slopes from the buffer of `denoiser`, after a checkpoint is loaded."""
         self.slopes = denoiser.get_buffer(SLOPES_NAME).detach().cpu().clone()
 
     def take(self, error: Tensor) -> None:
-        """Keep `error [B, ...]`, what the layer loses of the sample, for the prediction."""
+        """Keep the layer's input error `[B, ...]`, float32, until the denoiser has predicted."""
         self._error = error
 
     def _begin(self, denoiser: nn.Module, args: tuple[Any, ...]) -> None:
-        self._error = None  # of the layer, run by itself or in a forward that failed
+        self._error = None  # left over from a call of the layer alone or from a failed forward pass
 
     def _add(self, denoiser: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         error, self._error = self._error, None
-        if error is None:  # the layer did not run, or does not quantize now
+        if error is None:  # the layer did not run, or is not quantizing
             return output
         assert self._context is not None
         prediction = prediction_in(output, denoiser)
@@ -77,14 +84,17 @@ class InputBypass:
 
 
 def common_channels(sample: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with as many channels as the one that has fewer."""
+    """Return both tensors, cut to the first channels that both have."""
     dim = channel_dim(sample)
     count = min(sample.shape[dim], prediction.shape[dim])
     return sample.narrow(dim, 0, count), prediction.narrow(dim, 0, count)
 
 
 def added(prediction: Tensor, passed: Tensor) -> Tensor:
-    """`prediction` with the float32 `passed` in the channels that both have, in its dtype."""
+    """Return `prediction` plus `passed`, in the channels that both have.
+
+    `passed` is float32, and so is the sum. The result has the shape and dtype of `prediction`.
+    """
     passed, first = common_channels(passed, prediction)
     whole = (first.to(torch.float32) + passed).to(prediction.dtype)
     if first.shape == prediction.shape:
@@ -96,7 +106,7 @@ def added(prediction: Tensor, passed: Tensor) -> Tensor:
 
 
 def bypass_of(denoiser: nn.Module) -> InputBypass | None:
-    """The bypass that was attached to `denoiser`, if any."""
+    """Return the bypass attached to `denoiser`, or None."""
     for hook in denoiser._forward_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, InputBypass):
@@ -105,7 +115,7 @@ def bypass_of(denoiser: nn.Module) -> InputBypass | None:
 
 
 def detach_bypass(denoiser: nn.Module) -> None:
-    """Take the bypass of `denoiser` away, if it has one."""
+    """Remove the bypass and its slopes from `denoiser`, if it has one."""
     for hooks in (denoiser._forward_pre_hooks, denoiser._forward_hooks):
         for key, hook in list(hooks.items()):
             if isinstance(getattr(hook, "__self__", None), InputBypass):

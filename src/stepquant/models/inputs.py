@@ -1,4 +1,4 @@
-"""Random inputs that a denoiser takes, from its own config."""
+"""Random inputs for a denoiser, in the sizes of its config."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MIDDLE = 500  # of the 1000 steps that models of discrete time are trained for
-TOKENS = 8  # of a prompt
+MIDDLE = 500  # of the 1000 timesteps that discrete-time models are trained on
+TOKENS = 8  # in a prompt
 
-# sample [B, ...], timestep [] or [B], the other arguments by name
+# (sample [B, ...], timestep [] or [B], other arguments by name)
 Inputs = tuple[Tensor, Tensor, dict[str, Any]]
 
 
 def random_sample(model: nn.Module, batch: int) -> Tensor:
-    """Noise of the model's own sample size, `[batch, C, H, W]`, the same at each call."""
+    """Return noise in the model's sample size, float32 `[batch, C, H, W]`.
+
+    Every call returns the same values.
+    """
     config = model.config
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -23,5 +26,5 @@ def random_sample(model: nn.Module, batch: int) -> Tensor:
 
 
 def noise(*shape: int) -> Tensor:
-    """Standard normal values, the same at each call."""
+    """Return standard normal values of this shape, float32, the same at each call."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))

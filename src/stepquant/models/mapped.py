@@ -1,7 +1,7 @@
-"""A float model whose large weights stay in their files and are read each time they are used.
+"""A float model whose large weights stay in their files and are read at each use.
 
-Each use gives the very float32 numbers that loading the model would give, and takes the memory of
-one layer, whatever the size of the model; the system keeps the files' pages in what memory is free.
+Every read gives exactly the float32 numbers of a loaded model. It takes the memory of one layer,
+whatever the size of the model. The operating system caches the files' pages in free memory.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from stepquant.models.weight_files import WeightFiles, check_files, empty_model
 
 
 class Mapped(nn.Module):
-    """A layer without a parameter `weight`, which is in a file."""
+    """A layer whose `weight` is in a file instead of a parameter."""
 
     files: WeightFiles
     key: str
 
     @property
     def weight(self) -> Tensor:
-        """A float32 copy of what is in the file.
+        """A float32 copy of the weight in the file.
 
-        A copy of stored float32, too: what lies in a file is not aligned as other tensors are, and
-        a kernel may sum in another order there.
+        Float32 weights are copied too. Tensors in a file are aligned differently from other
+        tensors, and a kernel may sum in another order there.
         """
         return self.files.read(self.key).to(torch.float32, copy=True)
 
     def loaded(self) -> nn.Module:
-        """A plain layer with this one's weight in memory."""
+        """Return a plain layer with this weight in memory, without gradients."""
         plain = copy.copy(self)
         plain.__class__ = next(kind for kind, mapped in KINDS.items() if type(self) is mapped)
         plain._parameters = {"weight": nn.Parameter(self.weight, False), **self._parameters}
@@ -54,12 +54,14 @@ KINDS: dict[type[nn.Module], type[Mapped]] = {nn.Linear: MappedLinear, nn.Conv2d
 
 
 def open_mapped(folder: Path, what: str) -> Any:
-    """The diffusers model in `folder` in float32, with the weights of its layers left on disk.
+    """Open the diffusers model in `folder` in float32, with its layers' weights left on disk.
 
-    `what` names it in errors. Linear and conv layers are mapped, everything else is loaded. The
-    files must stay as they are while the model is in use. Inference only: nothing is trainable.
+    `what` names the model in errors. The function maps the weights of linear and conv layers,
+    except those that several modules share. It loads everything else. The files must not change
+    while the model is in use. The model is for inference only: no parameter requires gradients.
 
-    Raises StepQuantError for a folder that is absent, damaged, or not of a model of diffusers.
+    Raises:
+        StepQuantError: `folder` is missing, damaged, or does not hold a diffusers model.
     """
     files, model = WeightFiles(folder), empty_model(folder, what)
     check_files(model, files, what)
@@ -77,7 +79,7 @@ def open_mapped(folder: Path, what: str) -> Any:
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """As `model.named_parameters()`, then the mapped weights, one at a time."""
+    """Yield `model.named_parameters()`, then the mapped weights, reading one at a time."""
     yield from model.named_parameters()
     for module in model.modules():
         if isinstance(module, Mapped):
@@ -85,7 +87,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class FloatState(Mapping[str, Tensor]):
-    """As `model.state_dict()`, with the mapped weights, each read when it is asked for."""
+    """Like `model.state_dict()`, plus the mapped weights, each read on access."""
 
     def __init__(self, model: nn.Module) -> None:
         self._held = model.state_dict()
@@ -102,6 +104,6 @@ class FloatState(Mapping[str, Tensor]):
         return len(self._held) + len(self._mapped)
 
     def sizes(self) -> dict[str, int]:
-        """Numbers in each tensor; nothing is read."""
+        """Return the number of elements of each tensor, without reading any."""
         found = {name: tensor.numel() for name, tensor in self._held.items()}
         return found | {key: m.files.meta[key].numel() for key, m in self._mapped.items()}

@@ -1,8 +1,8 @@
 """Norms that a linear layer modulates: `norm(x) * (1 + scale) + shift` (adaLN, DiT, 2023).
 
-Such a norm has no weights of its own that a scaling could go to, but `scale` and `shift` are
-channels of one linear layer's output: dividing `1 + scale` and `shift` of a channel divides the
-channel, at every step alike.
+Such a norm has no weight that could absorb a scaling. But `scale` and `shift` are output channels
+of one linear layer. Dividing `1 + scale` and `shift` of a channel divides that channel of the norm,
+at every step.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Modulation:
-    """The layer `linear` gives, in equal chunks of channels, a `shift` and a `scale`.
+    """A linear layer whose output holds a `shift` and a `scale`, in equal chunks of channels.
 
-    Both are numbers of chunks; `consumers` are all layers that read the norm so modulated.
+    `shift` and `scale` are chunk indices. `consumers` names all layers that read the modulated
+    norm.
     """
 
     linear: str
@@ -32,7 +33,11 @@ class Modulation:
 
 
 def fold_into_modulation(linear: nn.Module, shift: int, scale: int, factors: Tensor) -> None:
-    """Divide what the chunks `shift` and `scale` of `linear` modulate by `factors [C]`."""
+    """Divide the channels of a modulated norm by `factors [C]`, through its layer `linear`.
+
+    `shift` and `scale` are chunk indices. The function changes weight and bias of `linear` in
+    place.
+    """
     weight, bias = linear.weight.data, linear.bias.data
     rows = [slice(chunk * len(factors), (chunk + 1) * len(factors)) for chunk in (shift, scale)]
     for part in rows:
@@ -44,10 +49,13 @@ def fold_into_modulation(linear: nn.Module, shift: int, scale: int, factors: Ten
 def norm_modulations(
     model: nn.Module, norm: str, first: tuple[str, ...], second: tuple[str, ...] = ()
 ) -> list[Modulation]:
-    """Those of an adaptive norm of diffusers, by its class.
+    """Return the modulations of one of diffusers' adaptive norms, chosen by its class.
 
-    `first` reads what the norm itself gives; `second` the block's next norm, which the same linear
-    layer modulates, if it does.
+    - `norm`: name of the norm in `model`.
+    - `first`: layers that read the output of `norm`.
+    - `second`: layers that read the block's next norm, if the same linear layer modulates it.
+
+    The list is empty if the class is unknown or the norm's linear layer has no bias.
     """
     module = model.get_submodule(norm)
     linear = f"{norm}.linear"

@@ -17,9 +17,10 @@ from stepquant.models.modulation import Modulation
 
 @register_adapter
 class PixArtAdapter(DiTAdapter):
-    """As DiT, but one time embedding modulates all blocks, and a projection of the prompt.
+    """Adapter for PixArt: as DiT, but one time embedding modulates all blocks.
 
-    Each block adds a table of its own to the modulation, which is no layer and stays float.
+    The projection of the prompt is a unit too. Each block adds its own table to the modulation. The
+    table is not a layer and stays float.
     """
 
     architecture = "PixArtTransformer2DModel"
@@ -27,9 +28,10 @@ class PixArtAdapter(DiTAdapter):
     outer = ("pos_embed.proj", "proj_out")
 
     def blocks(self, model: nn.Module) -> list[str]:
-        """As DiT, without the embeddings of the picture's size, which are not trained.
+        """As for DiT, without the embeddings of the image size, which are not trained.
 
-        They are called with all sizes in one row after another, two for each sample.
+        The model calls them with the sizes of all samples in one column. A resolution takes two
+        rows per sample, so rows and samples do not match.
         """
         return [
             name
@@ -42,7 +44,7 @@ class PixArtAdapter(DiTAdapter):
         return []
 
     def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
-        """A sample with a timestep for each image, a prompt's embedding, and the picture's size."""
+        """Noise and a timestep for each sample, a prompt embedding, and the image size."""
         config = model.config
         added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if model.use_additional_conditions:

@@ -15,9 +15,9 @@ from stepquant.models.modulation import Modulation, norm_modulations
 
 @register_adapter
 class SD3Adapter(DiffusersAdapter):
-    """Each joint block of text and image tokens is a unit.
+    """Adapter for SD3; each joint block of text and image tokens is a unit.
 
-    The products of joint attention stay float: its processor is not the plain one.
+    The products of joint attention stay float, because its processor is not a plain one.
     """
 
     architecture = "SD3Transformer2DModel"
@@ -25,16 +25,17 @@ class SD3Adapter(DiffusersAdapter):
     outer = ("pos_embed.proj", "proj_out")
 
     def folds(self, model: nn.Module) -> Folds:
-        """Values into the output projection, in the image's own attention of 3.5 only.
+        """Values into the output projection, in the image's own attention of version 3.5 only.
 
-        In joint attention the values of text and image feed both output projections.
+        In joint attention, the values of text and image feed both output projections.
         """
         return value_folds(model, self.attention_sites(model))
 
     def modulations(self, model: nn.Module) -> list[Modulation]:
-        """The norms of each block, for image and text; the last one lies between two units.
+        """The norms of each block, for image and text.
 
-        Where 3.5 has a second attention, it reads the same norm under a modulation of its own.
+        The final norm is left out, because it lies between two units. The second attention of
+        version 3.5 reads the same norm under its own modulation.
         """
         found: list[Modulation] = []
         for b, block in enumerate(model.transformer_blocks):
@@ -54,11 +55,11 @@ class SD3Adapter(DiffusersAdapter):
         return found
 
     def relation_site(self, model: nn.Module) -> str:
-        """The last joint block: image tokens."""
+        """The last joint block, which outputs image tokens."""
         return f"transformer_blocks.{len(model.transformer_blocks) - 1}"
 
     def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
-        """A sample with a timestep for each image, and a prompt's two embeddings."""
+        """Noise and a timestep for each sample, and two prompt embeddings."""
         conditions = {
             "encoder_hidden_states": noise(batch, TOKENS, model.config.joint_attention_dim),
             "pooled_projections": noise(batch, model.config.pooled_projection_dim),

@@ -1,4 +1,4 @@
-"""A module in a denoiser's place, which takes its calls and is the denoiser otherwise."""
+"""A module that takes a denoiser's calls and otherwise behaves like the denoiser."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from stepquant.models.calling import argument_names
 
 
 def original(module: nn.Module) -> nn.Module:
-    """What `module` stands in for, or itself."""
+    """Return the denoiser behind `module`, or `module` itself if it is not a stand-in."""
     return original(module.denoiser) if isinstance(module, StandIn) else module
 
 
 class StandIn(nn.Module):
-    """Has the attributes and the signature of `denoiser`, and calls `_call` in its place."""
+    """Base class with the attributes and the signature of `denoiser`.
+
+    Calls go to `_call(args, kwargs)`, which subclasses implement.
+    """
 
     denoiser: nn.Module
 
     def __init__(self, denoiser: nn.Module) -> None:
-        """`denoiser` stays as it is."""
+        """Wrap `denoiser`, which is not changed."""
         super().__init__()
         self.denoiser, self._names = denoiser, argument_names(denoiser)
         self._take_calls()
 
     def _take_calls(self) -> None:
-        me = weakref.ref(self)  # so that its memory goes with the last reference to it
+        me = weakref.ref(self)  # no reference cycle: the last reference frees the memory
 
-        @wraps(self.denoiser.forward)  # with its signature, which pipelines look at
+        @wraps(self.denoiser.forward)  # keeps the signature, which pipelines inspect
         def forward(*args: Any, **kwargs: Any) -> Any:
             found = me()
             assert found is not None
@@ -39,7 +42,7 @@ class StandIn(nn.Module):
         self.forward = forward
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by their names; those beyond the named ones are left out."""
+        """Return a call's arguments by name, without positional arguments that have no name."""
         return dict(zip(self._names, args, strict=False)) | kwargs
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

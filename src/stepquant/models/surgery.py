@@ -1,4 +1,4 @@
-"""Replacing modules inside a model."""
+"""Replacement of modules inside a model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 
 
 def copy_around(model: nn.Module, modules: Iterable[nn.Module]) -> nn.Module:
-    """A deep copy of `model` in which the tensors of `modules` are not copied but those of `model`.
+    """Return a deep copy of `model` that shares the tensors of `modules` with the original.
 
-    For `modules` that are to be replaced in the copy: of a large model they are nearly everything.
-    What they share with other modules is copied.
+    Use it when `modules` will be replaced in the copy: in a large model they hold nearly all
+    tensors. Tensors that they share with other modules are copied.
     """
     own = {inner for module in modules for inner in module.modules()}
     others = {
@@ -29,10 +29,11 @@ def copy_around(model: nn.Module, modules: Iterable[nn.Module]) -> nn.Module:
 def replace_modules(
     model: nn.Module, replacement: Callable[[str, nn.Module], nn.Module | None]
 ) -> nn.Module:
-    """Put `replacement(name, module)` in the place of each module for which it is not None.
+    """Replace each submodule for which `replacement(name, module)` is not None.
 
-    Changes `model` in place and returns it. A replaced module's children are not visited. A module
-    that stands in several places is asked about once and replaced in all of them.
+    The function changes `model` in place and returns it. It does not visit the children of a
+    replaced module. If a module has several names, `replacement` sees it once, and the result goes
+    to all of them.
     """
     _replace_children(model, "", replacement, {model: model})
     return model
@@ -57,7 +58,7 @@ def _replace_children(
 
 
 def outermost_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
-    """Names of the modules of `kinds` that lie in no other such module."""
+    """Return the names of the submodules of `kinds` that are not inside another one."""
     found: list[str] = []
     for name, module in model.named_modules():  # parents come before their children
         inside = any(name.startswith(f"{parent}.") for parent in found)

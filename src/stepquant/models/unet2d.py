@@ -19,7 +19,7 @@ UNITS = (ResnetBlock2D, Attention, Downsample2D, Upsample2D, TimestepEmbedding)
 
 @register_adapter
 class UNet2DAdapter(DiffusersAdapter):
-    """Blocks, skip splits, folds and attention sites of `UNet2DModel`.
+    """Adapter for `UNet2DModel`.
 
     Blocks are resnets, attentions, resamplers and the time embedding.
     """
@@ -29,7 +29,7 @@ class UNet2DAdapter(DiffusersAdapter):
     outer = ("conv_in", "conv_out")
 
     def time_embedding_layers(self, model: nn.Module) -> set[str]:
-        """Both linears of the time embedding."""
+        """Both linear layers of the time embedding."""
         return {"time_embedding.linear_1", "time_embedding.linear_2"}
 
     def shortcut_and_downsampling_layers(self, model: nn.Module) -> set[str]:
@@ -56,7 +56,7 @@ class UNet2DAdapter(DiffusersAdapter):
         return splits
 
     def folds(self, model: nn.Module) -> Folds:
-        """GroupNorm without SiLU into q, k, v; v into the output projection (linear in v)."""
+        """GroupNorm without SiLU into q, k and v; v into the output projection, linear in v."""
         sites = self.attention_sites(model)
         folds: Folds = []
         for name in sites:

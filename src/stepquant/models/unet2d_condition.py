@@ -19,25 +19,28 @@ from stepquant.models.inputs import MIDDLE, TOKENS, Inputs, noise, random_sample
 from stepquant.models.unet2d import UNet2DAdapter
 from stepquant.support.errors import StepQuantError
 
-TIME_IDS = 6  # of SDXL: original size, crop, target size
+TIME_IDS = 6  # SDXL: original size, crop, target size; two numbers each
 
 
 @register_adapter
 class UNet2DConditionAdapter(UNet2DAdapter):
-    """Resnets and resamplers as in `UNet2DModel`; each transformer block is a unit too."""
+    """Adapter for `UNet2DConditionModel`.
+
+    Resnets and resamplers are blocks as in `UNet2DModel`, and so is each transformer block.
+    """
 
     architecture = "UNet2DConditionModel"
     units = (ResnetBlock2D, BasicTransformerBlock, Downsample2D, Upsample2D, TimestepEmbedding)
 
     def time_embedding_layers(self, model: nn.Module) -> set[str]:
-        """The linears of the time embedding, and of that of SDXL's sizes."""
+        """The linear layers of the time embedding, and of SDXL's embedding of text and sizes."""
         return super(UNet2DAdapter, self).time_embedding_layers(model)
 
     def folds(self, model: nn.Module) -> Folds:
-        """Norms into what they feed, v into the output projection, GEGLU's linear half.
+        """Norms into the layers they feed, v into the output projection, and GEGLU's linear half.
 
-        Keys and values of cross-attention come from the prompt's embedding: nothing produces them
-        here, and their scaling stays in the quantizer.
+        Keys and values of cross-attention read the prompt embedding. No layer of the model produces
+        it, so the activation quantizer applies their scaling.
         """
         folds: Folds = []
         for name, module in model.named_modules():
@@ -48,7 +51,12 @@ class UNet2DConditionAdapter(UNet2DAdapter):
         return folds + value_folds(model, self.attention_sites(model)) + feed_forward_folds(model)
 
     def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
-        """A sample at one timestep for the batch, a prompt's embedding, and SDXL's additions."""
+        """Noise for each sample, one timestep, a prompt embedding, and SDXL's additions.
+
+        Raises:
+            StepQuantError: the config has an embedding other than those of Stable Diffusion 1, 2 or
+                XL.
+        """
         config = model.config
         width = config.encoder_hid_dim or config.cross_attention_dim
         width = width if isinstance(width, int) else width[0]
@@ -73,7 +81,7 @@ class UNet2DConditionAdapter(UNet2DAdapter):
 
 
 def _norm_folds(name: str, block: BasicTransformerBlock) -> Folds:
-    """The layer norms of a block whose outputs go into projections and nowhere else."""
+    """Return the folds of those layer norms of a block that feed only projections."""
     if block.norm_type != "layer_norm" or block.pos_embed is not None:
         return []
     folds: Folds = []

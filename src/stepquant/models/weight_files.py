@@ -20,10 +20,12 @@ REMEDY = "fetch or write the folder again"
 
 
 class WeightFiles:
-    """Tensors of the component in `folder`, by name: one file, or shards with an index.
+    """Tensors of the component in `folder`, by name, from one file or from shards with an index.
 
-    Only headers are read at first. Raises StepQuantError, naming file or tensor, for what is
-    absent, damaged or no safetensors.
+    The constructor reads headers only. `meta` holds each tensor on the meta device.
+
+    Raises:
+        StepQuantError: a file is missing, damaged, or not safetensors. The message names it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,7 +43,7 @@ class WeightFiles:
         else:
             paths = [folder / SAFETENSORS_WEIGHTS_NAME]
         self._files: dict[str, Path] = {}
-        self.meta: dict[str, Tensor] = {}  # each tensor without its data
+        self.meta: dict[str, Tensor] = {}  # each tensor on the meta device
         for path in paths:
             self._read_header(path)
 
@@ -49,7 +51,7 @@ class WeightFiles:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    # Mapped, not read: only what is touched comes from the disk.
+                    # Memory-mapped: only the pages that are touched are read from disk.
                     tensor = file.get_tensor(name)
                     self.meta[name] = torch.empty_like(tensor, device="meta")
                     self._files[name] = path
@@ -60,27 +62,31 @@ class WeightFiles:
             ) from error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightFiles:
-        return self  # nothing here changes
+        return self  # immutable, so copies can share it
 
     @property
     def parameters(self) -> int:
-        """Numbers in all tensors."""
+        """Number of elements in all tensors."""
         return sum(tensor.numel() for tensor in self.meta.values())
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, mapped from its file: memory is taken as far as it is touched.
+        """Return the tensor `name`, memory-mapped: only the pages that are touched take memory.
 
-        Each call maps anew. A mapping's pages count as the process's until it is closed, so one
-        that served all tensors would grow to the size of the file.
+        Each call maps the file again. A mapping's pages count as the process's memory until it is
+        closed, so one mapping for all tensors would grow to the size of the file.
         """
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
 
 
 def empty_model(folder: Path, what: str) -> Any:
-    """The diffusers model that `folder/config.json` describes, on the meta device; `what` names it.
+    """Return the diffusers model of `folder/config.json` on the meta device, in eval mode.
 
-    Raises StepQuantError where that is no class of diffusers, or the model is quantized.
+    `what` names the model in errors.
+
+    Raises:
+        StepQuantError: the config is unreadable, names no diffusers model class, or is of a
+            quantized model.
     """
     path = folder / "config.json"
     try:
@@ -104,7 +110,14 @@ def empty_model(folder: Path, what: str) -> Any:
 
 
 def check_files(model: nn.Module, files: WeightFiles, what: str) -> None:
-    """The files hold each tensor of `model` in its shape, as floats, and no other."""
+    """Check that `files` hold exactly the tensors of `model`, as floats of the same shapes.
+
+    `what` names the model in errors.
+
+    Raises:
+        StepQuantError: a tensor is missing or unexpected, has another shape, or is not of a float
+            dtype.
+    """
     wanted = model.state_dict()
     for names, problem in (
         (wanted.keys() - files.meta.keys(), "lack the tensor"),

@@ -1,4 +1,4 @@
-"""Pure tensor functions: bit facts, affine and log2 grids, straight-through gradients, packing."""
+"""Pure tensor functions: bit widths, affine and log2 grids, attention products, code packing."""
 
 from stepquant.numerics.affine import dequantize, fake_quantize, quantize, range_to_grid, scale_of
 from stepquant.numerics.bits import WEIGHT_ZERO_POINT_8BIT, check_bits, max_code, max_codes

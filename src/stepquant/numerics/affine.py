@@ -1,11 +1,11 @@
 """The affine grid `x ~ scale * (code - zero_point)` and its straight-through gradient.
 
-Shapes: `scale`, `zero_point`, and `bits` where it is a tensor broadcast against `x`. All arithmetic
-is float32; codes are whole numbers held in float32 until they are packed.
+`scale`, `zero_point` and a `bits` tensor broadcast to the shape of `x`. All arithmetic is float32.
+Codes are whole numbers held in float32 until they are packed.
 
-Zero points are whole numbers for activations, so that zero is on the grid and zero padding exact.
-Weights need no zero, so theirs may be half a step off (`halves`): with two or three bits, levels
-such as -3/2, -1/2, 1/2, 3/2 lie better than -1, 0, 1, 2.
+Activation zero points are whole numbers. Zero is then on the grid, and zero padding is exact.
+Weights do not need zero, so their zero points may be odd multiples of one half (`halves`). With two
+or three bits, levels such as -3/2, -1/2, 1/2, 3/2 fit weights better than -1, 0, 1, 2.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ from stepquant.numerics.bits import max_code, max_codes
 
 
 def clamp_codes(codes: Tensor, bits: int | Tensor) -> Tensor:
-    """`codes` on the grid of `bits` bits; a tensor says how many, value by value."""
+    """Clamp `codes` to `0 .. 2^bits - 1`.
+
+    A `bits` tensor broadcasts to `codes` and gives each value its own width.
+    """
     if isinstance(bits, Tensor):
         return codes.clamp(min=0).minimum(max_codes(bits))
     return codes.clamp(0, max_code(bits))
 
 
 def round_shifted(scaled: Tensor, zero_point: Tensor, halves: bool) -> Tensor:
-    """`scaled + zero_point` rounded to whole numbers, before it is clamped."""
+    """Return `scaled + zero_point` rounded to whole numbers, before clamping.
+
+    Without `halves`, `zero_point` must be a whole number. With `halves`, its fraction is added
+    before the rounding and its whole part after it, so that no digits are lost.
+    """
     if not halves:
         return torch.round(scaled) + zero_point
     whole = torch.floor(zero_point)
@@ -34,16 +41,19 @@ def round_shifted(scaled: Tensor, zero_point: Tensor, halves: bool) -> Tensor:
 def quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, bits: int | Tensor, halves: bool = False
 ) -> Tensor:
-    """Codes `clamp(round(x / scale) + zero_point, 0, 2^bits - 1)` as whole numbers in float32.
+    """Return the codes `clamp(round(x / scale) + zero_point, 0, 2^bits - 1)` of `x`.
 
-    Multiplies by `1 / scale`, as the integer runtime does, so that both round alike. `halves`:
-    zero points may be half a step off a whole number; then it is `round(x / scale + zero_point)`.
+    Codes are whole numbers in float32, in the shape of `x`. Ties round to even. The function
+    multiplies by `1 / scale`, as the integer runtime does, so that both round alike.
+
+    `halves` allows zero points that are odd multiples of one half. The rounding is then
+    `round(x / scale + zero_point)`.
     """
     return clamp_codes(round_shifted(x * (1.0 / scale), zero_point, halves), bits)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """The real numbers that `codes` stand for: `scale * (codes - zero_point)`."""
+    """Dequantize `codes`: `scale * (codes - zero_point)`."""
     return (codes - zero_point) * scale
 
 
@@ -59,9 +69,11 @@ def scale_of(width: Tensor, levels: float, inverted: bool = True) -> Tensor:
 
 
 def range_to_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """`(scale, zero_point)` of the affine grid that covers `[min(low, 0), max(high, 0)]`.
+    """Return `(scale, zero_point)` of the grid that covers `[min(low, 0), max(high, 0)]`.
 
-    Zero is always on the grid, so zero padding is exact. See `scale_of` for empty ranges.
+    Both have the shape of `low` and `high`. Zero is always on the grid, so zero padding is exact.
+    See `scale_of` for empty ranges.
+    Zero points are whole numbers in `0 .. 2^bits - 1`.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = scale_of(high - low, max_code(bits))
@@ -70,13 +82,16 @@ def range_to_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Quantize and dequantize; gradients as autograd gives them through a straight-through round.
+    """Quantize and dequantize, with the gradients of straight-through rounding.
 
-    Inside the grid: dx = 1, dscale = round(x/scale) - x/scale, dzero_point = 0. Outside: dx = 0,
-    dscale = code - zero_point, dzero_point = -scale. These are LSQ's gradients (Esser et al. 2020,
-    equation 3) without its 1/sqrt(N * Qp) factor.
+    - Inside the grid: dx = 1, dscale = round(x/scale) - x/scale, dzero_point = 0.
+    - Outside: dx = 0, dscale = code - zero_point, dzero_point = -scale.
 
-    This is the inner loop of all training on CPUs, bound by memory: few passes, few temporaries.
+    These are the gradients of LSQ (Esser et al. 2020, equation 3) without its 1/sqrt(N * Qp)
+    factor.
+
+    This is the inner loop of all training on CPUs, and memory bandwidth limits it. Keep passes and
+    temporaries few.
     """
 
     @staticmethod
@@ -85,7 +100,7 @@ class _FakeQuantize(torch.autograd.Function):
         free = round_shifted(x * (1.0 / scale), zero, halves)
         code = clamp_codes(free, bits)
         inside = free == code if any(ctx.needs_input_grad) else None
-        y = code.sub_(zero).mul_(scale)  # `dequantize`
+        y = code.sub_(zero).mul_(scale)  # `dequantize`, in place
         ctx.save_for_backward(x, scale, inside, y)
         return y
 
@@ -105,7 +120,10 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _dot_to_size(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
-    """`(a * b).sum_to_size(shape)`, without the product where `shape` is one number a row."""
+    """Return `(a * b).sum_to_size(shape)`.
+
+    If `shape` is one number per row, or one in all, a dot product avoids storing `a * b`.
+    """
     rows = shape.numel()
     by_rows = len(shape) == a.dim() and shape[0] == rows == a.shape[0]
     if (by_rows or rows == 1) and a.is_contiguous() and b.is_contiguous():
@@ -116,10 +134,11 @@ def _dot_to_size(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, bits: int | Tensor, halves: bool = False
 ) -> Tensor:
-    """`x` rounded to its grid and back, differentiable in `x`, `scale` and `zero_point`.
+    """Round `x` to its grid and back; differentiable in `x`, `scale` and `zero_point`.
 
-    `zero_point` may be real (while it is trained); it is rounded here, to whole numbers or with
-    `halves` to halves, with the gradient passed straight through. `scale`, `zero_point` and `bits`
-    must broadcast to the shape of `x`.
+    `scale`, `zero_point` and `bits` must broadcast to the shape of `x`. While `zero_point` is
+    trained, it may be any real number. This function rounds it to whole numbers, or to multiples of
+    one half with `halves`. Gradients pass straight through both roundings, as in LSQ (Esser et al.
+    2020, equation 3) but without its 1/sqrt(N * Qp) factor.
     """
     return _FakeQuantize.apply(x, scale, zero_point, bits, halves)

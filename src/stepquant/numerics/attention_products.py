@@ -1,9 +1,9 @@
-"""Attention's two products with operands on their grids, on whole numbers.
+"""Attention's two matrix products on quantized operands, in whole-number arithmetic.
 
-Operands are `code - zero point` as float32, so that sums are exact below 2^24 in float32 and below
-2^53 in float64; the dtype is chosen by the largest sum that can occur.
+Operands hold `code - zero_point` as float32. Sums of their products are exact below 2^24 in float32
+and below 2^53 in float64. The largest sum that can occur selects the dtype.
 
-Shapes: `B` samples, `H` heads, `N` queries, `M` keys, `D` channels of a head. Scales are
+Shapes: `B` samples, `H` heads, `N` queries, `M` keys, `D` channels per head. Scales are
 `[1, 1, 1, 1]` or `[B, 1, 1, 1]`.
 """
 
@@ -23,11 +23,13 @@ EXACT_IN_FLOAT32 = 2**24
 
 @dataclass(frozen=True)
 class AttentionGrids:
-    """Scales of queries, keys, values and probabilities, and which probabilities are on log2 grids.
+    """Grids of queries, keys, values and probabilities.
 
-    `log2` is bool of the same shape as the scales: True for the grid of `numerics.log2`, False for
-    a uniform grid from zero; None where all are uniform. `bits` of queries, keys and values;
-    `probability_bits`.
+    - `query`, `key`, `value`, `probability`: scales, `[1, 1, 1, 1]` or `[B, 1, 1, 1]`.
+    - `log2`: bool, in the shape of the scales. True selects the log2 grid (`numerics.log2`) for the
+      probabilities, False a uniform grid from zero. None means that all grids are uniform.
+    - `bits`: bits of queries, keys and values.
+    - `probability_bits`: bits of the probabilities.
     """
 
     query: Tensor
@@ -40,9 +42,10 @@ class AttentionGrids:
 
 
 def sum_of_products(a: Tensor, b: Tensor, largest: int) -> Tensor:
-    """`a @ b` in float32, for whole numbers whose products are at most `largest`.
+    """Return `a @ b` in float32, for whole numbers whose products are at most `largest`.
 
-    Exact up to the last rounding to float32 wherever the sum is below 2^53, under autocast too.
+    If a sum could reach 2^24, the product runs in float64. The result is then exact up to the last
+    rounding to float32, as long as the sum stays below 2^53. Autocast does not change it.
     """
     if a.shape[-1] * largest >= EXACT_IN_FLOAT32:
         return (a.double() @ b.double()).float()
@@ -51,7 +54,10 @@ def sum_of_products(a: Tensor, b: Tensor, largest: int) -> Tensor:
 
 
 def probability_levels(probabilities: Tensor, grids: AttentionGrids) -> Tensor:
-    """`probabilities` on their grids, in units of the scale: whole numbers, or powers of two."""
+    """Round `probabilities` to their grids and return the levels in units of the scale.
+
+    Levels are whole numbers on a uniform grid, and powers of two or zero on a log2 grid.
+    """
     scale, bits = grids.probability, grids.probability_bits
     uniform = quantize(probabilities, scale, torch.zeros_like(scale), bits)
     if grids.log2 is None:
@@ -63,12 +69,14 @@ def probability_levels(probabilities: Tensor, grids: AttentionGrids) -> Tensor:
 def attention_of_differences(
     query: Tensor, key: Tensor, value: Tensor, grids: AttentionGrids, mask: Tensor | None
 ) -> Tensor:
-    """Scaled dot-product attention, `[B, H, N, D]` float32.
+    """Return scaled dot-product attention of quantized operands, float32 `[B, H, N, D]`.
 
-    `query [B, H, N, D]`, `key` and `value [B, H, M, D]` hold `code - zero point`. `mask` is added
-    to the scores. Scores and softmax are float32; probabilities are put on their grid before the
-    second product. Products with log2 probabilities are summed in float64: exact to 5 bits, and
-    beyond that in error by less than float32 shows.
+    `query [B, H, N, D]`, `key` and `value` `[B, H, M, D]` hold `code - zero_point`. `mask` is added
+    to the scores. Scores and softmax are float32. The probabilities are quantized before the second
+    product.
+
+    Products with log2 probabilities are summed in float64. Up to 5 probability bits these sums are
+    exact. With more bits, the error is too small to show in float32.
     """
     largest = max_code(grids.bits)
     total = sum_of_products(query, key.transpose(-1, -2), largest * largest)

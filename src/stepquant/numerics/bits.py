@@ -1,4 +1,4 @@
-"""What a number of bits means: the one place that knows."""
+"""Facts about bit widths: the valid range, the largest code, the zero point of 8-bit weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ WEIGHT_ZERO_POINT_8BIT = 128
 
 
 def check_bits(bits: int, what: str) -> int:
-    """`bits` if it is a whole number from 1 to 8; otherwise an error that names `what`."""
+    """Return `bits` if it is an int from 1 to 8.
+
+    Raises:
+        StepQuantError: `bits` is anything else, a bool included. `what` names it in the message.
+    """
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise StepQuantError(
             f"{what} is {bits!r}: expected a whole number of bits from {MIN_BITS} to {MAX_BITS}"
@@ -23,11 +27,11 @@ def check_bits(bits: int, what: str) -> int:
 
 
 def max_code(bits: int) -> int:
-    """The largest code of an unsigned `bits`-bit grid; the smallest is 0."""
+    """Return the largest code of an unsigned `bits`-bit grid; the smallest is 0."""
     return (1 << bits) - 1
 
 
 def max_codes(bits: Tensor) -> Tensor:
-    """`max_code` of each of `bits` (whole numbers, any shape), as float32."""
+    """Return `max_code` for each of `bits` (whole numbers, any shape), as float32."""
     one = torch.ones_like(bits, dtype=torch.int64)
     return (torch.bitwise_left_shift(one, bits.long()) - 1).to(torch.float32)

@@ -1,17 +1,20 @@
 """The log2 grid for values >= 0: `x ~ scale * 2^-code`, and its straight-through gradient.
 
-Codes of `b` bits: 0 is `scale`, each further code half the one before, and the largest code,
-`2^b - 1`, is zero. The smallest number above zero is `scale * 2^-(2^b - 2)`; up to `scale` the
-error of what is not rounded to zero is at most a factor `sqrt(2)`, however many bits there are.
+On a grid of `b` bits, code 0 stands for `scale`, and each further code for half of the one before.
+The largest code, `2^b - 1`, stands for zero. The smallest level above zero is
+`scale * 2^-(2^b - 2)`. A value up to `scale` that does not round to zero is off by at most a factor
+`sqrt(2)`, at any number of bits.
 
-Shapes: `scale` broadcasts to `x`. Computed in the dtype of `x`, float32 or float64; codes are whole
-numbers in that dtype until they are packed. `1 / scale` must be finite.
+`scale` broadcasts to `x`. All arithmetic runs in the dtype of `x`, float32 or float64. Codes are
+whole numbers in that dtype until they are packed. `1 / scale` must be finite.
 
 Source: TCAQ-DM (arXiv 2412.16700), Dynamically Adaptive Quantizer: codes
-`clamp(round(-log2(x / scale)), 0, 2^b - 1)`. Deviation: there the largest code stands for
-`scale * 2^-(2^b - 1)`, so that no code is zero. Of a sharp softmax at 3 bits most entries are far
-below that number and would all be raised to it; rows would sum to several times 1 (a test holds the
-comparison). From 5 bits on the two cannot be told apart.
+`clamp(round(-log2(x / scale)), 0, 2^b - 1)`.
+
+Deviation: in the paper the largest code stands for `scale * 2^-(2^b - 1)`, so that no code is zero.
+At 3 bits, most entries of a sharp softmax are far below that level. The paper's grid would raise
+them all to it, and rows would sum to several times 1 (a test compares both grids). From 5 bits on,
+the two grids are indistinguishable.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from torch import Tensor
 from stepquant.numerics.bits import check_bits, max_code
 from stepquant.support.errors import StepQuantError
 
-# The smallest number above sqrt(1/2), which no float is equal to. So there are no ties, and
-# `mantissa >= SQRT_HALF` is the exact comparison.
+# The smallest float above sqrt(1/2). No float equals sqrt(1/2), so there are no ties, and
+# `mantissa >= SQRT_HALF` compares exactly.
 SQRT_HALF = {
     torch.float32: float.fromhex("0x1.6a09e8p-1"),
     torch.float64: float.fromhex("0x1.6a09e667f3bcdp-1"),
@@ -31,7 +34,11 @@ SQRT_HALF = {
 
 
 def _ratio(x: Tensor, scale: Tensor) -> Tensor:
-    """`x * (1 / scale)`: two roundings, the same ones wherever it is computed."""
+    """Return `x * (1 / scale)`: two roundings, the same on every code path.
+
+    Raises:
+        StepQuantError: the result is neither float32 nor float64.
+    """
     ratio = x * (1.0 / scale)
     if ratio.dtype not in SQRT_HALF:
         raise StepQuantError(
@@ -41,14 +48,18 @@ def _ratio(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantize_log2(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Codes `clamp(round(-log2(x / scale)), 0, 2^bits - 1)` as whole numbers in the dtype of `x`.
+    """Return the codes `clamp(round(-log2(x / scale)), 0, 2^bits - 1)` of `x`.
 
-    Zero, and anything below it, gets the largest code, which stands for zero; NaN stays NaN.
+    Codes are whole numbers in the dtype of `x`. Zero and negative values get the largest code,
+    which stands for zero. NaN stays NaN.
 
-    No logarithm is taken. With `r = x * (1 / scale)` in float32 and `r = m * 2^e`,
-    `1/2 <= m < 1`, the code is `-e` for `m > sqrt(1/2)` and `1 - e` otherwise. Given `r` this is
-    exact, so that every code path that computes `r` alike gives the same codes. On the bits `i` of
-    a normal float32 it is `127 - ((i + 0x800000 - 0x3504F4) >> 23)`.
+    The function takes no logarithm. It writes `r = x * (1 / scale)` as `m * 2^e` with
+    `1/2 <= m < 1`. The code is `-e` for `m > sqrt(1/2)` and `1 - e` otherwise. Given `r`, this is
+    exact: every code path that computes `r` the same way gets the same codes. For a normal float32
+    with the bits `i`, the code is `127 - ((i + 0x800000 - 0x3504F4) >> 23)`.
+
+    Raises:
+        StepQuantError: `bits` is not an int from 1 to 8, or `x` is neither float32 nor float64.
     """
     check_bits(bits, "bits of the log2 grid")
     ratio = _ratio(x, scale)
@@ -59,10 +70,10 @@ def quantize_log2(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def dequantize_log2(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The real numbers that `codes` stand for: `scale * 2^-code`, and 0 for the largest code.
+    """Dequantize `codes`: `scale * 2^-code`, and 0 for the largest code.
 
-    Exact as long as it is a normal number. `2^-code` is 0 beyond code 149 in float32, which no
-    scale up to 1 could tell.
+    The result is exact if it is a normal number. NaN stays NaN. In float32, `2^-code` is 0 beyond
+    code 149. For scales up to 1, the product would be 0 there anyway.
     """
     powers = [2.0**-code for code in range(max_code(bits))] + [0.0]
     table = torch.tensor(powers, dtype=codes.dtype, device=codes.device)
@@ -71,10 +82,11 @@ def dequantize_log2(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 class _FakeQuantizeLog2(torch.autograd.Function):
-    """Quantize and dequantize; gradients as autograd gives them through a straight-through round.
+    """Quantize and dequantize, with the gradients of straight-through rounding.
 
-    Inside the grid: dx = quantized / x, dscale = 0. Above it (code 0 by clamping): dx = 0,
-    dscale = 1. Where the result is zero: dx = 0, dscale = 0.
+    - Inside the grid: dx = quantized / x, dscale = 0.
+    - Above the grid (clamped to code 0): dx = 0, dscale = 1.
+    - Where the result is zero: dx = 0, dscale = 0.
     """
 
     @staticmethod
@@ -100,11 +112,14 @@ class _FakeQuantizeLog2(torch.autograd.Function):
 
 
 def fake_quantize_log2(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """`x` rounded to its log2 grid and back, differentiable in `x` and `scale`.
+    """Round `x` to its log2 grid and back; differentiable in `x` and `scale`.
 
-    The gradient passes straight through the rounding of `-log2(x / scale)`: inside the grid it is
-    `quantized / x`, between `sqrt(1/2)` and `sqrt(2)`, for `x`, and 0 for `scale`: to a
-    straight-through eye the grid follows `x` wherever its levels lie. So `scale` learns from
-    clipped values only, and where the levels lie between two octaves has to be searched.
+    The gradient passes straight through the rounding of `-log2(x / scale)`. Inside the grid it is
+    `quantized / x` for `x`, between `sqrt(1/2)` and `sqrt(2)`, and 0 for `scale`: the
+    straight-through estimate treats the quantized value as equal to `x`, at any scale. Only clipped
+    values therefore train `scale`. The position of the levels within an octave must be searched.
+
+    Raises:
+        StepQuantError: `bits` is not an int from 1 to 8, or `x` is neither float32 nor float64.
     """
     return _FakeQuantizeLog2.apply(x, scale, bits)

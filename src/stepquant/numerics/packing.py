@@ -1,8 +1,8 @@
-"""Codes of 1 to 8 bits packed into bytes with no bit unused but the last byte's.
+"""Packing of codes of 1 to 8 bits into bytes; only the last byte can have unused bits.
 
-Bit order: codes follow one another in a little-endian bit stream. Code `i` of `b` bits occupies
-stream bits `i*b .. i*b + b - 1`, its least significant bit first; stream bit `k` is bit `k % 8`
-(least significant first) of byte `k // 8`. For 4 bits that is: even codes in the low nibble.
+Codes follow one another in a little-endian bit stream. Code `i` of `b` bits occupies stream bits
+`i*b .. i*b + b - 1`, least significant bit first. Stream bit `k` is bit `k % 8` (least significant
+first) of byte `k // 8`. With 4 bits, codes of even index are in the low nibble.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ from stepquant.support.errors import StepQuantError
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` bits take."""
+    """Return the size of `count` packed codes of `bits` bits, in bytes."""
     return (count * bits + 7) // 8
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack whole numbers in `0 .. 2^bits - 1` (any shape, read row by row) into uint8 `[bytes]`."""
+    """Pack whole numbers in `0 .. 2^bits - 1` into uint8 `[bytes]` on the CPU.
+
+    `codes` may have any shape; they are read in row-major order.
+
+    Raises:
+        StepQuantError: `bits` is not an int from 1 to 8, or a code is not a whole number in range.
+    """
     check_bits(bits, "bits of the codes to pack")
     flat = codes.detach().reshape(-1).cpu()
     if flat.is_floating_point():
@@ -40,7 +46,14 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes of a stream that `pack_bits` made, uint8 `[count]`, on its device."""
+    """Unpack `count` codes from a stream of `pack_bits` into uint8 `[count]`.
+
+    The codes are on the device of `packed`.
+
+    Raises:
+        StepQuantError: `bits` is not an int from 1 to 8, or `packed` is not uint8
+            `[packed_size(count, bits)]`.
+    """
     check_bits(bits, "bits of the packed codes")
     if packed.dtype != torch.uint8 or packed.dim() != 1:
         raise StepQuantError(
@@ -58,27 +71,35 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:
-    """`pack_bits` of uint8 `codes [n]` for four bits, in an eighth of the memory."""
+    """`pack_bits` of uint8 `codes [n]` for four bits, in less memory than `_pack_groups`."""
     packed = codes[0::2].clone(memory_format=torch.contiguous_format)
     packed[: len(codes) // 2] |= codes[1::2] << 4
     return packed
 
 
 def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
-    """`unpack_bits` for four bits without its checks: uint8 `[count]` on the device of `packed`."""
-    # A byte for each of two codes. Made by hand, because `to` keeps odd strides of one byte.
+    """Unpack `count` codes of four bits into uint8 `[count]` on the device of `packed`.
+
+    Unlike `unpack_bits`, this function checks nothing.
+    """
+    # One int16 for each byte. `packed.to(int16)` would keep an unusual stride of a one-byte tensor,
+    # and `view` needs stride 1.
     wide = torch.empty(len(packed), dtype=torch.int16, device=packed.device).copy_(packed)
     wide |= wide << 4
     wide &= 0x0F0F
     return wide.view(torch.uint8)[:count]
 
 
-# Eight codes of any width are one int64: spread over its eight bytes, or in its lowest bits. Lanes
-# of 8, 16 and 32 bits are joined in pairs from the one form to the other, or split.
+# Eight codes of any width fit one int64: unpacked in its eight bytes, packed in its lowest bits.
+# Packing joins lanes of 8, 16 and 32 bits in pairs; unpacking splits them.
 
 
 def _pair_steps(bits: int) -> list[tuple[int, int, int]]:
-    """`(filled, gap, low)`: lanes of `filled` bits and a gap; `low` masks each pair's lower."""
+    """Return `(filled, gap, low)` for lanes of 8, 16 and 32 bits.
+
+    Each lane has `filled` used bits and `gap` unused ones. The mask `low` selects the used bits of
+    the lower lane in each pair.
+    """
     return [
         (filled, width - filled, sum(((1 << filled) - 1) << at for at in range(0, 64, 2 * width)))
         for width, filled in ((8, bits), (16, 2 * bits), (32, 4 * bits))
@@ -109,10 +130,14 @@ def _unpack_groups(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def pack_channels(codes: Tensor, channel_bits: Tensor) -> Tensor:
-    """Pack `codes [C_out, K]`, channel `o` with `channel_bits[o]` bits, into uint8 `[bytes]`.
+    """Pack `codes [C_out, K]` into uint8 `[bytes]`, with `channel_bits[o]` bits for channel `o`.
 
-    Channels are grouped by their bits, fewest first, each group in channel order and padded to a
-    whole byte. With equal bits everywhere this is `pack_bits(codes, bits)`.
+    Channels are grouped by their bits, fewest first. Each group keeps the channel order and is
+    padded to a whole byte. With equal bits everywhere, the result is `pack_bits(codes, bits)`.
+
+    Raises:
+        StepQuantError: `channel_bits` is not one whole number per channel, or a code or a number of
+            bits is out of range.
     """
     if channel_bits.is_floating_point() or channel_bits.shape != codes.shape[:1]:
         raise StepQuantError(
@@ -127,9 +152,12 @@ def pack_channels(codes: Tensor, channel_bits: Tensor) -> Tensor:
 
 
 def unpack_channels(packed: Tensor, channel_bits: Tensor, columns: int) -> Tensor:
-    """The inverse of `pack_channels`: uint8 codes `[C_out, columns]` on the device of `packed`.
+    """Invert `pack_channels`: return uint8 codes `[C_out, columns]` on the device of `packed`.
 
-    `channel_bits` whole numbers `[C_out]` on the same device.
+    `channel_bits` holds whole numbers, `[C_out]`, on the same device.
+
+    Raises:
+        StepQuantError: the size of `packed` does not match, or a number of bits is out of range.
     """
     codes = torch.empty(len(channel_bits), columns, dtype=torch.uint8, device=packed.device)
     start = 0

@@ -1,7 +1,8 @@
-"""Trainable simulation of a quantized linear or conv layer.
+"""Trainable simulation of quantized linear and conv layers.
 
-A layer has one or more input *parts*: a concatenated skip input is quantized as two tensors, split
-where the backbone's channels end, and its weight alike (Q-Diffusion, ICCV 2023, section 4.2).
+A layer has one or more input *parts*. A concatenated skip input has two: it is split where the
+backbone's channels end, and so is the weight. Each part has quantizers of its own (Q-Diffusion,
+ICCV 2023, section 4.2).
 """
 
 from __future__ import annotations
@@ -23,17 +24,20 @@ from stepquant.support.errors import StepQuantError
 
 
 class QuantLayer(nn.Module):
-    """What the simulated linear and conv layers share.
+    """Base class of the simulated linear and conv layers.
 
-    `weight`, `bias`: the float parameters, trainable. `splits`: in-channels of each part.
-    `inverse_channel_scale [C_in]`: what the input is multiplied with per in-channel before it is
-    quantized (all ones unless an equivalent scaling could not be folded into the producer).
-    `adapter`: what is added to the weight while it is trained at low rank, or None.
-    `roundings`: how each part's weight is rounded while that is trained. Not submodules: what is
-    learned ends up in `weight`, and the state of a layer is the same with and without them.
-    `bypass`: what is given the errors of the input while the layer quantizes, or None.
-    `step_bias [T, C_out]`: what is added to the result at each step where it quantizes, or None.
-    `quantizing`: False runs the layer in float, with the scaling but without any rounding.
+    - `weight [C_out, C_in, ...]`, `bias [C_out]`: the float layer's parameters in float32,
+      trainable.
+    - `splits`: number of in-channels of each part.
+    - `inverse_channel_scale [C_in]`: factor per in-channel, applied to the input before it is
+      quantized. It is all ones unless an equivalent scaling could not be folded into the producer.
+    - `adapter`: low-rank change that training adds to the weight, or None.
+    - `roundings`: learned rounding of each part's weight while it is trained. They are not
+      submodules: training ends by writing its result into `weight`, so the state dict is the same
+      with and without them.
+    - `bypass`: receives the input error while the layer quantizes, or None.
+    - `step_bias [T, C_out]`: added to the output at each step while the layer quantizes, or None.
+    - `quantizing`: False runs the layer in float, with the scaling and without any rounding.
     """
 
     weight: nn.Parameter
@@ -79,11 +83,14 @@ class QuantLayer(nn.Module):
         self.roundings: tuple[SoftRounding, ...] = ()
 
     def weight_parts(self) -> tuple[Tensor, ...]:
-        """The weight of each part, `[C_out, C_part, ...]`."""
+        """Return the weight of each part, `[C_out, C_part, ...]`, with the adapter's change."""
         return self.merged_weight().split(self.splits, dim=1)
 
     def parts(self) -> Iterator[tuple[ActivationQuantizer, WeightQuantizer, Tensor]]:
-        """`(activation quantizer, weight quantizer, weight [C_out, C_part, ...])` of each part."""
+        """Yield activation quantizer, weight quantizer and weight of each part.
+
+        The weight is `[C_out, C_part, ...]`, with the adapter's change.
+        """
         for activations, weights, weight in zip(
             self.activation_quantizers, self.weight_quantizers, self.weight_parts(), strict=True
         ):
@@ -93,26 +100,38 @@ class QuantLayer(nn.Module):
 
     @property
     def channel_bits(self) -> Tensor:
-        """Bits of each out-channel's weights, uint8 `[C_out]`; the same in every part."""
+        """Weight bits of each out-channel, uint8 `[C_out]`; the same in every part."""
         quantizer = self.weight_quantizers[0]
         assert isinstance(quantizer, WeightQuantizer)
         return quantizer.channel_bits
 
     def set_channel_bits(self, bits: Tensor) -> None:
-        """Give out-channel `o` `bits[o]` bits; its grids must be fitted anew."""
+        """Set the weight bits of each out-channel to `bits [C_out]`.
+
+        The weight grids must then be fitted again.
+        """
         for quantizer in self.weight_quantizers:
             assert isinstance(quantizer, WeightQuantizer)
             quantizer.channel_bits.copy_(bits)
 
     def set_activation_bits(self, bits: int) -> None:
-        """Quantize the input to `bits` bits; its tables must be initialised anew."""
+        """Set the bits of the input to `bits`.
+
+        The activation tables must then be initialized again.
+
+        Raises:
+            StepQuantError: `bits` is not an int from 1 to 8.
+        """
         self.activation_bits = check_bits(bits, "activation bits")
         for quantizer in self.activation_quantizers:
             assert isinstance(quantizer, ActivationQuantizer)
             quantizer.bits = bits
 
     def set_step_bias(self, step_bias: Tensor) -> None:
-        """Add `step_bias [T, C_out]` to the result, row by step; its tables get a row for each."""
+        """Add `step_bias [T, C_out]` to the output, one row for each step.
+
+        Activation tables of a single row are resized to `T` rows.
+        """
         self.step_bias = step_bias
         for quantizer in self.activation_quantizers:
             assert isinstance(quantizer, ActivationQuantizer)
@@ -120,32 +139,33 @@ class QuantLayer(nn.Module):
                 quantizer.resize(len(step_bias))
 
     def fit_weights(self, find: GridSearch) -> None:
-        """Give the weights the grids that `find` has for them."""
+        """Fit the weight grids of every part with `find`."""
         for _, quantizer, weight in self.parts():
             quantizer.fit(weight, find)
 
     def attach_adapter(self, adapter: LowRankAdapter) -> None:
-        """Add `adapter` to the weight from now on, before it is quantized."""
+        """Add `adapter` to the weight from now on, before quantization."""
         self.adapter = adapter
 
     def merge_adapter(self) -> None:
-        """Make what the adapter adds part of the weight."""
+        """Merge the adapter's change into `weight` and remove the adapter."""
         if self.adapter is not None:
             self.weight.data.copy_(self.merged_weight().detach())
             self.adapter = None
 
     def merged_weight(self) -> Tensor:
-        """The weight with what the adapter adds, `[C_out, C_in, ...]`."""
+        """Return the weight with the adapter's change, `[C_out, C_in, ...]`."""
         if self.adapter is None:
             return self.weight
         return self.weight + self.adapter().view_as(self.weight)
 
     def attach_roundings(self, weight: Tensor) -> None:
-        """Train how `weight [C_out, C_in, ...]` is rounded from now on, in the place of the weight.
+        """Train the rounding of `weight [C_out, C_in, ...]` from now on, not the weight itself.
 
-        Where gradients are recorded the layer then computes with the softly rounded weight, and
-        elsewhere, until `settle_roundings`, with its own. Where its own is another one, which an
-        earlier rounding of `weight` left, the new rounding starts from that.
+        While gradients are recorded, the layer computes with the softly rounded weight. Otherwise
+        it computes with its own weight, which stays unchanged until `settle_roundings`. If its own
+        weight differs from `weight`, it is the result of an earlier rounding of `weight`, and the
+        new rounding starts there.
         """
         again = not torch.equal(weight, self.weight)
         pairs = zip(self.parts(), weight.split(self.splits, dim=1), strict=True)
@@ -162,13 +182,13 @@ class QuantLayer(nn.Module):
             self.weight.copy_(torch.cat(rounded, dim=1))
 
     def detach_roundings(self) -> None:
-        """Compute with the layer's own weight alone from now on."""
+        """Remove the roundings; the layer then computes with its own weight alone."""
         self.roundings = ()
 
     def multiply_channel_scale(self, scale: Tensor) -> None:
-        """Divide the input by `scale [C_in]` from now on, on top of what is divided already."""
-        # The inverse of a float32 number: the packed layer, which stores that number, then gets
-        # the very same inverse from it.
+        """Divide the input by `scale [C_in]` from now on, in addition to any earlier scaling."""
+        # The packed layer stores the float32 scale and inverts it. Inverting the same float32
+        # number here gives the same bits.
         self.inverse_channel_scale.copy_(1.0 / (scale / self.inverse_channel_scale))
         self._notice_channel_scale()
 
@@ -180,11 +200,11 @@ class QuantLayer(nn.Module):
         self._notice_channel_scale()
 
     def scaled_input(self, x: Tensor) -> Tensor:
-        """`x` after the per-in-channel scaling that was not folded."""
+        """Return `x` after the per-in-channel scaling that was not folded."""
         return x * self._inverse_scale_for(x) if self.scales_input else x
 
     def unscaled_input(self, x: Tensor) -> Tensor:
-        """What `scaled_input` makes `x` of."""
+        """Undo `scaled_input`."""
         return x / self._inverse_scale_for(x) if self.scales_input else x
 
     def _inverse_scale_for(self, x: Tensor) -> Tensor:
@@ -193,11 +213,14 @@ class QuantLayer(nn.Module):
         return self.inverse_channel_scale.view(shape)
 
     def input_parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The scaled input, split into what each activation quantizer sees."""
+        """Return the scaled input, split into one tensor for each activation quantizer."""
         return self.scaled_input(x).split(self.splits, dim=self.channel_dim)
 
     def input_error(self, x: Tensor) -> Tensor:
-        """What the activation grids do not hold of the input `x`, in its shape, float32."""
+        """Return the quantization error of the input `x`, float32, in the shape of `x`.
+
+        The error is `x` minus its quantized value, in the units of `x` before the scaling.
+        """
         errors = []
         for quantizer, part in zip(self.activation_quantizers, self.input_parts(x), strict=True):
             assert isinstance(quantizer, ActivationQuantizer)
@@ -207,7 +230,10 @@ class QuantLayer(nn.Module):
         return self.unscaled_input(torch.cat(errors, dim=self.channel_dim))
 
     def quantized_weight(self) -> Tensor:
-        """The weight on its grid, differentiable, `[C_out, C_in, ...]`; with roundings, near it."""
+        """Return the fake-quantized weight `[C_out, C_in, ...]`, differentiable.
+
+        With roundings attached, it is the softly rounded weight, which may lie between grid points.
+        """
         if self.roundings:
             parts = [rounding() for rounding in self.roundings]
         else:
@@ -215,7 +241,14 @@ class QuantLayer(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The float layer's result, with input and weight rounded where `quantizing`."""
+        """Compute the layer; while `quantizing`, with quantized input and weight.
+
+        Without gradients, a quantizing layer computes as the integer runtime does.
+
+        Raises:
+            StepQuantError: the leading dimension of `x` is not a multiple of the number of
+                timesteps.
+        """
         if not self.quantizing:
             return self._compute(self.scaled_input(x), self.merged_weight(), self.bias)
         if self.bypass is not None:
@@ -232,7 +265,7 @@ class QuantLayer(nn.Module):
         return y + self._over_positions(self.step_bias[spread_rows(self.context.rows, len(y))], y)
 
     def _over_positions(self, values: Tensor, y: Tensor) -> Tensor:
-        """`values [C_out]` or `[R, C_out]` in a shape that goes with the output `y`."""
+        """Reshape `values [C_out]` or `[R, C_out]` to broadcast over the output `y`."""
         shape = [1] * y.dim()
         shape[self.channel_dim] = -1
         if values.dim() == 2:
@@ -240,18 +273,18 @@ class QuantLayer(nn.Module):
         return values.view(shape)
 
     def _whole_bias(self, batch: int) -> Tensor | None:
-        """`bias` with that of the steps in flight, `[C_out]` or `[R, C_out]`."""
+        """Return `bias` plus the step bias of the current rows, `[C_out]` or `[R, C_out]`."""
         if self.step_bias is None:
             return self.bias
         rows = self.step_bias[spread_rows(self.context.rows, batch)]
         return rows if self.bias is None else self.bias + rows
 
     def _compute_integers(self, x: Tensor) -> Tensor:
-        """`forward` as the runtime computes it: sums of whole numbers first, then the scales.
+        """Compute `forward` as the runtime does: sum whole numbers first, then apply the scales.
 
-        Bit-equal to the reference kernels as long as sums stay below 2^24. Summing up numbers that
-        are scaled already rounds differently, and each such difference is a chance that a value of
-        the next layer falls on another code.
+        The result is bit-equal to the reference kernels while sums stay below 2^24. A sum of scaled
+        numbers rounds differently, and each difference can move a value of the next layer to
+        another code.
         """
         y: Tensor | None = None
         for (inputs, weights, weight), part in zip(self.parts(), self.input_parts(x), strict=True):
@@ -272,7 +305,13 @@ class QuantLayer(nn.Module):
 
 
 class QuantLinear(QuantLayer):
-    """Simulated quantized `nn.Linear`; inputs `[B, ..., C_in]`."""
+    """Simulated quantized `nn.Linear`: `[B, ..., C_in]` to `[B, ..., C_out]`.
+
+    `splits` holds the in-channels of each input part; None means one part.
+
+    Raises:
+        StepQuantError: bits are not ints from 1 to 8, or `splits` do not add up to `C_in`.
+    """
 
     channel_dim = -1
 
@@ -286,7 +325,7 @@ class QuantLinear(QuantLayer):
     ) -> None:
         super().__init__()
         self._setup(layer, weight_bits, activation_bits, context, splits)
-        # As in `nn.Linear`: pipelines of diffusers ask a layer for its sizes.
+        # Named as in `nn.Linear`: diffusers pipelines read a layer's sizes from these attributes.
         self.in_features, self.out_features = self.in_channels, self.out_channels
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -294,7 +333,13 @@ class QuantLinear(QuantLayer):
 
 
 class QuantConv2d(QuantLayer):
-    """Simulated quantized `nn.Conv2d` with zero padding and one group; inputs `[B, C_in, H, W]`."""
+    """Simulated quantized `nn.Conv2d` with zero padding and one group; inputs `[B, C_in, H, W]`.
+
+    `splits` holds the in-channels of each input part; None means one part.
+
+    Raises:
+        StepQuantError: bits are not ints from 1 to 8, or `splits` do not add up to `C_in`.
+    """
 
     channel_dim = 1
 

@@ -14,9 +14,11 @@ from stepquant.quantizers.step_grid import StepContext
 
 
 class ProbabilityQuantizer(nn.Module):
-    """`scale [T]` of probabilities, and `log2 [T]` bool: which grid each step has.
+    """Quantizer of attention probabilities with step tables.
 
-    A uniform grid from zero with step `scale`, or the log2 grid below `scale`.
+    - `scale [T]`: float32, trainable.
+    - `log2 [T]`: bool. False selects a uniform grid from zero with step `scale`. True selects the
+      log2 grid from `scale` downwards.
     """
 
     def __init__(self, bits: int, steps: int) -> None:
@@ -32,12 +34,12 @@ class ProbabilityQuantizer(nn.Module):
         return self.scale.numel()
 
     def resize(self, steps: int) -> None:
-        """Give the tables `steps` rows, all with the values of row 0."""
+        """Resize the tables to `steps` rows, each a copy of row 0."""
         self.scale = nn.Parameter(self.scale.detach()[:1].repeat(steps))
         self.log2 = self.log2[:1].repeat(steps)
 
     def forward(self, probabilities: Tensor, rows: Tensor) -> Tensor:
-        """Fake-quantize `probabilities [B, ...]` with the rows `[1]` or `[B]` (int64)."""
+        """Fake-quantize `probabilities [B, ...]` with table rows `rows`, int64 `[1]` or `[B]`."""
         shape = (-1,) + (1,) * (probabilities.dim() - 1)
         scale, log2 = self.scale[rows].view(shape), self.log2[rows].view(shape)
         uniform = fake_quantize(probabilities, scale, torch.zeros_like(scale), self.bits)
@@ -46,25 +48,32 @@ class ProbabilityQuantizer(nn.Module):
         return torch.where(log2, fake_quantize_log2(probabilities, scale, self.bits), uniform)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Describe the quantizer for `print(model)`."""
         return f"bits={self.bits}, steps={self.steps}"
 
 
 class QuantAttention(nn.Module):
-    """Scaled dot-product attention with queries, keys, values and probabilities on their grids.
+    """Scaled dot-product attention with quantized queries, keys, values and probabilities.
 
-    Per tensor and step, as inputs of layers are. `quantizing`: False computes in float.
+    Grids are per tensor and per step, as for layer inputs. With `quantizing` False, attention runs
+    in float.
     """
 
     def __init__(self, bits: int, probability_bits: int, context: StepContext) -> None:
-        """`bits` of queries, keys and values; tables have one row until they are resized."""
+        """Create step tables of one row; `resize` gives them more.
+
+        `bits` applies to queries, keys and values, `probability_bits` to probabilities.
+
+        Raises:
+            StepQuantError: a number of bits is not an int from 1 to 8.
+        """
         super().__init__()
         self.bits, self.context, self.quantizing = bits, context, False
         self.activation_quantizers = nn.ModuleList(ActivationQuantizer(bits, 1) for _ in range(3))
         self.probabilities = ProbabilityQuantizer(probability_bits, 1)
 
     def resize(self, steps: int) -> None:
-        """Give all tables `steps` rows."""
+        """Resize all tables to `steps` rows, each a copy of row 0."""
         for quantizer in self.activation_quantizers:
             assert isinstance(quantizer, ActivationQuantizer)
             quantizer.resize(steps)
@@ -73,9 +82,14 @@ class QuantAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """Attention of `query [B, H, N, D]` to `key` and `value [B, H, M, D]`: `[B, H, N, D]`.
+        """Return the attention output `[B, H, N, D]`.
 
-        `mask` broadcasts to `[B, H, N, M]` and is added to the scores.
+        `query` is `[B, H, N, D]`; `key` and `value` are `[B, H, M, D]`. `mask` broadcasts to
+        `[B, H, N, M]` and is added to the scores. Without gradients, quantizing attention computes
+        as the integer runtime does.
+
+        Raises:
+            StepQuantError: `B` is not a multiple of the number of timesteps.
         """
         if not self.quantizing:
             return functional.scaled_dot_product_attention(query, key, value, mask)
@@ -86,9 +100,9 @@ class QuantAttention(nn.Module):
         return self.probabilities(probabilities, rows) @ self.activation_quantizers[2](value, rows)
 
     def float_probabilities(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-        """Probabilities `[B, H, N, M]` before they are put on their grid.
+        """Return the probabilities `[B, H, N, M]` before they are quantized.
 
-        Those of queries and keys on their grids if the products are `quantizing`.
+        While `quantizing`, queries and keys are fake-quantized first.
         """
         if self.quantizing:
             rows = self._rows(query.shape[0])
@@ -104,7 +118,7 @@ class QuantAttention(nn.Module):
     def _compute_integers(
         self, operands: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, rows: Tensor
     ) -> Tensor:
-        """`forward` as the runtime computes it."""
+        """Compute `forward` as the runtime does."""
         differences: list[Tensor] = []
         scales: list[Tensor] = []
         for quantizer, operand in zip(self.activation_quantizers, operands, strict=True):
@@ -125,6 +139,9 @@ class QuantAttention(nn.Module):
 
 
 def scaled_softmax(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """Float probabilities `[B, H, N, M]` of `query [B, H, N, D]` and `key [B, H, M, D]`."""
+    """Return float probabilities `[B, H, N, M]` of `query [B, H, N, D]` and `key [B, H, M, D]`.
+
+    `mask`, if any, broadcasts to `[B, H, N, M]` and is added to the scores.
+    """
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     return torch.softmax(scores if mask is None else scores + mask, dim=-1)

@@ -1,7 +1,7 @@
-"""From a scheduler's timestep to a row of the step tables.
+"""Mapping of a scheduler's timestep to a row of the step tables.
 
-The timestep is always an argument of the denoiser, read by one forward pre-hook; nothing counts
-calls and nothing is global. Samples of one batch may be at different steps.
+The timestep is always an argument of the denoiser, and one forward pre-hook reads it. Nothing
+counts calls, and nothing is global. Samples of one batch may be at different steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ class StepGrid:
     """The recorded timesteps, one for each row of the step tables."""
 
     def __init__(self, timesteps: Tensor) -> None:
-        """`timesteps [T]`: real or whole numbers, finite and distinct, in any order."""
+        """Store `timesteps [T]`, finite and distinct, in any order, as float32 on the CPU.
+
+        Raises:
+            StepQuantError: `timesteps` has another shape, is empty, or holds a repeated or
+                non-finite value.
+        """
         timesteps = torch.as_tensor(timesteps).detach().to(torch.float32).cpu()
         if timesteps.dim() != 1 or timesteps.numel() == 0:
             raise StepQuantError(
@@ -37,9 +42,10 @@ class StepGrid:
         return self.timesteps.numel()
 
     def rows(self, timestep: Tensor | float) -> Tensor:
-        """Row of the nearest recorded timestep: int64 `[1]` for a scalar, `[B]` for `[B]`.
+        """Return the row of the nearest recorded timestep, int64.
 
-        Midway between two recorded timesteps the row that comes first in the grid wins.
+        The result is `[1]` for a scalar and `[B]` for timesteps `[B]`. On a tie, the row that comes
+        first in the grid wins.
         """
         at = torch.as_tensor(timestep)
         grid = self.timesteps.to(at.device)
@@ -47,30 +53,37 @@ class StepGrid:
 
 
 class StepContext:
-    """The rows of the forward in flight, shared by one denoiser and its quantized layers."""
+    """Table rows of the current forward pass, shared by a denoiser and its quantized layers."""
 
     def __init__(self, grid: StepGrid) -> None:
         self.grid = grid
         self.rows = torch.zeros(1, dtype=torch.int64)  # [1] or [B]
-        self._position = 0  # of the timestep among the denoiser's arguments
+        self._position = 0  # of `timestep` among the denoiser's positional arguments
 
     def set_timestep(self, timestep: Tensor | float) -> None:
-        """Choose the rows for `timestep` (scalar, or one per sample `[B]`).
+        """Choose the rows for `timestep` (a scalar, or one per sample, `[B]`).
 
-        `rows` is `[1]` where all samples agree, but for timesteps `[B]` that a compiled graph gets
-        as numbers of their own: it cannot branch on them.
+        If all samples agree, `rows` is `[1]`. The exception is a compiled graph that gets `[B]`
+        separately stored timesteps: it cannot branch on their values, so `rows` stays `[B]`.
         """
         if isinstance(timestep, Tensor) and timestep.dim() == 1 and timestep.stride(0) == 0:
-            timestep = timestep[:1]  # one number for all, as pipelines expand it
+            timestep = timestep[:1]  # one stored number, expanded by the pipeline
         rows = self.grid.rows(timestep)
         if rows.numel() > 1 and not torch.compiler.is_compiling():
             rows = rows[:1] if bool((rows == rows[0]).all()) else rows
         self.rows = rows
 
     def attach(self, denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        """Read the `timestep` argument of every call of `denoiser`, by a forward pre-hook."""
+        """Register a forward pre-hook that reads the `timestep` of every call of `denoiser`.
+
+        Returns the handle that removes the hook. The hook raises StepQuantError for a call without
+        a timestep.
+
+        Raises:
+            StepQuantError: `denoiser.forward` has no argument named `timestep`.
+        """
         self._position = timestep_position(denoiser)
-        # A bound method, so that a deep copy of the denoiser reads into its own context.
+        # A bound method: the hook of a deep-copied denoiser then writes to the copied context.
         return denoiser.register_forward_pre_hook(self._read_timestep, with_kwargs=True)
 
     def _read_timestep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -86,7 +99,11 @@ class StepContext:
 
 
 def timestep_position(denoiser: nn.Module) -> int:
-    """Where `timestep` stands among the positional arguments of `denoiser.forward`."""
+    """Return the position of `timestep` among the arguments of `denoiser.forward`.
+
+    Raises:
+        StepQuantError: there is no argument of that name.
+    """
     names = list(inspect.signature(denoiser.forward).parameters)
     if "timestep" not in names:
         raise StepQuantError(

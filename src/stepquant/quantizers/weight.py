@@ -1,4 +1,4 @@
-"""Weight quantizer: per out-channel affine grid."""
+"""Weight quantizer: one affine grid per out-channel."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ GridSearch = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def weight_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """`(scale, zero_point)`, each `[C_out]`, for weights in `[low, high]` per out-channel.
+    """Return `(scale, zero_point)`, each `[C_out]`, for weights in `[low, high]` per out-channel.
 
-    Eight bits are symmetric around code 128, so that `code - zero_point` fits in int8; fewer bits
-    are affine, where it always fits.
+    Eight-bit grids are symmetric around code 128, so that `code - zero_point` fits in int8. Grids
+    of fewer bits are affine, and the difference always fits. The scale is 1 where `1 / scale` would
+    overflow.
     """
     if bits < 8:
         return range_to_grid(low, high, bits)
@@ -39,10 +40,15 @@ def minmax_weight_range(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 class WeightQuantizer(nn.Module):
-    """The grids of a weight `[C_out, C_in, ...]`, one for each out-channel.
+    """Per-out-channel quantizer of a weight `[C_out, C_in, ...]`.
 
-    `scale [C_out]`, `zero_point [C_out]` (whole numbers or halves), `channel_bits [C_out]` uint8:
-    how many bits each out-channel has, `bits` everywhere unless they were mixed.
+    - `scale [C_out]`: float32, trainable.
+    - `zero_point [C_out]`: float32, whole numbers or halves, not trained.
+    - `channel_bits [C_out]`: uint8, the bits of each out-channel; all equal to `bits` unless bits
+      are mixed.
+
+    Raises:
+        StepQuantError: `bits` is not an int from 1 to 8.
     """
 
     def __init__(self, bits: int, out_channels: int) -> None:
@@ -51,14 +57,14 @@ class WeightQuantizer(nn.Module):
         self.scale = nn.Parameter(torch.ones(out_channels))
         self.zero_point: Tensor
         self.channel_bits: Tensor
-        # Not trained: DilateQuant lists weights and weight scales only.
+        # A buffer: DilateQuant trains weights and weight scales, not their zero points.
         self.register_buffer("zero_point", torch.zeros(out_channels))
         self.register_buffer(
             "channel_bits", torch.full((out_channels,), self.bits, dtype=torch.uint8)
         )
 
     def fit(self, weight: Tensor, find: GridSearch) -> None:
-        """Give each out-channel of `weight [C_out, ...]` the grid that `find` has for its bits."""
+        """Fit each out-channel's grid to `weight [C_out, ...]` with `find`, at its own bits."""
         rows = weight.detach().flatten(1)  # [C_out, K]
         for bits in self.channel_bits.unique().tolist():
             members = self.channel_bits == bits
@@ -70,19 +76,19 @@ class WeightQuantizer(nn.Module):
         return fake_quantize(weight, scale, zero_point, bits, halves=True)
 
     def differences(self, weight: Tensor) -> Tensor:
-        """`code - zero point` of `weight [C_out, ...]`, whole numbers or halves, as float32."""
+        """Return `code - zero_point` of `weight [C_out, ...]`, whole numbers or halves, float32."""
         scale, zero_point, bits = self.rows(weight.dim())
         return quantize(weight, scale, zero_point, bits, halves=True) - zero_point
 
     def codes(self, weight: Tensor) -> Tensor:
-        """Codes of `weight [C_out, ...]` as uint8 of the same shape."""
+        """Return the codes of `weight [C_out, ...]` as uint8 of the same shape."""
         return quantize(weight, *self.rows(weight.dim()), halves=True).to(torch.uint8)
 
     def rows(self, dimensions: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`(scale, zero_point, bits)`, shaped to go with a weight of so many dimensions."""
+        """Return `(scale, zero_point, bits)`, shaped to broadcast over `dimensions` dimensions."""
         shape = (-1,) + (1,) * (dimensions - 1)
         return self.scale.view(shape), self.zero_point.view(shape), self.channel_bits.view(shape)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Describe the quantizer for `print(model)`."""
         return f"bits={self.bits}, out_channels={self.scale.numel()}"
