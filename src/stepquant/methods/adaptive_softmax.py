@@ -68,7 +68,7 @@ def grid_fits(values: Tensor, weights: Tensor | None, bits: int) -> tuple[GridFi
 
     Args:
         values: Probabilities, `[n]`.
-        weights: How many values each entry stands for, `[n]`; None weights all alike.
+        weights: How many values each entry stands for, `[n]`; None weights all equally.
         bits: Bits of a code.
 
     Returns:

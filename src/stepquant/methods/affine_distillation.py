@@ -1,8 +1,8 @@
 """Affine distillation: train biases and norms end to end, by the error that reaches the image.
 
 Ours, from no paper. Training block by block has made the errors of single blocks small. The rest
-adds up over blocks and over the sampler's steps, and not all errors count alike: at the first steps
-an error that is even over the image changes the image far more than one that varies from pixel to
+adds up over blocks and over the sampler's steps, and not all errors count the same: at the first
+steps an error that is even over the image changes it far more than one that varies from pixel to
 pixel. The loss of a trajectory covers both:
 
     L = mean over f of | mean over t of S[t, f]^(x/2) (F e_t)[f] |^2
@@ -97,7 +97,7 @@ class AffineDistillation(Step):
         check_together(self.name, self.steps_together, self.batch)
 
     def why_idle(self, scheduler: Any, inputs: Trajectories) -> str | None:
-        """Why a step.s influence cannot be traced with this sampler, whatever its mix, or None."""
+        """Why a step's influence cannot be traced with this sampler, whatever its mix, or None."""
         return why_not_followed(scheduler, inputs)
 
     def apply(self, session: Session) -> None:

@@ -36,7 +36,7 @@ class LowRankAdapters(Step):
             the frozen weight is `Q(W)` and the adapter the best approximation of `W - Q(W)` of that
             rank. Their sum is `W` except for what the rank cannot hold, and both factors have a
             gradient from the beginning. This is one round of LoftQ (arXiv 2310.08659). MPQ-DMv2
-            (arXiv 2507.04290) starts alike, but has not published its exact rule.
+            (arXiv 2507.04290) starts in the same way, but its exact rule is not published.
     """
 
     name = "low_rank_adapters"

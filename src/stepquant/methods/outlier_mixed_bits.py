@@ -17,7 +17,7 @@ Deviations:
 - The released code searches only `j` of 0 and 1 and leaves activations unquantized in the search.
   This is the search as printed.
 - The search uses the very grids that the layer then keeps.
-- `selection` other than "kurtosis" is not the paper's.
+- `selection: error` is no paper's. `magnitude` and `random` are there for comparison.
 - The released code does not contain MPQ-DM+. Here it has one group of `N + 1` bits that nothing
   compensates (`extra_groups: 1`), which agrees with its reported size.
 """

@@ -22,7 +22,8 @@ from stepquant.support.errors import StepQuantError
 
 Alternative = Literal["exponential", "log_normal", "best"]
 
-# If the tail were the whole sample, the bulk of small probabilities, no power law, would decide.
+# The median. From the smallest value on, the bulk of small probabilities would dominate the fit,
+# and that is no power law.
 X_MIN_QUANTILE = 0.5
 # Bounds of the bisection, as a truncated normal's mean over its deviation. At the lower bound it is
 # practically an exponential distribution, at the upper one a point.
@@ -90,7 +91,7 @@ def checked_sample(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tens
 
     Args:
         values: Probabilities, `[n]`.
-        weights: How many values each entry stands for, `[n]`; None weights all alike.
+        weights: How many values each entry stands for, `[n]`; None weights all equally.
 
     Raises:
         StepQuantError: Shapes differ, an entry is negative or not finite, or all weights are 0.
@@ -125,7 +126,7 @@ def tail_of(
 
     Args:
         values: Probabilities, `[n]`.
-        weights: How many values each entry stands for, `[n]`; None weights all alike.
+        weights: How many values each entry stands for, `[n]`; None weights all equally.
         quantile: From 0 (the smallest value above 0) to below 1.
 
     Raises:

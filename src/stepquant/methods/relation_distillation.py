@@ -8,7 +8,7 @@ of `R` relates one pixel `p` to all pixels `q`:
     L_R = mean over p of KL(R_teacher || R_student)
     L   = L_task + relation_weight L_R
 
-Which pixels are alike says more than single values, and survives quantization better.
+Similarities between pixels say more than single values, and survive quantization better.
 
 Deviations:
 

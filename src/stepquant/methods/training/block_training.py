@@ -31,7 +31,7 @@ from stepquant.models.calling import tensors_in
 from stepquant.quantizers import QuantLayer
 from stepquant.support.errors import StepQuantError
 
-BYTES_OF_TARGETS = 512 << 20  # limit of the float-chain outputs that are kept at once
+BYTES_OF_TARGETS = 512 << 20  # limit for float-chain outputs kept at once
 BYTES_OF_OUTPUTS = 4 << 30  # limit for outputs of finished blocks; above it, blocks run again
 CHECKS = 8  # measurements of the held-out loss, evenly over the training
 
@@ -301,7 +301,7 @@ class GuardedBlock:
         return loss
 
     def _mean_square(self) -> Tensor:
-        """Mean square of the target, chunk by chunk, because the target may be larger than the memory."""
+        """Mean square of the target, chunk by chunk: the target may not fit in memory."""
         total = torch.zeros((), dtype=torch.float64)
         for chunk in self._data.target.split(self._chunk):
             total += chunk.square().sum(dtype=torch.float64)
