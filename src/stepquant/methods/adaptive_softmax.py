@@ -1,7 +1,16 @@
-"""Dynamically Adaptive Quantizer (DAQ): TCAQ-DM (AAAI 2025, arXiv 2412.16700), section on DAQ.
+"""Dynamically Adaptive Quantizer (DAQ) of TCAQ-DM (arXiv 2412.16700, AAAI 2025), section on DAQ.
 
-Attention's probabilities get a log2 grid at the steps where they follow a power law, and a uniform
-one at the others.
+For each post-softmax tensor and each group of sampling steps, `R` is the log-likelihood ratio of a
+power law against an alternative distribution (`methods.power_law`). It chooses the grid:
+
+    R > 0:   log2     q = clip(round(-log2(x / s)), 0, 2^b - 1)    x̂ = s 2^-q, 0 for the largest q
+    R <= 0:  uniform  q = clip(round(x / s), 0, 2^b - 1)           x̂ = s q
+
+Deviation: the printed log2 grid has no zero; here its largest code stands for 0.
+
+The paper leaves open the number of step groups and the smallest value of the fit, and its
+alternative distribution is not known to us. All three are settings. The scale `s` of each grid is
+searched for the least mean squared error.
 """
 
 from __future__ import annotations
@@ -30,17 +39,20 @@ from stepquant.quantizers import ProbabilityQuantizer
 from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 
-# Factors of the largest value that a grid's upper end is searched over: six octaves down, and half
-# an octave up, because the log2 grid may lie best with its upper end above all values.
+# Candidates for a grid's upper end, as factors of the largest value: six octaves down, and half an
+# octave up, because the best log2 grid may have its upper end above all values.
 FACTORS = [2.0 ** (0.5 - k / 16) for k in range(105)]
 
 
 @dataclass(frozen=True)
 class GridFit:
-    """The best grid of a kind: its `scale`, mean squared `error`, and `bias`.
+    """The best grid of one kind for a sample of probabilities.
 
-    `bias` is the sum of the quantized values over that of the values, less 1: how far rows that sum
-    to 1 are off, in the mean. The scale is the uniform grid's step, the log2 grid's largest level.
+    Attributes:
+        scale: Step of the uniform grid, or largest level of the log2 grid.
+        error: Weighted mean squared error.
+        bias: Sum of the quantized values over the sum of the values, minus 1: the mean relative
+            error of row sums, which should be 1.
     """
 
     scale: float
@@ -49,10 +61,21 @@ class GridFit:
 
 
 def grid_fits(values: Tensor, weights: Tensor | None, bits: int) -> tuple[GridFit, GridFit]:
-    """The best uniform and the best log2 grid of `bits` bits for `values [n]` with `weights [n]`.
+    """Search the best uniform and the best log2 grid for a sample of probabilities.
 
-    The scale is searched for the least mean squared error over `FACTORS` of the largest value; both
-    grids have zero as a level. In float64.
+    Of `FACTORS` times the largest value, the upper end with the least weighted mean squared error
+    wins. Both grids have 0 as a level. Computed in float64.
+
+    Args:
+        values: Probabilities, `[n]`.
+        weights: How many values each entry stands for, `[n]`; None weights all equally.
+        bits: Bits of a code.
+
+    Returns:
+        `(uniform, log2)`. If all values are 0, both have scale 1 and error 0.
+
+    Raises:
+        StepQuantError: Shapes differ, an entry is negative or not finite, or all weights are 0.
     """
     values, weights = checked_sample(values, weights)
     top = float(values.max())
@@ -75,16 +98,20 @@ def grid_fits(values: Tensor, weights: Tensor | None, bits: int) -> tuple[GridFi
 
 @register_step
 class AdaptiveSoftmax(Step):
-    """Choose the grid of attention's probabilities, and search its scale, group by group of steps.
-
-    `step_groups`: the steps are cut into so many groups of neighbours, each with one grid and scale
-    (the paper's step groups, whose number it leaves open). `grid`: "adaptive" is the paper's test;
-    "uniform" and "log2" take the same one everywhere, and "error" takes what has the lower squared
-    error, to compare with. `alternative` to the power law and `x_min_quantile`, from which on the
-    law is fitted: see `power_law.likelihood_ratio` and `power_law.tail_of`.
+    """Choose grid and scale of attention's probabilities for each group of steps.
 
     The probabilities are those of the calibration samples, in the model as it is quantized so far.
-    Tables of attention that have one row get a row for each step.
+    Attention tables with one row get a row for each step.
+
+    Attributes:
+        step_groups: Number of groups. Each consists of neighbouring steps and has one grid and one
+            scale.
+        grid: "adaptive" applies the paper's test. For comparison, "uniform" and "log2" take one
+            grid everywhere, and "error" takes the grid with the lower squared error.
+        alternative: Distribution that the power law is tested against, see
+            `power_law.likelihood_ratio`.
+        x_min_quantile: Quantile from which on the power law is fitted, see `power_law.tail_of`.
+        samples_per_step: Images whose probabilities are observed at each step.
     """
 
     name = "adaptive_softmax"
@@ -96,7 +123,11 @@ class AdaptiveSoftmax(Step):
     samples_per_step: int = Field(16, ge=1)
 
     def check(self, scheme: Scheme) -> None:
-        """Probabilities must be quantized at all."""
+        """Check that the scheme quantizes probabilities.
+
+        Raises:
+            StepQuantError: The scheme has no `attention_bits`.
+        """
         if scheme.attention_bits is None:
             raise StepQuantError(
                 f"step '{self.name}' got a scheme that leaves attention's products float: expected "
@@ -105,9 +136,9 @@ class AdaptiveSoftmax(Step):
 
     @torch.no_grad()
     def apply(self, session: Session) -> None:
-        """Set all probability tables; the summary has every group's test and errors.
+        """Set all probability tables; the summary has the test and the errors of every group.
 
-        A model without quantized attention stays as it is: a line says so.
+        A model without quantized attention stays as it is, and the reporter says so.
         """
         session.ensure_ranges()
         steps = len(session.context.grid)
@@ -146,7 +177,7 @@ class AdaptiveSoftmax(Step):
     def _choose(
         self, quantizer: ProbabilityQuantizer, observed: Observation, rows: Tensor
     ) -> dict[str, Any]:
-        """Give the steps `rows` of `quantizer` their grid; what the test and the errors say."""
+        """Set the grid of the steps `rows` of `quantizer`, and return the record of the group."""
         values = torch.cat([observed.values[row] for row in rows.tolist()])
         weights = torch.cat([observed.weights[row] for row in rows.tolist()])
         ratio = likelihood_ratio(tail_of(values, weights, self.x_min_quantile), self.alternative)

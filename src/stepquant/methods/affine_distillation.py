@@ -1,13 +1,22 @@
-"""The last stage: biases and norms trained through the whole model, by what an image loses. Ours.
+"""Affine distillation: train biases and norms end to end, by the error that reaches the image.
 
-Block by block the steps before have made the errors of single blocks small. What is left adds up
-over blocks and over the sampler's steps; an error that is even over the image does, at the first
-steps, far more to it than one that changes from pixel to pixel. Here the loss is
-made of both: the errors of several steps of a trajectory, each weighted by its influence on the
-image frequency by frequency, are added up before they are squared.
+Ours, from no paper. Training block by block has made the errors of single blocks small. The rest
+adds up over blocks and over the sampler's steps, and not all errors count the same: at the first
+steps an error that is even over the image changes it far more than one that varies from pixel to
+pixel. The loss of a trajectory covers both:
 
-Codes stay as they are: what blocks have learned to make up for one another hangs on every one of
-them, and a small step of all weights flips many.
+    L = mean over f of | mean over t of S[t, f]^(x/2) (F e_t)[f] |^2
+
+- `e_t`: error of the prediction at each of `steps_together` random steps `t`,
+- `F`: Fourier transform over the image,
+- `S`: influence on the image of an error of that step and frequency (`calibration.influence`),
+- `x`: the `influence_exponent`.
+
+The losses of trajectories and channels are averaged. Codes stay frozen: blocks compensate for each
+other's rounding, and a small step of all weights flips many codes.
+
+PTQD (NeurIPS 2023) corrects the mean error of the prediction step by step. Here the errors are
+those of each image, at all frequencies.
 """
 
 from __future__ import annotations
@@ -43,30 +52,31 @@ from stepquant.support.errors import StepQuantError
 
 @register_step
 class AffineDistillation(Step):
-    """Train biases and the gains and biases of norms, all layers together; codes stay.
+    """Train biases and the gains and biases of norms, all layers together; codes stay frozen.
 
-    The loss of a trajectory is `mean over f of |mean over t of S[t, f]^(x/2) (F e_t)[f]|^2`: `e_t`
-    the error of the prediction at each of `steps_together` random steps `t`, `F` the Fourier
-    transform over the image, `S` the influence of an error of that step and frequency on the image
-    (`calibration.influence`), `x` the `influence_exponent`; of several trajectories and channels
-    the mean. The losses in the summary are held-out ones, over the mean of `S^x |F y|^2` of the
-    float prediction `y` at single steps.
+    Trained are the biases of quantized layers, and gains and biases of `GroupNorm` and `LayerNorm`.
+    Layers that stay float keep theirs. The state with the lowest loss on held-out trajectories is
+    kept, so the step never raises that loss. The summary has the held-out losses, relative to the
+    mean of `S^x |F y|^2` over single steps of the float prediction `y`.
 
-    `iterations`, `batch`, `samples`: optimizer steps, inputs in each at the most (those of `batch
-    // steps_together` trajectories), and calibration inputs in all, whole trajectories (where
-    conditions differ some steps of each), an eighth of which are held out. `rate`: of Adam, in the
-    unit of biases and gains; it falls along a cosine. The state with the lowest loss on held-out
-    trajectories is kept, so the step never makes that worse.
+    With classifier-free guidance, the prediction is the mix that the sampler follows, and a batch
+    has half as many images.
 
-    Trained are the biases of quantized layers, and the gains and biases of `GroupNorm` and
-    `LayerNorm`; layers that stay float keep theirs. With classifier-free guidance the prediction is
-    the mix that the sampler follows, and a batch has half as many trajectories, of images. Where
-    the influence of a step is not known (other samplers than DDIM and DDPM, guidance whose mix
-    cannot be told), or nothing of this is there, the step says so and changes nothing: without it
-    the last steps, whose errors are the largest and do least to the image, would decide.
+    The step does nothing, and says so, in two cases:
 
-    No paper's step. PTQD (NeurIPS 2023) corrects the mean error of the prediction, step by step;
-    here the errors are those of each image, and of all frequencies.
+    - The influence of a step is unknown: samplers other than DDIM and DDPM, or guidance whose mix
+      cannot be determined. Without it the last steps would decide: their errors are the largest,
+      and do the least to the image.
+    - There is nothing to train.
+
+    Attributes:
+        iterations: Optimizer steps.
+        batch: Most inputs per optimizer step, those of `batch // steps_together` trajectories.
+        samples: Calibration inputs in all; an eighth is held out. They are whole trajectories, or
+            some steps of each where conditions differ.
+        steps_together: Steps of each trajectory whose errors are averaged before they are squared.
+        rate: Learning rate of Adam, in the unit of biases and gains; it falls along a cosine.
+        influence_exponent: The exponent `x` of the influence.
     """
 
     name = "affine_distillation"
@@ -80,15 +90,23 @@ class AffineDistillation(Step):
     influence_exponent: float = Field(1.0, gt=0, le=1)
 
     def check(self, scheme: Scheme) -> None:
-        """An error where a batch does not hold the steps that are taken together."""
+        """Check the settings of the batches.
+
+        Raises:
+            StepQuantError: `steps_together` exceeds `batch`.
+        """
         check_together(self.name, self.steps_together, self.batch)
 
     def why_idle(self, scheduler: Any, inputs: Trajectories) -> str | None:
-        """Where the influence of a step cannot be followed, whatever its mix."""
+        """Why a step's influence cannot be traced with this sampler, whatever its mix, or None."""
         return why_not_followed(scheduler, inputs)
 
     def apply(self, session: Session) -> None:
-        """Train; the summary has the held-out losses over time, or why there was no training."""
+        """Train; the summary has the held-out losses over time, or why nothing was trained.
+
+        Raises:
+            StepQuantError: There are too few calibration trajectories, or the loss is not finite.
+        """
         session.ensure_ranges()
         parameters = affine_parameters(session)
         reason = self.why_idle(session.scheduler, session.trajectories)
@@ -114,7 +132,10 @@ class AffineDistillation(Step):
     def _train(
         self, session: Session, parameters: list[nn.Parameter], mixing: Tensor
     ) -> list[float]:
-        """Train `parameters`; the held-out losses. They end in their state with the lowest."""
+        """Train `parameters` and leave them in their best state; returns the held-out losses.
+
+        `mixing [kinds]` are the weights of an image's predictions in the mix.
+        """
         found, kinds = session.trajectories, len(mixing)
         data = coherent_inputs(found, self.samples, self.steps_together, self.name, session.seed)
         steps = steps_of_each(found, self.samples, self.steps_together)
@@ -173,22 +194,23 @@ class AffineDistillation(Step):
     def _loss(
         self, session: Session, inputs: Trajectories, together: int, mixing: Tensor
     ) -> Tensor:
-        """Of `inputs`, `together` neighbours of each trajectory; not yet over the power.
+        """Loss on `inputs`, a scalar, before it is divided by the power of the float prediction.
 
-        At each step all inputs of an image, whose predictions are mixed with the weights `mixing`.
+        `inputs` are groups of `together` steps of one trajectory. At each step they hold all inputs
+        of the image, whose predictions the weights `mixing [kinds]` mix.
         """
         with torch.no_grad():
             target = predict(session.float_model, inputs)
-        # A norm whose weight needs a gradient where its input does not is a crash of the process in
-        # torch 2.13, on inputs that are channels last, as features made of the sample may be.
+        # torch 2.13 crashes the process in a norm whose weight needs a gradient and whose input is
+        # channels last and needs none. Features computed from the sample may be channels last.
         inputs.sample.requires_grad_(torch.is_grad_enabled())
         error = mixed(predict(session.model, inputs) - target, mixing)
-        error = error[:, : inputs.sample.shape[1]]  # behind it a model may predict its variance
+        error = error[:, : inputs.sample.shape[1]]  # further channels may predict the variance
         return shared_power(error, self._spectrum(session, inputs, mixing), together)
 
     @torch.no_grad()
     def _power(self, session: Session, inputs: Trajectories, mixing: Tensor) -> float:
-        """The weighted mean square of the float prediction, step by step."""
+        """Weighted mean square of the float prediction at single steps; at least 1e-12."""
         total = 0.0
         for part in inputs.batches(max(1, 2 * self.batch // len(mixing)) * len(mixing)):
             target = mixed(predict(session.float_model, part), mixing)[:, : part.sample.shape[1]]
@@ -198,13 +220,13 @@ class AffineDistillation(Step):
         return max(total / len(inputs), 1e-12)
 
     def _spectrum(self, session: Session, inputs: Trajectories, mixing: Tensor) -> Tensor:
-        """The influence of the step of each mix of `inputs`, `[B, H, W]`."""
+        """Influence at the step of each image of `inputs`, `[B, H, W]`, to the exponent."""
         spectrum = session.influence(self.influence_exponent)
         return spectrum[session.context.grid.rows(inputs.timestep[:: len(mixing)])]
 
 
 def affine_parameters(session: Session) -> list[nn.Parameter]:
-    """Biases of the quantized layers, then gains and biases of the norms, each once."""
+    """Biases of the quantized layers, then gains and biases of the norms, each parameter once."""
     found = [layer.bias for layer in session.layers().values() if layer.bias is not None]
     for module in session.model.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
@@ -214,9 +236,9 @@ def affine_parameters(session: Session) -> list[nn.Parameter]:
 
 @contextmanager
 def only_gradients_of(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """While the context lasts no other parameter of `model` can have a gradient.
+    """A context in which only `parameters` of `model` can have gradients.
 
-    Afterwards all flags are as they were, and no gradient is left.
+    On exit, all `requires_grad` flags are as before, and no gradient is left.
     """
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:

@@ -1,7 +1,16 @@
 """Bias correction of the prediction: PTQD (He et al., NeurIPS 2023, arXiv 2305.10657), section 4.
 
-Rounding and clipping shift the mean of what the model predicts. Steps that are shifted the same way
-add up over the sampler, until the images are too dark or too bright.
+Rounding and clipping shift the mean of the prediction. The sampler adds up shifts of the same
+direction, until the images are too dark or too bright. With `ε̂` the quantized and `ε` the float
+prediction, channel `c` at step `t` is corrected by its mean error:
+
+    ε̂_t[c] - mean(ε̂_t[c] - ε_t[c])
+
+Deviations:
+
+- PTQD also scales the prediction, for the part of the error that is proportional to it, and lowers
+  the variance of a stochastic sampler by that of the rest. Neither is done here.
+- PTQD corrects in the sampler. Here the correction is part of the model, for any sampler.
 """
 
 from __future__ import annotations
@@ -24,16 +33,14 @@ from stepquant.support.errors import StepQuantError
 
 @register_step
 class BiasCorrection(Step):
-    """Take off, at each step, the mean error of each channel of the prediction.
+    """Subtract, at each step, the mean error of each channel of the prediction.
 
-    The mean is over all positions of `samples_per_step` images' inputs. It becomes part of the
-    output layer's bias, with a row for each step, so that nothing is computed in addition. A step
-    that trains or changes grids is refused after it: the correction would be of errors that the
-    model has not any more.
+    The mean is over all positions. It becomes part of the output layer's bias, with a row for each
+    step, so it costs no further computation. Steps that train or change grids are refused after
+    this one: the correction would be of errors that the model no longer has.
 
-    Deviations: PTQD also scales the prediction for the part of the error that goes along with it,
-    and lowers the variance of a stochastic sampler by that of the rest; neither is done here. Its
-    correction acts on the sampler; here it is part of the model, for any sampler.
+    Attributes:
+        samples_per_step: Images whose inputs the mean is measured on, at each step.
     """
 
     name = "bias_correction"
@@ -41,7 +48,11 @@ class BiasCorrection(Step):
 
     @torch.no_grad()
     def apply(self, session: Session) -> None:
-        """Correct; the summary has the bias that was there, step by step, and its mean square."""
+        """Correct; the summary has the measured bias of each step and channel, and its mean square.
+
+        Raises:
+            StepQuantError: The last layer is not quantized, or its results are not the prediction.
+        """
         session.ensure_ranges()
         layer, channels = self._output_layer(session)
         bias = self._bias(session)
@@ -52,7 +63,7 @@ class BiasCorrection(Step):
         }
 
     def _output_layer(self, session: Session) -> tuple[QuantLayer, Tensor]:
-        """The last quantized layer and the prediction's channel of each of its out-channels."""
+        """The last quantized layer, and the prediction's channel of each of its out-channels."""
         data = session.trajectories.subset(1, session.seed)
         outer = sorted(session.adapter.input_output_layers(session.float_model))
         name = execution_order(session.float_model, outer, data)[-1]
@@ -69,7 +80,7 @@ class BiasCorrection(Step):
         return layer, channels
 
     def _bias(self, session: Session) -> Tensor:
-        """Mean of the quantized less the float prediction, `[T, channels]`."""
+        """Mean of the quantized minus the float prediction, `[T, channels]`."""
         rows = []
         steps = len(session.trajectories.timesteps)
         with session.reporter.task("measuring bias", total=steps) as task:
@@ -87,19 +98,27 @@ class BiasCorrection(Step):
 
 
 def by_channel(prediction: Tensor) -> Tensor:
-    """`prediction`, an image `[B, C, H, W]` or tokens `[B, N, C]`, as `[C, values]`."""
+    """Arrange `prediction`, an image `[B, C, H, W]` or tokens `[B, N, C]`, as `[C, values]`."""
     return prediction.movedim(channel_dim(prediction), 0).flatten(1)
 
 
 def channels_of_outputs(
     model: nn.Module, name: str, channel_dim: int, data: Trajectories
 ) -> Tensor | None:
-    """The prediction's channel of each out-channel of the layer `name`, int64 `[C_out]`.
+    """The prediction's channel of each out-channel of the layer `name`.
 
-    Transformers put patches together behind their last layer, so that several of its out-channels
-    are of one channel of the prediction. Found by numbers in the place of the layer's result: each
-    out-channel's own, which then stand where the prediction takes it from. None where something
-    else than the layer's results is predicted.
+    Transformers assemble patches behind their last layer, so several of its out-channels belong to
+    one channel of the prediction. A probe finds which: it replaces every result of the layer by the
+    index of its out-channel, and reads where in the prediction each index arrives.
+
+    Args:
+        model: The float denoiser.
+        name: Its last layer.
+        channel_dim: Dimension of the out-channels in the layer's result.
+        data: Inputs of the probe.
+
+    Returns:
+        int64 `[C_out]`, or None if the prediction does not consist of the layer's results alone.
     """
 
     def number(_name: str, _args: Any, _kwargs: Any, result: Tensor) -> Tensor:
@@ -112,7 +131,7 @@ def channels_of_outputs(
     with hooked({name: layer}, after=number):
         found = by_channel(predict(model, data))
     count = layer.weight.shape[0]
-    members = [row.unique() for row in found]  # of each channel of the prediction
+    members = [row.unique() for row in found]  # out-channels in each channel of the prediction
     if not torch.equal(torch.cat(members).sort().values, torch.arange(count).to(found)):
         return None
     channels = torch.empty(count, dtype=torch.int64)

@@ -1,8 +1,16 @@
-"""Bits where they save most of the image's error, over a whole model, at the same mean.
+"""Bit allocation: mixed precision by sensitivity, over the whole model, at the scheme's mean.
 
-No paper's step: mixed precision by sensitivity, as layer-wise works have it (HAQ, HAWQ), for
-activations layer by layer and for weights down to single out-channels, which this runtime stores at
-their own density.
+No paper's step; it follows layer-wise works such as HAQ and HAWQ. Activations get bits layer by
+layer. Weights get bits out-channel by out-channel: the runtime stores each at its own density.
+
+Rounding adds an error `e` to a weight or an input. To the first order it moves the prediction by
+`J e`, and the image by `v · J e`, where `v` is the image's gradient by the prediction
+(`calibration.influence`). What the steps `t` of one image add is summed before it is squared:
+
+    E = (sum over t of v_t · J_t e_t)^2
+
+Errors of different layers are taken as independent. The allocation minimises the sum of `E` for a
+given number of bits.
 """
 
 from __future__ import annotations
@@ -35,13 +43,21 @@ from stepquant.support.errors import StepQuantError
 def allocate_bits(
     errors: list[Tensor], columns: list[int], widths: range, budget: int
 ) -> list[Tensor]:
-    """Bits of each out-channel, uint8 `[C_out]` for each layer, that cost at most `budget` bits.
+    """Bits of each out-channel that cost at most `budget` bits in all.
 
-    `errors`: of each layer `[len(widths), C_out]`, the error of each out-channel at each width;
-    `columns`: weights per out-channel. Every channel starts with the fewest bits; then those steps
-    to more are taken that save most error per bit, in the order of the lower convex hull of each
-    channel's errors, as long as they fit. Where no step is left out for want of room, no other
-    allocation of the same cost has a lower sum of errors.
+    Every channel starts with the fewest bits. Increments are then taken in the order of the error
+    that they save per bit, along the lower convex hull of each channel's errors, as long as they
+    fit. If no increment is left out for lack of room, no other allocation of the same cost has a
+    lower sum of errors.
+
+    Args:
+        errors: For each layer, the error of each out-channel at each width, `[len(widths), C_out]`.
+        columns: For each layer, the number of weights per out-channel.
+        widths: Bits to choose from, ascending.
+        budget: Bits of all weights together.
+
+    Returns:
+        uint8 `[C_out]` for each layer.
     """
     steps: list[tuple[float, int, int, int, int]] = []  # (-gain, layer, channel, from, to)
     for number, table in enumerate(errors):
@@ -49,7 +65,7 @@ def allocate_bits(
         for channel, row in enumerate(exact):
             gain = np.inf
             for start, stop in hull_segments(row):
-                # Not more than the step before, even by rounding: it cannot be taken before that.
+                # Never more than the increment before, even by rounding: that one must come first.
                 gain = min(gain, (row[start] - row[stop]) / ((stop - start) * columns[number]))
                 steps.append((-gain, number, channel, start, stop))
     chosen = [np.zeros(table.shape[1], dtype=np.int64) for table in errors]
@@ -65,7 +81,10 @@ def allocate_bits(
 
 
 def hull_segments(errors: np.ndarray) -> list[tuple[int, int]]:
-    """Segments `(from, to)` of the falling part of the lower convex hull of `errors [widths]`."""
+    """Segments `(from, to)` of the falling part of the lower convex hull of `errors [widths]`.
+
+    Both are indices into `errors`.
+    """
     corners = [0]
     while corners[-1] + 1 < len(errors):
         here = corners[-1]
@@ -73,7 +92,7 @@ def hull_segments(errors: np.ndarray) -> list[tuple[int, int]]:
         slopes = (errors[ahead] - errors[here]) / (ahead - here)
         if slopes.min() >= 0:
             break
-        # Of slopes that differ by rounding only, the nearest: a longer jump may not be affordable.
+        # Of slopes that differ only by rounding, take the nearest: a longer jump may not fit.
         best = int((slopes <= slopes.min() * (1 - 1e-12)).argmax())
         corners.append(int(ahead[best]))
     return list(itertools.pairwise(corners))
@@ -81,17 +100,22 @@ def hull_segments(errors: np.ndarray) -> list[tuple[int, int]]:
 
 @register_step
 class BitAllocation(Step):
-    """Choose the weight bits of every out-channel, and the activation bits of every layer.
+    """Choose the weight bits of every out-channel and the activation bits of every layer.
 
-    The mean over all weights is at most the scheme's weight bits, and the mean over all values that
-    layers read is at most its activation bits. Each choice costs what the error of that rounding
-    alone would do, to the first order, on `samples` calibration inputs; the errors of all choices
-    are taken as independent. `errors_of`: "image" is the squared change of the image that the
-    float model's sampler would end with (`image_gradients`), "prediction" the relative squared
-    change of the prediction at each step.
+    The mean over all weights is at most the scheme's weight bits. The mean over all values that
+    layers read is at most its activation bits. Layers whose bits lie outside the limits below stay
+    as they are, and so do those of 8 bits (as input and output have).
 
-    Weights get `fewest_weight_bits` to `most_weight_bits`, activations likewise. Layers of more
-    bits stay as they are, and so do those of 8 (as input and output have). `of`: what is allocated.
+    Attributes:
+        of: What is allocated: "weights", "activations", or "both".
+        errors_of: "image" counts the squared change of the image with which the float model's
+            sampler ends (`image_gradients`). "prediction" counts the relative squared change of the
+            prediction at each step.
+        fewest_weight_bits: Fewest bits of an out-channel.
+        most_weight_bits: Most bits of an out-channel.
+        fewest_activation_bits: Fewest bits of a layer's input.
+        most_activation_bits: Most bits of a layer's input.
+        samples: Calibration inputs that errors are measured on.
     """
 
     name = "bit_allocation"
@@ -117,11 +141,15 @@ class BitAllocation(Step):
 
     @property
     def needs_influence(self) -> bool:
-        """Where the image's errors are asked for."""
+        """True if the errors are those of the image."""
         return self.errors_of == "image"
 
     def check(self, scheme: Scheme) -> None:
-        """The scheme's bits must not be below the fewest."""
+        """Check the scheme's bits against the settings.
+
+        Raises:
+            StepQuantError: The scheme has fewer bits than the fewest that this step may choose.
+        """
         for kind, bits in (("weight", scheme.weight_bits), ("activation", scheme.activation_bits)):
             fewest = self._widths()[kind].start
             if bits < fewest and self.of in ("both", f"{kind}s"):
@@ -131,12 +159,23 @@ class BitAllocation(Step):
                 )
 
     def check_model(self, model: nn.Module, adapter: DenoiserAdapter, scheduler: Any) -> None:
-        """What the image loses must be followed through the sampler."""
+        """Check that the sampler allows the image's errors to be traced, where these count.
+
+        Raises:
+            StepQuantError: `errors_of` is "image", and a step of `scheduler` depends on more than
+                its own input (any other than DDIM and DDPM).
+        """
         if self.errors_of == "image":
             check_without_memory(scheduler)
 
     def apply(self, session: Session) -> None:
-        """Allocate; the summary has bits and expected errors of each layer."""
+        """Allocate; the summary has each layer's bits and expected errors.
+
+        If no layer's bits may change, the model stays as it is, and the reporter says so.
+
+        Raises:
+            StepQuantError: An earlier step has initialised the ranges.
+        """
         session.require_no_ranges(self.name)
         layers = session.layers()
         widths = self._widths()
@@ -189,17 +228,21 @@ class BitAllocation(Step):
         }
 
     def _samples(self, session: Session) -> tuple[Trajectories, Tensor]:
-        """Inputs spread over the steps, and for each the gradient of what its error changes."""
+        """Inputs spread over the steps, and for each the gradient `v` by its prediction.
+
+        With `errors_of: prediction`, `v` has random signs over the norm of the prediction, and each
+        input counts alone.
+        """
         if self.errors_of == "prediction":
             data = session.trajectories.subset(self.samples, session.seed)
-            alone = torch.arange(len(data))  # no sum over steps: each prediction is for itself
+            alone = torch.arange(len(data))  # no sum over steps: each prediction counts alone
             data = replace(data, trajectory=alone)
             generator = torch.Generator().manual_seed(session.seed)
             with torch.no_grad():
                 y = predict(session.float_model, data)
             signs = torch.randint(0, 2, y.shape, generator=generator) * 2.0 - 1.0
             return data, signs / y.flatten(1).norm(dim=1).view(-1, *(1,) * (y.dim() - 1))
-        found = session.image_gradients()  # [T, images, C, H, W]
+        found = session.image_gradients()  # v: [T, images, C, H, W]
         steps = found.shape[0]
         images = min(found.shape[1], max(1, self.samples // steps))
         by_step = [session.trajectories.rows(row, images) for row in range(steps)]
@@ -211,7 +254,7 @@ class BitAllocation(Step):
     def _measured(
         self, session: Session, layers: dict[str, QuantLayer], weighed: list[str], read: list[str]
     ) -> OutputErrors:
-        """The errors at all widths, from the work folder where they are there."""
+        """Errors of the layers `weighed` and `read` at all widths; the work folder keeps them."""
         kept = session.work.load(self.name)
         if kept is not None:
             return OutputErrors(
@@ -245,7 +288,7 @@ class BitAllocation(Step):
 
 
 def _mean(chosen: list[Tensor], costs: list[int]) -> float | None:
-    """Mean bits where each entry of `chosen[i]` counts `costs[i]` times; None of nothing."""
+    """Mean bits; each entry of `chosen[i]` counts `costs[i]` times. None without entries."""
     count = sum(bits.numel() * cost for bits, cost in zip(chosen, costs, strict=True))
     used = sum(int(bits.sum()) * cost for bits, cost in zip(chosen, costs, strict=True))
     return used / count if count else None
@@ -254,6 +297,7 @@ def _mean(chosen: list[Tensor], costs: list[int]) -> float | None:
 def _weights_record(
     name: str, layer: QuantLayer, bits: Tensor, errors: Tensor, widths: range
 ) -> dict[str, Any]:
+    """Summary record of one layer's weights."""
     levels, channels = bits.unique(return_counts=True)
     return {
         "layer": name,
@@ -267,6 +311,7 @@ def _weights_record(
 def _inputs_record(
     layer: QuantLayer, name: str, bits: int, errors: OutputErrors, widths: range
 ) -> dict[str, Any]:
+    """Summary record of one layer's input."""
     table = errors.inputs[name]
     return {
         "layer": name,

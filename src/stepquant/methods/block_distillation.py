@@ -1,8 +1,23 @@
-"""Block-wise Knowledge Distillation (BKD): DilateQuant, arXiv 2409.14307, section 4.3, equation 15.
+"""Block-wise Knowledge Distillation (BKD) of DilateQuant (arXiv 2409.14307), section 4.3.
 
-Block by block, in execution order: the input is what the already quantized blocks give, the target
-is what the float model gives there; weights, weight scales and the step tables of the activations
-are trained together to bring the block's output to the target.
+Blocks are trained one after another, in execution order. With `B_k` the float block and `B̂_k` the
+quantized block, block `k` minimises (equation 15)
+
+    L_k = || B_k(... B_1(x)) - B̂_k(... B̂_1(x)) ||^2
+
+The input is the output of the quantized blocks before, the target the output of the float chain.
+Weights, weight scales and the step tables of the activations are trained together.
+
+Deviations:
+
+- Learning rates are relative to each quantizer's grid; the published 1e-2 for raw weights is larger
+  than many weights.
+- The loss is divided by the mean square of the target.
+- Biases are trained with the weights.
+- Each block keeps the parameters with the lowest loss on held-out samples, so it never ends above
+  its initial loss.
+- Layers that embed the timestep inside a block are not trained (`trained_layers`).
+- `steps_together` above 1 uses a loss of our own (`training.steps_together`).
 """
 
 from __future__ import annotations
@@ -34,24 +49,25 @@ from stepquant.support.errors import StepQuantError
 
 @register_step
 class BlockDistillation(Step):
-    """Train each quantized block to give what the float chain gives.
+    """Train each quantized block to reproduce the output of the float chain.
 
-    `iterations`, `batch`, `samples`: optimizer steps per block, samples per step, and calibration
-    inputs in all, an eighth of which are held out. `weight_rate`, `scale_rate`,
-    `activation_rate`: learning rates in grid steps per iteration: how far Adam moves a weight, the
-    end of a weight range, and the end of an activation range (and the zero point) per iteration
-    before the cosine decay. `float_inputs`: distil from float inputs, which makes blocks
-    independent of one another. `step_order`: "mixed" draws batches over all steps; "sequential"
-    gives each batch a single step and walks through the steps in sampling order, over and over, as
-    EfficientDM (ICLR 2024) trains, for comparison. `steps_together`: above 1 the loss is of the
-    mean error over so many steps of one trajectory (`training.steps_together`, ours), and `samples`
-    are whole trajectories, or where conditions differ some steps of each; with mixed batches only.
+    The three rates are in grid steps per iteration, before the cosine decay: Adam moves a parameter
+    by about its rate.
 
-    Layers that embed the timestep inside a block are not trained (`trained_layers`).
-
-    Deviations: learning rates are relative to each quantizer's grid (the published 1e-2 for raw
-    weights is not believable); biases are trained with the weights; each block keeps the
-    parameters with the lowest loss on held-out samples and never ends above its initial loss.
+    Attributes:
+        iterations: Optimizer steps per block.
+        batch: Samples per optimizer step.
+        samples: Calibration inputs in all; an eighth is held out. With `steps_together` above 1
+            they are whole trajectories, or some steps of each where conditions differ.
+        weight_rate: How far a weight moves.
+        scale_rate: How far the end of a weight range moves.
+        activation_rate: How far the end of an activation range, and the zero point, moves.
+        float_inputs: Take the inputs from the float chain, which makes blocks independent.
+        step_order: "mixed" draws batches over all steps. "sequential" gives each batch a single
+            step and cycles through the steps in sampling order, as EfficientDM (ICLR 2024) trains,
+            for comparison.
+        steps_together: Above 1, the loss is of the mean error over that many steps of one
+            trajectory (`training.steps_together`, ours); for mixed batches only.
     """
 
     name = "block_distillation"
@@ -68,7 +84,11 @@ class BlockDistillation(Step):
     steps_together: int = Field(1, ge=1)
 
     def check(self, scheme: Scheme) -> None:
-        """Batches must hold the steps that are taken together, which sequential ones do not."""
+        """Check the settings of the batches.
+
+        Raises:
+            StepQuantError: `steps_together` exceeds `batch`, or exceeds 1 with sequential batches.
+        """
         check_together(self.name, self.steps_together, self.batch)
         if self.steps_together > 1 and self.step_order != "mixed":
             raise StepQuantError(
@@ -77,7 +97,11 @@ class BlockDistillation(Step):
             )
 
     def apply(self, session: Session) -> None:
-        """Distil all blocks; the summary has the held-out loss of each, before and after."""
+        """Distil all blocks; the summary has each block's held-out loss before and after.
+
+        Raises:
+            StepQuantError: There are too few calibration inputs, or a loss is not finite.
+        """
         session.ensure_ranges()
         data = training_inputs(session, self.name, self.samples, self.steps_together)
         session.summary[self.name] = train_blocks(
@@ -98,7 +122,10 @@ class BlockDistillation(Step):
         data: BlockData,
         generator: torch.Generator,
     ) -> tuple[float, float]:
-        """Train `block`; `(held-out loss before, after)`, over the mean square of the target."""
+        """Train `block`; returns its held-out losses `(before, after)`.
+
+        Both are relative to the mean square of the target.
+        """
         steps = steps_taken(session, self.samples, self.steps_together)
         guarded = GuardedBlock(
             session, self.name, name, block, data, self.batch, self.steps_together, steps
@@ -125,9 +152,12 @@ class BlockDistillation(Step):
     def _one_step_each(
         self, timestep: Tensor, train: Tensor, generator: torch.Generator
     ) -> list[Tensor]:
-        """The training indices of each iteration, in sampling order."""
+        """Training indices `[batch]` of each iteration, one step each, in sampling order.
+
+        `train` holds the training indices, `timestep` their timesteps, both `[n]`.
+        """
         batches = []
-        steps = timestep.unique().flip(0)  # in sampling order, as the sampler walks
+        steps = timestep.unique().flip(0)  # sampling order: from high to low timesteps
         for iteration in range(self.iterations):
             members = train[timestep == steps[iteration % len(steps)]]
             pick = torch.randint(len(members), (self.batch,), generator=generator)

@@ -1,8 +1,35 @@
 """Block reconstruction with learned rounding: BRECQ (ICLR 2021) as Q-Diffusion (ICCV 2023) uses it.
 
-Block by block, in execution order: the input is what the already quantized blocks give, the target
-is what the float model gives there. What is learned is whether each weight is rounded down or up
-(AdaRound, ICML 2020), and the tables of the activations.
+Blocks are trained one after another, in execution order. The input is the output of the quantized
+blocks before, the target the output of the float chain. Learned rounding (AdaRound, ICML 2020)
+chooses for each weight whether it is rounded down or up; the step tables of the activations are
+trained as well:
+
+    w_q  = s (clip(floor(w / s + z) + h(V), 0, 2^b - 1) - z)
+    h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)
+    L    = || B_k(...) - B̂_k(...) ||^2 + lambda sum(1 - |2 h(V) - 1|^beta)
+
+`beta` falls from 20 to 2 after a warm-up without the penalty.
+
+Q-Diffusion's own values, for comparison with the defaults here:
+
+- rounding: 20,000 iterations at the rate 1e-3, lambda 0.01 on a squared error that is summed over
+  channels, warm-up 0.2,
+- activation scales: 5,000 iterations at the rate 4e-4,
+- batches of 32 from 5,120 samples.
+
+Deviations:
+
+- Losses are relative to the mean square of the target, and lambda is relative to the first loss;
+  the published lambda means something else in every block.
+- Activations are quantized while the rounding is learned.
+- Zero points are trained with their scales.
+- The error of activation training is squared, not raised to the power of 2.4.
+- Each block keeps the codes and tables with the lowest held-out loss after hard rounding, so it
+  never ends above its initial loss.
+- Low-rank adapters are merged first.
+- Layers that embed the timestep inside a block are not trained (`trained_layers`).
+- `steps_together` above 1 uses a loss of our own (`training.steps_together`).
 """
 
 from __future__ import annotations
@@ -35,19 +62,22 @@ from stepquant.quantizers.rounding import rectified_sigmoid
 from stepquant.simulation.scheme import Scheme
 
 FIRST_BETA, LAST_BETA = 20.0, 2.0
-# A rounded weight does not say between which two codes the float one lies: `Step.not_after`.
+# For `Step.not_after`: a rounded weight no longer tells between which two codes the float one lay.
 ROUNDED = "which has rounded the weights that it would round"
 
 
 def rounding_penalty(logits: Tensor, beta: float) -> Tensor:
-    """`sum(1 - |2 h(V) - 1|^beta)`, AdaRound's regulariser: zero once each `h` is 0 or 1."""
+    """AdaRound's regulariser `sum(1 - |2 h(V) - 1|^beta)`, a scalar; 0 once each `h` is 0 or 1.
+
+    `logits` are `V`, of any shape.
+    """
     return (1 - (2 * rectified_sigmoid(logits) - 1).abs().pow(beta)).sum()
 
 
 def annealed_beta(iteration: int, iterations: int, warm_up: float) -> float | None:
-    """`beta` at `iteration` of `iterations`: from 20 down to 2 in a straight line.
+    """`beta` at `iteration` of `iterations`, which falls linearly from 20 to 2.
 
-    None in the first `warm_up` (a share of all), which pass without the penalty.
+    None during the warm-up, the first `warm_up` (0 to 1) of all iterations: they have no penalty.
     """
     start = warm_up * iterations
     if iteration < start:
@@ -58,31 +88,26 @@ def annealed_beta(iteration: int, iterations: int, warm_up: float) -> float | No
 
 @register_step
 class BlockReconstruction(Step):
-    """Learn how the weights of each quantized block are rounded, and its activation tables.
+    """Learn the rounding of each quantized block's weights, and train its activation tables.
 
-    `iterations`, `batch`, `samples`: optimizer steps per block, samples per step, and calibration
-    inputs in all, an eighth of which are held out. `rounding_rate`: learning rate of the variables
-    `V` (`h(V)` goes from 0 to 1 over 4.8). `penalty`: the weight `lambda` of the rounding penalty,
-    in units of the block's first held-out loss over its number of weights. `warm_up`: share of the
-    iterations without the penalty. `activation_rate`: how far the end of an activation range (and
-    the zero point) moves per iteration, in grid steps. `activations`: "together" trains the
-    activation tables with the rounding; "after" trains them for a quarter of the iterations once
-    the rounding is hard. Rates fall along a cosine. `steps_together`: above 1 the loss is of the
-    mean error over so many steps of one trajectory (`training.steps_together`, ours), and `samples`
-    are whole trajectories, or where conditions differ some steps of each.
+    All rates fall along a cosine.
 
-    Q-Diffusion's own values: 20,000 iterations for the rounding at the rate 1e-3 and lambda 0.01 on
-    a squared error that is summed over channels, 5,000 for the activation scales at 4e-4, batches
-    of 32 from 5,120 samples; warm-up 0.2.
-
-    Layers that embed the timestep inside a block are not trained (`trained_layers`).
-
-    Deviations: losses are relative to the power of the target, and so lambda to the first loss, as
-    the published one means something else in every block; activations are quantized while the
-    rounding is learned, and zero points are trained with their scales; the error of activation
-    training is squared, not to the power of 2.4; each block keeps the codes and tables with the
-    lowest held-out loss after hard rounding and never ends above its initial loss. Low-rank
-    adapters are merged first.
+    Attributes:
+        iterations: Optimizer steps per block.
+        batch: Samples per optimizer step.
+        samples: Calibration inputs in all; an eighth is held out. With `steps_together` above 1
+            they are whole trajectories, or some steps of each where conditions differ.
+        rounding_rate: Learning rate of the variables `V`. `h(V)` goes from 0 to 1 as `V` moves by
+            4.8.
+        penalty: The weight `lambda` of the rounding penalty, in units of the block's first held-out
+            loss over its number of weights.
+        warm_up: Share of the iterations without the penalty.
+        activation_rate: How far the end of an activation range, and the zero point, moves per
+            iteration, in grid steps.
+        activations: "together" trains the activation tables with the rounding. "after" trains them
+            once the rounding is hard, for a quarter of the iterations.
+        steps_together: Above 1, the loss is of the mean error over that many steps of one
+            trajectory (`training.steps_together`, ours).
     """
 
     name = "block_reconstruction"
@@ -99,11 +124,21 @@ class BlockReconstruction(Step):
     steps_together: int = Field(1, ge=1)
 
     def check(self, scheme: Scheme) -> None:
-        """Batches must hold the steps that are taken together."""
+        """Check the settings of the batches.
+
+        Raises:
+            StepQuantError: `steps_together` exceeds `batch`.
+        """
         check_together(self.name, self.steps_together, self.batch)
 
     def apply(self, session: Session) -> None:
-        """Reconstruct all blocks; the summary has the held-out loss of each, before and after."""
+        """Reconstruct all blocks; the summary has each block's held-out loss before and after.
+
+        It also has the share of weights that are not rounded to the nearest code.
+
+        Raises:
+            StepQuantError: There are too few calibration inputs, or a loss is not finite.
+        """
         session.ensure_ranges()
         data = training_inputs(session, self.name, self.samples, self.steps_together)
         for layer in session.layers().values():
@@ -117,10 +152,15 @@ class BlockReconstruction(Step):
         data: Trajectories,
         weights: dict[QuantLayer, Tensor],
     ) -> None:
-        """Reconstruct all blocks on `data`, rounding `weights`; the summary goes to `key`.
+        """Reconstruct all blocks on `data` and write their records to `session.summary[key]`.
 
-        A layer's own weight may lie on its grid already, from a reconstruction before this one, and
-        then says nothing of where else it could be rounded to; `weights` are those before any.
+        Args:
+            session: Gives the models; `session.model` changes in place.
+            key: Key of the summary, and prefix of the pieces in the work folder.
+            data: Calibration inputs.
+            weights: Each layer's weight before any reconstruction, `[C_out, C_in, ...]`. The
+                layer's own weight may already lie on its grid, after an earlier round, and then no
+                longer tells which other code is possible.
         """
         records = train_blocks(
             session,
@@ -144,7 +184,10 @@ class BlockReconstruction(Step):
         data: BlockData,
         generator: torch.Generator,
     ) -> tuple[float, float]:
-        """Train `block`; `(held-out loss before, after)`, over the mean square of the target."""
+        """Train `block`; returns its held-out losses `(before, after)`.
+
+        Both are relative to the mean square of the target.
+        """
         steps = steps_taken(session, self.samples, self.steps_together)
         guarded = GuardedBlock(
             session, self.name, name, block, data, self.batch, self.steps_together, steps
@@ -185,7 +228,7 @@ class BlockReconstruction(Step):
         activation_rate: float,
         penalty: Callable[[int], Tensor | float],
     ) -> None:
-        """Train what `layers` have attached, and check the hard rounding now and then."""
+        """Train what `layers` have attached, and check the hard rounding at intervals."""
         if iterations == 0:
             return
         optimizer = LayerOptimizer(layers, rounding_rate, 0.0, activation_rate, iterations)
@@ -202,13 +245,13 @@ class BlockReconstruction(Step):
 
 
 def unrounded_weights(session: Session) -> dict[QuantLayer, Tensor]:
-    """A copy of each layer's weight as it is now, `[C_out, C_in, ...]`."""
+    """A copy of each layer's current weight, adapter merged, `[C_out, C_in, ...]`."""
     return {layer: layer.merged_weight().detach().clone() for layer in session.layers().values()}
 
 
 @torch.no_grad()
 def rounded_elsewhere(layers: Iterable[QuantLayer], weights: dict[QuantLayer, Tensor]) -> float:
-    """Share of the weights of `layers` whose code is not the nearest one to `weights`."""
+    """Share of the weights of `layers`, 0 to 1, whose code is not the one nearest to `weights`."""
     moved = count = 0
     for layer in layers:
         nearest = weights[layer].split(layer.splits, dim=1)

@@ -1,8 +1,24 @@
-"""Timestep-Channel joint Reparameterization (TCR): TCAQ-DM, arXiv 2412.16700 (AAAI 2025).
+"""Timestep-Channel joint Reparameterization (TCR) of TCAQ-DM (arXiv 2412.16700, AAAI 2025).
 
-The in-channels of a layer input differ in range, and each differs from step to step. One factor for
-each in-channel, its range over the smallest one averaged over the steps, evens them out; the weight
-takes up the difference, whatever that does to its own range. Section on TCR, equations 3 to 5.
+Section on TCR, equations 3 to 5. `p_t[d]` is the largest magnitude of in-channel `d` at step `t`:
+
+    s_t    = min over d of p_t[d]                                    (target range)
+    r_t[d] = p_t[d] / s_t
+    r[d]   = sum over t of p_t[d] r_t[d] / sum over t of p_t[d]
+    X' = X / r,    W' = r W
+
+One `r` serves all steps. It evens out the activation ranges; the weight ranges take up the
+difference, without a bound.
+
+Implemented from published descriptions of the paper, without its code. Deviations:
+
+- Each `r_t[d]` is at most `truncation`, before the mean. Otherwise one nearly dead channel makes
+  all other factors huge. We did not find the paper's value, nor whether it bounds `r_t` or `r`.
+- A channel that is zero at a step counts neither for `s_t` nor for its own mean at that step. A
+  channel that is zero at every step gets 1.
+- The descriptions leave open which channels the minimum is over. Here each part of a concatenated
+  input has its own `s_t`, as it has its own quantizer.
+- `layers: all` scales linear layers too; the paper scales convs only.
 """
 
 from __future__ import annotations
@@ -18,24 +34,21 @@ from stepquant.methods.session import Session
 from stepquant.methods.step import register_step
 from stepquant.quantizers import QuantConv2d, QuantLayer
 
-DEFAULT_TRUNCATION = 10.0  # a choice: see `reparameterization_factors`
+DEFAULT_TRUNCATION = 10.0  # our choice, see the module docstring
 
 
 def reparameterization_factors(p: Tensor, truncation: float) -> Tensor:
-    """Factors `r`, `[C]`, between 1 and `truncation`.
+    """Factors `r`, `[C]`, between 1 and `truncation` (equations 3 to 5).
 
-    `p [T, C]` is the largest magnitude of each in-channel at each step. With the target
-    `s_t = min over d of p_t[d]` and the ratio `r_t[d] = p_t[d] / s_t` (equations 3 and 4), `r[d]`
-    is the mean of `r_t[d]` over the steps, weighted by `p_t[d]` (equation 5).
+    The module docstring has the equations and the deviations. Computed in float64, because
+    `p_t[d] r_t[d]` may leave the range of float32.
 
-    Implemented from published descriptions of the paper, without its code. These leave open what
-    bounds the ratios, and which channels the minimum is over. Deviations:
+    Args:
+        p: Largest magnitude of each in-channel at each step, `[T, C]`, at least 0.
+        truncation: Upper bound of the ratios `r_t[d]`, at least 1.
 
-    - Each `r_t[d]` is at most `truncation`, before the mean. Otherwise one channel that is almost
-      dead makes all other factors huge. The value is not found in the paper, nor whether it bounds
-      `r_t` or `r`.
-    - A channel that is zero at a step counts neither for `s_t` nor, having no weight in the mean,
-      for its own `r` there. One that is zero at every step gets 1.
+    Returns:
+        `r`, in the dtype of `p`.
     """
     exact = p.double()  # p * p / s may leave the range of float32
     live = exact > 0
@@ -48,11 +61,13 @@ def reparameterization_factors(p: Tensor, truncation: float) -> Tensor:
 
 @register_step
 class ChannelReparameterization(ScalingStep):
-    """Even out the activation ranges of in-channels over all steps; weights are not looked at.
+    """Even out the activation ranges of in-channels over all steps, whatever the weights are.
 
-    `truncation`: upper bound of the ratios. `layers`: "conv" scales convolutions only, as the
-    paper does; "all" scales linear layers too, which is a deviation. `fold`: see
-    `ScalingStep`.
+    Attributes:
+        truncation: Upper bound of the ratios `r_t[d]`.
+        layers: "conv" scales convs only, as the paper does; "all" scales linear layers too, which
+            is a deviation.
+        fold: See `ScalingStep`.
     """
 
     name = "channel_reparameterization"
@@ -61,7 +76,13 @@ class ChannelReparameterization(ScalingStep):
     fold: bool = True
 
     def apply(self, session: Session) -> None:
-        """Scale the chosen layers; the summary has the range change per layer."""
+        """Scale the chosen layers; the summary has the range change of each input part.
+
+        A model without a layer of the chosen kind stays as it is, and the reporter says so.
+
+        Raises:
+            StepQuantError: An earlier step has initialised the ranges.
+        """
         session.require_no_ranges(self.name)
         records = apply_scaling(
             session,

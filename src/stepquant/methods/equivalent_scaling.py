@@ -1,9 +1,17 @@
-"""Moving per-in-channel factors from activations into weights, without changing the function.
+"""Equivalent scaling: move per-in-channel factors from activations into weights.
 
-For factors `s [C_in]`: the weight is multiplied by `s` along its in-channels and the layer's input
-divided by it. The division is folded into the producer where that is exact (a norm without a
-non-linearity behind it, a projection that is linear in the channel, the layer that modulates a
-norm), else it becomes a divisor of the activation quantizer.
+With factors `s [C_in]` a layer computes the same function:
+
+    Y = X W = (X / s) (s W)
+
+The weight is multiplied by `s` along its in-channels. The division of the input is folded into the
+producer where that is exact:
+
+- a norm that no non-linearity follows,
+- a projection that is linear in each channel,
+- the linear layer that modulates a norm.
+
+Elsewhere the activation quantizer applies it: one multiplication per input element.
 """
 
 from __future__ import annotations
@@ -20,29 +28,33 @@ from stepquant.methods.step import Step
 from stepquant.models.modulation import fold_into_modulation
 from stepquant.quantizers import QuantLayer
 
-# (weights of all consumers of one input part, concatenated over out-channels: [C_out, C_part, ...],
-#  largest |input| per step and in-channel [T, C_part]) -> factors [C_part]
+# (weights of all consumers of one input part, concatenated over out-channels [C_out, C_part, ...],
+#  largest |input| of each step and in-channel [T, C_part]) -> factors [C_part]
 Factors = Callable[[Tensor, Tensor], Tensor]
 
 
 class ScalingStep(Step):
-    """A step that scales before ranges are taken. Each has a last setting `fold`.
+    """A step that applies an equivalent scaling, before ranges are initialised.
 
-    `fold`: whether the division goes into other layers where that is exact. Without, each layer
-    divides its own input, at the price of one multiplication, and all layers see and give what
-    those of the float model do: a LoRA of the float model then fits.
+    Every subclass declares the setting `fold` as its last one. True folds the division into other
+    layers where that is exact. False makes each layer divide its own input, at one multiplication
+    per input element. All layers then read and return the values of the float model's layers, so a
+    LoRA of the float model fits.
     """
 
     needs_ranges = False
 
 
 def scale_weight(layer: QuantLayer, factors: Tensor) -> None:
-    """Multiply the weight of `layer` by `factors [C_in]` along its in-channels."""
+    """Multiply the weight of `layer` by `factors [C_in]` along its in-channels, in place."""
     layer.weight.data.mul_(factors.view(1, -1, *(1,) * (layer.weight.dim() - 2)))
 
 
 def fold_into_producer(producer: torch.nn.Module, factors: Tensor) -> None:
-    """Divide the producer's (first) output channels by `factors`, through its weight and bias."""
+    """Divide the first `C` output channels of `producer` by `factors [C]`, in place.
+
+    Changes the producer's weight and bias. A producer with more output channels keeps the others.
+    """
     weight = producer.weight.data[: len(factors)]
     weight.div_(factors.view(-1, *(1,) * (weight.dim() - 1)))
     if producer.bias is not None:
@@ -50,7 +62,10 @@ def fold_into_producer(producer: torch.nn.Module, factors: Tensor) -> None:
 
 
 def input_range(observation: Observation, factors: Tensor | None = None) -> float:
-    """Width of the per-tensor range over all steps, each in-channel divided by `factors`."""
+    """Width of the per-tensor activation range over all steps; the range contains zero.
+
+    `factors [C]` divide each in-channel first.
+    """
     low = torch.stack(observation.low).amin(dim=0)  # [C]
     high = torch.stack(observation.high).amax(dim=0)
     if factors is not None:
@@ -59,7 +74,12 @@ def input_range(observation: Observation, factors: Tensor | None = None) -> floa
 
 
 def foldable(session: Session) -> list[tuple[Callable[[Tensor], None], tuple[str, ...]]]:
-    """For each group of layers that read the same thing, what divides that thing by factors."""
+    """Groups of layers whose common input can be divided exactly by changing its producer.
+
+    Returns:
+        `(divide, consumers)` pairs. `divide(factors)` divides, in place, the tensor that all layers
+        in `consumers` (names) read.
+    """
     model, adapter = session.model, session.adapter
     found: list[tuple[Callable[[Tensor], None], tuple[str, ...]]] = [
         (partial(fold_into_producer, model.get_submodule(producer)), consumers)
@@ -80,12 +100,25 @@ def apply_scaling(
     kind: type[QuantLayer] = QuantLayer,
     fold: bool = True,
 ) -> list[dict[str, object]]:
-    """Scale every layer of one kind (by default: all); a summary record for each input part.
+    """Scale every layer of one kind, and return a summary record for each input part.
 
-    A record holds the layer, part, whether the scaling was folded, the share of in-channels with a
-    factor other than 1, the median factor, and the activation range before and after (over the
-    calibration samples, all steps together). Without `fold` every layer divides its own input, and
-    no other layer is touched.
+    Args:
+        session: Gives the model, the adapter and the calibration inputs.
+        factors_of: Computes the factors of one input part.
+        samples_per_step: Images whose inputs are observed at each step.
+        kind: Class of the layers to scale; by default all quantized layers.
+        fold: False makes every layer divide its own input, and touches no other layer.
+
+    Returns:
+        Records with the keys:
+
+        - `layer`, `part`: names of the layers that share the factors, joined by "+", and the index
+          of the input part,
+        - `folded`: whether the producer applies the division,
+        - `scaled_share`: share of in-channels with a factor other than 1,
+        - `median_factor`,
+        - `range_before`, `range_after`: width of the activation range over the observed samples of
+          all steps.
     """
     layers = {name: layer for name, layer in session.layers().items() if isinstance(layer, kind)}
     seen = observe(

@@ -1,16 +1,19 @@
-"""Input error bypass: what the input layer's grid loses of the sample passes by the denoiser.
+"""Input error bypass: add the input layer's quantization error back to the prediction.
 
-Ours, from no paper. The layer that reads the sampler's sample `x` rounds it, and cuts off what lies
-outside its grid: noise is drawn anew for every image, and some pixel begins beyond all that
-calibration has seen. To the network behind the grid this error `e = x - x̂` is noise that it does
-not see; so it stays in the sample, and the steps add it up, by `1 / sqrt(ᾱ_T)` at the worst, 150
-times with the usual schedule, until a pixel runs away. But `e` is known at once, and so is what the
-float model answers to a little noise: a multiple of it, `prediction += slope_t e`. The sample is
-rounded once more for each call; nothing is trained.
+Ours, from no paper. The layer that reads the sampler's sample `x` rounds it, and clips what lies
+outside its grid. Noise is drawn anew for every image, so some pixel starts beyond everything that
+calibration has seen. The network behind the grid cannot see the error `e = x - x̂`, so the error
+stays in the sample. The sampler's steps add it up, by `1 / sqrt(ᾱ_T)` at the worst (150 times with
+the usual schedule), until a pixel runs away.
 
-For a model that predicts noise the slope is `1 / sqrt(1 - ᾱ_t)` as long as there is much more noise
-than `e`, and less in the last steps, where `e` may as well be of the image. It is measured, step by
-step, so that it fits any scheduler and whatever the model predicts.
+But `e` is known at once, and so is the float model's answer to a little noise, a multiple of it:
+
+    prediction += slope_t e
+
+For a model that predicts noise, the slope is `1 / sqrt(1 - ᾱ_t)` while there is much more noise
+than `e`. It is smaller in the last steps, where `e` may as well belong to the image. The step
+measures the slope at each sampling step, so it fits any scheduler and any kind of prediction. The
+cost is one more rounding of the sample per call; nothing is trained.
 """
 
 from __future__ import annotations
@@ -33,15 +36,22 @@ from stepquant.quantizers import QuantLayer
 
 @register_step
 class InputErrorBypass(Step):
-    """Add to the prediction what the float model would have answered to the input layer's error.
+    """Add the float model's answer to the input layer's error to the prediction.
 
-    `samples_per_step`: images whose inputs the slope is measured with, by least squares over all
-    their positions, `sum(e (f(x) - f(x̂))) / sum(e e)` for the float model `f`. Does nothing, and
-    says so, where not exactly one quantized layer reads the sample, or sample and prediction differ
-    in more than their channels. It stands before steps that train through the whole model or that
-    correct it, because they see the predictions; to their gradients it is a constant. Where they
-    change the layer's grid, the slope stays that of the first one, and the error that it multiplies
-    is that of the new one.
+    Least squares over all positions measure the slope of each step on the float model `f`:
+    `sum(e (f(x) - f(x̂))) / sum(e e)`.
+
+    The step does nothing, and says so, in two cases:
+
+    - the number of quantized layers that read the sample is not exactly one,
+    - sample and prediction differ in more than their number of channels.
+
+    It comes before steps that train through the whole model or correct it, because they see the
+    predictions with the bypass; their gradients treat it as a constant. If they change the layer's
+    grid, the slope stays that of the first grid, and the error is that of the new one.
+
+    Attributes:
+        samples_per_step: Images whose inputs the slope is measured on, at each step.
     """
 
     name = "input_error_bypass"
@@ -53,7 +63,7 @@ class InputErrorBypass(Step):
 
     @torch.no_grad()
     def apply(self, session: Session) -> None:
-        """Attach the bypass; the summary names the layer and has the slope of each step."""
+        """Attach the bypass; the summary has the layer's name and the slope of each step."""
         session.ensure_ranges()
         readers, alike = sample_readers(session)
         reason = None
@@ -91,12 +101,14 @@ class InputErrorBypass(Step):
 
 @torch.no_grad()
 def sample_readers(session: Session) -> tuple[list[str], bool]:
-    """The quantized layers whose input is the sampler's sample itself, by name.
+    """Find the quantized layers that read the sampler's sample itself.
 
-    And whether the prediction has the shape of the sample, but for the number of channels.
+    Returns:
+        `(names, alike)`: the layers in the order of their calls, and whether the prediction has the
+        shape of the sample except for the number of channels.
     """
     inputs = session.trajectories.step(0, 1)
-    found: dict[str, None] = {}  # in the order of the calls, each once
+    found: dict[str, None] = {}  # an ordered set, in the order of the calls
 
     def look(name: str, args: tuple[Tensor, ...], _: dict[str, Any]) -> None:
         if torch.equal(args[0], inputs.sample):

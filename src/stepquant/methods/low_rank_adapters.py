@@ -1,4 +1,16 @@
-"""Training weights at low rank: EfficientDM, arXiv 2310.03270 (ICLR 2024), section 3.2."""
+"""Low-rank adapters of EfficientDM (arXiv 2310.03270, ICLR 2024), section 3.2.
+
+The frozen weight `W` of a layer gets a trainable `B A` of low rank, merged before quantization, so
+nothing of it remains at run time:
+
+    Y = Q(X) Q(W + B A)
+
+Deviations:
+
+- A conv's adapter is one matrix over in-channels and taps together.
+- Layers of 8 bits have adapters too.
+- `start: quantization_error` is not EfficientDM's, see `LowRankAdapters`.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +27,17 @@ from stepquant.quantizers.low_rank import fitted_adapter, zero_adapter
 
 @register_step
 class LowRankAdapters(Step):
-    """Freeze the weights and give each layer an adapter of `rank`, merged before quantization.
+    """Freeze the weights and give each layer an adapter, which later steps train.
 
-    The steps that follow train the adapters in the place of weights and biases. `start`: "zero",
-    as in the paper, leaves the weight `W` as it is; with "quantization_error" the frozen weight is
-    `Q(W)` and the adapter the best approximation of `W - Q(W)` of rank `rank`, so that their sum is
-    `W` up to what that rank cannot hold, and the gradients of both factors are alive from the
-    beginning (LoftQ, arXiv 2310.08659, of one round; MPQ-DMv2, arXiv 2507.04290, begins alike, but
-    its exact rule is not published). The rank is at most the weight's own.
+    They train the adapters in place of weights and biases.
 
-    Deviations: a conv's adapter is one matrix over in-channels and taps together; layers of 8 bits
-    have adapters too.
+    Attributes:
+        rank: Rank of the adapters, capped at each weight's own.
+        start: "zero", as in the paper, leaves the weight `W` unchanged. With "quantization_error"
+            the frozen weight is `Q(W)` and the adapter the best approximation of `W - Q(W)` of that
+            rank. Their sum is `W` except for what the rank cannot hold, and both factors have a
+            gradient from the beginning. This is one round of LoftQ (arXiv 2310.08659). MPQ-DMv2
+            (arXiv 2507.04290) starts in the same way, but its exact rule is not published.
     """
 
     name = "low_rank_adapters"
@@ -38,7 +50,7 @@ class LowRankAdapters(Step):
 
     @torch.no_grad()
     def apply(self, session: Session) -> None:
-        """Attach the adapters; the summary has how many parameters they train."""
+        """Attach the adapters; the summary has the rank and the number of trained parameters."""
         session.ensure_ranges()
         generator = torch.Generator().manual_seed(session.seed)
         trained = 0
@@ -49,7 +61,7 @@ class LowRankAdapters(Step):
             else:
                 quantized = layer.quantized_weight()
                 adapter = fitted_adapter((layer.weight - quantized).flatten(1), self.rank)
-                # The adapter is the error's; on top of the weight itself it would add it twice.
+                # The adapter holds the error: added to `W` itself, it would count the error twice.
                 layer.weight.copy_(quantized)
             layer.attach_adapter(adapter)
             trained += sum(parameter.numel() for parameter in adapter.parameters())

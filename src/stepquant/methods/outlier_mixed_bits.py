@@ -1,7 +1,25 @@
-"""Outlier-driven Mixed Quantization (OMQ): MPQ-DM (AAAI 2025, arXiv 2412.11549).
+"""Outlier-driven Mixed Quantization (OMQ) of MPQ-DM (arXiv 2412.11549, AAAI 2025).
 
-Out-channels whose weights have outliers get one bit more, as many others one bit less, so that the
-mean stays what the scheme says. How many, is searched layer by layer.
+The out-channels of a layer get `N - 1`, `N` or `N + 1` bits, as many `N + 1` as `N - 1`, so the
+mean stays `N`. The kurtosis of an out-channel's weights ranks the channels:
+
+    kappa_o = E[(w - mu_o)^4] / sigma_o^4
+
+For `j` from 0 to half of the groups, the `j` groups with the largest `kappa` get `N + 1` bits and
+the `j` groups with the smallest get `N - 1`. Layer by layer, the `j` with the least
+
+    || X W^T - Q(X) Q(W | bits)^T ||^2
+
+is kept, on calibration inputs that the quantized layers before have produced.
+
+Deviations:
+
+- The released code searches only `j` of 0 and 1 and leaves activations unquantized in the search.
+  This is the search as printed.
+- The search uses the very grids that the layer then keeps.
+- `selection: error` is no paper's. `magnitude` and `random` are there for comparison.
+- The released code does not contain MPQ-DM+. Here it has one group of `N + 1` bits that nothing
+  compensates (`extra_groups: 1`), which agrees with its reported size.
 """
 
 from __future__ import annotations
@@ -27,7 +45,16 @@ BITS_CHOSEN = "which has chosen the bits that it would replace"
 
 
 def kurtosis(weight: Tensor) -> Tensor:
-    """Kurtosis `E[(w - mean)^4] / variance^2` of each out-channel, `[C_out]` (a normal has 3)."""
+    """Kurtosis `E[(w - mean)^4] / variance^2` of each out-channel; a normal distribution has 3.
+
+    Computed in float64 over in-channels and taps, with the biased variance.
+
+    Args:
+        weight: `[C_out, C_in, ...]`.
+
+    Returns:
+        float32 `[C_out]`; 0 for a channel of equal weights.
+    """
     rows = weight.detach().flatten(1).double()
     centred = rows - rows.mean(dim=1, keepdim=True)
     variance = centred.square().mean(dim=1)
@@ -37,8 +64,14 @@ def kurtosis(weight: Tensor) -> Tensor:
 def allocate(raising: Tensor, lowering: Tensor, bits: int, raised: int, lowered: int) -> Tensor:
     """Bits of each out-channel, uint8 `[C_out]`.
 
-    The `raised` channels that are largest in `raising [C_out]` get `bits + 1`; of the others the
-    `lowered` ones that are smallest in `lowering [C_out]` get `bits - 1`; the rest gets `bits`.
+    Args:
+        raising: Salience by which channels are raised, `[C_out]`. The `raised` largest get
+            `bits + 1`.
+        lowering: Salience by which channels are lowered, `[C_out]`. Of the others, the `lowered`
+            smallest get `bits - 1`.
+        bits: Bits of all remaining channels.
+        raised: Number of channels with one bit more.
+        lowered: Number of channels with one bit less.
     """
     allocated = torch.full_like(raising, bits, dtype=torch.uint8)
     allocated[torch.argsort(raising, descending=True, stable=True)[:raised]] = bits + 1
@@ -49,24 +82,21 @@ def allocate(raising: Tensor, lowering: Tensor, bits: int, raised: int, lowered:
 
 @register_step
 class OutlierMixedBits(Step):
-    """Give out-channels one bit more or less by how salient they are, at the same mean.
+    """Give salient out-channels one bit more and others one bit less, at the same mean.
 
-    A layer's out-channels are ranked by `selection`: the kurtosis of their weights after any
-    scaling before (the paper's), their mean magnitude, at random, or by the measured error: raised
-    where a bit more gains most, lowered where a bit less costs least (no paper's). A group is one
-    of `groups` equal parts of the channels; for each `j` from 0 to `groups / 2` the first `j`
-    groups get one bit more and the last `j` one less, and the `j` is kept that brings the quantized
-    layer closest to the float one on `samples` calibration inputs, with quantized activations and
-    with the layers before it quantized already. `extra_groups` get a bit more on top of that
-    (MPQ-DM+: 1), which raises the mean by `extra_groups / groups` bits.
+    Some layers stay uniform: those of 8 bits (input and output), those of 1 bit, and those with
+    fewer than `groups` out-channels. The summary names each with the reason. One bit is a grid of
+    two levels.
 
-    Layers of 8 bits (input and output) or of 1, and layers with fewer than `groups` out-channels,
-    stay as they are; the summary says of each why. One bit is a grid of two levels.
-
-    Deviations: the released code searches `j` in 0 and 1 only and leaves activations unquantized in
-    the search; this is the search as printed, on the very grids that the layer then keeps. What
-    MPQ-DM+ does is not in the released code; one group that nothing pays for agrees with its
-    reported size.
+    Attributes:
+        groups: Number of equal parts that a layer's out-channels are divided into.
+        extra_groups: Groups with one bit more that no lowered group compensates (MPQ-DM+: 1). They
+            raise the mean by `extra_groups / groups` bits.
+        selection: Ranking of the channels. "kurtosis" of the weights after any earlier scaling is
+            the paper's. "magnitude" is their mean absolute value, and "random" ranks at random.
+            "error" measures: it raises where one bit more gains most, and lowers where one bit less
+            costs least.
+        samples: Calibration inputs of the search.
     """
 
     name = "outlier_mixed_bits"
@@ -84,7 +114,12 @@ class OutlierMixedBits(Step):
     samples: int = Field(64, ge=1)
 
     def check(self, scheme: Scheme) -> None:
-        """At least two bits, and at most seven."""
+        """Check the scheme's weight bits and the number of groups.
+
+        Raises:
+            StepQuantError: The scheme's weight bits are not 2 to 7, or `extra_groups` exceeds
+                `groups`.
+        """
         if not 2 <= scheme.weight_bits <= 7:
             raise StepQuantError(
                 f"step '{self.name}' got {scheme.weight_bits} weight bits: expected 2 to 7, "
@@ -98,7 +133,11 @@ class OutlierMixedBits(Step):
 
     @torch.no_grad()
     def apply(self, session: Session) -> None:
-        """Mix the bits of all layers; the summary has counts and errors of each, or why not."""
+        """Mix the bits of all layers; the summary has the counts and errors of each.
+
+        It also names the layers that stay uniform, with the reason. The work folder keeps the
+        result.
+        """
         session.ensure_ranges()
         layers = session.layers()
         kept = session.work.load(self.name)
@@ -141,6 +180,7 @@ class OutlierMixedBits(Step):
         return None
 
     def _mix_all(self, session: Session) -> dict[str, Tensor]:
+        """Mix all layers in execution order; returns the errors of each, see `_mix`."""
         data = session.trajectories.subset(self.samples, session.seed)
         layers = session.layers()
         order = execution_order(session.model, list(layers), data)
@@ -162,7 +202,7 @@ class OutlierMixedBits(Step):
         data: Trajectories,
         generator: torch.Generator,
     ) -> Tensor:
-        """Give `layer` its best bits; the relative error of each `j`, `[candidates]`."""
+        """Set the best bits of `layer`; returns the relative error of each `j`, `[candidates]`."""
         args, _ = capture_inputs(session.model, name, data, len(data))
         session.context.set_timestep(data.timestep)
         widths = (layer.weight_bits - 1, layer.weight_bits, layer.weight_bits + 1)
@@ -175,7 +215,7 @@ class OutlierMixedBits(Step):
             )
             for j in range((self.groups - self.extra_groups) // 2 + 1)
         ]
-        # An out-channel's result depends on its own weights only, so that errors add up.
+        # An out-channel's result depends on its own weights only, so errors add up.
         found = torch.stack(
             [sum_over_bits(errors, candidate, layer.weight_bits) for candidate in candidates]
         )
@@ -185,7 +225,10 @@ class OutlierMixedBits(Step):
     def _salience(
         self, layer: QuantLayer, errors: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """What channels are raised by and lowered by, each `[C_out]`."""
+        """Salience for raising and for lowering, each `[C_out]`.
+
+        `errors [3, C_out]` are those at one bit less, at the layer's bits, and at one bit more.
+        """
         if self.selection == "error":
             return errors[1] - errors[2], errors[0] - errors[1]
         if self.selection == "kurtosis":
@@ -197,7 +240,7 @@ class OutlierMixedBits(Step):
         return salience, salience
 
 
-# bits -> (scale [C_out], zero point [C_out]) of each part
+# bits -> (scale [C_out], zero point [C_out]) of each input part
 Grids = dict[int, list[tuple[Tensor, Tensor]]]
 
 
@@ -205,10 +248,19 @@ Grids = dict[int, list[tuple[Tensor, Tensor]]]
 def channel_errors(
     layer: QuantLayer, x: Tensor, widths: Sequence[int], find: GridSearch
 ) -> tuple[Tensor, Grids]:
-    """Squared error of each out-channel at each of `widths` bits, `[len(widths), C_out]`.
+    """Squared error of each out-channel at each width, and the grids of each width.
 
-    Against the float layer on the input `x`, with quantized activations; relative to the power of
-    the whole output. Also the grids of each width. Leaves the layer with the last of them.
+    The error is against the float layer, with quantized activations, relative to the power of the
+    whole output. Leaves `layer` at the last width.
+
+    Args:
+        layer: A simulated layer with initialised ranges.
+        x: Its input, `[B, ...]`, at the timesteps that the session's context has.
+        widths: Weight bits to try.
+        find: Search for the weight grids.
+
+    Returns:
+        `(errors [len(widths), C_out], grids)`.
     """
     others = [d for d in range(x.dim()) if d != layer.channel_dim % x.dim()]
     layer.quantizing = False
@@ -230,7 +282,10 @@ def channel_errors(
 
 @torch.no_grad()
 def set_bits(layer: QuantLayer, channel_bits: Tensor, grids: Grids) -> None:
-    """Give each out-channel of `layer` its bits, `[C_out]`, and the grid found for these."""
+    """Give each out-channel of `layer` its bits, and the grid that was fitted for them.
+
+    `channel_bits [C_out]`; `grids` must hold every width in it.
+    """
     layer.set_channel_bits(channel_bits)
     for index, (_, weights, _) in enumerate(layer.parts()):
         for bits, fitted in grids.items():
@@ -240,12 +295,16 @@ def set_bits(layer: QuantLayer, channel_bits: Tensor, grids: Grids) -> None:
 
 
 def sum_over_bits(errors: Tensor, channel_bits: Tensor, bits: int) -> Tensor:
-    """The error of a whole layer: of each out-channel the row `errors [3, C_out]` of its bits."""
+    """Error of a whole layer: the sum over out-channels of their errors at the chosen bits.
+
+    `errors [3, C_out]` are those at `bits - 1`, `bits` and `bits + 1`; `channel_bits [C_out]`.
+    """
     rows = channel_bits.long() - (bits - 1)
     return errors.gather(0, rows[None]).sum()
 
 
 def _record(name: str, layer: QuantLayer, errors: Tensor) -> dict[str, Any]:
+    """Summary record of one layer whose bits were mixed."""
     levels, channels = layer.channel_bits.unique(return_counts=True)
     return {
         "layer": name,

@@ -1,7 +1,12 @@
-"""Whether values follow a power law, by maximum likelihood (Clauset, Shalizi and Newman 2009).
+"""Maximum-likelihood test for a power law (Clauset, Shalizi and Newman 2009).
 
-What the Dynamically Adaptive Quantizer of TCAQ-DM (AAAI 2025, arXiv 2412.16700) asks of attention's
-probabilities: spread over decades they suit a log2 grid, otherwise a uniform one.
+The Dynamically Adaptive Quantizer of TCAQ-DM (arXiv 2412.16700, AAAI 2025) applies it to
+attention's probabilities. Values that spread over decades suit a log2 grid, others a uniform one:
+
+    alpha = 1 + n / sum ln(x / x_min)
+    R = (L(power law) - L(alternative)) / n        log2 where R > 0
+
+`L` is the log-likelihood of the `n` values from `x_min` on.
 """
 
 from __future__ import annotations
@@ -17,18 +22,23 @@ from stepquant.support.errors import StepQuantError
 
 Alternative = Literal["exponential", "log_normal", "best"]
 
-# With the whole sample as the tail the bulk of small probabilities decides, which is no power law.
+# The median. From the smallest value on, the bulk of small probabilities would dominate the fit,
+# and that is no power law.
 X_MIN_QUANTILE = 0.5
-# A normal cut off at zero, by its mean over its deviation: at the first it is as good as an
-# exponential distribution, at the second a point.
+# Bounds of the bisection, as a truncated normal's mean over its deviation. At the lower bound it is
+# practically an exponential distribution, at the upper one a point.
 MIN_RATIO, MAX_RATIO = -1e3, 1e6
 
 
 @dataclass(frozen=True)
 class Tail:
-    """The values from `x_min` on, as what fits need: float64 `[n]`, with weights that sum to 1.
+    """The values from `x_min` on, in the form that the fits need: float64 `[n]`.
 
-    `gaps` is `x - x_min` and `logs` is `ln(x / x_min)`, accurate near `x_min` too.
+    Attributes:
+        x_min: Smallest value of the tail.
+        gaps: `x - x_min`.
+        logs: `ln(x / x_min)`, accurate near `x_min` too.
+        weights: Share of each value; they sum to 1.
     """
 
     x_min: float
@@ -43,7 +53,10 @@ class Tail:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """Density `(alpha - 1) / x_min * (x / x_min)^-alpha`; mean log-likelihood of a value."""
+    """Fit of the density `(alpha - 1) / x_min * (x / x_min)^-alpha`.
+
+    `log_likelihood` is the mean over the values.
+    """
 
     alpha: float
     log_likelihood: float
@@ -51,7 +64,10 @@ class PowerLaw:
 
 @dataclass(frozen=True)
 class Exponential:
-    """Density `rate * exp(-rate * (x - x_min))`; mean log-likelihood of a value."""
+    """Fit of the density `rate * exp(-rate * (x - x_min))`.
+
+    `log_likelihood` is the mean over the values.
+    """
 
     rate: float
     log_likelihood: float
@@ -59,9 +75,10 @@ class Exponential:
 
 @dataclass(frozen=True)
 class LogNormal:
-    """`ln x` normal with `mu` and `sigma`, given `x >= x_min`; mean log-likelihood of a value.
+    """Fit of a log-normal: `ln x` is normal with `mu` and `sigma`, given `x >= x_min`.
 
-    `mu` is minus and `sigma` plus infinity where the best log-normal is its limit, a power law.
+    `log_likelihood` is the mean over the values. Where the best log-normal is its limit, a power
+    law, `mu` is minus infinity and `sigma` infinity.
     """
 
     mu: float
@@ -70,7 +87,15 @@ class LogNormal:
 
 
 def checked_sample(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`values` and `weights`, both `[n]` in float64, the latter with sum 1."""
+    """Check a weighted sample and return it in float64, with weights that sum to 1.
+
+    Args:
+        values: Probabilities, `[n]`.
+        weights: How many values each entry stands for, `[n]`; None weights all equally.
+
+    Raises:
+        StepQuantError: Shapes differ, an entry is negative or not finite, or all weights are 0.
+    """
     values = values.detach().double()
     weights = torch.ones_like(values) if weights is None else weights.detach().double()
     if values.dim() != 1 or values.shape != weights.shape:
@@ -92,13 +117,21 @@ def checked_sample(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tens
 def tail_of(
     values: Tensor, weights: Tensor | None = None, quantile: float = X_MIN_QUANTILE
 ) -> Tail:
-    """The tail of `values [n]`, of which each stands for `weights [n]` values (None: all alike).
+    """The tail of a sample: its values from `x_min` on.
 
-    `x_min` is the `quantile` (0 to below 1) of the values above 0: the smallest value with at least
-    that share of the weight at or below it; 0 is the smallest value. Exact zeros are left out, as
-    no power law has any. The paper leaves `x_min` open, and Clauset's own choice (the one with the
-    least Kolmogorov-Smirnov distance) may keep a handful of values only, while the grid has to
-    serve all.
+    `x_min` is a quantile of the values above 0: the smallest value with at least that share of the
+    weight at or below it. Exact zeros are left out, because no power law has any. The paper leaves
+    `x_min` open. Clauset's own choice, the `x_min` with the least Kolmogorov-Smirnov distance, may
+    keep only a handful of values, while the grid has to serve all.
+
+    Args:
+        values: Probabilities, `[n]`.
+        weights: How many values each entry stands for, `[n]`; None weights all equally.
+        quantile: From 0 (the smallest value above 0) to below 1.
+
+    Raises:
+        StepQuantError: The quantile is out of range, the sample is invalid (`checked_sample`), or
+            no value above 0 has a weight.
     """
     if not 0 <= quantile < 1:
         raise StepQuantError(
@@ -124,7 +157,7 @@ def tail_of(
 def fit_power_law(tail: Tail) -> PowerLaw:
     """Maximum likelihood: `alpha = 1 + n / sum ln(x / x_min)` (Clauset et al. 2009, equation 3.1).
 
-    Where all values are `x_min`, alpha and the likelihood are infinite.
+    If all values equal `x_min`, alpha and the likelihood are infinite.
     """
     mean_log = tail.mean(tail.logs)
     if mean_log == 0:
@@ -134,7 +167,10 @@ def fit_power_law(tail: Tail) -> PowerLaw:
 
 
 def fit_exponential(tail: Tail) -> Exponential:
-    """Maximum likelihood: `rate = 1 / (mean(x) - x_min)`; infinite where all values are `x_min`."""
+    """Maximum likelihood: `rate = 1 / (mean(x) - x_min)`.
+
+    If all values equal `x_min`, the rate and the likelihood are infinite.
+    """
     mean_gap = tail.mean(tail.gaps)
     if mean_gap == 0:
         return Exponential(math.inf, math.inf)
@@ -147,19 +183,19 @@ def _erfcx(x: float) -> float:
 
 
 def _scaled_mean(ratio: float) -> tuple[float, float]:
-    """Mean and mean square of a normal (mean `ratio`, deviation 1) that is cut off below zero."""
+    """Mean and mean square of a normal (mean `ratio`, deviation 1) that is truncated below zero."""
     mean = ratio + math.sqrt(2 / math.pi) / _erfcx(-ratio / math.sqrt(2))
     return mean, 1 + ratio * mean
 
 
 def fit_log_normal(tail: Tail) -> LogNormal:
-    """Maximum likelihood of a log-normal that is cut off, and normalised, at `x_min`.
+    """Maximum likelihood of a log-normal that is truncated, and normalised, at `x_min`.
 
-    `ln(x / x_min)` is then a normal cut off below zero. Its maximum likelihood gives it the first
-    two moments of the sample, and `mean square / mean^2` falls with the normal's mean over its
-    deviation alone, from 2 to 1: one equation, solved by bisection. At 2 and beyond there is no
-    maximum: the likelihood grows towards the limit of an exponential distribution of the logarithm,
-    which is the power law, and that is what is given.
+    `ln(x / x_min)` is then a normal truncated below zero. Maximum likelihood matches its first two
+    moments to the sample's. Its `mean square / mean^2` depends only on the normal's mean over its
+    deviation and falls with it, from 2 to 1: one equation, which bisection solves. At 2 and beyond
+    there is no maximum: the likelihood grows towards the limit of an exponential distribution of
+    the logarithm. That limit is the power law, and its likelihood is returned.
     """
     mean_log = tail.mean(tail.logs)
     if mean_log == 0:
@@ -181,7 +217,7 @@ def fit_log_normal(tail: Tail) -> LogNormal:
         low, high = (middle, high) if above(middle) else (low, middle)
     ratio = (low + high) / 2
     mean, _ = _scaled_mean(ratio)
-    if ratio < 0:  # the logarithm of the share that is kept, without its ratio^2 / 2
+    if ratio < 0:  # log of the share that truncation keeps; its term ratio^2 / 2 goes into `rest`
         kept, rest = math.log(_erfcx(-ratio / math.sqrt(2)) / 2), ratio * mean / 2
     else:
         kept = float(torch.special.log_ndtr(torch.tensor(ratio, dtype=torch.float64)))
@@ -190,18 +226,21 @@ def fit_log_normal(tail: Tail) -> LogNormal:
     sigma = mean_log / mean
     mu = math.log(tail.x_min) + ratio * sigma
     likelihood = density - math.log(tail.x_min) - mean_log
-    return LogNormal(mu, sigma, max(likelihood, limit))  # near the limit rounding could go below
+    return LogNormal(mu, sigma, max(likelihood, limit))  # rounding may fall below the limit
 
 
 def likelihood_ratio(tail: Tail, alternative: Alternative = "exponential") -> float:
-    """`R`: mean log-likelihood of a value under a power law less that under `alternative`.
+    """`R`: mean log-likelihood of a value under a power law minus that under `alternative`.
 
-    `exponential` is the default, and the only alternative that can be refuted. A log-normal cut off
-    at `x_min` has the power law as a limit, so that `R <= 0` whatever the values: with
+    `R` does not depend on the unit of the values. If all values are equal, it is 0.
+
+    `exponential` is the default, and the only alternative that the test can refute. A log-normal
+    truncated at `x_min` has the power law as a limit, so `R <= 0` for all values: with
     `log_normal`, or `best` (the better of both), `prefers_log2` is never true. The paper's printed
     choice is not known to us.
 
-    `R` does not depend on the unit of the values. Of values that are all equal it is 0.
+    Raises:
+        StepQuantError: `alternative` is unknown.
     """
     if alternative not in get_args(Alternative):
         raise StepQuantError(
@@ -219,5 +258,5 @@ def likelihood_ratio(tail: Tail, alternative: Alternative = "exponential") -> fl
 
 
 def prefers_log2(ratio: float) -> bool:
-    """The paper's rule: log2 where the power law is the likelier, else uniform."""
+    """The paper's rule: log2 where the power law is more likely (`R > 0`), else uniform."""
     return ratio > 0

@@ -1,9 +1,16 @@
-"""Progressively Aligned Reconstruction (PAR): TCAQ-DM, arXiv 2412.16700 (AAAI 2025).
+"""Progressively Aligned Reconstruction (PAR) of TCAQ-DM (arXiv 2412.16700, AAAI 2025).
 
-A model is calibrated on what the float sampler meets, but at inference it meets what its own errors
-have made of that. So after a first reconstruction the calibration inputs are drawn anew, by the
-quantized model through the real sampler, and the blocks are reconstructed again, shorter; and so on
-for a number of rounds.
+Calibration inputs come from the float sampler, but at inference the quantized model meets inputs
+that carry its own errors (exposure bias). PAR aligns the two:
+
+1. Reconstruct the blocks on inputs from the float model's trajectories.
+2. Draw new calibration inputs with the quantized model, through the real sampler.
+3. Reconstruct the blocks again on these, with fewer iterations.
+
+Steps 2 and 3 are repeated for a number of rounds. Targets always come from the float chain.
+
+The deviations of `block_reconstruction` apply. We did not find the paper's rounds, iterations,
+rates and set sizes: all are our choices.
 """
 
 from __future__ import annotations
@@ -19,19 +26,20 @@ from stepquant.methods.session import Session
 from stepquant.methods.step import CORRECTED, register_step
 from stepquant.methods.training.block_training import training_inputs
 
-FIRST_SEED = 4_000_000  # of the images drawn here, after the session's own
+FIRST_SEED = 4_000_000  # offset from the session's seed, so that images start from other noise
 
 
 @register_step
 class ProgressiveAlignment(BlockReconstruction):
     """Block reconstruction, then `rounds` more on inputs that the quantized model draws itself.
 
-    `rounds`: 0 is block reconstruction alone. `later_iterations`: optimizer steps per block in each
-    of them, where `iterations` are those of the first. As many images are drawn as the calibration
-    has. The float chain says what a block should give on the new inputs too. Each round starts from
-    the codes and tables of the one before; the other settings are block reconstruction's.
+    Each round draws as many images as the calibration has, and starts from the codes and tables of
+    the round before. The other settings are those of `BlockReconstruction`.
 
-    Rounds, iterations, rates and set sizes are not found in the paper: all are choices.
+    Attributes:
+        rounds: Rounds after the first reconstruction; 0 is block reconstruction alone.
+        later_iterations: Optimizer steps per block in each of these rounds. `iterations` are those
+            of the first reconstruction.
     """
 
     name = "progressive_alignment"
@@ -40,7 +48,11 @@ class ProgressiveAlignment(BlockReconstruction):
     later_iterations: int = Field(100, ge=0)
 
     def apply(self, session: Session) -> None:
-        """Reconstruct round by round; the summary has a list of blocks for each round."""
+        """Reconstruct round by round; the summary has a list of block records for each round.
+
+        Raises:
+            StepQuantError: There are too few calibration inputs, or a loss is not finite.
+        """
         session.ensure_ranges()
         for layer in session.layers().values():
             layer.merge_adapter()
@@ -58,7 +70,10 @@ class ProgressiveAlignment(BlockReconstruction):
         session.summary[self.name] = rounds
 
     def _own_inputs(self, session: Session, number: int) -> Trajectories:
-        """Inputs that the model meets on its own trajectories, drawn before round `number`."""
+        """Inputs from trajectories that the quantized model draws before round `number`.
+
+        The work folder keeps them, so an interrupted run resumes with the same inputs.
+        """
         key = f"{self.name}/trajectories-{number}"
         kept = session.work.load(key)
         if kept is not None:

@@ -1,8 +1,25 @@
-"""Time-smoothed Relation Distillation (TRD): MPQ-DM (AAAI 2025, arXiv 2412.11549).
+"""Time-smoothed Relation Distillation (TRD) of MPQ-DM (arXiv 2412.11549, AAAI 2025).
 
-Beside the noise, the quantized denoiser learns how the pixels of the float model's last features
-relate to one another: which pixels are alike says more than single values, and survives
-quantization better.
+A second loss beside trajectory distillation. `F` are the features of the last decoder stage,
+averaged over a window of consecutive steps of each image, for student and teacher alike. Each row
+of `R` relates one pixel `p` to all pixels `q`:
+
+    R   = softmax over q of cos(F_p, F_q) / tau
+    L_R = mean over p of KL(R_teacher || R_student)
+    L   = L_task + relation_weight L_R
+
+Similarities between pixels say more than single values, and survive quantization better.
+
+Deviations:
+
+- The released code detaches the student's features, so its term has no gradient. Here it has one.
+- The released loss is a sum (weight 100). Here it is a mean over pixels.
+- The released temperature is 1, at which the softmax over 1,024 pixels is almost uniform. Here the
+  default is 0.1.
+- The released code updates after each step. Here both steps of a window go into one update. The
+  defaults therefore draw half the images in twice the rounds: as many samples and as many updates
+  as trajectory distillation.
+- `relation: l2` is not the paper's.
 """
 
 from __future__ import annotations
@@ -27,10 +44,14 @@ from stepquant.support.errors import StepQuantError
 
 
 def relations(features: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities `[B, P, P]` of each pixel's likeness to all, from `features [B, C, H, W]`.
+    """Log-probabilities of the relations of each pixel to all, `[B, P, P]`.
 
-    Row by row a softmax over cosines; `P = H * W`. Of a transformer's features `[B, P, C]` each
-    token is a pixel.
+    Each row is a log-softmax over cosines, divided by `temperature`.
+
+    Args:
+        features: `[B, C, H, W]` with `P = H * W` pixels, or a transformer's tokens `[B, P, C]`,
+            each of which counts as a pixel.
+        temperature: The `tau` of the softmax, above 0.
     """
     channels_first = features.flatten(2) if features.dim() == 4 else features.transpose(1, 2)
     pixels = functional.normalize(channels_first, dim=1)  # [B, C, P]
@@ -38,7 +59,10 @@ def relations(features: Tensor, temperature: float) -> Tensor:
 
 
 def relation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Mean over pixels of `KL(teacher || student)` of their relations, of features alike."""
+    """Mean over pixels of `KL(teacher || student)` between their relations, a scalar.
+
+    `student` and `teacher` are features of the same shape, see `relations`.
+    """
     ours, theirs = relations(student, temperature), relations(teacher, temperature)
     return functional.kl_div(
         ours.flatten(0, 1), theirs.flatten(0, 1), reduction="batchmean", log_target=True
@@ -49,18 +73,18 @@ def relation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
 class RelationDistillation(TrajectoryDistillation):
     """Trajectory distillation with a term for the relations of pixels.
 
-    The features are the output of the last decoder stage, averaged over the `window` consecutive
-    steps of each image, for student and teacher alike. `relation_weight` times the term is added to
-    the task loss; `temperature` is that of the softmax over cosines. `relation`: "cosine" is the
-    paper's; "l2" matches the same averaged features themselves (over their power), to compare with.
-    The summary reports the gradient norms of both losses.
+    The summary reports the gradient norms of both losses. The other settings are those of
+    `TrajectoryDistillation`; "shuffled" is refused, because features are averaged over consecutive
+    steps.
 
-    Deviations: the released code detaches the student's features, so that its term has no gradient;
-    here it has. Its loss is a sum (weight 100) and its temperature 1, at which the softmax over
-    1,024 pixels is almost uniform; here the term is a mean over pixels, and the default temperature
-    is 0.1. The released code updates after each step; here both steps of a window go into one
-    update, so that the default is half the images in twice the rounds: as many samples and as many
-    updates as trajectory distillation has.
+    Attributes:
+        rounds: Number of rounds.
+        batch: Images per round.
+        window: Consecutive steps of each image that features are averaged over.
+        relation_weight: Factor of the term beside the task loss.
+        temperature: Temperature `tau` of the softmax over cosines.
+        relation: "cosine" is the paper's. "l2" matches the averaged features themselves, relative
+            to their power, for comparison.
     """
 
     name = "relation_distillation"
@@ -82,7 +106,12 @@ class RelationDistillation(TrajectoryDistillation):
 
     @torch.no_grad()
     def check_model(self, model: nn.Module, adapter: DenoiserAdapter, scheduler: Any) -> None:
-        """The float model must give features with a pixel grid where the adapter says."""
+        """Check that the float model returns features with a pixel grid at the adapter's site.
+
+        Raises:
+            StepQuantError: It returns none there with three or four dimensions, or the influence of
+                errors counts and cannot be traced through `scheduler`.
+        """
         super().check_model(model, adapter, scheduler)
         site = adapter.relation_site(model)
         with output_of(model.get_submodule(site)) as found:
@@ -97,7 +126,7 @@ class RelationDistillation(TrajectoryDistillation):
             )
 
     def losses(self, session: Session, inputs: Trajectories) -> tuple[Tensor, Tensor | None]:
-        """The task loss and the weighted relation term."""
+        """The task loss and the weighted relation term of one window."""
         site = session.adapter.relation_site(session.float_model)
         with (
             output_of(session.model.get_submodule(site)) as student,
@@ -115,15 +144,15 @@ class RelationDistillation(TrajectoryDistillation):
 
 
 def smoothed(features: Tensor, steps: int) -> Tensor:
-    """The mean over a window's steps, `[B, ...]`, of `features [steps * B, ...]`."""
+    """Mean over a window's steps, `[B, ...]`, of `features [steps * B, ...]`."""
     return features.view(steps, -1, *features.shape[1:]).mean(dim=0)
 
 
 @contextmanager
 def output_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that holds the outputs of `module`, with their graph, while the context lasts.
+    """A context that collects the outputs of `module`, with their graph, in a list.
 
-    Of a block that gives text and image tokens, the image's, which are the last.
+    If a block returns text and image tokens, the list holds the image tokens, which are the last.
     """
     found: list[Tensor] = []
 

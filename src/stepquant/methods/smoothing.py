@@ -1,4 +1,12 @@
-"""Activation smoothing: SmoothQuant (Xiao et al., ICML 2023), section 4, equation 4."""
+"""Activation smoothing of SmoothQuant (Xiao et al., ICML 2023), section 4, equation 4.
+
+Equivalent scaling, `Y = (X / s) (s W)`, with one factor for each in-channel `j`:
+
+    s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
+
+`max|X_j|` is taken over all steps. Unlike Weight Dilation, smoothing moves the weight ranges, and
+`s_j` may be below 1. A channel that is zero on either side gets 1.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +22,12 @@ from stepquant.methods.step import register_step
 def smoothing_factors(W: Tensor, X_max: Tensor, alpha: float) -> Tensor:
     """Factors `s[j] = max|X_j|^alpha / max|W_j|^(1 - alpha)`, `[C_in]`.
 
-    `W [C_out, C_in, ...]`, `X_max [C_in]` the largest magnitude of each input channel. A channel
-    that is zero on either side gets 1.
+    A channel whose activations or weights are all zero gets 1.
+
+    Args:
+        W: Weight, `[C_out, C_in, ...]`.
+        X_max: Largest magnitude of each in-channel, `[C_in]`.
+        alpha: Share of the difficulty that moves from activations to weights, 0 to 1.
     """
     W_max = W.flatten(2).abs().amax(dim=(0, 2)) if W.dim() > 2 else W.abs().amax(dim=0)
     s = X_max.pow(alpha) / W_max.pow(1 - alpha)
@@ -26,8 +38,9 @@ def smoothing_factors(W: Tensor, X_max: Tensor, alpha: float) -> Tensor:
 class Smoothing(ScalingStep):
     """Balance activation and weight ranges per in-channel, for comparison with Weight Dilation.
 
-    `alpha`: how much of the difficulty moves from activations to weights. `fold`: see
-    `ScalingStep`.
+    Attributes:
+        alpha: Share of the difficulty that moves from activations to weights, 0 to 1.
+        fold: See `ScalingStep`.
     """
 
     name = "smoothing"
@@ -35,7 +48,11 @@ class Smoothing(ScalingStep):
     fold: bool = True
 
     def apply(self, session: Session) -> None:
-        """Scale all layers; the summary has the range change per layer."""
+        """Scale all layers; the summary has the range change of each input part.
+
+        Raises:
+            StepQuantError: An earlier step has initialised the ranges.
+        """
         session.require_no_ranges(self.name)
         session.summary[self.name] = apply_scaling(
             session,

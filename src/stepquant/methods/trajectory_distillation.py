@@ -1,8 +1,23 @@
-"""Distillation along the float model's sampling trajectories: EfficientDM (He et al., ICLR 2024).
+"""Trajectory distillation of EfficientDM (He et al., ICLR 2024, arXiv 2310.03270).
 
-The quantized denoiser learns to predict the noise that the float one predicts, all layers together,
-on fresh trajectories that the float model draws from noise: no data are needed (arXiv 2310.03270,
-section 3.2 and algorithm 1).
+Section 3.2 and algorithm 1. All layers are trained together. The float model draws fresh
+trajectories from noise, and along them the quantized model `ε̂` learns to predict the noise that
+the float model `ε` predicts; no data are needed:
+
+    L = || ε̂(x_t, t) - ε(x_t, t) ||^2 / || ε(x_t, t) ||^2
+
+Deviations:
+
+- Steps are mixed, not in the sampler's order, which had the higher held-out loss on the embedded
+  model (`benchmarks/mixed_bits.py` compares both).
+- Adam instead of AdamW.
+- Learning rates are relative to each quantizer's grid and decay along a cosine. The paper's rates
+  of scales are absolute (1e-6 for weights, 5e-4 for activations) and decay linearly.
+- Weight zero points are not trained.
+- The loss is relative to the prediction's power.
+- The state with the lowest task loss on held-out inputs is kept, so the step never raises it. That
+  loss is a ratio of sums over all steps; most of it comes from the late ones.
+- `self_sampled` and `influence_exponent` are not the paper's.
 """
 
 from __future__ import annotations
@@ -27,33 +42,35 @@ from stepquant.support.errors import StepQuantError
 
 HELD_OUT = 128  # calibration inputs, spread over the steps
 SECONDS_BETWEEN_SAVES = 20.0
-CHECKS = 8  # of the held-out loss, evenly over the training
+CHECKS = 8  # measurements of the held-out loss, evenly over the training
 
 
 @register_step
 class TrajectoryDistillation(Step):
     """Train all layers together to predict the float model's noise on its own trajectories.
 
-    `rounds`: how often `batch` new images are drawn and their steps trained on. `window`: how many
-    consecutive steps of each image go into one optimizer step. `step_order`: "mixed" shuffles the
-    windows of a round; "sampler" walks the steps as the sampler does, as EfficientDM trains;
-    "shuffled" takes `batch * window` inputs of any steps and images of the round into each.
-    `self_sampled`: the share of rounds, at the end, whose trajectories the quantized model draws
-    itself: it then learns on the inputs that it meets, its own errors included (the exposure bias
-    that TCAQ-DM's progressive reconstruction is for; not in EfficientDM).
-    `weight_rate`, `scale_rate`, `activation_rate`: learning rates in grid steps per iteration,
-    before the cosine decay, as in block distillation; where layers have low-rank adapters,
-    `weight_rate` is the adapters' (the paper's scale-aware rate is 1/2500). Defaults are chosen by
-    held-out loss, for far fewer iterations than the paper's.
+    The three rates are in grid steps per iteration, before the cosine decay, as in block
+    distillation. Defaults are chosen by held-out loss, for far fewer iterations than the paper's.
 
-    Deviations: steps are mixed, not in the sampler's order, which had the higher held-out loss on
-    the embedded model (`benchmarks/mixed_bits.py` compares both); Adam instead of AdamW; the
-    paper's rates of scales are absolute (1e-6 for weights, 5e-4 for activations) and decay
-    linearly; weight zero points are not trained; the loss is relative to the prediction's power;
-    the state of the lowest task loss on held-out inputs is kept, so that the step never makes it
-    worse: a ratio of sums over all steps, most of which comes from the late ones. Held out are
-    calibration inputs, or in the self-sampled rounds other trajectories that the model draws
-    itself at the time.
+    Held-out inputs are calibration inputs; in self-sampled rounds, inputs from other trajectories
+    that the model draws itself at that time.
+
+    Attributes:
+        rounds: Number of rounds. Each draws new images and trains on their steps.
+        batch: Images per round.
+        window: Consecutive steps of each image in one optimizer step.
+        step_order: "mixed" shuffles the windows of a round. "sampler" follows the order of the
+            sampler, as EfficientDM trains. "shuffled" takes `batch * window` inputs of any steps
+            and images of the round into each optimizer step.
+        self_sampled: Share of rounds, at the end, whose trajectories the quantized model draws
+            itself. It then learns on the inputs that it meets, its own errors included. This is the
+            exposure bias that TCAQ-DM's progressive reconstruction addresses; not in EfficientDM.
+        weight_rate: How far a weight moves. Where layers have low-rank adapters, the rate of these
+            (the paper's scale-aware rate is 1/2500).
+        scale_rate: How far the end of a weight range moves.
+        activation_rate: How far the end of an activation range, and the zero point, moves.
+        influence_exponent: Above 0, the squared error is weighted by its influence on the image to
+            this power, by step and frequency (`calibration.influence`). 0 is the paper's loss.
     """
 
     name = "trajectory_distillation"
@@ -71,16 +88,28 @@ class TrajectoryDistillation(Step):
 
     @property
     def needs_influence(self) -> bool:
-        """If errors count by it."""
+        """True if errors are weighted by their influence."""
         return self.influence_exponent > 0
 
     def check_model(self, model: nn.Module, adapter: DenoiserAdapter, scheduler: Any) -> None:
-        """What an error does to the image must be followed through the sampler, if it counts."""
+        """Check that the sampler allows the influence of errors to be traced, where it counts.
+
+        Raises:
+            StepQuantError: `influence_exponent` is above 0, and a step of `scheduler` depends on
+                more than its own input (any other than DDIM and DDPM).
+        """
         if self.influence_exponent > 0:
             check_without_memory(scheduler)
 
     def apply(self, session: Session) -> None:
-        """Train; the summary has the held-out losses over time."""
+        """Train; the summary has the held-out losses over time.
+
+        The work folder keeps the training's state every `SECONDS_BETWEEN_SAVES`, so that an
+        interrupted run can resume.
+
+        Raises:
+            StepQuantError: The loss is not finite.
+        """
         session.ensure_ranges()
         layers = list(session.layers().values())
         per_round = math.ceil(len(session.trajectories.timesteps) / self.window)
@@ -104,7 +133,7 @@ class TrajectoryDistillation(Step):
             task.advance(training.rounds, f"loss {training.losses[-1]:.2e}")
             while training.rounds < self.rounds:
                 own = training.rounds >= turn
-                if training.rounds == turn:  # from here on other inputs are held out
+                if training.rounds == turn:  # from here on, other inputs are held out
                     session.model.load_state_dict(training.best)
                     training.compare_anew(self._held_out_loss(session, own))
                 self._train_round(session, training, own, measure=training.rounds % every == 0)
@@ -133,10 +162,10 @@ class TrajectoryDistillation(Step):
         }
 
     def losses(self, session: Session, inputs: Trajectories) -> tuple[Tensor, Tensor | None]:
-        """`(task loss, further term or None)` of a window's `inputs`, `window * B` of them.
+        """`(task loss, further term or None)` on the `inputs` of one optimizer step.
 
-        The task loss is the squared error of the predicted noise over its mean square, weighted by
-        its influence.
+        The task loss is the squared error of the predicted noise, weighted by its influence, over
+        the mean square of the float prediction. Subclasses add a term.
         """
         with torch.no_grad():
             target = predict(session.float_model, inputs)
@@ -145,14 +174,21 @@ class TrajectoryDistillation(Step):
         return loss, None
 
     def _power(self, session: Session, error: Tensor, timestep: Tensor) -> Tensor:
-        """Mean square of `error [B, C, H, W]`, weighted by its influence, `[B]`."""
+        """Mean square of each `error [B, C, H, W]`, weighted by its influence, `[B]`.
+
+        `timestep [B]` are the errors' steps.
+        """
         if self.influence_exponent == 0:
             return error.square().flatten(1).mean(dim=1)
         spectrum = session.influence(self.influence_exponent)
         return weighted_power(error, spectrum[session.context.grid.rows(timestep)])
 
     def _train_round(self, session: Session, training: Training, own: bool, measure: bool) -> None:
-        """One optimizer step for each window of fresh trajectories, the model's `own` or float."""
+        """Draw new trajectories and take one optimizer step for each of their windows.
+
+        `own`: the quantized model draws them, otherwise the float model. `measure`: note the
+        gradient norms on the first window, if there is a further term.
+        """
         data = session.draw(
             self.batch,
             session.seed + 3_000_000 + training.rounds * self.batch,
@@ -176,13 +212,14 @@ class TrajectoryDistillation(Step):
             training.optimizer.step()
 
     def _windows(self, data: Trajectories, seed: int) -> Iterator[Tensor]:
-        """Indices of each optimizer step, `[window * B]`.
+        """Indices of the inputs of each optimizer step, `[window * B]`.
 
-        Step by step, the same images in each; where shuffled, any inputs of the round.
+        They lie step by step, with the same images at each step. With "shuffled", they are any
+        inputs of the round.
         """
         generator = torch.Generator().manual_seed(seed)
         if self.step_order == "shuffled":
-            per_step = len(data) // len(data.timesteps)  # with guidance two of each image
+            per_step = len(data) // len(data.timesteps)  # with guidance, two inputs per image
             order = torch.randperm(len(data), generator=generator)
             yield from order.split(self.window * per_step)
             return
@@ -198,7 +235,8 @@ class TrajectoryDistillation(Step):
     def _held_out_loss(self, session: Session, own: bool) -> float:
         """The task loss on inputs that are not trained on.
 
-        Calibration inputs, or those on the model's `own` trajectories to as many images.
+        These are calibration inputs, or with `own` inputs from trajectories that the quantized
+        model draws.
         """
         data = session.trajectories
         if own:
@@ -217,10 +255,16 @@ class TrajectoryDistillation(Step):
 
 @dataclass
 class Training:
-    """What a training that was interrupted needs to go on.
+    """The resumable state of a training run.
 
-    `rounds` done, held-out `losses` so far, the `best` state by those from number `compared_from`
-    on, and the gradient norms measured, `(task loss, further term)`.
+    Attributes:
+        model: The module that is trained.
+        optimizer: Its optimizer.
+        rounds: Finished rounds.
+        losses: Held-out losses so far.
+        compared_from: Index of the first loss that `best` is chosen by.
+        best: State with the lowest of these losses.
+        norms: Measured gradient norms, `(task loss, further term)`.
     """
 
     model: nn.Module
@@ -232,19 +276,19 @@ class Training:
     norms: list[tuple[float, float]] = field(default_factory=list)
 
     def check(self, loss: float) -> None:
-        """Note a held-out loss, and keep the state if it is the lowest."""
+        """Append a held-out loss, and keep the state if the loss is the lowest."""
         compared = self.losses[self.compared_from :]
         if not compared or loss < min(compared):
             self.best = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.losses.append(loss)
 
     def compare_anew(self, loss: float) -> None:
-        """Forget earlier losses, which were measured on other inputs; `loss` is now's."""
+        """Compare from now on with `loss` only: earlier losses were measured on other inputs."""
         self.compared_from = len(self.losses)
         self.check(loss)
 
     def measure(self, task: Tensor, term: Tensor) -> None:
-        """Note the gradient norms of both, without touching gradients."""
+        """Note the gradient norms of both losses; parameters keep their gradients."""
         parameters = self.optimizer.parameters()
         norms = []
         for loss in (task, term):
@@ -254,7 +298,7 @@ class Training:
         self.norms.append((norms[0], norms[1]))
 
     def state(self) -> dict[str, Tensor]:
-        """All of it as named tensors."""
+        """The whole state as named tensors, for the work folder."""
         tensors = {f"model/{key}": value for key, value in self.model.state_dict().items()}
         tensors |= {f"best/{key}": value for key, value in self.best.items()}
         tensors |= {f"optimizer/{key}": value for key, value in self.optimizer.state().items()}
@@ -265,7 +309,7 @@ class Training:
         return tensors
 
     def load(self, tensors: dict[str, Tensor], updates_per_round: int) -> None:
-        """Take up what `state` gave."""
+        """Restore what `state` returned; every round had `updates_per_round` optimizer steps."""
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")

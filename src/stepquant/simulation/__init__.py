@@ -1,1 +1,1 @@
-"""The scheme of bits, and the float model's simulated and integer twins."""
+"""The quantization scheme, and conversion of the simulation to packed layers."""

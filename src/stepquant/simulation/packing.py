@@ -1,4 +1,8 @@
-"""From the trainable simulation to packed layers."""
+"""Conversion of the trainable simulation to packed layers.
+
+The weights of each out-channel become codes, packed at the channel's own bits. Zero points become
+uint8 codes. Scales and biases are copied.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ from stepquant.support.errors import StepQuantError
 
 
 def layer_spec(layer: QuantLayer) -> LayerSpec:
-    """The kernel-side description of a simulated layer."""
+    """The description of a simulated layer that kernels need: shape, bits, kind of zero points."""
     bits = layer.channel_bits
     levels, channels = bits.unique(return_counts=True)
     spec = LayerSpec(
@@ -57,7 +61,12 @@ def layer_spec(layer: QuantLayer) -> LayerSpec:
 
 @torch.no_grad()
 def pack_layer(layer: QuantLayer) -> PackedLayer:
-    """The packed layer with the codes, scales and tables of `layer`."""
+    """A packed layer with the codes, scales and step tables of `layer`.
+
+    Raises:
+        StepQuantError: A zero point is off its grid, or out-channels with half zero points have too
+            many bits.
+    """
     spec = layer_spec(layer)
     kind = PackedLinear if spec.kind == "linear" else PackedConv2d
     steps = max(inputs.steps for inputs, _, _ in layer.parts())
@@ -96,7 +105,11 @@ def pack_layer(layer: QuantLayer) -> PackedLayer:
 
 @torch.no_grad()
 def pack_attention(attention: QuantAttention) -> PackedAttention:
-    """The packed products with the tables of `attention`."""
+    """Packed attention products with the step tables of `attention`.
+
+    Raises:
+        StepQuantError: A zero point is off its grid.
+    """
     probabilities = attention.probabilities
     packed = PackedAttention(
         attention.bits, probabilities.bits, probabilities.steps, attention.context
@@ -111,7 +124,11 @@ def pack_attention(attention: QuantAttention) -> PackedAttention:
 
 
 def activation_zero_codes(quantizer: ActivationQuantizer) -> Tensor:
-    """Zero points `[T]` as uint8 codes; an error where one is off the grid."""
+    """Zero points of an activation quantizer, rounded to uint8 codes `[T]`.
+
+    Raises:
+        StepQuantError: One of them is off the grid.
+    """
     codes, largest = torch.round(quantizer.zero_point), max_code(quantizer.bits)
     if not bool(((codes >= 0) & (codes <= largest)).all()):
         raise _off_grid("activation", codes, f"0..{largest} for {quantizer.bits} bits")
@@ -119,7 +136,14 @@ def activation_zero_codes(quantizer: ActivationQuantizer) -> Tensor:
 
 
 def weight_zero_codes(quantizer: WeightQuantizer, halves: bool) -> Tensor:
-    """Zero points `[C_out]` as uint8, in half steps if `halves`; an error for one off the grid."""
+    """Zero points of a weight quantizer, uint8 `[C_out]`; counted in half steps if `halves`.
+
+    8-bit weights are symmetric: their zero point is 128.
+
+    Raises:
+        StepQuantError: One of them is off the grid, or `halves` and an out-channel has more than
+            `MOST_BITS_WITH_HALVES` bits.
+    """
     zero_point, bits = quantizer.zero_point, quantizer.channel_bits
     symmetric = bits == 8
     low = torch.where(symmetric, WEIGHT_ZERO_POINT_8BIT, 0)
@@ -140,6 +164,7 @@ def weight_zero_codes(quantizer: WeightQuantizer, halves: bool) -> Tensor:
 
 
 def _off_grid(what: str, found: Tensor, expected: str) -> StepQuantError:
+    """The error for zero points off the grid."""
     return StepQuantError(
         f"{what} zero points lie in {float(found.min()):g}..{float(found.max()):g}: expected "
         f"{expected}"
@@ -149,7 +174,10 @@ def _off_grid(what: str, found: Tensor, expected: str) -> StepQuantError:
 def pack_model(model: nn.Module) -> nn.Module:
     """Replace every simulated layer and attention of `model` by its packed one, in place.
 
-    Blocks that can hand codes to their layers do so from now on.
+    From then on, blocks hand codes to their layers where they can.
+
+    Raises:
+        StepQuantError: See `pack_layer`.
     """
 
     def packed(_: str, module: nn.Module) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""What is quantized to how many bits: `Scheme`, its named protocols, and bits per layer."""
+"""Bit widths: `Scheme`, its named protocols, and the bits of each layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,16 @@ PROTOCOLS = {
 
 
 class Override(BaseModel):
-    """Other bits for the layers whose name matches `pattern` (shell-style, case-sensitive)."""
+    """Other bits for layers whose name matches `pattern`.
+
+    Attributes:
+        pattern: Shell-style pattern, case-sensitive.
+        weight_bits: 1 to 8.
+        activation_bits: 1 to 8.
+
+    Raises:
+        StepQuantError: Bits are out of range.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     pattern: str
@@ -40,10 +49,23 @@ class Override(BaseModel):
 
 
 class Scheme(BaseModel):
-    """Bits of weights and activations, the protocol, and exceptions by pattern.
+    """Bits of weights and activations, the protocol, and exceptions by layer name.
 
-    `attention_bits`: of the queries, keys and values that attention multiplies; None leaves its
-    products float. `probability_bits`: of its probabilities, 8 unless said.
+    All bits are whole numbers from 1 to 8.
+
+    Attributes:
+        weight_bits: Bits of weights, per out-channel grids.
+        activation_bits: Bits of layer inputs, per-tensor grids.
+        protocol: Name in `PROTOCOLS`: which layers stay float or at 8 bits.
+        attention_bits: Bits of the queries, keys and values that attention multiplies; None leaves
+            its products float.
+        probability_bits: Bits of attention's probabilities.
+        overrides: Other bits for layers by name.
+
+    Raises:
+        StepQuantError: Bits are out of range, the protocol is unknown or leaves attention's
+            products float where `attention_bits` is set, or `probability_bits` is set without
+            `attention_bits`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -94,13 +116,22 @@ class Scheme(BaseModel):
 
     @property
     def label(self) -> str:
-        """The field's short name, as "w4a8"."""
+        """The usual short name, such as "w4a8"."""
         return f"w{self.weight_bits}a{self.activation_bits}"
 
     def layer_bits(
         self, model: nn.Module, adapter: DenoiserAdapter
     ) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-        """`({layer: (weight bits, activation bits)}, {layer left float: reason})`."""
+        """Bits of each layer of `model`, and the layers that stay float.
+
+        A later override wins over an earlier one, and all of them over the protocol's 8 bits.
+
+        Returns:
+            `({layer: (weight bits, activation bits)}, {layer left float: reason})`.
+
+        Raises:
+            StepQuantError: An override matches no quantized layer.
+        """
         bits: dict[str, tuple[int, int]] = {}
         left_float: dict[str, str] = {}
         outer = adapter.input_output_layers(model)

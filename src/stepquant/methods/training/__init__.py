@@ -1,1 +1,1 @@
-"""What training by blocks and by trajectories share."""
+"""Training loops, optimizers and multi-step losses that several steps share."""

@@ -1,4 +1,4 @@
-"""What steps that train block by block share: inputs, targets, guard, resume."""
+"""Block-by-block training: inputs, targets, guard and resume."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from stepquant.models.calling import tensors_in, with_tensors
 from stepquant.quantizers import QuantLayer
 from stepquant.support.errors import StepQuantError
 
-BYTES_OF_TARGETS = 512 << 20  # float-chain outputs that are kept at once
-BYTES_OF_OUTPUTS = 4 << 30  # of finished blocks; where they would take more, blocks run again
-CHECKS = 8  # of the held-out loss, evenly over the training
+BYTES_OF_TARGETS = 512 << 20  # limit for float-chain outputs kept at once
+BYTES_OF_OUTPUTS = 4 << 30  # limit for outputs of finished blocks; above it, blocks run again
+CHECKS = 8  # measurements of the held-out loss, evenly over the training
 
-# (block's name, block, its data, generator) -> held-out loss (before, after)
+# (block's name, block, its data, generator) -> held-out losses (before, after)
 TrainBlock = Callable[[str, nn.Module, BlockData, torch.Generator], tuple[float, float]]
 
 
@@ -47,10 +47,19 @@ def training_inputs(
     together: int = 1,
     trajectories: Trajectories | None = None,
 ) -> Trajectories:
-    """`samples` calibration inputs (or of `trajectories`), spread evenly over the sampling steps.
+    """Calibration inputs for training, spread evenly over the sampling steps.
 
-    `together` above 1 takes several steps of each trajectory instead, see `coherent_inputs`. Raises
-    StepQuantError, which names `step`, where there are less than two.
+    Args:
+        session: Gives the calibration trajectories and the seed.
+        step: Name of the step, for errors.
+        samples: Number of inputs; all, if there are fewer.
+        together: Above 1, several steps of each trajectory are taken instead, see
+            `coherent_inputs`.
+        trajectories: Inputs to choose from, in place of the session's.
+
+    Raises:
+        StepQuantError: There are fewer than 2 inputs, or with `together` above 1 fewer than 2
+            images.
     """
     source = session.trajectories if trajectories is None else trajectories
     if together > 1:
@@ -65,18 +74,18 @@ def training_inputs(
 
 
 def steps_taken(session: Session, samples: int, together: int) -> int:
-    """How many steps of each trajectory are in `training_inputs`; 1 where `together` is 1."""
+    """Number of steps of each trajectory in `training_inputs`; 1 if `together` is 1."""
     return 1 if together == 1 else steps_of_each(session.trajectories, samples, together)
 
 
 def trained_layers(session: Session, block: str) -> list[QuantLayer]:
     """The quantized layers of `block` that are trained with it.
 
-    Not those that embed the timestep where they are a part of the block only, as in a DiT's: they
-    keep their first grids and nearest codes. All that such a block does hangs on one row for each
-    sample; training it along with the rest, weights or their rounding, drives it off and leaves
-    blocks worse on held-out inputs (`docs/methods.md` has figures). An embedding that is a block of
-    its own has a target of its own, and is trained.
+    Layers that embed the timestep inside a block, as in a DiT, are not trained: they keep their
+    first grids and nearest codes. The whole block depends on the embedding, one row for each
+    sample. Training it with the rest, weights or their rounding, makes it drift and leaves blocks
+    worse on held-out inputs (`docs/methods.md` has figures). An embedding that is a block of its
+    own has its own target, and is trained.
     """
     embeds = session.adapter.time_embedding_layers(session.float_model)
     layers = {
@@ -98,10 +107,21 @@ def train_blocks(
 ) -> list[dict[str, Any]]:
     """Call `train` for each block that has quantized layers, in execution order.
 
-    A block's inputs are what the chain quantized so far gives on `data` (with `float_inputs` the
-    float chain), its targets what the float chain gives there; `2 * batch` samples are run at once.
-    Finished blocks are kept in the work folder under `key`, and taken from there. `doing` is what
-    the progress bar says. Gives each block's name and its held-out losses.
+    A block's inputs are the outputs of the chain quantized so far, its targets those of the float
+    chain.
+
+    Args:
+        session: Gives the models; `session.model` changes in place.
+        key: Prefix of the pieces in the work folder. It keeps finished blocks, which a resumed run
+            loads from there.
+        doing: Label of the progress bar.
+        data: Calibration inputs.
+        batch: Batch size of training; captures run `2 * batch` samples at once.
+        train: Trains one block and returns its held-out losses.
+        float_inputs: Take the inputs from the float chain too.
+
+    Returns:
+        A record for each block, with its name and its held-out losses before and after.
     """
     model, float_model = session.model, session.float_model
     names = [
@@ -112,7 +132,7 @@ def train_blocks(
     records = []
     targets: dict[str, Tensor] = {}
     inputs_from = float_model if float_inputs else model
-    # What finished blocks give, so that none of them runs again for each block behind it.
+    # Outputs of finished blocks, so that none of these runs again for each block behind it.
     outputs: dict[str, Any] = {}
     replayable = replayable_blocks(float_model, names, data)
     if most_kept(names, replayable) * len(data) > BYTES_OF_OUTPUTS:
@@ -140,7 +160,7 @@ def train_blocks(
                 block = inputs_from.get_submodule(name)
                 outputs[name] = _run(session, block, args, kwargs, data.timestep, 2 * batch)
             for done, y in outputs.items():
-                if replayable[done].last <= index:  # only its shape is read from here on
+                if replayable[done].last <= index:  # from here on, only its shape is read
                     outputs[done] = _forgotten(y, len(data))
             records.append({"block": name, "loss_before": losses[0], "loss_after": losses[1]})
             task.advance(note=f"{name} loss {losses[0]:.2e} -> {losses[1]:.2e}")
@@ -148,7 +168,10 @@ def train_blocks(
 
 
 def most_kept(order: list[str], replayable: Mapping[str, Replayable]) -> int:
-    """Bytes for each sample of the outputs that are kept at once, at the most."""
+    """Most bytes per sample that the kept outputs of blocks take at once.
+
+    `order` has the blocks' names in execution order.
+    """
     return max(
         sum(
             replayable[name].nbytes
@@ -168,7 +191,7 @@ def _run(
     timestep: Tensor,
     batch: int,
 ) -> Any:
-    """What `block` gives for its inputs at `timestep [N]`, `batch` at once, `[N, ...]`."""
+    """Outputs `[N, ...]` of `block` for its inputs at `timestep [N]`, in batches of `batch`."""
     joined: list[Rows] = []
     output: Any = None
     for start in range(0, len(timestep), batch):
@@ -184,7 +207,7 @@ def _run(
 
 
 def _forgotten(output: Any, count: int) -> Any:
-    """Of the same shapes, with the values of the first sample only."""
+    """`output` with its shapes, but only the values of the first sample, for `count` samples."""
 
     def expanded(tensor: Tensor) -> Tensor:
         return tensor[:1].clone().expand(count, *tensor.shape[1:])
@@ -195,7 +218,7 @@ def _forgotten(output: Any, count: int) -> Any:
 def _targets(
     session: Session, names: list[str], data: Trajectories, batch: int
 ) -> dict[str, Tensor]:
-    """Float outputs of as many of `names` as memory allows, the next one in any case."""
+    """Float outputs of as many of `names` as memory allows, but at least of the first."""
     model = session.float_model
     one = capture_outputs(model, names, data.subset(1, 0), 1)
     chosen: list[str] = []
@@ -209,13 +232,19 @@ def _targets(
 
 
 class GuardedBlock:
-    """A block in training: its loss, and its state with the lowest loss on held-out samples.
+    """A block in training, its loss, and its state with the lowest loss on held-out samples.
 
-    The loss is the mean squared error over the mean square of the target; with `together` above 1
-    the mean square of the error's mean over so many neighbours in a batch, steps of one trajectory
-    (all `steps` that the data have of it, where these are fewer).
-    The last eighth of the samples is held out, or of the trajectories. `train`: indices of the
-    others; `first`, `best`: held-out losses.
+    The loss is the mean squared error over the mean square of the target. With `together` above 1,
+    it is the mean square of the error's mean over that many neighbours in a batch, which are steps
+    of one trajectory (all `steps` that the data have of it, if these are fewer).
+
+    The last eighth of the samples, or of the trajectories, is held out.
+
+    Attributes:
+        block: The module that is trained.
+        train: Indices of the samples that are not held out, int64.
+        first: Held-out loss before training.
+        best: Lowest held-out loss so far.
     """
 
     def __init__(
@@ -229,7 +258,10 @@ class GuardedBlock:
         together: int = 1,
         steps: int = 1,
     ) -> None:
-        """Measure the held-out loss, `2 * batch` samples at once; `step`, `name` are for errors."""
+        """Measure the held-out loss, `2 * batch` samples at once.
+
+        `step` and `name` are those of the step and the block, for errors.
+        """
         self.block = block
         self._step, self._name, self._data = step, name, data
         self._steps = 1 if together == 1 else steps
@@ -249,7 +281,11 @@ class GuardedBlock:
         self._keep()
 
     def loss(self, index: Tensor) -> Tensor:
-        """The loss on the samples `index`; an error that names the block where it is not finite."""
+        """The loss on the samples `index`, a differentiable scalar.
+
+        Raises:
+            StepQuantError: The loss is not finite; the message names the block.
+        """
         args, kwargs, target, timestep = self._data.batch(index)
         self._context.set_timestep(timestep)
         output = joined_output(self.block(*args, **kwargs))
@@ -265,7 +301,7 @@ class GuardedBlock:
         return loss
 
     def _mean_square(self) -> Tensor:
-        """Of the target, chunk by chunk, as it may be larger than the memory."""
+        """Mean square of the target, chunk by chunk: the target may not fit in memory."""
         total = torch.zeros((), dtype=torch.float64)
         for chunk in self._data.target.split(self._chunk):
             total += chunk.square().sum(dtype=torch.float64)
@@ -282,18 +318,18 @@ class GuardedBlock:
         )
 
     def check(self) -> None:
-        """Measure the held-out loss and keep the state if it is the lowest."""
+        """Measure the held-out loss, and keep the state if the loss is the lowest."""
         now = self._evaluate()
         if now < self.best:
             self.best = now
             self._keep()
 
     def restore(self) -> None:
-        """Take up the best state so far."""
+        """Load the best state so far."""
         self.block.load_state_dict(self._state)
 
     def finish(self) -> tuple[float, float]:
-        """Take up the best state and forget gradients; the held-out loss before and after."""
+        """Load the best state and drop gradients; returns held-out losses `(before, after)`."""
         self.restore()
         for parameter in self.block.parameters():
             parameter.grad = None
@@ -318,7 +354,7 @@ def is_check(iteration: int, iterations: int) -> bool:
 def mixed_batches(
     train: Tensor, batch: int, iterations: int, generator: torch.Generator
 ) -> list[Tensor]:
-    """`batch` of the indices `train` for each iteration, drawn over all sampling steps."""
+    """`batch` random indices from `train` for each iteration, drawn over all sampling steps."""
     return [
         train[torch.randint(len(train), (batch,), generator=generator)] for _ in range(iterations)
     ]

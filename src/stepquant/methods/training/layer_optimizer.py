@@ -1,4 +1,4 @@
-"""The optimizer of quantized layers: rates in grid steps, lazy rows for the step tables."""
+"""Optimizers of quantized layers: rates in grid steps, lazy rows for step tables."""
 
 from __future__ import annotations
 
@@ -13,49 +13,60 @@ from stepquant.quantizers import QuantLayer
 
 
 class Optimizer(Protocol):
-    """What a training that goes on where it was stopped needs of its optimizer."""
+    """The interface that a resumable training run needs of its optimizer."""
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         ...
 
     def step(self) -> None:
-        """One update."""
+        """Update all parameters once."""
         ...
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained."""
+        """All trained parameters."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that `load_state` needs to go on from here, by name."""
+        """All state that `load_state` needs, by name."""
         ...
 
     def load_state(self, tensors: dict[str, Tensor], iteration: int) -> None:
-        """Take up what `state` gave after `iteration` steps."""
+        """Restore what `state` returned after `iteration` steps."""
         ...
 
 
 def mean_scale(*quantizers: nn.Module) -> float:
-    """Mean grid step of one or more quantizers."""
+    """Mean scale (grid step) of one or more quantizers."""
     return float(torch.cat([quantizer.scale.detach() for quantizer in quantizers]).mean())
 
 
 def cosine_decay(iteration: int, iterations: int) -> float:
-    """The share of a learning rate at `iteration`: from 1 at 0 to 0 at `iterations`."""
+    """Factor of a learning rate at `iteration`: from 1 at 0 to 0 at `iterations`."""
     return 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
 class LayerOptimizer:
-    """Adam for weights and weight scales, SparseAdam for step tables, one cosine decay for both.
+    """Adam for weights and weight scales, SparseAdam for step tables, with a common cosine decay.
 
-    Where a layer has a low-rank adapter, that is trained in the place of its weight and bias; where
-    it has roundings, their logits are, in the place of weight, bias and weight scales (the floors
-    hang on the scales), and `weight_rate` is theirs as it is. Rates are in grid steps of the layer:
-    mean scales and the codes of its nominal bits, also where out-channels have more or fewer bits.
+    SparseAdam keeps its state row by row and touches only rows with a gradient. Plain Adam would
+    keep moving the rows of other steps by their momentum.
 
-    SparseAdam keeps its state row by row and touches only the rows that a batch named: plain Adam
-    would go on moving the rows of other steps by their momentum.
+    A layer with a low-rank adapter trains the adapter in place of weight and bias. A layer with
+    learned rounding trains the rounding logits in place of weight, bias and weight scales; its
+    scales stay fixed, because its rounded-down codes depend on them.
+
+    Args:
+        layers: The layers to train.
+        weight_rate: Grid steps that a weight (and a bias) moves per iteration. For rounding logits,
+            the learning rate itself.
+        scale_rate: Grid steps that the end of a weight range moves per iteration.
+        activation_rate: Grid steps that the end of an activation range, and the zero point, moves
+            per iteration.
+        iterations: Optimizer steps of the cosine decay.
+
+    A grid step is the mean scale of the layer, and ranges count the codes of its nominal bits, even
+    where out-channels have more or fewer bits.
     """
 
     def __init__(
@@ -95,19 +106,20 @@ class LayerOptimizer:
         ]
 
     def _decay(self, iteration: int) -> float:
+        """Factor of all rates at `iteration`."""
         return cosine_decay(iteration, self._iterations)
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update, then scales stay positive and zero points on the grid."""
+        """Update all parameters once; scales stay at least 1e-8 and zero points on the grid."""
         for table in self._tables:
             if table.grad is not None:
-                table.grad = table.grad.to_sparse()  # names the rows with a gradient
+                table.grad = table.grad.to_sparse()  # holds only rows with a gradient
         for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
             optimizer.step()
             schedule.step()
@@ -119,7 +131,7 @@ class LayerOptimizer:
                 quantizer.zero_point.clamp_(0, max_code(quantizer.bits))
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained."""
+        """All trained parameters."""
         return [
             parameter
             for optimizer in self._optimizers
@@ -128,7 +140,7 @@ class LayerOptimizer:
         ]
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that `load_state` needs to go on from here, by name."""
+        """All state that `load_state` needs, by name."""
         tensors = {}
         for number, optimizer in enumerate(self._optimizers):
             for index, values in optimizer.state_dict()["state"].items():
@@ -137,13 +149,13 @@ class LayerOptimizer:
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor], iteration: int) -> None:
-        """Take up what `state` gave after `iteration` steps."""
+        """Restore what `state` returned after `iteration` steps."""
         for number, optimizer in enumerate(self._optimizers):
             plain = optimizer.state_dict()
             for name, value in tensors.items():
                 owner, index, key = name.split(".")
                 if int(owner) == number:
-                    # SparseAdam counts its steps in a plain number.
+                    # SparseAdam keeps its step count as an int, Adam as a tensor.
                     entry = value if key != "step" or number == 0 else int(value)
                     plain["state"].setdefault(int(index), {})[key] = entry
             optimizer.load_state_dict(plain)
@@ -156,7 +168,8 @@ class LayerOptimizer:
 class AdamOptimizer:
     """Adam at one rate, which falls along a cosine over `iterations`.
 
-    The squares are averaged over a hundred steps, not a thousand: there are not many more.
+    `beta_2` is 0.99 in place of 0.999: squares are averaged over about a hundred steps, because
+    there are not many more.
     """
 
     def __init__(self, parameters: list[nn.Parameter], rate: float, iterations: int) -> None:
@@ -165,22 +178,22 @@ class AdamOptimizer:
         self._iteration = 0
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         self._adam.zero_grad(set_to_none=True)
 
     def step(self) -> None:
-        """One update."""
+        """Update all parameters once."""
         decay = cosine_decay(self._iteration, self._iterations)
         self._adam.param_groups[0]["lr"] = self._rate * decay
         self._adam.step()
         self._iteration += 1
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained."""
+        """All trained parameters."""
         return self._parameters
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that `load_state` needs to go on from here, by name."""
+        """All state that `load_state` needs, by name."""
         return {
             f"{index}.{key}": torch.as_tensor(value)
             for index, values in self._adam.state_dict()["state"].items()
@@ -188,7 +201,7 @@ class AdamOptimizer:
         }
 
     def load_state(self, tensors: dict[str, Tensor], iteration: int) -> None:
-        """Take up what `state` gave after `iteration` steps."""
+        """Restore what `state` returned after `iteration` steps."""
         plain = self._adam.state_dict()
         for name, value in tensors.items():
             index, key = name.split(".")

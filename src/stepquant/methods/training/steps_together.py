@@ -1,12 +1,13 @@
-"""Errors that add up: training on several steps of each trajectory, by the mean of their errors.
+"""Training on several steps of each trajectory at once, by the mean of their errors.
 
-An image is what many calls of the denoiser make together. Errors of its steps that point the same
-way add up in it, and errors that do not mostly cancel out, so that the mean of a block's errors
-over steps of one trajectory says more of the image than the mean of their squares. For errors with
-a part `c` that all steps share and a part of variance `v` that is independent from step to step,
-the mean over `K` steps has the square `c^2 + v / K`, where one step has `c^2 + v`.
+Ours, from no paper. An image is the result of many calls of the denoiser. Errors that point the
+same way at all steps add up in it, while others mostly cancel out. So the mean of a block's errors
+over steps of one trajectory says more about the image than the mean of their squares:
 
-This is our own; nothing in the papers that stepquant implements does it.
+    L = || (1/K) sum over t of e_t ||^2
+
+For errors with a part `c` that all steps share, and an independent part of variance `v` at each
+step, the mean over `K` steps has the square `c^2 + v / K`; that of one step is `c^2 + v`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from stepquant.support.errors import StepQuantError
 
 
 def check_together(step: str, together: int, batch: int) -> None:
-    """An error, which names `step`, where `together` steps are more than a `batch` has."""
+    """Check that a batch holds the steps that are taken together.
+
+    Args:
+        step: Name of the step, for errors.
+        together: Steps of one trajectory that are averaged.
+        batch: Samples per optimizer step.
+
+    Raises:
+        StepQuantError: `together` exceeds `batch`.
+    """
     if together > batch:
         raise StepQuantError(
             f"step '{step}' has steps_together {together} and batches of {batch}: expected no more "
@@ -28,11 +38,11 @@ def check_together(step: str, together: int, batch: int) -> None:
 
 
 def steps_of_each(data: Trajectories, samples: int, together: int) -> int:
-    """How many steps `k` of each trajectory `coherent_inputs` takes.
+    """Number `k` of steps of each trajectory that `coherent_inputs` takes.
 
-    All `T` of the sampler. Where conditions differ, as few as give every trajectory a part in
-    `samples`, but no fewer than are taken `together`: whole trajectories would be few, and most
-    labels or prompts in none of them.
+    All `T` steps of the sampler, if all trajectories have the same conditions. Otherwise as few as
+    give every trajectory a part in `samples`, but at least `together`: with whole trajectories
+    there would be few of them, and most labels or prompts would be missing.
     """
     steps = len(data.timesteps)
     if not data.conditions.differ:
@@ -43,12 +53,15 @@ def steps_of_each(data: Trajectories, samples: int, together: int) -> int:
 def coherent_inputs(
     data: Trajectories, samples: int, together: int, step: str, seed: int
 ) -> Trajectories:
-    """About `samples` inputs of `data`, `k` steps of each trajectory, one after another.
+    """About `samples` inputs of `data`, `k` steps of each trajectory, one trajectory after another.
 
-    Input `i * k + j` is that at the `j`-th step taken of trajectory `i`, `k` from `steps_of_each`.
-    Fewer than all steps are drawn at random, one from each of `k` equal parts of the sampler's.
-    With guidance an image has two trajectories; they lie side by side, at the same steps. Those of
-    two images are the least. Raises StepQuantError, which names `step`, where there is only one.
+    Input `i * k + j` is the `j`-th chosen step of trajectory `i`; `k` comes from `steps_of_each`.
+    If `k` is less than `T`, one step is drawn at random from each of `k` equal parts of the
+    sampler's steps. With guidance an image has two trajectories, which lie side by side, at the
+    same steps. The result has at least two images.
+
+    Raises:
+        StepQuantError: There are fewer than two images; the message names `step`.
     """
     steps = len(data.timesteps)
     rows = []
@@ -79,10 +92,10 @@ def coherent_batches(
     iterations: int,
     generator: torch.Generator,
 ) -> list[Tensor]:
-    """For each iteration `together` random steps of each of `batch / together` trajectories.
+    """For each iteration, `together` random steps of each of `batch / together` trajectories.
 
-    Indices `[batch]` into `coherent_inputs` of `steps` each, of its first `trajectories`; the steps
-    of one trajectory lie side by side.
+    Indices `[batch]` into inputs from `coherent_inputs` with `steps` steps each, of which the first
+    `trajectories` are used. The steps of one trajectory lie side by side.
     """
     batches = []
     for _ in range(iterations):
@@ -94,13 +107,14 @@ def coherent_batches(
 def held_out_groups(
     trajectories: Tensor, steps: int, together: int, generator: torch.Generator
 ) -> Tensor:
-    """Indices of `trajectories` in groups of `together` steps, each step in one group at most."""
+    """Indices of `trajectories` in groups of `together` steps; no step is in two groups."""
     return _groups(trajectories, steps, together, steps // together, generator)
 
 
 def _groups(
     trajectories: Tensor, steps: int, together: int, groups: int, generator: torch.Generator
 ) -> Tensor:
+    """Indices of `groups` disjoint groups of `together` random steps of each trajectory."""
     chosen = [
         int(owner) * steps + torch.randperm(steps, generator=generator)[: together * groups]
         for owner in trajectories
@@ -111,13 +125,15 @@ def _groups(
 def of_all_kinds(index: Tensor, steps: int, kinds: int) -> Tensor:
     """Indices of all inputs of each image and step, side by side, `[N * kinds]`.
 
-    `index [N]`: `i * steps + j` for the `j`-th step of image `i`. With guidance an image has
-    `kinds` trajectories in `coherent_inputs` of `steps` each.
+    Args:
+        index: `i * steps + j` for the `j`-th step of image `i`, `[N]`.
+        steps: Steps of each trajectory in `coherent_inputs`.
+        kinds: Trajectories of one image; above 1 with guidance.
     """
     trajectory = index.div(steps, rounding_mode="floor")[:, None] * kinds + torch.arange(kinds)
     return (trajectory * steps + (index % steps)[:, None]).flatten()
 
 
 def shared_error(error: Tensor, together: int) -> Tensor:
-    """The mean of `error [B, ...]` over each `together` neighbours, `[B / together, ...]`."""
+    """Mean of `error [B, ...]` over each `together` neighbours, `[B / together, ...]`."""
     return error.unflatten(0, (-1, together)).mean(dim=1)
