@@ -21,8 +21,7 @@ from fast_models import (
 from stepquant.runtime.blocks import attention, use_fast_blocks
 from stepquant.runtime.blocks.attention import FastAttention
 from stepquant.runtime.kernels import onednn
-from stepquant.runtime.ops import native
-from stepquant.runtime.ops.native.attention_call import attention_codes
+from stepquant.runtime.ops import fused, native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,12 +90,11 @@ def test_attention_in_bfloat16_is_as_near_as_bfloat16_is(masked, monkeypatch):
     monkeypatch.setattr(attention, "MANY_SCORES", 1)
     monkeypatch.setattr(attention, "multiplies_bfloat16", lambda: True)
     ours = []
+    native_form = fused.attention_codes
     monkeypatch.setattr(
-        attention, "attention_codes", lambda *each: ours.append(1) or attention_codes(*each)
+        fused, "attention_codes", lambda *each: ours.append(1) or native_form(*each)
     )
     found = attention.attend(block, inputs, mask, torch.float32)
     assert found.dtype == torch.float32
     assert 0 < (found - exact).norm() < 0.02 * exact.norm()
-    library = native.library()
-    there = library is not None and library.attention is not None
-    assert len(ours) == (there and not masked)
+    assert len(ours) == (fused.has_native_attention() and not masked)

@@ -2,7 +2,7 @@
 
 A fast block is the block itself, in a class that derives from the block's and computes the same
 from the same parts: names of modules, hooks, configs and checks of its class stay as they are.
-Where a layer cannot take codes, and under `torch.compile`, it runs the code of diffusers.
+If a layer cannot take codes, the block runs the code of diffusers.
 """
 
 from __future__ import annotations

@@ -13,9 +13,8 @@ from torch.nn import functional
 
 from stepquant.runtime.layers import codes
 from stepquant.runtime.layers.integer import PackedLayer
-from stepquant.runtime.ops import fused, native
+from stepquant.runtime.ops import fused
 from stepquant.runtime.ops.fused import Output
-from stepquant.runtime.ops.native.attention_call import attention_codes
 
 MANY_SCORES = 128 * 128  # of a head; fewer are quicker in float32
 
@@ -138,11 +137,9 @@ def attend(
         for layer, code in zip(projections(attn), inputs, strict=True)
     )
     project = attn.to_out[0]
-    library = native.library()
     pairs = query.shape[-1] // attn.heads % 2 == 0
-    if mask is None and pairs and inner is torch.bfloat16 and library and library.attention:
-        grid = codes.grid_of(project)
-        code = attention_codes(library, query, key, value, attn.heads, grid)
+    if mask is None and pairs and inner is torch.bfloat16 and fused.has_native_attention():
+        code = fused.attention_codes(query, key, value, attn.heads, codes.grid_of(project))
         return codes.run(project, [code], residual, dtype, gate=gate)
     query, key, value = (
         each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in (query, key, value)
@@ -157,7 +154,12 @@ def attend(
     return codes.run(project, codes.encode(project, y), residual, dtype, gate=gate)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile cannot ask
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16, AMX)."""
+    return _multiplies_bfloat16()
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())

@@ -20,7 +20,6 @@ def joins_in_resnets(stage: Any) -> bool:
     return (
         not freeu
         and not checkpointing
-        and not torch.compiler.is_compiling()
         and all(isinstance(resnet, FastResnetBlock2D) for resnet in stage.resnets)
     )
 

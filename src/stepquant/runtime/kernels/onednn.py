@@ -198,6 +198,31 @@ def run_codes(
     return y.to(dtype) if added is None else y.add_(added).to(dtype)
 
 
+def run_codes_traced(
+    state: tuple[Tensor, ...],
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor,
+    spec: LayerSpec,
+    added: Tensor | None,
+    dtype: torch.dtype,
+    gate: Tensor | None,
+) -> Tensor:
+    """`run_codes` in a graph, whose scale and zero point are tensors `[1]`, not numbers."""
+    packed, weight_scale, zeros, _ = state
+    arguments = (scale, zero_point.to(torch.int32), packed, weight_scale, zeros, bias)
+    if spec.kind == "linear":
+        y = torch.ops.stepquant.linear_u8s8(codes.reshape(-1, spec.in_channels), *arguments)
+        y = y.view(*codes.shape[:-1], spec.out_channels)
+    else:  # the codes have their frame already
+        geometry = (spec.kernel_size, spec.stride, (0, 0), spec.dilation)
+        y = torch.ops.stepquant.conv2d_u8s8(codes, *arguments, *geometry)
+    if gate is not None:
+        y = y * _beside(gate, y, spec)
+    return y.to(dtype) if added is None else (y + added).to(dtype)
+
+
 def _beside(gate: Tensor, y: Tensor, spec: LayerSpec) -> Tensor:
     """`gate [B, C_out]` in a shape that broadcasts over the layer's result `y`."""
     if spec.kind == "conv2d":

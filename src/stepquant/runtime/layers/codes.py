@@ -74,8 +74,6 @@ def why_not(layer: PackedLayer) -> str | None:
     It does not where the kernel does not take codes or was asked for by its name, wants two calls
     (oneDNN's without VNNI), or samples of the batch are at different steps.
     """
-    if torch.compiler.is_compiling():
-        return "torch.compile"
     if layer.backend != "auto":
         return f"the backend '{layer.backend}'"
     if layer.steps != 1:
@@ -98,6 +96,8 @@ def grid_in_force(layer: PackedLayer, part: PreparedPart) -> Grid:
     It is the same object as long as step and memory are, with what native kernels want to know.
     """
     row = None if layer.steps == 1 else layer.context.rows
+    if torch.compiler.is_compiling():  # traced tensors lie nowhere
+        return part.grid._replace(row=row)
     if part.grid_in_force is not None:
         known, addresses = part.grid_in_force
         if known.row is row and addresses == grid_addresses(known):
@@ -170,6 +170,10 @@ def run(
         if part.kernel is native_kernel:
             weight, grid = _held(layer, part), grid_in_force(layer, part)
             y = fused.tiled_product(code, grid, weight, part.spec, y, mine, out, gate)
+        elif torch.compiler.is_compiling():
+            y = onednn.run_codes_traced(
+                state_of(layer, part), code, *_epilogue(layer, part), part.spec, y, out, gate
+            )
         else:
             constants = part.constants or _constants(layer, part)
             y = onednn.run_codes(
@@ -209,22 +213,29 @@ def _held(layer: PackedLayer, part: PreparedPart) -> Weight:
     buffers, held = layer._buffers, part.held  # attributes of modules are slow to look up
     first = part.index == 0
     bias, step_bias = (buffers["bias"], buffers["step_bias"]) if first else (None, None)
+    traced = torch.compiler.is_compiling()  # tensors that lie nowhere
     same = held is not None and held.bias is bias and held.step_bias is step_bias
-    if held is not None and same and held.in_place():
+    if held is not None and not traced and same and held.in_place():
         return held
     tiles, scale, sums = state_of(layer, part)
     held = weight_of(tiles, scale, sums, bias, step_bias)
-    if part.weight is not None:  # else the tiles are to go after the call
+    if part.weight is not None and not traced:  # else the tiles are to go after the call
         part.held = held
     return held
 
 
 def _constants(layer: PackedLayer, part: PreparedPart) -> CallConstants:
     """Those of the step of the forward in flight; kept where there is only one."""
+    scale, zero_point, bias = _epilogue(layer, part)
+    found = CallConstants(float(scale), int(zero_point), bias)
+    if layer.steps == 1 and (layer.step_bias is None or part.index > 0):
+        part.constants = found
+    return found
+
+
+def _epilogue(layer: PackedLayer, part: PreparedPart) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale `[1]`, zero point `[1]` and bias `[C_out]` for oneDNN at the step in flight."""
     grid, is_conv = grid_in_force(layer, part), part.spec.kind == "conv2d"
     bias, step_bias = (layer.bias, layer.step_bias) if part.index == 0 else (None, None)
     scale, bias = fused.epilogue(grid, part.rest[2], bias, step_bias, is_conv)
-    found = CallConstants(float(scale), int(grid.in_force()[1]), bias)
-    if grid.row is None and step_bias is None:
-        part.constants = found
-    return found
+    return scale, grid.in_force()[1], bias
