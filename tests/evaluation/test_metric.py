@@ -42,13 +42,8 @@ def brightness():
 
 
 def test_every_metric_is_found_in_its_file():
-    assert list(METRICS) == [
-        "class_shares",
-        "frechet_distance",
-        "noise_error",
-        "paired_psnr",
-        "paired_ssim",
-    ]
+    own = {"class_shares", "frechet_distance", "noise_error", "paired_psnr", "paired_ssim"}
+    assert own <= METRICS.keys()
 
 
 def names(chosen):
@@ -64,7 +59,8 @@ def test_default_metrics_come_first_and_once(brightness):
 
 def test_an_unknown_metric_is_named():
     told = refused(lambda: chosen_metrics(["fid"], comparison()))
-    assert told.startswith("unknown metric 'fid': expected one of class_shares, frechet_distance,")
+    assert told.startswith("unknown metric 'fid': expected one of ")
+    assert "class_shares, frechet_distance, noise_error" in told
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,19 @@ def test_a_lora_fits_where_scalings_are_not_folded(step, lora):
     assert distance(predict(pipeline.unet, data), wanted) < 0.02
 
 
+def test_whether_a_step_of_another_package_has_folded_is_read_from_the_recipe(lora):
+    pipeline = scaled("smoothing", fold=False)
+    recipe = pipeline.unet.hf_quantizer.quantization_config.recipe
+    for settings, fits in (({"fold": False}, True), ({}, True), ({"fold": True}, False)):
+        recipe["steps"] = [{"not_installed": settings}]
+        if fits:
+            load_lora(pipeline, of("unet", lora))
+            unload_lora(pipeline)
+        else:
+            message = refused(lambda: load_lora(pipeline, of("unet", lora)))
+            assert "--set not_installed.fold=false" in message
+
+
 @pytest.mark.parametrize("step", SCALING)
 @torch.no_grad()
 def test_a_lora_of_layers_with_folded_scalings_is_refused_by_name(step, lora):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from architectures import ARCHITECTURES, build, session
+from quantize_runs import refused
 from stepquant.calibration.block_inputs import capture_outputs, execution_order
 from stepquant.calibration.block_replay import replayable_blocks
 from stepquant.calibration.trajectories import predict
@@ -17,7 +18,8 @@ from stepquant.methods.channel_reparameterization import ChannelReparameterizati
 from stepquant.methods.relation_distillation import RelationDistillation
 from stepquant.methods.smoothing import Smoothing
 from stepquant.methods.weight_dilation import WeightDilation
-from stepquant.models.adapter import adapter_for
+from stepquant.models.adapter import ADAPTERS, adapter_for, register_adapter
+from stepquant.models.base import DiffusersAdapter
 from stepquant.models.calling import call_denoiser
 from stepquant.models.modulation import fold_into_modulation
 from stepquant.support.errors import StepQuantError
@@ -296,3 +298,33 @@ def test_blocks_that_run_once_are_trained_as_if_the_whole_chain_ran(name, monkey
     assert replayed.summary == whole.summary
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, replayed.model.state_dict()[key]), key
+
+
+class Denoiser(nn.Module):
+    """Of an architecture that stepquant does not know."""
+
+
+class Derived(Denoiser):
+    """What derives from it is taken alike."""
+
+
+def test_an_adapter_from_outside_is_found_by_the_class_of_the_model():
+    @register_adapter
+    class Mine(DiffusersAdapter):
+        architecture = "Denoiser"
+
+    try:
+        assert type(adapter_for(Denoiser())) is type(adapter_for(Derived())) is Mine
+    finally:
+        del ADAPTERS._entries["Denoiser"], ADAPTERS._origins["Denoiser"]
+
+
+def test_an_architecture_has_one_adapter():
+    class Mine(DiffusersAdapter):
+        architecture = "UNet2DModel"
+
+    told = refused(lambda: register_adapter(Mine))
+    assert "has the name of stepquant.models.unet2d.UNet2DAdapter: expected a name" in told
+    assert "the architecture of the adapter DiffusersAdapter is None" in refused(
+        lambda: register_adapter(DiffusersAdapter)
+    )

@@ -11,10 +11,12 @@ from torch import nn
 
 from architectures import build
 from quantize_runs import FAST, left, refused, tree
-from stepquant.api import load_recipe, quantize
+from stepquant.api import quantize
 from stepquant.calibration.spill import Spill
 from stepquant.calibration.trajectories import Trajectories
-from stepquant.methods.recipe import parse_recipe
+from stepquant.methods.recipe import load_recipe, parse_recipe
+from stepquant.methods.step import Step
+from stepquant.methods.training.block_training import BYTES_OF_OUTPUTS, BYTES_OF_TARGETS
 from stepquant.verbs import memory_plan
 from stepquant.verbs.memory_plan import (
     GIB,
@@ -126,6 +128,25 @@ def test_a_step_that_does_nothing_takes_nothing():
 
     assert forward(DDIMScheduler()) == 10**6 * 4 * int(2.5 * 22)
     assert forward(EulerDiscreteScheduler()) < 10**6
+
+
+def test_a_step_of_another_package_needs_no_settings_that_ours_have():
+    """Of one that trains blocks and has neither `batch` nor `samples`, the largest is taken."""
+
+    class Foreign(Step):
+        name = "foreign"
+        trains = "blocks"
+
+    plain = load_recipe("minmax")
+    few = plain.calibration.model_copy(update={"trajectories": 4, "batch": 2})
+    few = plain.model_copy(update={"calibration": few})
+    foreign = few.model_copy(update={"steps": (Foreign(),)})
+    without, found = (predict_peak(SD15, one, 1, 0, 64 * GIB)[0] for one in (few, foreign))
+    assert found.weights > without.weights
+    assert found.forward > without.forward
+    assert found.data == without.data + 4 * 50 * SD15.block_rows * 4 + min(
+        4 * 50 * 4 * SD15.skips, BYTES_OF_OUTPUTS + BYTES_OF_TARGETS
+    )
 
 
 def run(out, **changes):

@@ -49,7 +49,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         Raises:
             StepQuantError: something else has that name.
         """
-        place = (origin.__module__, origin.__qualname__)
+        place = (str(origin.__module__), origin.__qualname__)
         if not place[0].startswith(f"{self.home}."):
             self._import_home()
         taken = self._origins.get(name, place)

@@ -1,0 +1,1 @@
+"""Sigma-delta rounding of weights, as a plug-in of stepquant."""
