@@ -150,7 +150,7 @@ def main() -> None:
     net.load_state_dict(ema)
     out = args.out or args.work / "pipeline"
     # Clipping the predicted image, which DDIM's paper does not do, makes DDIM amplify any small
-    # error of the denoiser, quantization's among them: docs/methods.md, "The sampler".
+    # error of the denoiser, quantization's among them: docs/explanation/why-it-is-hard.md.
     scheduler.register_to_config(clip_sample=False)
     pipeline = DDPMPipeline(unet=net.to("cpu", torch.float16), scheduler=scheduler)
     pipeline.save_pretrained(out, safe_serialization=True)
