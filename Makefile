@@ -9,7 +9,7 @@ NATIVE := src/stepquant/runtime/ops/native
 KERNELS := $(NATIVE)/_kernels.so
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-wheel lint format clean
+.PHONY: help demo test test-slow test-wheel lint format docs clean
 
 help:
 	@echo "make demo       quantize the embedded model, sample it, compare it with the float model"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-wheel  build the wheel, install it into an empty environment, quantize and sample"
 	@echo "make lint       ruff, mypy, and the order of the rooms"
 	@echo "make format     let ruff sort imports and format"
+	@echo "make docs       draw the figures, fill the tables in, and build the site in site/"
 	@echo "make clean      remove what the above wrote, except $(VENV)"
 	@echo
 	@echo "PYTHON       a Python from 3.10 to 3.13 (now: $(PYTHON))"
@@ -74,6 +75,16 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
 
+# The tools for the documentation are an extra of their own; most work on the code needs none of them.
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/pip install -c constraints.txt -e ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/python benchmarks/doc_tables.py
+	$(BIN)/python benchmarks/figures.py
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(KERNELS) build dist demo .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(KERNELS) build dist demo site .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find src tests benchmarks training -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

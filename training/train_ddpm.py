@@ -67,7 +67,7 @@ def loss_weights(weighting: str, alphas_cumprod: Tensor) -> Tensor:
 def write_pipeline(net: UNet2DModel, folder: Path) -> None:
     """Round `net` to fp16 in place and write it as a pipeline."""
     # Clipping the predicted image, which DDIM's paper does not do, makes DDIM amplify any small
-    # error of the denoiser, quantization's among them: docs/methods.md, "The sampler".
+    # error of the denoiser, quantization's among them: docs/explanation/why-it-is-hard.md.
     scheduler = DDPMScheduler(clip_sample=False)
     pipeline = DDPMPipeline(unet=net.to("cpu", torch.float16), scheduler=scheduler)
     pipeline.save_pretrained(folder, safe_serialization=True)

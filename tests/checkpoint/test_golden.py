@@ -100,7 +100,9 @@ def test_saving_again_keeps_every_tensor_and_the_config(model, kind, tmp_path):
 
 
 def test_reader_in_the_format_document_reads_it(model, kind):
-    document = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    document = (
+        Path(__file__).parents[2] / "docs" / "reference" / "checkpoint-format.md"
+    ).read_text()
     (code,) = re.findall(r"```python\n(.*?)```", document, flags=re.DOTALL)
     reader: dict = {}
     exec(code, reader)

@@ -25,7 +25,9 @@ Against = Annotated[
 Json = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", help="Write a record of the run there (docs/cli.md); replaced."
+        "--json",
+        metavar="FILE",
+        help="Write a record of the run there (docs/reference/json-records.md); replaced.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]

@@ -128,5 +128,5 @@ def adapter_for(model: nn.Module) -> DenoiserAdapter:
         f"no adapter for the architecture {type(model).__name__}: expected one of "
         f"{', '.join(ADAPTERS)}; for any other, quantize(pipeline, "
         "adapter=general_adapter(pipeline)), or DenoiserPipeline around a module of your own "
-        "(docs/python.md has the ten lines)"
+        "(docs/how-to/quantize-a-module.md has the ten lines)"
     )

@@ -1,4 +1,4 @@
-"""Writes the golden checkpoints from hand-written codes, by docs/format.md alone.
+"""Writes the golden checkpoints from hand-written codes, by the format document alone.
 
 It does not use stepquant, so that the format cannot drift with the code. Run it in this folder;
 the arithmetic behind the numbers is in test_golden.py.
@@ -100,7 +100,7 @@ def config(linear: dict) -> dict:
 
 
 def checksum(layers: dict, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The section "Checksum" of docs/format.md."""
+    """The section "Checksum" of the format document."""
     text = json.dumps(layers, sort_keys=True, separators=(",", ":")) + "\n"
     for name in sorted(tensors):
         dtype = str(tensors[name].dtype).removeprefix("torch.")

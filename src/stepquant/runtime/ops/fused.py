@@ -2,7 +2,7 @@
 
 Each function is an operator of `torch.library`, `torch.ops.stepquant.<its name>`
 (`ops.operators`), so `torch.compile` and `torch.export` see one node. Eager calls on the CPU skip
-the dispatcher, which costs as much as a small image does (docs/architecture.md), and call
+the dispatcher, which costs as much as a small image does (docs/explanation/runtime.md), and call
 `ops.cpu`: native kernels that read each value once or twice instead of ten times, or the torch
 operations of `ops.plain`. Other devices run what is registered for them, or `ops.plain`.
 
