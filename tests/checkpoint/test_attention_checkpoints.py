@@ -92,7 +92,7 @@ def test_a_dequantized_model_has_plain_processors(folder):
 
 
 def test_the_file_is_what_the_format_document_says(folder):
-    """Keys, dtypes, shapes and the checksum of the section in docs/reference/checkpoint-format.md."""
+    """Keys, dtypes, shapes and the checksum in docs/reference/checkpoint-format.md."""
     config = json.loads((folder / "unet" / "config.json").read_text())["quantization_config"]
     assert config["attention"] == {
         ATTENTION[0]: {"bits": 8, "probability_bits": 3, "steps": STEPS},

@@ -27,7 +27,7 @@ Json = Annotated[
     typer.Option(
         "--json",
         metavar="FILE",
-        help="Write a record of the run there (docs/reference/json-records.md); replaced.",
+        help="Write a JSON record of the run to FILE; an existing file is replaced.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]

@@ -25,8 +25,8 @@ def slow_paths(model: nn.Module | DiffusionPipeline) -> list[str]:
 
     `model`: a pipeline or its denoiser. The sentences describe its present state: ask after a call,
     or after `set_backend`. The list is empty where nothing is slower, and for a model without
-    packed layers. The numbers are the same either way, except for what docs/explanation/runtime.md says
-    of fused blocks.
+    packed layers. The numbers are the same either way, except where docs/explanation/runtime.md
+    says otherwise of fused blocks.
     """
     if isinstance(model, DiffusionPipeline):
         model = denoiser_of(model)

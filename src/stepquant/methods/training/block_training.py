@@ -84,8 +84,8 @@ def trained_layers(session: Session, block: str) -> list[QuantLayer]:
     Layers that embed the timestep inside a block, as in a DiT, are not trained: they keep their
     first grids and nearest codes. The whole block depends on the embedding, one row for each
     sample. Training it with the rest, weights or their rounding, makes it drift and leaves blocks
-    worse on held-out inputs (docs/explanation/results.md has figures). An embedding that is a block of its
-    own has its own target, and is trained.
+    worse on held-out inputs (docs/explanation/results.md has figures). An embedding that is a
+    block of its own has its own target, and is trained.
     """
     embeds = session.adapter.time_embedding_layers(session.float_model)
     layers = {
