@@ -23,7 +23,8 @@ from cells import machine
 from records import write_record
 from stepquant.evaluate import paired_psnr
 from stepquant.pipelines.opening import default_features, open_pipeline
-from stepquant.pipelines.sampling import denoiser_of, sample_images
+from stepquant.pipelines.resolved import denoiser_of
+from stepquant.pipelines.sampling import sample_images
 from stepquant.support.progress import Reporter
 from stepquant.verbs.evaluate import distances
 

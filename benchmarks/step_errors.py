@@ -30,7 +30,8 @@ from stepquant.calibration.trajectories import capture_trajectories
 from stepquant.evaluate.metrics import paired_psnr
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.opening import default_features, open_pipeline
-from stepquant.pipelines.sampling import denoiser_of, sample_images, set_scheduler
+from stepquant.pipelines.resolved import denoiser_of
+from stepquant.pipelines.sampling import sample_images, set_scheduler
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.support.atomic import atomic_write
 from stepquant.support.progress import Reporter

@@ -23,7 +23,8 @@ from stepquant.evaluate import (
 )
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import default_features, open_pipeline
-from stepquant.pipelines.sampling import AUTO, denoiser_of, resolve_scheduler, sample_images
+from stepquant.pipelines.resolved import denoiser_of
+from stepquant.pipelines.sampling import AUTO, resolve_scheduler, sample_images
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 
