@@ -22,7 +22,7 @@ from stepquant.engines.backend import set_backend
 from stepquant.evaluation import paired_psnr
 from stepquant.methods.recipe import load_recipe
 from stepquant.pipelines.opening import open_pipeline
-from stepquant.pipelines.sampling import denoiser_of
+from stepquant.pipelines.resolved import denoiser_of
 from stepquant.support.progress import Reporter
 from stepquant.verbs.quantize import quantize
 

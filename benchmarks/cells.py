@@ -31,7 +31,8 @@ from stepquant.evaluation.metrics.frechet import distances
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import default_conditions, default_features, open_pipeline
-from stepquant.pipelines.sampling import AUTO, denoiser_of, sample_images
+from stepquant.pipelines.resolved import denoiser_of
+from stepquant.pipelines.sampling import AUTO, sample_images
 from stepquant.support.atomic import atomic_write
 from stepquant.support.process_memory import peak_memory_mb
 from stepquant.support.progress import Reporter

@@ -11,7 +11,6 @@ the reference kernels, which sum up as the simulation does), and reloads the che
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +24,8 @@ from stepquant.calibration.trajectories import Trajectories, capture_trajectorie
 from stepquant.engines.backend import set_backend
 from stepquant.evaluation import paired_psnr
 from stepquant.pipelines.opening import open_pipeline
-from stepquant.pipelines.sampling import denoiser_name, denoiser_of, sample_images
+from stepquant.pipelines.resolved import ResolvedPipeline, denoiser_of
+from stepquant.pipelines.sampling import sample_images
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.support.progress import Reporter
 from stepquant.verbs.quantize import quantize
@@ -68,7 +68,6 @@ def main() -> None:
     args = parser.parse_args()
     reporter = Reporter()
     pipeline = open_pipeline(args.model)
-    component = denoiser_name(pipeline)
     float_images = sample_images(pipeline, args.num, 50, reporter=reporter)
     trajectories = capture_trajectories(pipeline, 4, 50, 3_000_000, "ddim", reporter=reporter)
     rows = []
@@ -80,8 +79,7 @@ def main() -> None:
                 pipeline, "dilatequant", bits, bits, folder, settings=settings, reporter=reporter
             )
             reloaded = open_pipeline(folder)
-        simulated = copy.copy(pipeline)
-        simulated.register_modules(**{component: result.simulation})
+        simulated = ResolvedPipeline.of(pipeline).with_denoiser(result.simulation).pipeline
         differences = layer_differences(
             result.simulation, denoiser_of(result.pipeline), trajectories
         )

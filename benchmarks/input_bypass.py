@@ -12,7 +12,6 @@ at any step), paired PSNR, Fréchet distance. Writes `input_bypass.jsonl`.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from stepquant.evaluation import paired_psnr
 from stepquant.evaluation.metrics.frechet import distances
 from stepquant.methods.recipe import load_recipe, parse_recipe
 from stepquant.pipelines.opening import default_features, open_pipeline
-from stepquant.pipelines.sampling import AUTO, denoiser_name, denoiser_of, sample_images
+from stepquant.pipelines.resolved import ResolvedPipeline, denoiser_of
+from stepquant.pipelines.sampling import AUTO, sample_images
 from stepquant.quantizers import QuantLayer
 from stepquant.support.atomic import atomic_write
 from stepquant.support.progress import Reporter
@@ -80,9 +80,7 @@ def input_layer_alone(result: Quantized) -> DiffusionPipeline:
         module.quantizing = False
         if name == layer:
             module.register_forward_pre_hook(_rounded)
-    pipeline = copy.copy(result.pipeline)
-    pipeline.register_modules(**{denoiser_name(pipeline): result.simulation})
-    return pipeline
+    return ResolvedPipeline.of(result.pipeline).with_denoiser(result.simulation).pipeline
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from cells import Cell, read_cells, run_grid, slug, table, write_lines
 from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.methods.recipe import load_recipe, parse_recipe
 from stepquant.pipelines.opening import open_pipeline
-from stepquant.pipelines.sampling import denoiser_of
+from stepquant.pipelines.resolved import denoiser_of
 from stepquant.support.atomic import atomic_write
 
 OMQ = ["smoothing", "temporal_quantizer", "outlier_mixed_bits", "low_rank_adapters"]

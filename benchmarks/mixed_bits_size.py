@@ -20,7 +20,7 @@ from cells import machine
 from paper_model import paper_pipeline
 from records import write_record
 from stepquant.methods.recipe import parse_recipe
-from stepquant.pipelines.sampling import denoiser_of
+from stepquant.pipelines.resolved import denoiser_of
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.support.progress import Reporter
 from stepquant.verbs.quantize import quantize

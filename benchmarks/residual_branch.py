@@ -25,7 +25,7 @@ from stepquant.calibration.ranges import SHRINK_FEW_BITS, search_few_levels
 from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.numerics import fake_quantize
 from stepquant.pipelines.opening import open_pipeline
-from stepquant.pipelines.sampling import denoiser_of
+from stepquant.pipelines.resolved import denoiser_of
 
 RATIOS = torch.linspace(0.15, 0.6, 10)  # of the residual's scale to the coarse one
 SHIFTS = torch.linspace(-1.0, 1.0, 9).tolist()  # quarters of the coarse grid's steps

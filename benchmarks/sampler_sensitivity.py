@@ -24,7 +24,8 @@ from records import write_record
 from stepquant.evaluation import paired_psnr
 from stepquant.evaluation.metrics.frechet import distances
 from stepquant.pipelines.opening import default_features, open_pipeline
-from stepquant.pipelines.sampling import denoiser_of, sample_images
+from stepquant.pipelines.resolved import denoiser_of
+from stepquant.pipelines.sampling import sample_images
 from stepquant.support.progress import Reporter
 
 NOISE = (1e-4, 1e-3)

@@ -22,7 +22,7 @@ from records import write_record
 from stepquant.evaluation import measure_latency
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.opening import open_pipeline
-from stepquant.pipelines.sampling import denoiser_of
+from stepquant.pipelines.resolved import denoiser_of
 from stepquant.support.process_memory import peak_memory_mb
 from stepquant.support.progress import Reporter
 from stepquant.verbs.bench import denoiser_call

@@ -32,7 +32,7 @@ from speed_models import (
 )
 from stepquant.methods.recipe import parse_recipe
 from stepquant.models.adapter import adapter_for
-from stepquant.pipelines.sampling import denoiser_of
+from stepquant.pipelines.resolved import denoiser_of
 from stepquant.support.atomic import atomic_write
 from stepquant.support.progress import Reporter
 from stepquant.verbs.quantize import quantize

@@ -16,7 +16,7 @@ from large_models import MAX_TOKENS, SMALL_SD15, write_weights
 from paper_model import paper_pipeline
 from stepquant.pipelines.denoiser_pipeline import DenoiserPipeline
 from stepquant.pipelines.opening import open_pipeline
-from stepquant.pipelines.sampling import denoiser_of
+from stepquant.pipelines.resolved import denoiser_of
 from stepquant.support.errors import StepQuantError
 
 MIDDLE = 500  # of 1000 timesteps

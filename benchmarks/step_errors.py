@@ -32,7 +32,8 @@ from stepquant.evaluation.metrics.frechet import distances
 from stepquant.evaluation.metrics.noise_error import noise_error
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.opening import default_features, open_pipeline
-from stepquant.pipelines.sampling import denoiser_of, sample_images, set_scheduler
+from stepquant.pipelines.resolved import denoiser_of
+from stepquant.pipelines.sampling import sample_images, set_scheduler
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.support.atomic import atomic_write
 from stepquant.support.progress import Reporter

@@ -14,13 +14,13 @@ from torch import nn
 from fused_paths import PATHS, Path
 from stepquant.calibration.trajectories import capture_trajectories, drawer
 from stepquant.methods.session import Session
-from stepquant.methods.session import simulate as simulate_model
 from stepquant.models.adapter import adapter_for
 from stepquant.pipelines.sampling import set_scheduler
 from stepquant.quantizers import QuantConv2d, QuantLayer, QuantLinear, StepContext, StepGrid
 from stepquant.quantizers.weight import minmax_weight_range
 from stepquant.runtime.ops import native
 from stepquant.simulation.scheme import Scheme
+from stepquant.simulation.simulate import simulate as simulate_model
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder
 

@@ -37,11 +37,12 @@ from transformers import (
 )
 
 from stepquant.calibration.trajectories import capture_trajectories, drawer
-from stepquant.methods.session import Session, simulate
+from stepquant.methods.session import Session
 from stepquant.models.adapter import adapter_for
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.quantizers import StepContext
 from stepquant.simulation.scheme import Scheme
+from stepquant.simulation.simulate import simulate
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder
 

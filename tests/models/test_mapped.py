@@ -13,11 +13,11 @@ from torch import nn
 from architectures import ARCHITECTURES, build, condition_unet
 from quantize_runs import FAST, refused, tree
 from stepquant.api import quantize
-from stepquant.methods.session import check_finite_weights
 from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import call_denoiser
 from stepquant.models.mapped import FloatState, Mapped, named_weights, open_mapped
 from stepquant.pipelines import opening
+from stepquant.simulation.simulate import check_finite_weights
 from stepquant.support.work_folder import fingerprint
 
 STEPS = 3

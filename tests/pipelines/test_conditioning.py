@@ -152,6 +152,6 @@ def test_a_record_tells_arguments_apart_by_their_contents(make):
 
 def test_a_function_is_recorded_by_its_name_and_an_unknown_thing_refused():
     described = Conditioning.of(call={"x": sample}).describe()["call"]
-    assert described == {"x": "stepquant.api.sample"}
+    assert described == {"x": "stepquant.verbs.sample.sample"}
     with pytest.raises(StepQuantError, match="'x' of the call is a Plain, of which a record"):
         Conditioning.of(call={"x": Plain()}).describe()

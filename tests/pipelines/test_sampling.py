@@ -12,17 +12,13 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    ScoreSdeVePipeline,
 )
-from torch import nn
 
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import (
     SCHEDULERS,
     check_scales_input,
     clipping_remark,
-    denoiser_name,
-    denoiser_of,
     needs_own_scheduler,
     resolve_scheduler,
     sample_images,
@@ -179,24 +175,6 @@ def test_a_ddim_scheduler_that_clips_is_remarked_on(pipeline):
     assert "clip_sample" in clipping_remark(DDIMScheduler(clip_sample=True))
     assert clipping_remark(DDIMScheduler(clip_sample=False)) is None
     assert clipping_remark(DDPMScheduler(clip_sample=True)) is None
-
-
-def test_the_denoiser_is_found_by_its_name(pipeline):
-    assert denoiser_name(pipeline) == "unet"
-    assert denoiser_of(pipeline) is pipeline.unet
-
-
-class WithoutDenoiser(ScoreSdeVePipeline):
-    def __init__(self, network: nn.Module) -> None:
-        super(ScoreSdeVePipeline, self).__init__()
-        self.register_modules(network=network)
-
-
-def test_a_pipeline_without_a_denoiser_is_told(tiny_unet):
-    with pytest.raises(
-        StepQuantError, match=r"WithoutDenoiser has the components \['network'\]: expected a denoi"
-    ):
-        denoiser_name(WithoutDenoiser(tiny_unet()))
 
 
 def test_progress_counts_the_images(pipeline):

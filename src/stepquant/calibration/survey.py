@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
 
 from stepquant.calibration.trajectories import capture_trajectories
 from stepquant.models.adapter import DenoiserAdapter, adapter_for
@@ -15,18 +14,21 @@ from stepquant.models.general import ModuleAdapter
 from stepquant.models.inputs import Inputs
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.denoiser_pipeline import DenoiserPipeline
+from stepquant.pipelines.resolved import ResolvedPipeline
 
 SURVEY_STEPS = 2  # some samplers have no timestep for one step alone
 
 
-def adapter_of(pipeline: DiffusionPipeline, denoiser: nn.Module) -> DenoiserAdapter:
-    """The adapter of `denoiser`'s architecture, or for a `DenoiserPipeline` one from a short run.
+def adapter_of(source: ResolvedPipeline) -> DenoiserAdapter:
+    """The adapter that `source` has, or that of its denoiser's architecture.
 
-    Raises StepQuantError where neither is to be had.
+    For a `DenoiserPipeline` it comes from a short run. Raises StepQuantError where there is none.
     """
-    if isinstance(pipeline, DenoiserPipeline):
-        return general_adapter(pipeline, *pipeline.patterns)
-    return adapter_for(denoiser)
+    if source.adapter is not None:
+        return source.adapter
+    if isinstance(source.pipeline, DenoiserPipeline):
+        return general_adapter(source.pipeline, *source.pipeline.patterns)
+    return adapter_for(source.denoiser)
 
 
 def general_adapter(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,13 +15,9 @@ from stepquant.calibration.conditions import Conditions
 from stepquant.calibration.input_capture import Recorder, Seen
 from stepquant.models.calling import call_denoiser
 from stepquant.models.hooks import hooked
-from stepquant.pipelines.sampling import (
-    Conditioning,
-    check_count,
-    denoiser_name,
-    denoiser_of,
-    sample_images,
-)
+from stepquant.pipelines.conditioning import Conditioning
+from stepquant.pipelines.resolved import ResolvedPipeline, denoiser_of
+from stepquant.pipelines.sampling import check_count, sample_images
 from stepquant.quantizers.step_grid import StepGrid
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
@@ -261,8 +256,7 @@ def drawer(
     def draw(num: int, seed: int, denoiser: nn.Module | None = None) -> Trajectories:
         sampler = pipeline
         if denoiser is not None:
-            sampler = copy.copy(pipeline)
-            sampler.register_modules(**{denoiser_name(pipeline): denoiser})
+            sampler = ResolvedPipeline.of(pipeline).with_denoiser(denoiser).pipeline
         return capture_trajectories(
             sampler, num, steps, 0, scheduler, batch, conditioning=conditioning, first=seed
         )

@@ -70,7 +70,7 @@ def sample(
         from stepquant import api
         from stepquant.engines.fastest import FASTEST
         from stepquant.engines.openvino_denoiser import device_of
-        from stepquant.pipelines.sampling import denoiser_of
+        from stepquant.pipelines.resolved import denoiser_of
         from stepquant.reporting import images  # not at the top: see demo.py
 
         if grid is not None:

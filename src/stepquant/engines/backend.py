@@ -12,7 +12,7 @@ from torch import nn
 from stepquant.engines.captured_calls import recorded
 from stepquant.engines.fastest import FASTEST, FastestDenoiser
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser, device_of
-from stepquant.pipelines.sampling import denoiser_name, denoiser_of, known_denoiser, with_denoiser
+from stepquant.pipelines.resolved import ResolvedPipeline
 from stepquant.runtime.layers.integer import PackedLayer, is_packed
 from stepquant.runtime.layers.resident import restore
 from stepquant.support.errors import StepQuantError
@@ -53,7 +53,8 @@ def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline
     """
     if backend == "auto":
         return pipeline
-    denoiser, device = denoiser_of(pipeline), device_of(backend)
+    resolved, device = ResolvedPipeline.of(pipeline), device_of(backend)
+    denoiser = resolved.denoiser
     if device is None and backend != FASTEST:
         if not is_packed(denoiser):
             raise StepQuantError(
@@ -63,7 +64,7 @@ def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline
         set_backend(denoiser, backend)
         return pipeline
     other = FastestDenoiser(denoiser) if device is None else OpenVinoDenoiser(denoiser, device)
-    return with_denoiser(pipeline, denoiser_name(pipeline), other)
+    return resolved.with_denoiser(other).pipeline
 
 
 def with_captured_calls(
@@ -74,9 +75,8 @@ def with_captured_calls(
     `call`: arguments that the pipeline will get. A callback among them may change the denoiser
     between two steps, so nothing is captured then.
     """
-    name = known_denoiser(pipeline)
-    if name is None or any("callback" in key for key in call or {}):
+    resolved = ResolvedPipeline.find(pipeline)
+    if resolved is None or any("callback" in key for key in call or {}):
         return pipeline
-    denoiser = getattr(pipeline, name)
-    found = recorded(denoiser)
-    return pipeline if found is denoiser else with_denoiser(pipeline, name, found)
+    found = recorded(resolved.denoiser)
+    return pipeline if found is resolved.denoiser else resolved.with_denoiser(found).pipeline

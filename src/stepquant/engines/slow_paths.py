@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant.engines.captured_calls import state
-from stepquant.pipelines.sampling import denoiser_of
+from stepquant.pipelines.resolved import denoiser_of
 from stepquant.runtime.kernels import onednn
 from stepquant.runtime.layers import codes
 from stepquant.runtime.layers.integer import PackedLayer

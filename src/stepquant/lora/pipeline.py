@@ -15,7 +15,7 @@ from stepquant.lora.keys import lora_layers, models_of
 from stepquant.methods import STEPS, Step
 from stepquant.methods.equivalent_scaling import ScalingStep
 from stepquant.models.adapter import ADAPTERS, adapter_for
-from stepquant.pipelines.sampling import denoiser_name
+from stepquant.pipelines.resolved import ResolvedPipeline
 from stepquant.runtime.layers.integer import PackedConv2d, PackedLayer
 from stepquant.runtime.layers.lora_branch import (
     LoraBranch,
@@ -48,7 +48,7 @@ def load_lora(
     Raises StepQuantError, and changes nothing, for a LoRA that does not fit the pipeline, naming
     the key, and for one of layers whose inputs or outputs the recipe has scaled in other layers.
     """
-    component = denoiser_name(pipeline)
+    component = ResolvedPipeline.of(pipeline).name
     denoiser = models_of(pipeline)[component]
     _check_scale(scale)
     if NAME.fullmatch(name) is None:

@@ -15,7 +15,7 @@ from stepquant.checkpoint.load import is_single_file, load_pipeline, local_folde
 from stepquant.models.mapped import FloatState, open_mapped
 from stepquant.models.weight_files import WeightFiles
 from stepquant.pipelines.conditioning import Conditioning
-from stepquant.pipelines.sampling import DENOISERS, denoiser_name, denoiser_of
+from stepquant.pipelines.resolved import DENOISERS, denoiser_of
 from stepquant.support.errors import StepQuantError
 
 BUILTIN = "builtin:"
@@ -151,7 +151,6 @@ __all__ = [
     "builtin_path",
     "default_conditions",
     "default_features",
-    "denoiser_name",
     "float32_bytes",
     "open_pipeline",
     "weight_file_bytes",

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepquant.pipelines.conditioning import Conditioning, takes_prompts
 from stepquant.support.errors import StepQuantError
@@ -25,37 +25,7 @@ SCHEDULERS = {
 }
 FLOW = "FlowMatch"  # beginning of the classes that know nothing else; some others can be told to
 AUTO = "auto"  # ddim, or for flow matching the pipeline's own
-DENOISERS = ("unet", "transformer", "denoiser")
 LARGEST_SEED = 2**48  # multiples of it are drawn from as well
-
-
-def denoiser_name(pipeline: DiffusionPipeline) -> str:
-    """The pipeline's component that predicts the noise."""
-    name = known_denoiser(pipeline)
-    if name is not None:
-        return name
-    raise StepQuantError(
-        f"{type(pipeline).__name__} has the components {sorted(pipeline.components)}: expected a "
-        f"denoiser called {', '.join(DENOISERS[:-1])} or {DENOISERS[-1]}"
-    )
-
-
-def known_denoiser(pipeline: DiffusionPipeline) -> str | None:
-    """The name of the denoiser among the pipeline's components, or None."""
-    return next((n for n in DENOISERS if isinstance(getattr(pipeline, n, None), nn.Module)), None)
-
-
-def with_denoiser(pipeline: DiffusionPipeline, name: str, denoiser: nn.Module) -> DiffusionPipeline:
-    """A copy of `pipeline` with `denoiser` as its component `name`."""
-    other = copy.copy(pipeline)
-    # Not through the pipeline, which would note the class in what `save_pretrained` writes.
-    vars(other)[name] = denoiser
-    return other
-
-
-def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
-    """The module that predicts the noise."""
-    return getattr(pipeline, denoiser_name(pipeline))
 
 
 def matches_flow(scheduler: Any) -> bool:

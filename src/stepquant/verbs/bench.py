@@ -19,7 +19,8 @@ from stepquant.evaluation import measure_latency
 from stepquant.models.adapter import DenoiserAdapter, adapter_for
 from stepquant.models.calling import named_arguments, on_device
 from stepquant.pipelines.opening import open_pipeline
-from stepquant.pipelines.sampling import check_count, denoiser_of
+from stepquant.pipelines.resolved import ResolvedPipeline
+from stepquant.pipelines.sampling import check_count
 from stepquant.runtime.layers.integer import PackedLayer, is_packed
 from stepquant.runtime.layers.resident import set_memory_mode, weight_bytes_resident
 from stepquant.support.errors import StepQuantError
@@ -80,8 +81,8 @@ def bench(
     reporter = reporter or Reporter(quiet=True)
     for size in batch:
         check_count(size, "batch size")
-    ours, theirs = open_pipeline(model), open_pipeline(against)
-    candidate, reference = denoiser_of(ours), denoiser_of(theirs)
+    ours, theirs = (ResolvedPipeline.of(open_pipeline(each)) for each in (model, against))
+    candidate, reference = ours.denoiser, theirs.denoiser
     if not is_packed(candidate):
         raise StepQuantError(
             f"'{model}' has no packed layer: expected a folder that stepquant quantize wrote"
@@ -92,7 +93,7 @@ def bench(
     device = device_of(backend)
     set_backend(candidate, backend if device is None else "auto")
     openvino = None if device is None else OpenVinoDenoiser(candidate, device)
-    adapter = adapter or adapter_of(theirs, reference)
+    adapter = adapter or adapter_of(theirs)
     rows, faster = [], {}
     with reporter.task("timing", total=len(batch)) as task:
         for size in batch:

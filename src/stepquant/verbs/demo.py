@@ -21,7 +21,8 @@ from stepquant.pipelines.opening import (
     float32_bytes,
     open_pipeline,
 )
-from stepquant.pipelines.sampling import denoiser_of, sample_images
+from stepquant.pipelines.resolved import denoiser_of
+from stepquant.pipelines.sampling import sample_images
 from stepquant.reporting.images import save_grid
 from stepquant.support.atomic import atomic_write, check_new_folder
 from stepquant.support.errors import StepQuantError

@@ -15,7 +15,8 @@ from stepquant.evaluation.features import load_features
 from stepquant.evaluation.metric import Comparison, chosen_metrics, measure
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import default_features, open_pipeline
-from stepquant.pipelines.sampling import AUTO, denoiser_of, resolve_scheduler, sample_images
+from stepquant.pipelines.resolved import denoiser_of
+from stepquant.pipelines.sampling import AUTO, resolve_scheduler, sample_images
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 

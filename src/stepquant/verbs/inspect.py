@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,20 @@ from stepquant.calibration.survey import adapter_of
 from stepquant.calibration.trajectories import capture_trajectories
 from stepquant.checkpoint.validate import packed_attention
 from stepquant.methods.outlier_mixed_bits import kurtosis
-from stepquant.methods.session import simulate
 from stepquant.methods.weight_dilation import dilation_factors
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.models.attention_processor import PRODUCTS
 from stepquant.models.input_bypass import bypass_of
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import open_pipeline
-from stepquant.pipelines.sampling import AUTO, denoiser_of
+from stepquant.pipelines.resolved import ResolvedPipeline
+from stepquant.pipelines.sampling import AUTO
 from stepquant.quantizers import StepContext
 from stepquant.reporting.plots import check_plots, write_plots
 from stepquant.runtime.layers.integer import PackedLayer
 from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.simulation.scheme import Scheme
+from stepquant.simulation.simulate import simulate
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 
@@ -58,20 +60,19 @@ def inspect(
     reporter = reporter or Reporter(quiet=True)
     if plots is not None:
         check_plots(plots)
-    pipeline = open_pipeline(model)
-    denoiser = denoiser_of(pipeline)
+    source = ResolvedPipeline.of(open_pipeline(model))
+    denoiser = source.denoiser
     if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
         record = inspect_packed(denoiser)
     elif any(isinstance(module, WeightOnly) for module in denoiser.modules()):
         raise StepQuantError(
-            f"the denoiser of {type(pipeline).__name__} was quantized without calibration, and has "
+            f"the denoiser of {source.kind} was quantized without calibration, and has "
             "no tables to show: expected a float model, or one that stepquant quantize wrote"
         )
     else:
         conditioning = Conditioning.of(prompts, labels, guidance, call)
-        record = inspect_float(
-            pipeline, denoiser, steps, scheduler, num, seed, reporter, conditioning, adapter
-        )
+        source = replace(source, adapter=adapter)
+        record = inspect_float(source, steps, scheduler, num, seed, reporter, conditioning)
     if plots is not None:
         record["plots"] = [str(path) for path in write_plots(record, plots)]
     return record
@@ -120,23 +121,20 @@ def inspect_packed(denoiser: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def inspect_float(
-    pipeline: DiffusionPipeline,
-    denoiser: nn.Module,
+    source: ResolvedPipeline,
     steps: int,
     scheduler: str | None,
     num: int,
     seed: int,
     reporter: Reporter,
     conditioning: Conditioning | None = None,
-    adapter: DenoiserAdapter | None = None,
 ) -> dict[str, Any]:
     """Ranges by step, unsaturated share and kurtosis of a float denoiser."""
     trajectories = capture_trajectories(
-        pipeline, num, steps, seed, scheduler, reporter=reporter, conditioning=conditioning
+        source.pipeline, num, steps, seed, scheduler, reporter=reporter, conditioning=conditioning
     )
-    adapter = adapter or adapter_of(pipeline, denoiser)
     context = StepContext(trajectories.grid())
-    simulation, left_float = simulate(denoiser, adapter, Scheme(), context)
+    simulation, left_float = simulate(source.denoiser, adapter_of(source), Scheme(), context)
     seen = observe(simulation, trajectories, num, seed, reporter)
     layers = []
     for (name, part), observation in seen.items():

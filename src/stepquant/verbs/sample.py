@@ -12,7 +12,8 @@ from torch import Tensor
 from stepquant.engines.backend import settings_kept, with_backend, with_captured_calls
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import open_pipeline
-from stepquant.pipelines.sampling import AUTO, denoiser_of, sample_images
+from stepquant.pipelines.resolved import denoiser_of
+from stepquant.pipelines.sampling import AUTO, sample_images
 from stepquant.support.progress import Reporter
 
 

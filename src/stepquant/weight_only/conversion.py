@@ -17,7 +17,7 @@ from stepquant.checkpoint.load import is_single_file, local_folder
 from stepquant.checkpoint.save import new_checkpoint
 from stepquant.models.adapter import ADAPTERS
 from stepquant.pipelines.opening import resolve_builtin, weight_file_bytes
-from stepquant.pipelines.sampling import DENOISERS
+from stepquant.pipelines.resolved import DENOISERS
 from stepquant.runtime.layers.weight_only import check_weight_only_bits
 from stepquant.support.atomic import remove_partial
 from stepquant.support.errors import StepQuantError

@@ -1,0 +1,228 @@
+"""One run of `quantize`: all that decides its result, checked before anything is computed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from stepquant.calibration.spill import Spill
+from stepquant.calibration.survey import adapter_of
+from stepquant.calibration.trajectories import Trajectories, drawer, first_inputs
+from stepquant.lora.pipeline import check_no_lora
+from stepquant.methods.recipe import Recipe
+from stepquant.methods.session import SAMPLES_PER_STEP, Session
+from stepquant.models.adapter import DenoiserAdapter
+from stepquant.models.mapped import FloatState
+from stepquant.pipelines.conditioning import Conditioning
+from stepquant.pipelines.opening import open_pipeline
+from stepquant.pipelines.resolved import ResolvedPipeline
+from stepquant.pipelines.sampling import needs_own_scheduler
+from stepquant.quantizers import StepContext
+from stepquant.simulation.simulate import check_finite_weights, float_products, simulate
+from stepquant.support.atomic import check_new_folder
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
+from stepquant.support.work_folder import WorkFolder, fingerprint
+from stepquant.verbs.memory_plan import Plan, plan_memory
+from stepquant.verbs.provenance import plug_ins_of, provenance_of
+from stepquant.verbs.readiness import check_denoiser
+from stepquant.weight_only.components import check_components
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is quantized, and how.
+
+    `source`: the float pipeline. `sampler`: the same with the scheduler of the calibration.
+    `blocks`: names of the denoiser's blocks. `left_float`: each layer that stays float, and why.
+    `memory`: how the calibration fits. `provenance`: what the checkpoint says of its making. The
+    rest is as in `quantize`.
+    """
+
+    source: ResolvedPipeline
+    sampler: ResolvedPipeline
+    adapter: DenoiserAdapter
+    recipe: Recipe
+    conditioning: Conditioning
+    seed: int
+    components: Mapping[str, str]
+    blocks: list[str]
+    left_float: dict[str, str]
+    memory: Plan
+    provenance: dict[str, Any]
+
+    @property
+    def float_model(self) -> nn.Module:
+        """The float denoiser."""
+        return self.source.denoiser
+
+    def description(self) -> dict[str, Any]:
+        """By which unfinished work of an equal job is known, as JSON values."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "provenance": self.provenance,
+            "model": fingerprint(FloatState(self.float_model)),
+            "scheduler": json.loads(self.sampler.pipeline.scheduler.to_json_string()),
+            "blocks": self.blocks,
+            "left_float": self.left_float,
+            "skip_splits": self.adapter.skip_splits(self.float_model),
+            # Of a sample, where the user's code says it.
+            "shape": getattr(self.source.pipeline, "shape", None),
+        }
+
+
+def check_output(out: str | Path | None, resume: bool) -> Path | None:
+    """The folder `out`; an error where it cannot become the result."""
+    if out is None:
+        return None
+    target = Path(out)
+    if target.name in ("", ".."):
+        raise StepQuantError(f"output folder is '{out}': expected the name of a new folder")
+    # A kill between the rename of a finished checkpoint and the end leaves both folders.
+    if not (resume and work_path(target).exists()):
+        check_new_folder(target)
+    return target
+
+
+def work_path(target: Path) -> Path:
+    """Where unfinished work for `target` is kept."""
+    return target.with_name(target.name + ".work")
+
+
+def open_float(
+    model: str | Path | DiffusionPipeline,
+    adapter: DenoiserAdapter | None,
+    components: Mapping[str, str],
+) -> ResolvedPipeline:
+    """The float pipeline `model` with an adapter, ready to be quantized.
+
+    Raises StepQuantError where its denoiser or one of `components` cannot be.
+    """
+    source = ResolvedPipeline.of(open_pipeline(model, map_large=True))
+    check_no_lora(source.pipeline)
+    check_components(source.pipeline, source.name, components)
+    check_denoiser(source.denoiser, f"{source.name} of '{source.kind}'")
+    source = replace(source, adapter=adapter)
+    return replace(source, adapter=adapter_of(source))
+
+
+def plan_job(
+    source: ResolvedPipeline,
+    recipe: Recipe,
+    settings: Mapping[str, Any] | None,
+    conditioning: Conditioning,
+    seed: int,
+    components: Mapping[str, str],
+    memory: float | None,
+    reporter: Reporter,
+) -> Job:
+    """The job that the arguments of `quantize` describe.
+
+    Raises StepQuantError where scheme, steps, sampler, weights or conditions do not fit one
+    another, and where the calibration would not fit in memory.
+    """
+    model, adapter = source.denoiser, adapter_of(source)
+    check_finite_weights(model)
+    _, left_float = recipe.scheme.layer_bits(model, adapter)
+    blocks = adapter.blocks(model)
+    for step in recipe.steps:
+        step.check(recipe.scheme)
+    recipe, remark = with_own_scheduler(source.pipeline, recipe, settings)
+    if remark is not None:
+        reporter.line(remark)
+    conditioning.check(source.pipeline)
+    calibration = recipe.calibration
+    sampler = source.with_scheduler(calibration.scheduler)
+    for step in recipe.steps:
+        step.check_model(model, adapter, sampler.pipeline.scheduler)
+    plan = plan_memory(
+        model,
+        f"the {source.name} of {source.kind}",
+        recipe,
+        blocks,
+        sampler.pipeline.scheduler,
+        lambda: first_inputs(
+            source.pipeline, calibration.steps, seed, calibration.scheduler, conditioning
+        ),
+        memory,
+    )
+    provenance = provenance_of(seed, sampler, calibration, conditioning)
+    if components:
+        provenance["components"] = dict(components)
+    plug_ins = plug_ins_of(recipe)
+    if plug_ins:
+        provenance["plug_ins"] = plug_ins
+    return Job(
+        source,
+        sampler,
+        adapter,
+        recipe,
+        conditioning,
+        seed,
+        components,
+        blocks,
+        left_float,
+        plan,
+        provenance,
+    )
+
+
+def with_own_scheduler(
+    pipeline: DiffusionPipeline, recipe: Recipe, settings: Mapping[str, Any] | None
+) -> tuple[Recipe, str | None]:
+    """The recipe with the pipeline's scheduler where its ddim cannot be meant, and a remark.
+
+    DDIM is for models that predict noise; a recipe has it for want of anything better. What the
+    caller asks for by name is left, and refused later.
+    """
+    key = "calibration.scheduler"
+    asked = key in (settings or {}) or recipe.calibration.scheduler != "ddim"
+    if asked or not needs_own_scheduler(pipeline):
+        return recipe, None
+    own = type(pipeline.scheduler).__name__
+    return recipe.override({key: None}), (
+        f"calibrating with the pipeline's own {own}: ddim is for models that predict noise"
+    )
+
+
+def begin_session(
+    job: Job, trajectories: Trajectories, work: WorkFolder, reporter: Reporter
+) -> Session:
+    """The simulation of the float model, and all else that the recipe's steps work on."""
+    recipe, calibration = job.recipe, job.recipe.calibration
+    context = StepContext(trajectories.grid())
+    simulation, left_float = simulate(job.float_model, job.adapter, recipe.scheme, context)
+    for name, reason in left_float.items():
+        reporter.line(f"layer '{name}' stays float: {reason}")
+    if recipe.scheme.attention_bits is not None:
+        for name, reason in float_products(job.float_model, job.adapter).items():
+            reporter.line(f"the products of attention '{name}' stay float: {reason}")
+    return Session(
+        float_model=job.float_model,
+        model=simulation,
+        adapter=job.adapter,
+        context=context,
+        trajectories=trajectories,
+        scheduler=job.sampler.scheduler(calibration.steps),
+        draw=drawer(
+            job.source.pipeline,
+            calibration.steps,
+            calibration.scheduler,
+            job.conditioning,
+            calibration.batch,
+        ),
+        weight_ranges=recipe.ranges.weights,
+        activation_ranges=recipe.ranges.activations,
+        seed=job.seed,
+        reporter=reporter,
+        work=work,
+        spill=Spill(work.path or Path(tempfile.gettempdir()), job.memory.spilled_from),
+        samples_per_step=min(SAMPLES_PER_STEP, calibration.batch),
+    )
