@@ -52,12 +52,18 @@ TOKENS = 8
 
 @dataclass
 class Architecture:
-    """A pipeline's builder and what a call of it needs here."""
+    """A pipeline's builder, what a call of it needs here, and what an adapter must find in it.
+
+    `blocks`, `folds`, `modulations`: how many, counted by hand in the architecture's definition.
+    """
 
     build: Callable[[], DiffusionPipeline]
     conditions: dict[str, Any]
     component: str = "transformer"
     call: dict[str, Any] = field(default_factory=dict)
+    blocks: int | None = None
+    folds: int = 0
+    modulations: int = 0
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -272,16 +278,38 @@ def with_weights(denoiser: nn.Module) -> nn.Module:
 PROMPTS = {"prompts": ["a cat", "boat", "fog"]}
 SMALL = {"height": 16, "width": 16}
 ARCHITECTURES = {
-    "sd": Architecture(stable_diffusion, PROMPTS, "unet"),
+    # Resnets, four transformers with proj_in and proj_out, resamplers, time embedding, outer convs;
+    # in each transformer its norm, three layer norms, two values and GEGLU.
+    "sd": Architecture(stable_diffusion, PROMPTS, "unet", blocks=8 + 4 * 3 + 2 + 3, folds=4 * 7),
     "sdxl": Architecture(stable_diffusion_xl, PROMPTS, "unet"),
-    "dit": Architecture(dit, {}),
+    # Two norms of each block are modulated. The norm before the output, here and below, is
+    # modulated by one unit and read by another.
+    "dit": Architecture(dit, {}, blocks=2 + 3, folds=2, modulations=4),
     "pixart": Architecture(
         pixart,
         PROMPTS,
         call={"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 8},
+        blocks=2 + 2 + 2 + 1,
+        folds=4,
     ),
-    "sd3": Architecture(stable_diffusion_3, PROMPTS, call={"max_sequence_length": 8}),
-    "flux": Architecture(flux, PROMPTS, call={**SMALL, "max_sequence_length": 8}),
+    # Modulated: four norms of the first block and its second attention, three of the last block,
+    # whose text ends there.
+    "sd3": Architecture(
+        stable_diffusion_3,
+        PROMPTS,
+        call={"max_sequence_length": 8},
+        blocks=2 + 2 + 1 + 1 + 2,
+        folds=1,
+        modulations=5 + 3,
+    ),
+    # Modulated: four norms of the double block, one of the single one.
+    "flux": Architecture(
+        flux,
+        PROMPTS,
+        call={**SMALL, "max_sequence_length": 8},
+        blocks=2 + 3 + 1 + 1 + 2,
+        modulations=4 + 1,
+    ),
 }
 
 

@@ -25,20 +25,6 @@ from stepquant.models.modulation import fold_into_modulation
 from stepquant.support.errors import StepQuantError
 from stepquant.verbs.bench import denoiser_call
 
-# (blocks, folds): counted by hand in the architecture's definition
-COUNTS = {
-    # resnets, four transformers with proj_in and proj_out, resamplers, time embedding, outer convs;
-    # in each transformer its norm, three layer norms, two values and GEGLU
-    "sd": (8 + 4 * 3 + 2 + 3, 4 * 7),
-    "dit": (2 + 3, 2),
-    "pixart": (2 + 2 + 2 + 1, 4),
-    "sd3": (2 + 2 + 1 + 1 + 2, 1),
-    "flux": (2 + 3 + 1 + 1 + 2, 0),
-}
-# DiT: two norms of each block. SD3: four of the first block and its second attention, three of the
-# last block, whose text ends there. Flux: four of the double block, one of the single one. The norm
-# before the output is modulated by one unit and read by another.
-MODULATIONS = {"sd": 0, "sdxl": 0, "dit": 4, "pixart": 0, "sd3": 5 + 3, "flux": 4 + 1}
 SCALINGS = pytest.mark.parametrize(
     "step",
     [WeightDilation(), Smoothing(), ChannelReparameterization(layers="all")],
@@ -80,8 +66,10 @@ def test_every_layer_is_in_exactly_one_block(model, adapter):
 
 
 def test_blocks_and_folds_are_as_many_as_the_architecture_has(name, model, adapter):
-    if name in COUNTS:
-        assert (len(adapter.blocks(model)), len(adapter.folds(model))) == COUNTS[name]
+    wanted = ARCHITECTURES[name]
+    if wanted.blocks is not None:
+        assert len(adapter.blocks(model)) == wanted.blocks
+        assert len(adapter.folds(model)) == wanted.folds
 
 
 def test_outer_layers_see_the_sample_and_give_the_result(model, adapter):
@@ -156,7 +144,7 @@ def test_every_modulation_leaves_the_prediction_alone(model, adapter, inputs):
 
 def test_modulations_are_as_many_as_the_architecture_has(name, model, adapter):
     found = adapter.modulations(model)
-    assert len(found) == MODULATIONS[name]
+    assert len(found) == ARCHITECTURES[name].modulations
     consumers = [consumer for entry in found for consumer in entry.consumers]
     assert len(consumers) == len(set(consumers))
     folded = [consumer for _, group in adapter.folds(model) for consumer in group]
