@@ -20,6 +20,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+# A number and its unit stay on one line.
+UNIT = re.compile(r"(?<=\d) (?=(?:dB|ms|s|MB|GiB|B|%)\b|%)")
+NARROW = "\N{NO-BREAK SPACE}"
 
 Record = dict[str, Any]
 TABLES: dict[str, Callable[[], str]] = {}
@@ -43,7 +46,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; all columns but the first are aligned to the right."""
     lines = ["| " + " | ".join(head) + " |"]
     lines.append("| " + " | ".join(["---", *["--:"] * (len(head) - 1)]) + " |")
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["| " + " | ".join(UNIT.sub(NARROW, cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
