@@ -44,7 +44,7 @@ class Replay(nn.Module):
 
 @contextmanager
 def replaying(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[list[Replay]]:
-    """Replace each block named in `outputs` by a stand-in that returns the recorded output.
+    """Replace each block named in `outputs` with a stand-in that returns the recorded output.
 
     Yields the stand-ins. Before each call of the model, the caller sets `part` of each stand-in to
     the samples of that call. The blocks are put back at the end.

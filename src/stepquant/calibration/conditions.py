@@ -1,4 +1,4 @@
-"""The denoiser's arguments beside sample and timestep, stored for many inputs."""
+"""The denoiser's arguments other than sample and timestep, stored for many inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Conditions:
       all steps is stored once.
     - `rows`: by argument name, the index of each input's value, `[N]` (int64).
     - `shared`: tensors without a row for each input, the same for all inputs.
-    - `constants`: values that are no tensors.
+    - `constants`: values that are not tensors.
 
     Names of nested arguments are joined by dots, such as `added_cond_kwargs.time_ids`. Entries of
     tuples have an index, such as `image_rotary_emb.#0`.
@@ -89,10 +89,10 @@ class Conditions:
 
 
 class ConditionRecorder:
-    """Collects the arguments beside sample and timestep over many calls of a denoiser."""
+    """Collects the arguments other than sample and timestep over many calls of a denoiser."""
 
     def __init__(self, owner: str, by_sample: Collection[str] | None = None) -> None:
-        """Start without any call.
+        """Create an empty record.
 
         Args:
             owner: name of the denoiser's class, for error messages.

@@ -179,11 +179,11 @@ def weighted_power(error: Tensor, spectrum: Tensor) -> Tensor:
 
 
 def shared_power(error: Tensor, spectrum: Tensor, together: int) -> Tensor:
-    """Return the mean power of the common part of each `together` neighbours, as a scalar.
+    """Return the mean power of the common part in each group of `together` errors, as a scalar.
 
     `error` is `[B, C, H, W]`; `together` must divide `B`. Each frequency of each error is weighted
     by the square root of `spectrum [B, H, W]`, in the layout of `torch.fft.fft2`. The common part
-    is the mean over each group of neighbours. With `together = 1` the result is the mean of
+    is the mean over each group of adjacent errors. With `together = 1` the result is the mean of
     `weighted_power`.
     """
     parts = torch.fft.fft2(error, norm="ortho") * spectrum[:, None].sqrt()
