@@ -28,7 +28,7 @@ from cells import machine
 from records import write_record
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.opening import open_pipeline
-from stepquant.pipelines.sampling import denoiser_of
+from stepquant.pipelines.resolved import denoiser_of
 from stepquant.runtime.ops import cpu, fused, native
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.native.calls import grid_structure

@@ -68,6 +68,7 @@ def test_diffusers_and_transformers_find_the_quantizers(order):
         "        config = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method].from_dict(\n"
         "            {'quant_method': method, 'bits': 8, 'layers': ['a']})\n"
         "        assert config.quant_method.value == method, config\n"
+        "        assert isinstance(config, auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method])\n"
         "        assert auto.AUTO_QUANTIZER_MAPPING[method](config).pre_quantized\n"
         "assert ours.AUTO_QUANTIZER_MAPPING['stepquant'].__name__ == 'StepQuantQuantizer'\n"
     )
@@ -78,3 +79,13 @@ def test_the_registered_methods_are_those_of_the_configs():
     assert set(stepquant._WEIGHT_ONLY_CONFIGS) == {
         kind.method.value for kind in (WeightOnlyConfig, DynamicConfig)
     }
+
+
+def test_a_pipeline_takes_a_config_for_each_component():
+    """diffusers asks of each config whether it is an instance of an entry of its table."""
+    code = (
+        "import stepquant\n"
+        "from diffusers import PipelineQuantizationConfig\n"
+        "PipelineQuantizationConfig(quant_mapping={'unet': stepquant.DynamicConfig()})\n"
+    )
+    loaded_after(code)

@@ -1,1 +1,1 @@
-"""Calibration data from the float model's sampler, and first ranges."""
+"""Calibration data from the float model's sampler, and initial quantizer ranges."""

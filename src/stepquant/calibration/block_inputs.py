@@ -1,4 +1,4 @@
-"""Inputs and outputs of one block, over a calibration set."""
+"""Inputs and outputs of single blocks over a calibration set."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from stepquant.support.errors import StepQuantError
 
 
 class _StopForward(Exception):
-    """Raised by a hook once the block's input is known; the rest of the forward is not needed."""
+    """Raised by a hook that has the block's input, to skip the rest of the forward pass."""
 
 
 @dataclass
 class BlockData:
-    """What a block is trained on.
+    """Training data of one block: inputs and target outputs for `N` samples.
 
-    `args`, `kwargs`: its inputs, each tensor `[N, ...]`, in tuples and dictionaries too; tensors
-    without a row for each sample are `Shared`, and anything else is as it was in the first call.
-    `target`: the output to match, `[N, ...]`, as `joined_output` gives it. `timestep [N]`. `spill`:
-    what made the tensors.
+    - `args`, `kwargs`: the block's arguments. Tensors are `[N, ...]`, also inside tuples and
+      dictionaries. Tensors without a row for each sample are `Shared`. Other values are those of
+      the first call.
+    - `target`: the outputs to match, `[N, ...]`, in the form of `joined_output`.
+    - `timestep`: `[N]`.
+    - `spill`: the allocator of the tensors. `batch` releases its mapped memory after each read.
     """
 
     args: tuple[Any, ...]
@@ -42,7 +44,7 @@ class BlockData:
         return self.target.shape[0]
 
     def batch(self, index: Tensor) -> tuple[tuple[Any, ...], dict[str, Any], Tensor, Tensor]:
-        """`(args, kwargs, target, timestep)` of the samples `index`."""
+        """Return `(args, kwargs, target, timestep)` of the samples at `index [B]`."""
         args, kwargs = pick((self.args, self.kwargs), index)
         target = self.target[index]
         self.spill.release()
@@ -50,9 +52,13 @@ class BlockData:
 
 
 def joined_output(output: Any) -> Tensor:
-    """What a block gives as one tensor: itself, or of several all values, `[N, values]`.
+    """Return a block's output as one tensor `[N, ...]`.
 
-    Blocks of some transformers give the tokens of the text and those of the image.
+    A single tensor is returned as it is. Several tensors are flattened and concatenated to
+    `[N, values]`: blocks of some transformers return text tokens and image tokens.
+
+    Raises:
+        StepQuantError: the output holds no tensor.
     """
     if isinstance(output, Tensor):
         return output
@@ -76,10 +82,17 @@ def capture_inputs(
     outputs: Mapping[str, Any] | None = None,
     spill: Spill | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of `block` while `model` sees `data`, joined over batches.
+    """Run `model` on `data` and return the `(args, kwargs)` of `block`, joined over batches.
 
-    `outputs`: what blocks before it give for `data`, `[N, ...]`, which then do not run again.
-    `spill` makes the joined tensors, and made `outputs`.
+    Each forward pass stops at `block`. Joined tensors are `[N, ...]`; tensors without a row for
+    each sample are `Shared`. `batch` is the number of samples per forward pass. One extra pass with
+    another number of samples shows which tensors have rows.
+
+    `outputs` holds the outputs `[N, ...]` of earlier blocks for `data`; those blocks do not run
+    again. `spill` allocates the joined tensors, and must have allocated `outputs`.
+
+    Raises:
+        StepQuantError: a tensor has no row for each sample, but changes between calls.
     """
     spill = spill or Spill()
     joined = Joined(f"the block '{block}'", len(data), spill)
@@ -116,9 +129,13 @@ def capture_outputs(
     batch: int,
     spill: Spill | None = None,
 ) -> dict[str, Tensor]:
-    """Outputs `[N, ...]` of each of `blocks` while `model` sees `data`, in one pass.
+    """Run `model` on `data` once and return the outputs of each of `blocks`, `[N, ...]`.
 
-    `spill` makes them.
+    The outputs have the form of `joined_output`. `batch` is the number of samples per forward pass.
+    `spill` allocates the outputs.
+
+    Raises:
+        StepQuantError: a block's output holds no tensor.
     """
     spill = spill or Spill()
     outputs = {block: Rows(len(data), spill) for block in blocks}
@@ -134,7 +151,10 @@ def capture_outputs(
 
 @torch.no_grad()
 def execution_order(model: nn.Module, blocks: list[str], data: Trajectories) -> list[str]:
-    """`blocks` in the order in which a forward first calls them."""
+    """Return `blocks` in the order of their first calls in a forward pass.
+
+    Blocks that the model does not call are left out.
+    """
     order: list[str] = []
     modules = {block: model.get_submodule(block) for block in blocks}
     with hooked(modules, before=lambda block, *_: order.append(block)):

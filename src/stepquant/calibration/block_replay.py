@@ -1,4 +1,4 @@
-"""Recorded outputs in the place of blocks, so that a chain of blocks runs each of them once."""
+"""Replay of recorded block outputs, so that training a chain of blocks runs each block once."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from stepquant.models.surgery import replace_modules
 
 
 class Replay(nn.Module):
-    """Stands in for a block and gives `output`, `[N, ...]` or a tuple, of the samples in `part`.
+    """Stand-in for a block that returns its recorded output.
 
-    All else that a model may ask of its block (dtype, settings) is the block's own.
+    `output` is a tensor `[N, ...]` or a tuple of such tensors. `part` selects the samples of the
+    next call. All other attributes, such as the dtype and the settings, are those of the block.
     """
 
     def __init__(self, block: nn.Module, output: Any) -> None:
@@ -31,7 +32,7 @@ class Replay(nn.Module):
         self.part = slice(None)
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        """What was recorded, whatever the input: a copy, which the model may write into."""
+        """Return a copy of the recorded output, whatever the input; the model may write to it."""
         return copied(pick(self.output, self.part))
 
     def __getattr__(self, name: str) -> Any:
@@ -43,9 +44,10 @@ class Replay(nn.Module):
 
 @contextmanager
 def replaying(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[list[Replay]]:
-    """`model` with each of the blocks `outputs` replaced by what it gave; the stand-ins.
+    """Replace each block named in `outputs` with a stand-in that returns the recorded output.
 
-    Whoever calls the model says first, by `part` of each stand-in, which samples it gets.
+    Yields the stand-ins. Before each call of the model, the caller sets `part` of each stand-in to
+    the samples of that call. The blocks are put back at the end.
     """
     stands_in: list[Replay] = []
 
@@ -66,11 +68,12 @@ def replaying(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[list[Rep
 def readers(
     model: nn.Module, names: list[str], outputs: Mapping[str, Any], *call: Any, **named: Any
 ) -> dict[str, set[str]]:
-    """For each block of `outputs`, those of `names` that read it without a replayed one between.
+    """Return, for each block in `outputs`, which of the blocks `names` read its output.
 
-    `model(*call, **named)` is one forward, `outputs` what some of its blocks give in it. With these
-    replayed little runs but the glue between blocks; who reads a block's output is found by making
-    it NaN.
+    A block counts as a reader only if no replayed block lies between the two. `outputs` holds the
+    outputs of some blocks in the forward pass `model(*call, **named)`. The function replays these
+    outputs, sets one of them to NaN at a time, and looks for NaN in the inputs of `names`. Little
+    more than the glue between the blocks runs.
     """
     found: dict[str, set[str]] = {}
     with replaying(model, outputs) as stands_in:
@@ -100,20 +103,21 @@ def readers(
 
 
 def copied(output: Any) -> Any:
-    """`output` with a copy of each tensor."""
+    """Return `output` with each tensor copied."""
     return tree_map_only(Tensor, torch.clone, output)
 
 
 def spoiled(output: Any) -> Any:
-    """`output` with NaN for every value."""
+    """Return `output` with every tensor filled with NaN."""
     return tree_map_only(Tensor, lambda tensor: torch.full_like(tensor, torch.nan), output)
 
 
 @dataclass(frozen=True)
 class Replayable:
-    """A block whose output can be recorded once and given again.
+    """A block whose output can be recorded once and replayed.
 
-    `last`: position of the last block that reads it, -1 where none does. `nbytes`: of one sample's.
+    - `last`: position of the last block that reads the output; -1 if no block does.
+    - `nbytes`: size of the output for one sample, in bytes.
     """
 
     last: int
@@ -124,10 +128,13 @@ class Replayable:
 def replayable_blocks(
     model: nn.Module, order: list[str], data: Trajectories
 ) -> dict[str, Replayable]:
-    """Those of the blocks `order` (as a forward calls them) that can be replayed.
+    """Return the blocks that can be replayed, out of `order`, the blocks in execution order.
 
-    They give float tensors with a row for each sample, are called once in a forward, and do not
-    write into what they are given: whoever else reads that would miss it.
+    A replayable block
+
+    - returns float tensors with a row for each sample,
+    - is called once per forward pass,
+    - does not write to its inputs: other readers of these would miss the change.
     """
     calls: dict[str, list[Any]] = {name: [] for name in order}
     written: set[str] = set()
@@ -157,7 +164,7 @@ def replayable_blocks(
 
 
 def _has_float_rows(output: Any) -> bool:
-    """Whether the output for one sample is a float tensor with a row for it, or a tuple of such."""
+    """Whether the output for one sample is a float tensor `[1, ...]`, or a tuple of these."""
     entries = output if type(output) is tuple else (output,)
     return all(
         e is None

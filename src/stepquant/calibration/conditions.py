@@ -1,4 +1,4 @@
-"""What a denoiser is told beside the sample and the timestep, over many inputs."""
+"""The denoiser's arguments other than sample and timestep, stored for many inputs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from stepquant.models.calling import tensors_in
 from stepquant.support.errors import StepQuantError
 
 SEPARATOR = "."  # between the names of nested arguments
-POSITION = "#"  # before the number of an entry of a tuple
+POSITION = "#"  # before the index of a tuple's entry
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Further arguments of `N` inputs: prompts' embeddings, labels, masks, guidance.
+    """Further arguments of `N` denoiser inputs: prompt embeddings, labels, masks, guidance.
 
-    `values`: by name, the distinct values of an argument `[U, ...]`, and `rows`, `[N]` (int64),
-    which of them each input has: an embedding that is the same at all steps is there once.
-    `shared`: tensors without a batch dimension, the same for all inputs. `constants`: what is not
-    a tensor. The names of nested arguments are joined by dots, as `added_cond_kwargs.time_ids` and,
-    in a tuple, `image_rotary_emb.#0`.
+    - `values`: by argument name, its distinct values `[U, ...]`. An embedding that is the same at
+      all steps is stored once.
+    - `rows`: by argument name, the index of each input's value, `[N]` (int64).
+    - `shared`: tensors without a row for each input, the same for all inputs.
+    - `constants`: values that are not tensors.
+
+    Names of nested arguments are joined by dots, such as `added_cond_kwargs.time_ids`. Entries of
+    tuples have an index, such as `image_rotary_emb.#0`.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -36,16 +39,16 @@ class Conditions:
 
     @property
     def differ(self) -> bool:
-        """Whether not all inputs are told the same."""
+        """Whether some argument has more than one distinct value."""
         return any(len(value) > 1 for value in self.values.values())
 
     def take(self, index: Tensor | slice) -> Conditions:
-        """Those of the inputs `index`."""
+        """Return the conditions of the inputs at `index`."""
         rows = {name: row[index] for name, row in self.rows.items()}
         return Conditions(self.values, rows, self.shared, self.constants)
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for one call with all inputs, nested as the denoiser takes them."""
+        """Return the keyword arguments of one call with all `N` inputs, nested as captured."""
         flat: dict[str, Any] = dict(self.constants)
         flat |= self.shared
         flat |= {name: value[self.rows[name]] for name, value in self.values.items()}
@@ -59,7 +62,7 @@ class Conditions:
         return _with_tuples(nested)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """For a safetensors file; nothing, where there are no conditions."""
+        """Return the tensors to store in a safetensors file; none if there are no conditions."""
         tensors = {f"condition/{name}": value for name, value in self.values.items()}
         tensors |= {f"condition_row/{name}": row for name, row in self.rows.items()}
         tensors |= {f"condition_shared/{name}": value for name, value in self.shared.items()}
@@ -70,7 +73,7 @@ class Conditions:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Conditions:
-        """What `to_tensors` gave; other names are passed over."""
+        """Rebuild the conditions from the tensors of `to_tensors`; other names are ignored."""
         parts: dict[str, dict[str, Tensor]] = {
             "condition": {},
             "condition_row": {},
@@ -86,13 +89,16 @@ class Conditions:
 
 
 class ConditionRecorder:
-    """Collects the further arguments of call after call."""
+    """Collects the arguments other than sample and timestep over many calls of a denoiser."""
 
     def __init__(self, owner: str, by_sample: Collection[str] | None = None) -> None:
-        """`owner`: the denoiser's class, for errors.
+        """Create an empty record.
 
-        `by_sample`: arguments that had a row for each sample when there were fewer or more of them;
-        no other has. None: not known, and the number of samples in the first call decides.
+        Args:
+            owner: name of the denoiser's class, for error messages.
+            by_sample: names of the arguments that have a row for each sample, as found with another
+                number of samples. None: an argument has rows if its first dimension is the number
+                of samples in the first call.
         """
         self._owner, self._by_sample = owner, by_sample
         self._distinct: dict[str, list[Tensor]] = {}
@@ -103,7 +109,12 @@ class ConditionRecorder:
         self._names: list[str] | None = None
 
     def add(self, arguments: dict[str, Any], batch: int) -> None:
-        """The arguments of a call with `batch` samples, without sample and timestep."""
+        """Add the arguments of one call with `batch` samples, without sample and timestep.
+
+        Raises:
+            StepQuantError: the argument names differ from those of the first call, a value cannot
+                be stored, rows differ in shape or dtype, or a value without rows changes.
+        """
         flat = self._flat(arguments)
         names = sorted(flat)
         if self._names is None:
@@ -123,7 +134,7 @@ class ConditionRecorder:
                 self._add_rows(name, value, batch)
 
     def by_sample(self) -> set[str]:
-        """Arguments with a row for each sample."""
+        """Return the names of the arguments with a row for each sample."""
         return set(self._rows)
 
     def _is_shared(self, name: str, value: Tensor, batch: int) -> bool:
@@ -173,7 +184,7 @@ class ConditionRecorder:
             self._rows.setdefault(name, []).append(known[digest])
 
     def conditions(self) -> Conditions:
-        """All that was added, in order."""
+        """Return the conditions of all added calls, in order."""
         return Conditions(
             {name: torch.stack(rows) for name, rows in self._distinct.items()},
             {name: torch.tensor(rows) for name, rows in self._rows.items()},
@@ -182,9 +193,9 @@ class ConditionRecorder:
         )
 
     def _flat(self, arguments: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        """Nested dictionaries under dotted names; an empty one stays, as forwards may ask for it.
+        """Flatten nested dictionaries, and tuples and lists that hold tensors, to dotted names.
 
-        Tuples and lists too, where there are tensors in them.
+        An empty dictionary stays, because the denoiser may require the argument.
         """
         flat: dict[str, Any] = {}
         for name, value in arguments.items():
@@ -206,7 +217,7 @@ class ConditionRecorder:
 
 
 def _with_tuples(value: Any) -> Any:
-    """`value` with tuples again for dictionaries of positions; a list comes back as one, too."""
+    """Turn dictionaries of positions in `value` back into tuples; a list becomes a tuple, too."""
     if not isinstance(value, dict):
         return value
     entries = {name: _with_tuples(entry) for name, entry in value.items()}

@@ -1,10 +1,10 @@
-"""How a sampler with guidance mixes the predictions of an image, told from where it went.
+"""Weights with which a guided sampler mixes an image's predictions, measured from its trajectory.
 
 Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, equation 6) calls the denoiser
-twice for an image and goes on with `e_u + g (e_c - e_u)`. Which of the two comes first, and what
-`g` is called, differs from pipeline to pipeline, so that none of them is asked. With DDIM the next
-sample is `a x + b e`, and both samples are among the calibration inputs: the weights of the two
-predictions in `e` are those that lead from one to the other, by least squares over all steps.
+twice for an image and continues with `e = e_u + g (e_c - e_u)`. The order of the two predictions
+and the name of `g` differ between pipelines, so this module does not read them from the pipeline.
+With DDIM, the next sample is `a x + b e`. The calibration inputs hold both samples, `x` and the
+next one. The weights of the two predictions in `e` then follow by least squares over all steps.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ from torch import Tensor, nn
 
 from stepquant.calibration.trajectories import Trajectories, predict
 
-IMAGES = 4  # that the weights are measured on
-TOLERANCE = 1e-3  # of the squared change by guidance, what the mix may leave unexplained
+IMAGES = 4  # images that the weights are measured on
+TOLERANCE = 1e-3  # largest share of guidance's squared change that the mix may leave unexplained
 
 
 @torch.no_grad()
 def mixing_weights(model: nn.Module, scheduler: Any, trajectories: Trajectories) -> Tensor | None:
-    """The weights of an image's predictions in what the sampler follows, `[kinds]`, of sum 1.
+    """Return the weights of an image's predictions in the sampler's mix, `[kinds]`, with sum 1.
 
-    In the order in which an image's inputs lie in `trajectories`. One weight of 1 without guidance.
+    The order is that of an image's inputs in `trajectories`. Without guidance there is one weight,
+    1. `model` predicts for the first `IMAGES` images.
 
-    None where no weights that hold for all steps lead from each sample to the next: another
-    sampler than DDIM, noise that it adds, clipped or rescaled predictions, a scale that changes or
-    ends, samples that are not the same for all predictions of an image.
+    The function returns None if no constant weights lead from each sample to the next. Reasons are
+
+    - a sampler other than DDIM, or one that adds noise,
+    - clipped or rescaled predictions,
+    - a guidance scale that changes or stops during sampling,
+    - samples that differ between the predictions of an image.
     """
     if not trajectories.guided:
         return torch.ones(1)
@@ -40,7 +44,8 @@ def mixing_weights(model: nn.Module, scheduler: Any, trajectories: Trajectories)
     if len({len(step) for step in inputs}) > 1:
         return None
     kinds = len(inputs[0]) // len(inputs[0].trajectory.unique())
-    towards, gone = [], []  # what each prediction changes beside the last one, what was changed
+    # Next samples minus that of the last prediction alone: those of the others, and the actual one.
+    towards, gone = [], []
     for now, after in pairwise(inputs):
         x, *others = (now.sample[kind::kinds] for kind in range(kinds))
         if not all(torch.equal(x, other) for other in others):
@@ -57,15 +62,15 @@ def mixing_weights(model: nn.Module, scheduler: Any, trajectories: Trajectories)
     changes, gap = torch.cat(towards), torch.cat(gone)
     weights = torch.linalg.lstsq(changes, gap[:, None]).solution[:, 0]
     left = (gap - changes @ weights).square().sum()
-    if not left <= TOLERANCE * gap.square().sum():  # NaN, too
+    if not left <= TOLERANCE * gap.square().sum():  # also true for NaN
         return None
     return torch.cat([weights, 1 - weights.sum(dim=0, keepdim=True)]).float()
 
 
 def mixed(predictions: Tensor, weights: Tensor) -> Tensor:
-    """What the sampler makes of `predictions [images * kinds, ...]`, an image's side by side.
+    """Mix `predictions [images * kinds, ...]` as the sampler does, and return `[images, ...]`.
 
-    `[images, ...]`, with `weights [kinds]` from `mixing_weights`.
+    The predictions of one image are adjacent. `weights [kinds]` are those of `mixing_weights`.
     """
     if len(weights) == 1:
         return predictions

@@ -1,10 +1,10 @@
-"""How an error of the prediction at a sampling step changes the image in the end.
+"""Influence of a prediction error at each sampling step on the final image.
 
-With the sampler's step `x' = f(ε(x, t), x)` and `a'` the gradient of something of the image by
-`x'`, `a = (∂x'/∂x)ᵀ a'` is its gradient by `x`, and `v = (∂f/∂ε)ᵀ a'` that by the prediction. One
-sweep from the image back to the noise so gives the gradients by the predictions of all steps. From
-random signs at the image, `(v · e)²` is, in the mean, the squared change of the image by an error
-`e`.
+The sampler's step is `x' = f(ε(x, t), x)`. Let `a'` be the gradient of a function of the image with
+respect to `x'`. Then `a = (∂x'/∂x)ᵀ a'` is its gradient with respect to `x`, and `v = (∂f/∂ε)ᵀ a'`
+that with respect to the prediction. One sweep from the image back to the noise gives `v` for all
+steps. If the sweep starts from random signs at the image, the mean of `(v · e)²` is the squared
+change of the image by an error `e` of the prediction.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 
-NEIGHBOURS = 2  # steps on either side that a step's spectrum is averaged with
+NEIGHBOURS = 2  # steps on each side that a step's spectrum is averaged with
 MIXED = (
     "the sampler mixes several predictions of an image at each step, which the influence "
     "of a step is not followed through"
@@ -29,7 +29,11 @@ MIXED = (
 
 
 def check_without_memory(scheduler: Any) -> None:
-    """An error unless a step of `scheduler` depends on its own input only (DDIM, DDPM)."""
+    """Check that a step of `scheduler` depends on its own input only.
+
+    Raises:
+        StepQuantError: `scheduler` is neither DDIM nor DDPM, or is DDPM with a learned variance.
+    """
     reason = _why_memory(scheduler)
     if reason is not None:
         raise StepQuantError(
@@ -39,7 +43,11 @@ def check_without_memory(scheduler: Any) -> None:
 
 
 def check_unguided(trajectories: Trajectories) -> None:
-    """An error where the sampler mixes several predictions of an image at a step."""
+    """Check that the sampler uses one prediction of an image at each step.
+
+    Raises:
+        StepQuantError: the sampler mixes several predictions, as with classifier-free guidance.
+    """
     reason = _why_guided(trajectories)
     if reason is not None:
         raise StepQuantError(
@@ -49,9 +57,9 @@ def check_unguided(trajectories: Trajectories) -> None:
 
 
 def why_not_followed(scheduler: Any, trajectories: Trajectories) -> str | None:
-    """Why the influence of a step on the image cannot be followed here.
+    """Return why the influence of a step on the image cannot be computed, or None if it can.
 
-    None where it can; with guidance and DDIM that takes the weights of the mix besides.
+    DDIM with guidance also needs the weights of the mix; see `calibration.guidance`.
     """
     reason = _why_memory(scheduler)
     if reason is None and not isinstance(scheduler, DDIMScheduler):
@@ -84,12 +92,24 @@ def image_gradients(
     reporter: Reporter,
     mixing: Tensor | None = None,
 ) -> Tensor:
-    """`v` of each step for the first `images` of `trajectories`, `[T, images, C, H, W]`.
+    """Return the gradient `v` at each step, for the first `images` of `trajectories`.
 
-    `scheduler`: set to the steps of `trajectories`; one whose step depends on its own input only
-    (DDIM, DDPM), else StepQuantError. The gradients are of a sum of the image's values with random
-    signs, an independent one for each value. With guidance they are by the mix of an image's
-    predictions with the weights `mixing [kinds]` (`calibration.guidance`); StepQuantError without.
+    The result is `[T, images, C, H, W]`. The differentiated function is the sum of the image's
+    values, each with an independent random sign drawn from `seed`. With guidance, the gradients are
+    those with respect to the mix of an image's predictions.
+
+    Args:
+        model: denoiser that predicts in float.
+        scheduler: DDIM or DDPM, set to the steps of `trajectories`.
+        trajectories: inputs of the denoiser at every step.
+        images: number of images.
+        seed: seed of the signs.
+        reporter: shows progress.
+        mixing: weights `[kinds]` of the mix, see `calibration.guidance`; None without guidance.
+
+    Raises:
+        StepQuantError: a step of `scheduler` does not depend on its own input only, `trajectories`
+            are guided and `mixing` is None, or the gradients are zero or not finite.
     """
     check_without_memory(scheduler)
     if mixing is None:
@@ -108,7 +128,7 @@ def image_gradients(
             with torch.enable_grad():
                 seen = x if kinds == 1 else x.repeat_interleave(kinds, dim=0)
                 prediction = mixed(predict(model, replace(inputs, sample=seen)), mixing)
-                # Behind the noise a model may predict its variance, which the sampler leaves out.
+                # Channels after those of the noise are a predicted variance, which is not used.
                 after = scheduler.step(prediction[:, : x.shape[1]], timestep, x).prev_sample
             if gradient is None:
                 gradient = torch.randint(0, 2, after.shape, generator=generator) * 2.0 - 1.0
@@ -125,12 +145,14 @@ def image_gradients(
 
 
 def influence_spectrum(gradients: Tensor) -> Tensor:
-    """What an error counts, by step and spatial frequency, `[T, H, W]`, from `image_gradients`.
+    """Return the weight of a prediction error by step and spatial frequency, `[T, H, W]`, float32.
 
-    The mean over images, channels, frequencies within an octave and neighbouring steps of
-    `|F v|²`, with the unitary transform `F`. In the layout of `torch.fft.fft2`. Taking `F` to make
-    the errors' parts independent, `sum over f of spectrum[t, f] |F e|²[f]` is the squared change of
-    the image by an error `e` of the prediction at step `t`.
+    `gradients [T, images, C, H, W]` are those of `image_gradients`. The spectrum is `|F v|²` with
+    the unitary Fourier transform `F`, averaged over images, channels, frequencies within an octave,
+    and neighbouring steps. Frequencies have the layout of `torch.fft.fft2`.
+
+    If the components of `F e` are independent, `sum over f of spectrum[t, f] |F e|²[f]` is the
+    squared change of the image by an error `e` of the prediction at step `t`.
     """
     power = torch.fft.fft2(gradients.double(), norm="ortho").abs().square().mean(dim=(1, 2))
     height, width = power.shape[1:]
@@ -148,20 +170,21 @@ def influence_spectrum(gradients: Tensor) -> Tensor:
 
 
 def weighted_power(error: Tensor, spectrum: Tensor) -> Tensor:
-    """Mean over the values of `error [B, C, H, W]` of its power, weighted by `spectrum`, `[B]`.
+    """Return the mean power of `error [B, C, H, W]`, weighted by `spectrum [B, H, W]`, as `[B]`.
 
-    `spectrum [B, H, W]` has the layout of `torch.fft.fft2`. All ones give the mean square.
+    `spectrum` has the layout of `torch.fft.fft2`. A spectrum of ones gives the mean square.
     """
     parts = torch.view_as_real(torch.fft.fft2(error, norm="ortho"))
     return (parts.square().sum(dim=-1) * spectrum[:, None]).flatten(1).mean(dim=1)
 
 
 def shared_power(error: Tensor, spectrum: Tensor, together: int) -> Tensor:
-    """Mean power of what each `together` neighbours of `error [B, C, H, W]` have in common.
+    """Return the mean power of the common part in each group of `together` errors, as a scalar.
 
-    Each frequency of each error is weighted by the root of `spectrum [B, H, W]` (the layout of
-    `torch.fft.fft2`), then the mean over the neighbours is taken and squared. With one neighbour
-    it is the mean of `weighted_power`.
+    `error` is `[B, C, H, W]`; `together` must divide `B`. Each frequency of each error is weighted
+    by the square root of `spectrum [B, H, W]`, in the layout of `torch.fft.fft2`. The common part
+    is the mean over each group of adjacent errors. With `together = 1` the result is the mean of
+    `weighted_power`.
     """
     parts = torch.fft.fft2(error, norm="ortho") * spectrum[:, None].sqrt()
     shared = torch.view_as_real(parts.unflatten(0, (-1, together)).mean(dim=1))

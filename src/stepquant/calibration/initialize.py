@@ -1,4 +1,4 @@
-"""Giving every quantizer of a model its first range."""
+"""Initial ranges for all quantizers of a model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from stepquant.support.progress import Reporter
 
 
 def weight_search(method: str) -> GridSearch:
-    """The search for weight ranges that a recipe calls "minmax" or "mse"."""
+    """Return the search for weight ranges that a recipe names "minmax" or "mse"."""
     return minmax_weight_range if method == "minmax" else search_weight_range
 
 
 @torch.no_grad()
 def initialize_weights(layer: QuantLayer, method: str) -> None:
-    """Set the weight ranges of `layer` by "minmax" or "mse"."""
+    """Set the weight ranges of `layer` by `method`, "minmax" or "mse"."""
     layer.fit_weights(weight_search(method))
 
 
@@ -29,9 +29,10 @@ def initialize_weights(layer: QuantLayer, method: str) -> None:
 def initialize_activations(
     quantizer: ActivationQuantizer, observation: Observation, method: str, common: bool = False
 ) -> None:
-    """Set each row of `quantizer` by "minmax" or "mse".
+    """Set each row of the quantizer's step table by `method`, "minmax" or "mse".
 
-    A single row takes all steps together; `common`: all rows do.
+    Row `t` is fitted to the values observed at step `t`. A quantizer with one row is fitted to all
+    steps together. With `common`, all rows get the range of all steps together.
     """
     low = torch.stack(observation.low).amin(dim=1)  # [T]
     high = torch.stack(observation.high).amax(dim=1)
@@ -45,10 +46,11 @@ def initialize_activations(
 def initialize_probabilities(
     quantizer: ProbabilityQuantizer, observation: Observation, method: str, common: bool = False
 ) -> None:
-    """Set each row of `quantizer` to a uniform grid from zero, by "minmax" or "mse".
+    """Set each row of the quantizer's step table to a uniform grid that starts at zero.
 
-    "minmax" covers the largest probability; "mse" searches the grid's end for the least error.
-    A single row takes all steps together; `common`: all rows do.
+    The method "minmax" ends the grid at the largest probability; "mse" searches for the end with
+    the least error. A quantizer with one row is fitted to all steps together. With `common`, all
+    rows get the range of all steps together.
     """
     high = torch.stack(observation.high)[:, 0]  # [T]
     low = torch.zeros_like(high)
@@ -60,7 +62,10 @@ def initialize_probabilities(
 def _find_grids(
     bits: int, observation: Observation, low: Tensor, high: Tensor, method: str, common: bool
 ) -> tuple[Tensor, Tensor]:
-    """`(scale, zero_point)` of values from `low [T]` to `high [T]`, `[T]`; `[1]` if `common`."""
+    """Return `(scale, zero_point)` for ranges `low [T]` to `high [T]`, each `[T]`.
+
+    With `common`, each is `[1]`, for all steps together.
+    """
     values, weights = torch.stack(observation.values), torch.stack(observation.weights)  # [T, n]
     if common:
         low, high = low.amin().view(1), high.amax().view(1)
@@ -80,9 +85,22 @@ def initialize_ranges(
     reporter: Reporter,
     common: bool = False,
 ) -> None:
-    """First ranges of all quantizers from float activations; then the model quantizes.
+    """Set the initial ranges of all quantizers in `model`, then switch quantization on.
 
-    `common`: all rows of a table get the range of all steps together.
+    Activation ranges are fitted to the float activations of `trajectories`.
+
+    Args:
+        model: simulated model, which still computes in float.
+        trajectories: calibration inputs.
+        weights: method for weight ranges, "minmax" or "mse".
+        activations: method for activation ranges, "minmax" or "mse".
+        seed: seed of the random draw of activations.
+        per_step: number of images at each step.
+        reporter: shows progress.
+        common: give all rows of a step table the range of all steps together.
+
+    Raises:
+        StepQuantError: an activation is not finite.
     """
     layers = quant_layers(model)
     observations = observe(model, trajectories, per_step, seed, reporter)

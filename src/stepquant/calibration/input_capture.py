@@ -1,4 +1,4 @@
-"""What a denoiser is called with, kept call by call."""
+"""Capture of a denoiser's arguments, call by call."""
 
 from __future__ import annotations
 
@@ -16,15 +16,25 @@ from stepquant.support.errors import StepQuantError
 
 
 class Seen(Exception):
-    """Raised by a hook once one call's arguments are known; the rest is not needed."""
+    """Raised by a hook that has one call's arguments, to end sampling there."""
 
 
 class Recorder:
-    """Keeps the inputs of every call of a denoiser; a `before` of `models.hooks.hooked`."""
+    """Keeps the inputs of every call of a denoiser; for use as `before` of `models.hooks.hooked`.
+
+    `samples` and `timesteps` hold one tensor for each call, `[B, ...]` and `[B]` (on the CPU).
+    `conditions` collects the other arguments.
+    """
 
     def __init__(self, denoiser: nn.Module, by_sample: Collection[str] | None = None) -> None:
-        """`by_sample`: see `ConditionRecorder`."""
-        timestep_position(denoiser)  # an error where there is no such argument
+        """Prepare for calls of `denoiser`.
+
+        `by_sample` is the argument of `ConditionRecorder`.
+
+        Raises:
+            StepQuantError: `denoiser.forward` has no argument `timestep`, or takes `*args`.
+        """
+        timestep_position(denoiser)  # raises if there is no such argument
         self._signature = inspect.signature(denoiser.forward)
         self._sample = argument_names(denoiser)[0]
         kinds = {name: p.kind for name, p in self._signature.parameters.items()}
@@ -40,9 +50,9 @@ class Recorder:
         self.conditions = ConditionRecorder(type(denoiser).__name__, by_sample)
 
     def __call__(self, _: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep the arguments of one call."""
+        """Keep the arguments of one call, except `return_dict` and None where it is the default."""
         arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
-        for name in self._open:  # of `**cond`, whatever it is called
+        for name in self._open:  # `**kwargs`, whatever its name
             arguments |= arguments.pop(name, {})
         sample, given = arguments.pop(self._sample), arguments.pop("timestep")
         timestep = torch.as_tensor(given)  # a number, [] or [B]
@@ -50,7 +60,7 @@ class Recorder:
         self.samples.append(sample.detach().clone())
         self.timesteps.append(
             timestep.reshape(-1).expand(count).cpu().clone()
-        )  # it is counted with
+        )  # on the CPU, where steps are counted
         arguments.pop("return_dict", None)
         self.conditions.add(
             {name: value for name, value in arguments.items() if not self._is_default(name, value)},

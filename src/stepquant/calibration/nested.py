@@ -1,7 +1,8 @@
-"""Arguments and outputs of blocks: tensors in tuples, lists and dictionaries, with rows or without.
+"""Nested arguments and outputs of blocks, split into per-sample and shared tensors.
 
-A tensor has rows if its first dimension is that of the samples. A table of positions, say, has
-none, and may be as long as there are samples.
+Tensors may be inside tuples, lists and dictionaries. A tensor has rows if its first dimension
+counts the samples. A shared tensor, such as a table of positions, has no rows, even if its length
+happens to equal the number of samples.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from stepquant.support.errors import StepQuantError
 
 @dataclass(frozen=True)
 class Shared:
-    """A tensor that is there for all samples together."""
+    """A tensor that all samples share."""
 
     tensor: Tensor
 
 
 def pick(value: Any, index: Tensor | slice) -> Any:
-    """`value` for the samples `index`."""
+    """Return `value` for the samples at `index`: rows are selected, shared tensors unwrapped."""
 
     def of_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Shared):
@@ -37,24 +38,30 @@ def pick(value: Any, index: Tensor | slice) -> Any:
 
 
 class Joined:
-    """The same value of calls of `owner` with some samples each, joined where it has rows.
+    """Joins one nested value over several calls of `owner`.
 
-    The second call only tells by its number of samples what has rows, and is left out. What has
-    none is the same in all calls, and the first is taken. `total`: samples in all other calls;
-    `spill` makes the joined tensors.
+    Tensors with rows are concatenated. Tensors without rows must be equal in all calls; the first
+    is kept. The second call must have another number of samples than the first. It only shows
+    which tensors have rows, and its values are dropped.
+
+    `owner` names the module in errors. `total` is the number of samples in all calls but the
+    second. `spill` allocates the joined tensors.
     """
 
     def __init__(self, owner: str, total: int, spill: Spill) -> None:
         self._owner, self._total, self._spill = owner, total, spill
         self._calls = 0
         self._first: Any = None
-        self._count = 0  # of the first call
-        self._rows: list[Rows | None] = []  # for each tensor in the value, in order
+        self._count = 0  # samples of the first call
+        self._rows: list[Rows | None] = []  # one entry for each tensor in the value, in order
 
     def add(self, value: Any, count: int) -> None:
-        """The next call's value, for `count` samples; nothing of it is kept but the first.
+        """Add the value of the next call, which had `count` samples.
 
-        Raises StepQuantError, naming the owner, for a tensor that has no rows and changes.
+        Rows are copied. Only the value of the first call is kept itself.
+
+        Raises:
+            StepQuantError: a tensor has no rows, but differs from that of the first call.
         """
         tensors = tensors_in(value)
         if self._calls == 0:
@@ -82,7 +89,7 @@ class Joined:
         self._calls += 1
 
     def joined(self) -> Any:
-        """The value for all samples: tensors with rows `[total, ...]`, others `Shared`."""
+        """Return the value for all samples: tensors with rows `[total, ...]`, others `Shared`."""
         found = iter(zip(self._rows, tensors_in(self._first), strict=True))
 
         def build(_: Tensor) -> Any:

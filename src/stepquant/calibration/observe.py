@@ -1,4 +1,4 @@
-"""What the inputs of quantized layers look like, step by step, in the float model."""
+"""Statistics of the inputs of quantized layers, step by step."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from stepquant.quantizers import QuantAttention, QuantLayer
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 
-VALUES_PER_STEP = 2048  # drawn at random
-TAIL_PER_STEP = 64  # kept exactly at each end: a random draw has too few of them to weigh clipping
-ROW = 64  # of the values that `outermost` compares by their extreme first
+VALUES_PER_STEP = 2048  # values drawn at random
+TAIL_PER_STEP = 64  # exact values at each end: a random draw has too few to judge clipping
+ROW = 64  # values in each row that `outermost` compares by its extreme first
 
 
 @dataclass
 class Observation:
-    """The input of one activation quantizer, row by row of the step grid.
+    """Statistics of one activation quantizer's input, with one entry for each step.
 
-    `low`, `high` `[T, C]`: exact extremes of each in-channel; `values [T, n]`: the outermost values
-    and a random draw of the others; `weights [T, n]`: how many values each stands for.
+    - `low`, `high`: `T` tensors `[C]`, the exact extremes of each in-channel.
+    - `values`: `T` tensors `[n]`, the outermost values and a random draw of the others.
+    - `weights`: `T` tensors `[n]`, the number of values that each of `values` stands for.
     """
 
     low: list[Tensor] = field(default_factory=list)
@@ -36,8 +37,8 @@ class Observation:
     def add(self, steps: int, **rows: Tensor) -> None:
         """Append the next of `steps` rows to each list.
 
-        All rows of a list lie in one tensor: many small ones between the forwards' large ones
-        would keep the heap from shrinking, to several times the memory.
+        All rows of a list are views of one tensor. Many small tensors between the large ones of the
+        forward passes would keep the heap from shrinking, at several times the memory.
         """
         for name, row in rows.items():
             room = self._room.setdefault(name, row.new_empty(steps, *row.shape))
@@ -47,24 +48,24 @@ class Observation:
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
-    """The simulated layers of `model`, which may be one itself, by name."""
+    """Return the simulated layers of `model` by name; `model` itself may be one."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)
     }
 
 
 def quant_attention(model: nn.Module) -> dict[str, QuantAttention]:
-    """The simulated products of attention in `model` by name."""
+    """Return the modules of `model` that simulate quantized attention products, by name."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, QuantAttention)
     }
 
 
 def outermost(flat: Tensor, count: int, largest: bool) -> Tensor:
-    """The `count` largest (or smallest) of `flat`, outermost first.
+    """Return the `count` largest (or smallest) values of `flat [n]`, outermost first.
 
-    They all lie in the `count` rows with the outermost extremes: finding these rows first is many
-    times faster than `topk` over everything.
+    All of them lie in the `count` rows with the outermost extremes. Finding these rows first is
+    many times faster than `topk` over all values.
     """
     whole = flat.numel() // ROW * ROW
     if whole // ROW > 2 * count:
@@ -76,16 +77,18 @@ def outermost(flat: Tensor, count: int, largest: bool) -> Tensor:
 
 
 def tails_and_draw(flat: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`(values, weights)`, `[n]`, that stand for all of `flat`: both tails exactly, a random rest.
+    """Return weighted `values` and their `weights`, each `[n]`, that stand for all of `flat`.
 
-    Weights add up to `flat.numel()`. Small inputs are all tail and draw the rest from everything.
+    The values are both tails of `flat`, exactly, and a random draw. Each tail has `TAIL_PER_STEP`
+    values, and at most a quarter of `flat`. A drawn value beyond the inner edge of a tail is
+    clamped to that edge. The weights add up to `flat.numel()`.
     """
     tail = min(TAIL_PER_STEP, flat.numel() // 4)
     low, high = outermost(flat, tail, largest=False), outermost(flat, tail, largest=True)
     pick = torch.randint(flat.numel(), (VALUES_PER_STEP,), generator=generator)
     drawn = flat[pick]
     if tail:
-        # What a draw has beyond the tails' inner edges is counted there already.
+        # The tails already count the values beyond their inner edges.
         drawn = drawn.clamp(low[-1], high[-1])
     values = torch.cat([low, drawn, high])
     weights = torch.ones_like(values)
@@ -102,9 +105,11 @@ def observe_probabilities(
     seed: int,
     reporter: Reporter,
 ) -> dict[str, Observation]:
-    """One `Observation` of the probabilities of each of `attention`, parts of `model`, by its name.
+    """Observe the attention probabilities of each of `attention`, modules of `model`, by name.
 
-    As the model is: of quantized queries and keys where it quantizes.
+    The extremes are those of the whole tensor (`C = 1`). The probabilities are those of the model
+    in its current state: if the model quantizes, they follow from quantized queries and keys. Each
+    step runs `per_step` images of `trajectories`.
     """
     seen = {name: Observation() for name in attention}
     generator = torch.Generator().manual_seed(seed)
@@ -135,11 +140,15 @@ def observe(
     reporter: Reporter,
     description: str = "observing activations",
 ) -> dict[tuple[str, int], Observation]:
-    """One `Observation` for each (layer, input part), from `per_step` images at every step.
+    """Observe the inputs of all simulated layers, with `per_step` images at every step.
 
-    Layers are seen as they are: in float where they are not `quantizing`, after scaling. Of an
-    attention with quantized products the parts are queries, keys, values and probabilities, with
-    one extreme for the whole tensor (`C = 1`).
+    Returns one `Observation` for each (layer name, input part). The inputs are those of the model
+    in its current state, after scaling; a layer that is not `quantizing` computes in float. The
+    parts of an attention with quantized products are queries, keys, values and probabilities, in
+    this order. Their extremes are those of the whole tensor (`C = 1`).
+
+    Raises:
+        StepQuantError: an input holds NaN or infinity.
     """
     layers = quant_layers(model)
     seen = {(name, i): Observation() for name, q in layers.items() for i in range(len(q.splits))}
@@ -150,7 +159,7 @@ def observe(
     now: dict[tuple[str, int], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
 
     def add(name: str, index: int, tensor: Tensor, channels: Tensor) -> None:
-        """Note `tensor`, which is `channels [*, C]` in another shape, for this step."""
+        """Record `tensor` for this step; `channels [*, C]` holds the same values."""
         low, high = channels.amin(dim=0), channels.amax(dim=0)
         if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise StepQuantError(
@@ -179,7 +188,7 @@ def observe(
     ):
         for step in range(len(trajectories.timesteps)):
             predict(model, trajectories.step(step, per_step))
-            for key, calls in now.items():  # of a layer that the model uses twice, both
+            for key, calls in now.items():  # several calls if the model uses a layer twice
                 lows, highs, values, weights = zip(*calls, strict=True)
                 seen[key].add(
                     len(trajectories.timesteps),

@@ -1,4 +1,4 @@
-"""Range initialisation: minimum and maximum, or a search for the least error."""
+"""Search for the quantization range with the least error."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from stepquant.numerics import (
 
 ERROR_POWER = 2.4  # |error|^2.4, as in LAPQ, BRECQ and the works that build on them
 SHRINK = torch.linspace(1.0, 0.2, 41)
-# Four levels on a bell-shaped channel lie best far inside its extremes, two levels farther still.
-SHRINK_FEW_BITS = 0.05 ** torch.linspace(0.0, 1.0, 48)  # each 6 % below the one before
+# For a bell-shaped channel, the best four levels lie far inside its extremes, two even farther.
+SHRINK_FEW_BITS = 0.05 ** torch.linspace(0.0, 1.0, 48)  # each 6 % below the previous one
 FEW_BITS = 3
 
 
 def grid_error(
     values: Tensor, low: Tensor, high: Tensor, bits: int, power: float, weights: Tensor | None
 ) -> Tensor:
-    """Mean `|x - fake_quantize(x)|^power` of each row of `values [R, n]`, for `[R]` ranges.
+    """Return the mean `|x - fake_quantize(x)|^power` of each row of `values [R, n]`, as `[R]`.
 
-    `weights [R, n]` says how many values each stands for; None counts all alike.
+    Row `r` is quantized to `bits` bits on the range `low[r]` to `high[r]`. `weights [R, n]` is the
+    number of values that each entry stands for; None weights all entries equally.
     """
     scale, zero_point = range_to_grid(low, high, bits)
     scale, zero_point = scale[:, None], zero_point[:, None]
@@ -47,12 +48,14 @@ def search_activation_range(
     weights: Tensor | None = None,
     factors: Tensor = SHRINK,
 ) -> tuple[Tensor, Tensor]:
-    """`(scale, zero_point)`, each `[R]`, of the least error on `values [R, n]`.
+    """Return `(scale, zero_point)`, each `[R]`, with the least error on `values [R, n]`.
 
-    `low` and `high` `[R]` are the exact extremes; `values` may be a sample, of which each stands
-    for `weights [R, n]` values. Both ends first
-    shrink together by `factors`, then each alone, twice: the two tails of what follows a SiLU
-    differ by far. Rows are independent. (The works in this line search the ends together only, or
+    `low` and `high`, each `[R]`, are the exact extremes. `values` may be a sample; each entry then
+    stands for `weights [R, n]` values. The error is the mean of `|error|^power`. Rows are
+    independent.
+
+    The search first shrinks both ends together by `factors`, then each end alone, twice, because
+    the two tails after a SiLU differ strongly. (Comparable works search both ends together only, or
     range and zero point over a grid.)
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
@@ -79,10 +82,12 @@ def search_activation_range(
 def search_symmetric_range(
     weight: Tensor, bits: int, zero_point: float, factors: Tensor, power: float = ERROR_POWER
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(scale, zero_point, error)`, each `[C_out]`, of ranges that lie symmetrically around zero.
+    """Search for the best range that is symmetric around zero, for each row of `weight [C_out, K]`.
 
-    `zero_point` is 128 for 8 bits. Half-way between two codes it gives 1 bit the levels -1/2 and
-    1/2 and 2 bits -3/2 to 3/2, in units of the scale. The range shrinks by `factors`.
+    Returns `(scale, zero_point, error)`, each `[C_out]`; the error is the mean of `|error|^power`.
+    The search shrinks the range by `factors`. `zero_point` is 128 for 8 bits. If it lies half-way
+    between two codes, the levels in units of the scale are -1/2 and 1/2 for 1 bit, and -3/2 to 3/2
+    for 2 bits.
     """
     zero = torch.full_like(weight[:, 0], zero_point)
     bound = weight.abs().amax(dim=1)
@@ -101,9 +106,10 @@ def search_symmetric_range(
 def search_few_levels(
     weight: Tensor, bits: int, power: float = ERROR_POWER
 ) -> tuple[Tensor, Tensor]:
-    """`(scale, zero_point)`, each `[C_out]`: levels with a zero among them, or around zero.
+    """Return `(scale, zero_point)`, each `[C_out]`, for weights of few bits.
 
-    Each out-channel of `weight [C_out, K]` takes the kind that has the smaller error.
+    The function searches two kinds of grids: grids with a level at zero, and grids symmetric around
+    zero. Each out-channel of `weight [C_out, K]` takes the kind with the smaller error.
     """
     low, high = weight.amin(dim=1), weight.amax(dim=1)
     scale, zero = search_activation_range(weight, low, high, bits, power, None, SHRINK_FEW_BITS)
@@ -119,10 +125,10 @@ def search_few_levels(
 def search_weight_range(
     weight: Tensor, bits: int, power: float = ERROR_POWER
 ) -> tuple[Tensor, Tensor]:
-    """`(scale, zero_point)`, each `[C_out]`, of the least error on `weight [C_out, K]`.
+    """Return `(scale, zero_point)`, each `[C_out]`, with the least error on `weight [C_out, K]`.
 
-    Up to three bits the levels may lie symmetrically around zero, with zero points half-way between
-    two codes (a choice of ours: no paper's).
+    Up to 3 bits, the levels may be symmetric around zero, with zero points half-way between two
+    codes. (This is our own choice; no paper proposes it.) At 8 bits, the zero point is 128.
     """
     if bits <= FEW_BITS:
         return search_few_levels(weight, bits, power)

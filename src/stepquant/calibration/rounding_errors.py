@@ -1,4 +1,4 @@
-"""What rounding would add to the weights and to the inputs of layers, at any number of bits."""
+"""Rounding errors of the weights and inputs of layers, at any number of bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stepquant.numerics import fake_quantize, range_to_grid
 from stepquant.quantizers import QuantLayer
 from stepquant.quantizers.weight import GridSearch
 
-SEARCHED = 1024  # of each input's values, for the least error
+SEARCHED = 1024  # largest number of values of an input part that a range search uses
 SHRINK = torch.linspace(1.0, 0.2, 9)
 
 # bits -> (scale [N], zero point [N]) of each input part, for N samples
@@ -23,7 +23,10 @@ InputGrids = dict[int, list[tuple[Tensor, Tensor]]]
 
 @torch.no_grad()
 def weight_error(layer: QuantLayer, bits: int, find: GridSearch) -> Tensor:
-    """What `bits` bits add to the weight of `layer`, `[C_out, C_in, ...]`, on `find`'s grid."""
+    """Return the rounding error of the weight of `layer` at `bits` bits, `[C_out, C_in, ...]`.
+
+    The error is the rounded weight minus the weight. `find` chooses the grid of each input part.
+    """
     errors = []
     for part in layer.weight_parts():
         rows = part.flatten(1)
@@ -37,9 +40,11 @@ def weight_error(layer: QuantLayer, bits: int, find: GridSearch) -> Tensor:
 def input_grids(
     model: nn.Module, layers: dict[str, QuantLayer], data: Trajectories, widths: range, method: str
 ) -> dict[str, InputGrids]:
-    """For the input of each of `layers`, parts of `model`, a grid for every sample of `data`.
+    """Return grids for the input of each of `layers`, modules of `model`, by layer name.
 
-    At each of `widths` bits, by "minmax", or by "mse" on `SEARCHED` values of each sample.
+    There is one grid for each sample of `data`, input part and number of bits in `widths`. The
+    method "minmax" uses the extremes of the input part. The method "mse" searches on the extremes
+    and at most `SEARCHED` evenly spaced values.
     """
     seen: dict[str, list[list[Tensor]]] = {name: [] for name in layers}
     now: dict[str, list[Tensor]] = {}
@@ -50,7 +55,7 @@ def input_grids(
             flat = part.reshape(-1)
             ends = torch.stack([flat.amin(), flat.amax()])
             found.append(torch.cat([ends, flat[:: -(-flat.numel() // SEARCHED)]]))
-        now[name] = found  # of a layer that the model uses twice, what it gets last
+        now[name] = found  # the last call's, if the model uses a layer twice
 
     with hooked(layers, before=look):
         for index in range(len(data)):
@@ -65,7 +70,7 @@ def input_grids(
 
 
 def _grid(values: Tensor, bits: int, method: str) -> tuple[Tensor, Tensor]:
-    """A grid for each row of `values [N, 2 + n]`, which starts with its two extremes."""
+    """Return a grid for each row of `values [N, 2 + n]`; a row starts with its two extremes."""
     low, high = values[:, 0], values[:, 1]
     if method == "minmax":
         return range_to_grid(low, high, bits)
@@ -74,9 +79,11 @@ def _grid(values: Tensor, bits: int, method: str) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def input_errors(layer: QuantLayer, grids: InputGrids, samples: Tensor, x: Tensor) -> list[Tensor]:
-    """What each of `grids` adds to the inputs `x [B, ...]` of `layer`, those of `samples [B]`.
+    """Return the rounding errors of the layer's inputs `x [B, ...]`, one for each entry of `grids`.
 
-    Each like `x`: before in-channels are scaled, which is undone.
+    An entry holds the grids at one number of bits. `samples [B]` holds the sample numbers of the
+    rows of `x`. Each error has the shape of `x`, in the units of `x` before the in-channels are
+    scaled.
     """
     errors = []
     for bits, grid in grids.items():

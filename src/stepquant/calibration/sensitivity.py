@@ -1,10 +1,10 @@
-"""What an error inside a layer changes, to the first order, from one backward pass for each sample.
+"""First-order effect of errors inside layers, from one backward pass for each sample.
 
-An error `e` in the input (or the weight) of a layer changes the prediction by `J e`, and something
-that has the gradient `v` by the prediction by `v · J e`. One backward pass from `v` gives `Jᵀ v`
-for all layers at once (where `v` is random, this is Hutchinson's trick). What the steps of a
-trajectory do together to its image is their sum, `Σ_t v_t · J_t e_t`: rounding errors of
-neighbouring steps are alike, and add up.
+An error `e` in the input (or the weight) of a layer changes the prediction by `J e`. It changes a
+function whose gradient with respect to the prediction is `v` by `v · J e`. One backward pass from
+`v` gives `Jᵀ v` for all layers at once. (For random `v`, this is Hutchinson's trick.) The joint
+effect of all steps of a trajectory on its image is the sum `Σ_t v_t · J_t e_t`. The sum is squared
+as a whole, because rounding errors of neighbouring steps are similar and add up.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from stepquant.quantizers import QuantLayer
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 
-AT_ONCE = 10  # samples of a trajectory
+AT_ONCE = 10  # samples of a trajectory in one backward pass
 
-# Numbers of samples [B], a layer's inputs [B, ...] -> what each candidate adds, each `[B, ...]`
+# (sample numbers [B], a layer's inputs [B, ...]) -> error of each candidate, each [B, ...]
 InputErrors = Callable[[Tensor, Tensor], list[Tensor]]
 
 
 @dataclass
 class OutputErrors:
-    """Mean of `(Σ v · J e)²` over the trajectories, layer by layer.
+    """Mean of `(Σ v · J e)²` over the trajectories, by layer name.
 
-    `weights`: of each candidate and out-channel, `[candidates, C_out]`; `inputs`: of each
-    candidate, `[candidates]`; both float64. `sizes`: how many values the input of a sample has.
+    - `weights`: for each candidate and out-channel, `[candidates, C_out]`, float64.
+    - `inputs`: for each candidate, `[candidates]`, float64.
+    - `sizes`: number of values in the layer's input for one sample.
     """
 
     weights: dict[str, Tensor]
@@ -50,12 +51,21 @@ def output_errors(
     input_errors: dict[str, InputErrors],
     reporter: Reporter,
 ) -> OutputErrors:
-    """What candidates for `layers` of `model`, which computes in float, would change.
+    """Return the first-order effect of candidate quantizations of `layers`.
 
-    `gradients [N, C, H, W]`: `v` for each sample of `data`; those of one trajectory add up before
-    they are squared. `weight_errors`: by layer, what each candidate adds to the weight, each
-    `[C_out, C_in, ...]`; `input_errors`: by layer, what gives the same for its input. Raises
-    StepQuantError where the model predicts no finite numbers.
+    Effects of one trajectory add up before they are squared.
+
+    Args:
+        model: model that computes in float.
+        layers: layers of `model` by name.
+        data: inputs of the denoiser, `N` samples.
+        gradients: `v` for each sample, `[N, C, H, W]`.
+        weight_errors: by layer, the weight error of each candidate, `[C_out, C_in, ...]` each.
+        input_errors: by layer, a function that returns the input error of each candidate.
+        reporter: shows progress.
+
+    Raises:
+        StepQuantError: a prediction of the model is not finite.
     """
     seen: dict[str, Tensor] = {}
 
@@ -63,7 +73,7 @@ def output_errors(
         name: str, args: tuple[Tensor, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
-        x = x.view_as(x)  # this layer's own share of the gradient, where others read `x` too
+        x = x.view_as(x)  # a view collects this layer's gradient only, even if others read `x`
         x.retain_grad()
         seen[name] = x
         return (x, *args[1:]), kwargs
@@ -115,13 +125,13 @@ def _prediction(model: nn.Module, data: Trajectories, part: Tensor) -> Tensor:
 
 
 def _moved_by_weight(layer: QuantLayer, errors: list[Tensor]) -> Tensor:
-    """`v . J e` of each candidate and out-channel, summed over samples, `[candidates, C_out]`."""
+    """Return `v · J e` summed over samples, by candidate and out-channel: `[candidates, C_out]`."""
     assert layer.weight.grad is not None
     gradient = layer.weight.grad.flatten(1).double()
     return torch.stack([(gradient * error.flatten(1)).sum(dim=1) for error in errors])
 
 
 def _moved_by_input(x: Tensor, errors: list[Tensor]) -> Tensor:
-    """`v . J e` of each candidate, summed over the samples, `[candidates]`."""
+    """Return `v · J e` of each candidate, summed over the samples, `[candidates]`."""
     assert x.grad is not None
     return torch.stack([(x.grad * error).sum().double() for error in errors])

@@ -1,4 +1,4 @@
-"""Large tensors of a calibration set in memory-mapped files, so that memory does not bound it."""
+"""Memory-mapped tensors for calibration sets that are larger than memory."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from stepquant.support.errors import StepQuantError
 
 
 class Spill:
-    """Makes tensors: those of at least `at_least` bytes in files in `folder`, others in memory.
+    """Allocates tensors, large ones in memory-mapped files.
 
-    Without a folder all are in memory. A file has no name from the start, so that its room is free
-    again once its tensor is gone, however the process ends.
+    Tensors of at least `at_least` bytes are in files in `folder`, others in memory. Without a
+    folder all are in memory. The files are temporary: the disk space is free again once the tensor
+    is gone, however the process ends.
     """
 
     def __init__(self, folder: Path | None = None, at_least: int = 0) -> None:
@@ -29,9 +30,10 @@ class Spill:
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor of `shape` to be written to.
+        """Return an uninitialized tensor of `shape` and `dtype` on the CPU.
 
-        Raises StepQuantError where the disk has no room for it.
+        Raises:
+            StepQuantError: the file cannot be written, for example because the disk is full.
         """
         size = math.prod(shape) * dtype.itemsize
         if self.folder is None or size < max(1, self.at_least):
@@ -50,14 +52,14 @@ class Spill:
         return torch.frombuffer(mapped, dtype=dtype).view(tuple(shape))
 
     def release(self) -> None:
-        """Take what was read or written of the files out of this process's memory, not off disk."""
-        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows, which pages out by itself
+        """Drop the mapped pages from this process's memory; the contents stay in the files."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # absent on Windows, which pages out by itself
             for mapped in self._maps:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Give `file` `size` bytes on the disk: writing to a map of a full one ends the process."""
+    """Reserve `size` bytes on disk: a write to a mapping on a full disk would end the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
         return
@@ -68,7 +70,10 @@ def _reserve(file: IO[bytes], size: int) -> None:
 
 
 class Rows:
-    """Tensors `[n, ...]` that come one after another, joined to one `[total, ...]`."""
+    """Joins tensors `[n, ...]`, added one after another, to one tensor `[total, ...]`.
+
+    `spill` allocates the joined tensor, in the dtype of the first part.
+    """
 
     def __init__(self, total: int, spill: Spill) -> None:
         self._total, self._spill = total, spill
@@ -84,6 +89,6 @@ class Rows:
         self._spill.release()
 
     def joined(self) -> Tensor:
-        """All of them."""
+        """Return the joined tensor `[total, ...]`; all rows must have been added."""
         assert self._joined is not None and self._count == self._total
         return self._joined

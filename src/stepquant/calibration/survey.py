@@ -1,4 +1,4 @@
-"""The adapter of a denoiser whose architecture is unknown, from its structure and a short run."""
+"""Adapters for denoisers of unknown architecture, built from their modules and a short run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.denoiser_pipeline import DenoiserPipeline
 from stepquant.pipelines.resolved import ResolvedPipeline
 
-SURVEY_STEPS = 2  # some samplers have no timestep for one step alone
+SURVEY_STEPS = 2  # some samplers have no timesteps for a single step
 
 
 def adapter_of(source: ResolvedPipeline) -> DenoiserAdapter:
-    """The adapter that `source` has, or that of its denoiser's architecture.
+    """Return the adapter of `source`, or the one of its denoiser's architecture.
 
-    For a `DenoiserPipeline` it comes from a short run. Raises StepQuantError where there is none.
+    For a `DenoiserPipeline`, the adapter is built from a short run; see `general_adapter`.
+
+    Raises:
+        StepQuantError: the architecture is unknown, or the short run fails.
     """
     if source.adapter is not None:
         return source.adapter
@@ -41,11 +44,22 @@ def general_adapter(
     guidance: float | None = None,
     call: Mapping[str, Any] | None = None,
 ) -> ModuleAdapter:
-    """An adapter for the denoiser of a pipeline whose architecture stepquant does not know.
+    """Build an adapter for a pipeline whose denoiser has an unknown architecture.
 
-    Its arguments are those of the first call when one image is drawn. `blocks`, `float_layers`:
-    patterns of names, see `ModuleAdapter`; the rest as in `quantize`, which takes the adapter as
-    `adapter=`.
+    The function samples one image in `SURVEY_STEPS` steps. The adapter's example inputs repeat the
+    first input of the denoiser. Pass the adapter to `quantize` as `adapter=`.
+
+    Args:
+        pipeline: pipeline with the denoiser.
+        blocks: shell-style patterns of block names; see `ModuleAdapter`.
+        float_layers: shell-style patterns of the layers that stay float; see `ModuleAdapter`.
+        prompts: prompts, as in `quantize`.
+        labels: class labels, as in `quantize`.
+        guidance: scale of classifier-free guidance, as in `quantize`.
+        call: further arguments of the pipeline, as in `quantize`.
+
+    Raises:
+        StepQuantError: the pipeline cannot be sampled with these conditions.
     """
     conditioning = Conditioning.of(prompts, labels, guidance, call)
     seen = capture_trajectories(pipeline, 1, SURVEY_STEPS, 0, None, conditioning=conditioning)

@@ -1,4 +1,4 @@
-"""The denoiser's own inputs, captured while the user's pipeline samples."""
+"""Trajectories: the denoiser's inputs, captured while the user's pipeline samples."""
 
 from __future__ import annotations
 
@@ -29,10 +29,13 @@ TENSORS = ("sample", "timestep", "trajectory", "timesteps")
 class Trajectories:
     """`N` inputs of the denoiser along sampling trajectories.
 
-    `sample [N, C, H, W]` (or `[N, tokens, C]`) and `timestep [N]` are what the denoiser was called
-    with, `trajectory [N]` (int64) says from which image. `timesteps [T]` are the distinct steps, in
-    sampling order. `conditions` are the further arguments. With classifier-free guidance an image
-    has two inputs at each step.
+    - `sample`: `[N, C, H, W]` or `[N, tokens, C]`.
+    - `timestep`: `[N]`.
+    - `trajectory`: the image that each input belongs to, `[N]` (int64).
+    - `timesteps`: the distinct timesteps in sampling order, `[T]`.
+    - `conditions`: the other arguments of the denoiser.
+
+    With classifier-free guidance an image has two inputs at each step.
     """
 
     sample: Tensor
@@ -46,19 +49,19 @@ class Trajectories:
 
     @property
     def guided(self) -> bool:
-        """Whether the sampler asks for more than one prediction of an image at a step."""
+        """Whether the sampler uses more than one prediction of an image at a step."""
         at_first = self.trajectory[self.rows(0)]
         return len(at_first) > len(at_first.unique())
 
     def grid(self) -> StepGrid:
-        """The step grid of the tables: one row for each step of the sampler."""
+        """Return the step grid of the step tables, with one row for each step of the sampler."""
         return StepGrid(self.timesteps)
 
     def rows(self, row: int, images: int | None = None) -> Tensor:
-        """Indices of the inputs (of the first `images`) at step `timesteps[row]`.
+        """Return the indices of the inputs at step `timesteps[row]`, of the first `images` images.
 
-        With guidance all inputs of an image: half of them would be of half of the images, or of
-        one kind.
+        None for `images` means all. With guidance, all inputs of an image are included: the first
+        few inputs alone could cover fewer images, or only one kind of prediction.
         """
         found = (self.timestep == self.timesteps[row]).nonzero().flatten()
         owners = self.trajectory[found]
@@ -66,11 +69,11 @@ class Trajectories:
         return found[torch.isin(owners, torch.tensor(first, dtype=owners.dtype))]
 
     def step(self, row: int, images: int | None = None) -> Trajectories:
-        """The inputs (of the first `images`) at step `timesteps[row]`."""
+        """Return the inputs at step `timesteps[row]`, of the first `images` images (None: all)."""
         return self.take(self.rows(row, images))
 
     def take(self, index: Tensor | slice) -> Trajectories:
-        """The inputs `index`."""
+        """Return the inputs at `index`."""
         return Trajectories(
             self.sample[index],
             self.timestep[index],
@@ -80,15 +83,18 @@ class Trajectories:
         )
 
     def batches(self, size: int) -> Iterator[Trajectories]:
-        """The inputs, `size` at a time."""
+        """Yield all inputs, `size` at a time."""
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
 
     def subset(self, count: int, seed: int) -> Trajectories:
-        """`count` inputs (all, if there are fewer), spread evenly over the steps, shuffled."""
+        """Return `count` inputs, spread evenly over the steps and shuffled by `seed`.
+
+        If there are fewer than `count`, all are returned.
+        """
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self), generator=generator)
-        # Rank each input within its step, then take the lowest ranks of all steps alike.
+        # Rank each input within its step, then take the lowest ranks over all steps.
         rank = torch.empty(len(self), dtype=torch.int64)
         for step in self.timesteps:
             members = order[self.timestep[order] == step]
@@ -97,19 +103,19 @@ class Trajectories:
         return self.take(chosen[torch.randperm(len(chosen), generator=generator)])
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """For a safetensors file."""
+        """Return the tensors to store in a safetensors file."""
         tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
         return {**tensors, **self.conditions.to_tensors()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Trajectories:
-        """What `to_tensors` gave."""
+        """Rebuild the trajectories from the tensors of `to_tensors`."""
         conditions = Conditions.from_tensors(tensors)
         return cls(*(tensors[name] for name in TENSORS), conditions)
 
 
 def predict(denoiser: nn.Module, inputs: Trajectories) -> Tensor:
-    """What `denoiser` predicts for `inputs`, `[N, ...]`, in one call."""
+    """Return the denoiser's prediction for `inputs`, `[N, ...]`, from one call."""
     arguments = inputs.conditions.arguments()
     return call_denoiser(denoiser, inputs.sample, inputs.timestep, arguments)
 
@@ -121,9 +127,13 @@ def first_inputs(
     scheduler: str | None,
     conditioning: Conditioning | None = None,
 ) -> Trajectories:
-    """What the sampler first calls the denoiser with for one image; that does not run.
+    """Return the inputs of the sampler's first denoiser call for one image.
 
-    One input, or with guidance in one batch two.
+    Sampling stops before the denoiser runs. There is one input, or two if guidance passes both
+    inputs of an image in one batch. The arguments are those of `capture_trajectories`.
+
+    Raises:
+        StepQuantError: the pipeline cannot be sampled like this, or never calls the denoiser.
     """
     denoiser = denoiser_of(pipeline)
     recorder = Recorder(denoiser)
@@ -155,9 +165,26 @@ def capture_trajectories(
     """Sample `num` images with the float pipeline and keep every input of its denoiser.
 
     Image `i` starts from the noise of seed `seed + first + i` and has condition number `first + i`
-    of `conditioning`. Source: DilateQuant, section 5.1: calibration data come from the float
-    model's own sampler. Deviation: all steps of each trajectory are kept, instead of one random
-    step for each of many more trajectories, which costs `steps` times the sampling.
+    of `conditioning`. The inputs are ordered by batch, step and image.
+
+    Source: DilateQuant, section 5.1: calibration data come from the float model's own sampler.
+    Deviation: all steps of each trajectory are kept. One random step for each of many more
+    trajectories would cost `steps` times the sampling.
+
+    Args:
+        pipeline: float pipeline.
+        num: number of images.
+        steps: number of sampling steps.
+        seed: seed of the noise.
+        scheduler: name of the scheduler, as in `sample_images`; None for the pipeline's own.
+        batch: largest number of images sampled at once.
+        reporter: shows progress; None shows none.
+        conditioning: prompts or labels, and guidance.
+        first: number of the first image.
+
+    Raises:
+        StepQuantError: `num` is below 1, the pipeline cannot be sampled like this, the sampler
+            never calls the denoiser, or its calls cannot be assigned to images.
     """
     check_count(num, "number of calibration trajectories")
     denoiser = denoiser_of(pipeline)
@@ -183,7 +210,7 @@ def capture_trajectories(
         other(*call)
         raise Seen
 
-    # What has rows is told by another number of images: a table may be as long as there are images.
+    # A second batch size shows which arguments are per-sample: a table may be as long as the batch.
     other_count = 1 if min(num, batch) > 1 else 2
     with suppress(Seen):
         draw(other_count, other_count, look, None)
@@ -208,11 +235,15 @@ def _check_called(recorder: Recorder) -> None:
 def _owners(
     samples: list[Tensor], timestep: Tensor, timesteps: Tensor, sizes: list[int], batch: int
 ) -> tuple[Tensor, Tensor]:
-    """`(image of each input, [N]; the inputs batch by batch, step by step, image by image, [N])`.
+    """Return the image of each input, `[N]`, and an order of the inputs, `[N]`.
 
-    Calls run batch by batch and, inside a batch, step by step. Guidance calls with all images
-    several times over, in one call or in one after another: an image's inputs at a step are put
-    side by side, so that the first of a step are of all kinds.
+    The order sorts the inputs by batch, step and image. The sampler calls the denoiser batch by
+    batch and, inside a batch, step by step. With guidance each image appears several times at a
+    step, in one call or in several. The order puts an image's inputs at a step side by side, so
+    that the first inputs of a step include all kinds.
+
+    Raises:
+        StepQuantError: the calls do not divide evenly among batches and images.
     """
     calls = len(samples) // len(sizes)
     owners, batches = [], []
@@ -234,10 +265,13 @@ def _owners(
 
 
 class Draw(Protocol):
-    """What draws more trajectories with the sampler that was calibrated for."""
+    """Function that samples more trajectories with the sampler of the calibration."""
 
     def __call__(self, num: int, seed: int, denoiser: nn.Module | None = None) -> Trajectories:
-        """`num` images, image `i` from `seed + i`, by `denoiser` in the float model's place."""
+        """Sample `num` trajectories, image `i` from the noise of seed `seed + i`.
+
+        `denoiser` replaces the float model; None keeps it.
+        """
         ...
 
 
@@ -248,9 +282,10 @@ def drawer(
     conditioning: Conditioning | None = None,
     batch: int = 64,
 ) -> Draw:
-    """Draws with `pipeline`, or with another denoiser in it; see `capture_trajectories`.
+    """Return a function that samples trajectories with `pipeline`; see `capture_trajectories`.
 
-    The seed chooses the conditions too, so that one draw goes on where the one before has ended.
+    The seed selects the conditions, too: image `i` has condition number `seed + i`. A draw can
+    therefore continue where the previous one ended.
     """
 
     def draw(num: int, seed: int, denoiser: nn.Module | None = None) -> Trajectories:
@@ -265,7 +300,7 @@ def drawer(
 
 
 def _first_of_each(values: Tensor) -> Tensor:
-    """Index of the first of each distinct value, in order."""
+    """Return the index of the first occurrence of each distinct value, in order."""
     seen: dict[float, int] = {}
     for index, value in enumerate(values.tolist()):
         seen.setdefault(value, index)

@@ -1,1 +1,1 @@
-"""The native checkpoint: a diffusers folder with packed weights, checked on every load."""
+"""The native checkpoint: a diffusers folder with packed weights, verified on every load."""

@@ -1,4 +1,4 @@
-"""What a checkpoint's config says of one attention with quantized products."""
+"""Checkpoint config of one attention with quantized products."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from stepquant.support.errors import StepQuantError
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """One attention whose products are packed.
+    """Config of one attention whose products are packed.
 
-    `bits` of queries, keys and values, `probability_bits`, and `steps`, the rows of its step
-    tables, 1 for static ones.
+    - `bits`: bits of queries, keys and values.
+    - `probability_bits`: bits of the probabilities.
+    - `steps`: rows of the step tables; 1 for static tables.
     """
 
     bits: int
@@ -29,7 +30,11 @@ class AttentionConfig:
 
     @classmethod
     def from_dict(cls, name: str, values: Any) -> AttentionConfig:
-        """The config of attention `name`; unknown, missing and ill-typed values are errors."""
+        """Read the config of attention `name` from its JSON object.
+
+        Raises:
+            StepQuantError: a value is unknown, missing or of the wrong type.
+        """
         known = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or set(values) != set(known):
             raise StepQuantError(
@@ -48,15 +53,21 @@ class AttentionConfig:
 
     @classmethod
     def of(cls, attention: PackedAttention) -> AttentionConfig:
-        """What describes `attention`."""
+        """Return the config of the packed products `attention`."""
         return cls(attention.bits, attention.probability_bits, attention.steps)
 
     def to_dict(self) -> dict[str, int]:
-        """As JSON holds it."""
+        """Return the config as a JSON object."""
         return asdict(self)
 
     def put_into(self, name: str, module: nn.Module, context: StepContext) -> None:
-        """Give the attention `module` packed products without data (on the meta device)."""
+        """Install packed products without data (on the meta device) in the attention `module`.
+
+        `name` names the attention in errors. `context` is the model's step context.
+
+        Raises:
+            StepQuantError: `module` is not diffusers' `Attention` with its plain processor.
+        """
         reason = why_products_stay_float(module)
         if reason is not None:
             raise StepQuantError(

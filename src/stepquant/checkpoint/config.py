@@ -1,4 +1,4 @@
-"""`quantization_config` of a checkpoint: everything about it that is not a tensor."""
+"""The `quantization_config` of a checkpoint: everything about it that is not a tensor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMAT_VERSION = 1
 
 
 class StepQuantMethod(str, Enum):
-    """diffusers reads `quant_method.value`, so the method's name is a member of an enum."""
+    """Name of the quantization method; an enum, because diffusers reads `quant_method.value`."""
 
     STEPQUANT = "stepquant"
 
@@ -25,17 +25,25 @@ class StepQuantMethod(str, Enum):
 class StepQuantConfig(QuantizationConfigMixin):
     """The `quantization_config` of a stepquant checkpoint.
 
-    `layers`: name of each packed layer -> its `LayerConfig` (or the same as a dict; `layer_default`
-    then fills in what a dict leaves out). `attention`: name of each attention with packed products
-    -> its `AttentionConfig` (or the same as a dict). `steps`: length of the step grid.
-    `input_error_bypass`: name of the layer that reads the sample, where what its grid loses passes
-    by the denoiser. `float_layers`: name of each layer left in float -> why. `scheme`: what was
-    asked for (bits, protocol). `recipe`: the resolved recipe. `provenance`: seed, scheduler,
-    versions. The last four are kept as they are: loading does not depend on them. They hold JSON
-    values and nothing that differs between two runs of one command (times, paths), so that both
-    write the same bytes.
+    - `layers`: for each packed layer, its `LayerConfig` or the same as a dict. `layer_default` adds
+      the keys that a dict leaves out.
+    - `attention`: for each attention with packed products, its `AttentionConfig` or the same as a
+      dict.
+    - `steps`: length of the step grid.
+    - `input_error_bypass`: name of the layer that reads the sample, if a bypass adds its
+      quantization error back to the prediction; None otherwise.
+    - `float_layers`: for each layer left in float, the reason.
+    - `scheme`: the requested bits and protocol.
+    - `recipe`: the resolved recipe.
+    - `provenance`: seed, scheduler and versions.
 
-    Raises StepQuantError for unknown keys, a newer format version and values of the wrong type.
+    Loading does not depend on the last four, which are kept unchanged. They hold JSON values, but
+    none that differ between two runs of one command, such as times and paths: both runs must write
+    the same bytes.
+
+    Raises:
+        StepQuantError: a key is unknown, the format version is newer than this stepquant, or a
+            value has the wrong type.
     """
 
     def __init__(
@@ -52,8 +60,8 @@ class StepQuantConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
-        self.quant_method: Any = StepQuantMethod.STEPQUANT  # not one of the enum of diffusers
-        # First, because a newer format may well have keys that this one does not know.
+        self.quant_method: Any = StepQuantMethod.STEPQUANT  # not a member of diffusers' enum
+        # Checked first: a newer format may have keys that this version does not know.
         self.format_version = _check_version(format_version)
         if unknown:
             raise StepQuantError(
@@ -85,12 +93,19 @@ class StepQuantConfig(QuantizationConfigMixin):
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """The config that `to_dict` wrote."""
+        """Read the config from the dictionary of `to_dict`.
+
+        Raises:
+            StepQuantError: as for the class.
+        """
         values = {key: value for key, value in config_dict.items() if key != "quant_method"}
         return super().from_dict(values, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values in a fixed order; `layer_default` holds what most layers share."""
+        """Return the config as JSON values in a fixed order.
+
+        `layer_default` holds the commonest value of each key; `layers` holds only other values.
+        """
         layers = {name: layer.to_dict() for name, layer in sorted(self.layers.items())}
         default = _commonest_values(list(layers.values()))
         attention = {name: entry.to_dict() for name, entry in sorted(self.attention.items())}
@@ -116,7 +131,7 @@ class StepQuantConfig(QuantizationConfigMixin):
         }
 
     def layers_json(self) -> str:
-        """Resolved layers, attention and bypass as canonical JSON: what the checksum covers."""
+        """Return layers, attention and bypass as canonical JSON, which the checksum covers."""
         layers: dict[str, Any] = {name: layer.to_dict() for name, layer in self.layers.items()}
         layers |= {name: entry.to_dict() for name, entry in self.attention.items()}
         if self.input_error_bypass is not None:
@@ -124,7 +139,7 @@ class StepQuantConfig(QuantizationConfigMixin):
         return json.dumps(layers, sort_keys=True, separators=(",", ":"))
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """`to_dict` as indented JSON; the base class would ask for a `to_diff_dict`."""
+        """Return `to_dict` as indented JSON; the base class would call a `to_diff_dict`."""
         del use_diff
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
@@ -220,7 +235,7 @@ def _resolve_attention(
 
 
 def _commonest_values(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """The commonest value of each key that all of `layers` have."""
+    """Return the commonest value of each key that all of `layers` have."""
     default = {}
     for key in layers[0] if layers else ():
         if not all(key in layer for layer in layers):

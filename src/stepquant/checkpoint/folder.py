@@ -1,4 +1,4 @@
-"""What must be true of a pipeline's folder and its files before diffusers is let at them."""
+"""Checks of a pipeline's folder and files before diffusers reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stepquant.support.errors import StepQuantError
 
 INDEX_NAME = "model_index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# What diffusers was seen to raise for a folder with something wrong in it.
+# Exceptions that diffusers was seen to raise for broken folders.
 DIFFUSERS_ERRORS = (
     AttributeError,
     ImportError,
@@ -29,7 +29,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def check_folder(folder: Path) -> None:
-    """A pipeline folder with a readable index, all its parts, and whole safetensors files."""
+    """Check that `folder` is a complete pipeline folder.
+
+    Raises:
+        StepQuantError: the index is missing or unreadable, a component's folder is missing, the
+            package transformers is needed but not installed, a component has weights only as a
+            pickle, or a safetensors file is cut short or damaged.
+    """
     index = folder / INDEX_NAME
     if not index.is_file():
         hint = (
@@ -59,7 +65,11 @@ def check_folder(folder: Path) -> None:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """The pipeline's class and parts, as its index names them."""
+    """Return the pipeline index at `path`, which names the pipeline's class and components.
+
+    Raises:
+        StepQuantError: the file is not JSON, or names no pipeline class.
+    """
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -75,7 +85,11 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def read_components(folder: Path) -> dict[str, list[str]]:
-    """The components that the index of `folder` names: `[library, class]` of each."""
+    """Return `[library, class]` of each component that the index of `folder` names.
+
+    Raises:
+        StepQuantError: the index is not JSON, or names no pipeline class.
+    """
     index = read_index(folder / INDEX_NAME)
     return {
         name: entry
@@ -90,7 +104,12 @@ def _is_component(entry: Any) -> bool:
 
 
 def check_weights(part: Path) -> None:
-    """Whole safetensors files, if there are weights at all, and not a pickle alone."""
+    """Check the weight files in a component's folder `part`; a component may have none.
+
+    Raises:
+        StepQuantError: the weights are there only as a pickle, or a safetensors file is cut short
+            or damaged.
+    """
     files = sorted(path for path in part.iterdir() if path.is_file())
     weights = [path for path in files if path.suffix == ".safetensors"]
     pickles = [path for path in files if path.suffix in PICKLE_SUFFIXES]
@@ -104,7 +123,11 @@ def check_weights(part: Path) -> None:
 
 
 def check_weight_file(path: Path) -> None:
-    """An error where `path` is not a whole safetensors file: its header against its size."""
+    """Check that `path` is a whole safetensors file, by its header and its size.
+
+    Raises:
+        StepQuantError: the file is cut short, damaged or not in that format.
+    """
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -116,5 +139,5 @@ def check_weight_file(path: Path) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Of what a foreign error says, without the full stop."""
+    """Return the first line of another library's error message, without its period."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")

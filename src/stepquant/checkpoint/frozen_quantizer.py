@@ -1,4 +1,4 @@
-"""What the quantizers of stepquant share that diffusers calls while it loads and saves a model."""
+"""Base class of the quantizers that diffusers calls while it loads and saves a model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 class FrozenQuantizer(DiffusersQuantizer):
-    """Of models that save, load and compile, and have codes, through which nothing is trained."""
+    """Quantizer of models with integer codes: they save, load and compile, but do not train."""
 
     use_keep_in_fp32_modules = True
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._owned: set[str] = set()  # names of the tensors that are put in place here
+        self._owned: set[str] = set()  # names of the tensors that stepquant puts in place
 
     def check_if_quantized_param(
         self,
@@ -25,20 +25,20 @@ class FrozenQuantizer(DiffusersQuantizer):
         state_dict: dict[str, Tensor],
         **kwargs: Any,
     ) -> bool:
-        """Whether stepquant owns the tensor; diffusers puts the others in place itself."""
+        """Whether stepquant puts the tensor in place; diffusers does it for all others."""
         return param_name in self._owned
 
     @property
     def is_serializable(self) -> bool:
-        """Such models save and load."""
+        """True: these models save and load."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Codes have no gradient."""
+        """False: codes have no gradient."""
         return False
 
     @property
     def is_compileable(self) -> bool:
-        """Such layers run under `torch.compile`."""
+        """True: these layers run under `torch.compile`."""
         return True

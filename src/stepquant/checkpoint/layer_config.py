@@ -1,4 +1,4 @@
-"""What a checkpoint's config says of one packed layer, and the packed layer that it describes."""
+"""Checkpoint config of one packed layer, and construction of the layer from it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ KINDS = {"linear": nn.Linear, "conv2d": nn.Conv2d}
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """One packed layer; its channels, kernel size and stride come from the float architecture.
+    """Config of one packed layer; channels, kernel size and stride come from the float model.
 
-    `steps`: rows of its step tables, 1 for a static layer. `splits`: in-channels of each input
-    part, None for one part. `channel_scale`: whether its input is divided per in-channel.
-    `channel_counts`: `(bits, out-channels)` pairs, fewest bits first, where out-channels differ in
-    bits; `weight_bits` is then the most of them. `half_zero_points`: weight zero points are counted
-    in half steps. `step_bias`: whether something is added to its result at each step.
+    - `kind`: "linear" or "conv2d".
+    - `weight_bits`: bits of the weights; the largest number if out-channels differ in bits.
+    - `activation_bits`: bits of the input.
+    - `steps`: rows of the step tables; 1 for a static layer.
+    - `splits`: in-channels of each input part; None for one part.
+    - `channel_scale`: whether the layer divides its input by a scale per in-channel.
+    - `channel_counts`: `(bits, out-channels)` pairs, fewest bits first, if out-channels differ in
+      bits; None otherwise.
+    - `half_zero_points`: whether weight zero points count half steps.
+    - `step_bias`: whether the layer adds another bias at each step.
     """
 
     kind: str
@@ -41,7 +46,11 @@ class LayerConfig:
 
     @classmethod
     def from_dict(cls, name: str, values: dict[str, Any]) -> LayerConfig:
-        """The config of layer `name`; unknown, missing and ill-typed values are errors."""
+        """Read the config of layer `name` from its JSON object.
+
+        Raises:
+            StepQuantError: a value is unknown, missing, of the wrong type or out of range.
+        """
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(known))
         missing = sorted({"kind", "weight_bits", "activation_bits"} - set(values))
@@ -73,7 +82,7 @@ class LayerConfig:
 
     @classmethod
     def of(cls, layer: PackedLayer) -> LayerConfig:
-        """What describes `layer`."""
+        """Return the config of the packed `layer`."""
         return cls(
             kind=layer.spec.kind,
             weight_bits=layer.spec.weight_bits,
@@ -87,7 +96,10 @@ class LayerConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; `step_bias`, younger than the format, only where there is one."""
+        """Return the config as a JSON object.
+
+        `step_bias` is newer than the format, so it is left out if false.
+        """
         counts = None if self.channel_counts is None else [list(c) for c in self.channel_counts]
         splits = None if self.splits is None else list(self.splits)
         values = {**asdict(self), "splits": splits, "channel_counts": counts}
@@ -96,7 +108,14 @@ class LayerConfig:
         return values
 
     def packed_in_place_of(self, name: str, module: nn.Module, context: StepContext) -> PackedLayer:
-        """A packed layer without data (on the meta device) that takes the place of `module`."""
+        """Return a packed layer without data (on the meta device) to replace the float `module`.
+
+        `name` names the layer in errors. `context` is the model's step context.
+
+        Raises:
+            StepQuantError: `module` is of another kind, is one that stays float, or has other
+                channel counts than the config.
+        """
         if not isinstance(module, KINDS[self.kind]):
             raise StepQuantError(
                 f"layer '{name}' is a {type(module).__name__} in the model: expected "
@@ -161,7 +180,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _channel_counts(name: str, counts: Any, weight_bits: int) -> tuple[tuple[int, int], ...] | None:
-    """`counts` as tuples; the bits must ascend, and end with `weight_bits`."""
+    """Return `counts` as tuples; the bits must ascend and end with `weight_bits`."""
     if counts is None:
         return None
     pairs = isinstance(counts, (list, tuple)) and all(

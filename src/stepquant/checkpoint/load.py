@@ -1,4 +1,4 @@
-"""Loading a pipeline, float or packed, with every failure told as one sentence."""
+"""Loading of float and packed pipelines, with one-sentence errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stepquant.checkpoint.folder import (
 from stepquant.checkpoint.single_file import load_single_file
 from stepquant.support.errors import StepQuantError
 
-if TYPE_CHECKING:  # slow to import, see load_pipeline
+if TYPE_CHECKING:  # slow to import; load_pipeline imports it
     import torch
     from diffusers import DiffusionPipeline
 
@@ -34,17 +34,24 @@ def load_pipeline(
     config: str | os.PathLike[str] | None = None,
     parts: Mapping[str, Any] | None = None,
 ) -> DiffusionPipeline:
-    """The pipeline in the folder or file `source`, or of the hub id `source` ("org/name").
+    """Load a pipeline from a folder, a single file or the hub.
 
-    `dtype`: that of the float parts; packed layers keep their float32 scales. `revision`:
-    branch, tag or commit on the hub. `config`: for a single safetensors file of a float pipeline,
-    the folder or hub id with what the file has not (`checkpoint.single_file`). `parts`: components
-    by name that are not to be loaded from a folder or the hub.
+    Args:
+        source: diffusers folder, single safetensors file of a float pipeline, or hub id
+            ("org/name").
+        dtype: dtype of the float parts; packed layers keep their float32 scales. None leaves the
+            choice to diffusers.
+        revision: branch, tag or commit on the hub.
+        config: for a single file, the folder or hub id of a pipeline of the same kind, which has
+            everything but the tensors; see `checkpoint.single_file`.
+        parts: components to use as they are, by name, in place of those in the folder.
 
-    Raises StepQuantError, naming the file or tensor, for a folder that is absent, incomplete,
-    damaged, pickled or of a newer format, and for a hub id that cannot be fetched.
+    Raises:
+        StepQuantError: the folder is absent, incomplete, damaged, pickled or of a newer format, the
+            hub id cannot be fetched, or `config` is given for anything but a single file. The
+            message names the file or tensor.
     """
-    # Only whoever loads a pipeline waits for diffusers to import all of them.
+    # Imported here: diffusers is slow to import, and not every command loads a pipeline.
     from diffusers import DiffusionPipeline
 
     if is_single_file(source):
@@ -74,7 +81,11 @@ def load_pipeline(
 
 
 def local_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder `source`, or the local copy of the hub's pipeline of that id."""
+    """Return the folder `source`, or the local copy of the hub's pipeline with that id.
+
+    Raises:
+        StepQuantError: `source` is a file, no folder or hub id, or cannot be fetched.
+    """
     from diffusers import DiffusionPipeline
 
     folder = Path(source).expanduser()
@@ -82,13 +93,17 @@ def local_folder(source: str | os.PathLike[str], revision: str | None = None) ->
 
 
 def is_single_file(source: str | os.PathLike[str]) -> bool:
-    """Whether `source` is a file that is opened as one, or refused as a pickle."""
+    """Whether `source` is a file that `load_pipeline` opens as one, or refuses as a pickle."""
     path = Path(source).expanduser()
     return path.is_file() and path.suffix in (SINGLE_FILE, *PICKLE_SUFFIXES)
 
 
 def _check_complete(source: str, pipeline: Any) -> None:
-    """Diffusers leaves a parameter without data where the files have none of that name."""
+    """Check that every tensor has data; diffusers leaves those that the files lack on meta.
+
+    Raises:
+        StepQuantError: a tensor has no data.
+    """
     for part, component in pipeline.components.items():
         if not hasattr(component, "named_parameters"):
             continue
@@ -101,7 +116,7 @@ def _check_complete(source: str, pipeline: Any) -> None:
 
 
 def _fetch(source: str, revision: str | None, pipeline_class: Any) -> Path:
-    """The local copy of the hub's pipeline `source`."""
+    """Return the local copy of the hub's pipeline `source`."""
     if Path(source).exists():
         raise StepQuantError(
             f"'{source}' is a file: expected a diffusers pipeline folder, a hub id, or a "
@@ -119,7 +134,7 @@ def _fetch(source: str, revision: str | None, pipeline_class: Any) -> Path:
 
 
 def _fetch_error(source: str, error: Exception) -> StepQuantError:
-    # diffusers raises a plain OSError for everything; what happened is in its causes.
+    # diffusers raises a plain OSError for everything; the causes tell the failures apart.
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)

@@ -1,7 +1,7 @@
-"""Saving and loading a packed denoiser that is no model of diffusers.
+"""Saving and loading of a packed denoiser that is not a diffusers model.
 
-A folder `denoiser` with `config.json` and `model.safetensors`: what a diffusers folder has of a
-packed denoiser. There is nothing in it of how the module is built; that is the user's code.
+The checkpoint is a folder `denoiser` with `config.json` and `model.safetensors`, as in a diffusers
+folder. It does not say how to build the module: the user's code does that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 def write_module(model: nn.Module, folder: Path) -> None:
-    """Write `model`, which `attach_config` made ready, to the folder `denoiser` in `folder`."""
+    """Write `model` to the new folder `denoiser` in `folder`, after `attach_config`."""
     quantizer: Any = model.hf_quantizer
     config: StepQuantConfig = quantizer.quantization_config
     part = folder / COMPONENT
@@ -40,13 +40,15 @@ def write_module(model: nn.Module, folder: Path) -> None:
 
 
 def load_module(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put the packed denoiser in `folder` into `model`, a float module of the same build.
+    """Load the packed denoiser in `folder` into `model`, a float module built the same way.
 
-    `folder`: what `quantize(..., out=folder)` wrote of a `DenoiserPipeline`. `model` is changed in
-    place and returned, ready to run; all of its tensors are replaced by the file's, bit by bit.
+    `folder` is the output of `quantize(..., out=folder)` for a `DenoiserPipeline`. The function
+    changes `model` in place and returns it in eval mode. The tensors of the file replace all
+    tensors of `model`, bit by bit.
 
-    Raises StepQuantError, naming file, layer or tensor, for a folder that is absent, damaged or of
-    another module.
+    Raises:
+        StepQuantError: the folder is absent, damaged or of another module. The message names the
+            file, layer or tensor.
     """
     part = Path(folder).expanduser() / COMPONENT
     config = _read_config(part / CONFIG_NAME)
@@ -76,7 +78,7 @@ def load_module(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace a float tensor of `model`, in the file's dtype."""
+    """Replace a float tensor of `model`, keeping the file's dtype."""
     owner_name, _, key = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if key in owner._parameters:

@@ -1,4 +1,4 @@
-"""The quantizer that diffusers calls when it saves or loads a stepquant checkpoint."""
+"""Quantizer class through which diffusers saves and loads stepquant checkpoints."""
 
 from __future__ import annotations
 
@@ -31,9 +31,13 @@ from stepquant.support.errors import StepQuantError
 class StepQuantQuantizer(FrozenQuantizer):
     """Loads, checks and saves packed denoisers inside `from_pretrained` and `save_pretrained`.
 
-    diffusers calls, in this order: `maybe_update_loaded_keys`, `preprocess_model`, for each file
-    `maybe_update_state_dict` and for each of its tensors `check_if_quantized_param` and
-    `create_quantized_param`, and at last `postprocess_model`.
+    While it loads a model, diffusers calls in this order
+
+    1. `maybe_update_loaded_keys`,
+    2. `preprocess_model`,
+    3. for each file `maybe_update_state_dict`, then for each of its tensors
+       `check_if_quantized_param` and `create_quantized_param`,
+    4. `postprocess_model`.
     """
 
     requires_calibration = True
@@ -50,13 +54,17 @@ class StepQuantQuantizer(FrozenQuantizer):
             )
         super().__init__(quantization_config, **kwargs)
         self._loaded_keys: list[str] = []
-        self._model: nn.Module | None = None  # while it is loaded
+        self._model: nn.Module | None = None  # only while it is loaded
         self._context: StepContext | None = None
         self._stored_checksum: bytes | None = None
         self._tensor_lines: list[str] = []
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what would leave packed tensors on the disk."""
+        """Refuse a `device_map` that would leave packed tensors on the disk.
+
+        Raises:
+            StepQuantError: `device_map` has a layer on "disk".
+        """
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise StepQuantError(
@@ -67,7 +75,11 @@ class StepQuantQuantizer(FrozenQuantizer):
     def maybe_update_loaded_keys(
         self, loaded_keys: list[str], checkpoint_files: list[str]
     ) -> list[str]:
-        """Refuse pickles; keep the names for the check; hide the checksum from diffusers."""
+        """Refuse pickles, keep the names for the check, and hide the checksum from diffusers.
+
+        Raises:
+            StepQuantError: a file is not a safetensors file.
+        """
         for file in checkpoint_files:
             if not str(file).endswith(".safetensors"):
                 raise StepQuantError(
@@ -78,7 +90,12 @@ class StepQuantQuantizer(FrozenQuantizer):
         return [key for key in loaded_keys if key != CHECKSUM_NAME]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        """Put packed layers (on the meta device) where the config names them."""
+        """Replace the layers that the config names with packed layers on the meta device.
+
+        Raises:
+            StepQuantError: the model lacks such a layer or does not fit the config, or the
+                checkpoint lacks a tensor or has one too many.
+        """
         config = self.quantization_config
         modules = dict(model.named_modules())
         unknown = sorted((set(config.layers) | set(config.attention)) - set(modules))
@@ -88,7 +105,7 @@ class StepQuantQuantizer(FrozenQuantizer):
                 f"{type(model).__name__} does not have: expected names of its linear, conv and "
                 "attention layers; the config belongs to another model"
             )
-        # Row numbers stand in for the timesteps until `step_grid` is loaded.
+        # Row numbers are placeholders for the timesteps until `step_grid` is loaded.
         context = StepContext(StepGrid(torch.arange(config.steps)))
         replace_modules(
             model,
@@ -110,7 +127,11 @@ class StepQuantQuantizer(FrozenQuantizer):
         self._model, self._context = model, context
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Check each tensor as it is in the file, before diffusers casts it."""
+        """Check each tensor as it is in the file, before diffusers casts it.
+
+        Raises:
+            StepQuantError: a tensor has another dtype, shape or range of values than expected.
+        """
         assert self._model is not None
         for name, tensor in state_dict.items():
             if name == CHECKSUM_NAME:
@@ -130,13 +151,17 @@ class StepQuantQuantizer(FrozenQuantizer):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Put the file's own tensor in place: `param_value` is already cast to `torch_dtype`."""
+        """Put the file's own tensor in place; `param_value` is already cast to `torch_dtype`."""
         layer_name, _, key = param_name.rpartition(".")
         tensor = state_dict[param_name].contiguous().to(target_device)
         model.get_submodule(layer_name).register_buffer(key, tensor)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        """Verify the checksum, give the layers the loaded step grid, let blocks work on codes."""
+        """Verify the checksum, set the loaded step grid, and enable the fast blocks.
+
+        Raises:
+            StepQuantError: a tensor was not loaded as it is in the file, or the checksum differs.
+        """
         for name in sorted(self._owned):
             tensor = model.get_buffer(name)
             if tensor.is_meta or tensor.dtype not in (torch.float32, torch.uint8):
@@ -165,7 +190,11 @@ class StepQuantQuantizer(FrozenQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes: `state_dict` and its checksum, without metadata."""
+        """Return the tensors that `save_pretrained` writes, with the checksum, and no metadata.
+
+        Raises:
+            StepQuantError: `safe_serialization` is False.
+        """
         if not safe_serialization:
             raise StepQuantError(
                 "save_pretrained was called with safe_serialization=False: pickle files are "
@@ -176,7 +205,13 @@ class StepQuantQuantizer(FrozenQuantizer):
         return {**state_dict, CHECKSUM_NAME: checksum_tensor(digest)}, {}
 
     def _dequantize(self, model: Any) -> Any:
-        """Float layers with the weights that the codes stand for; activations stay float."""
+        """Replace packed layers with float layers that hold the dequantized weights.
+
+        Activations are no longer quantized.
+
+        Raises:
+            StepQuantError: a LoRA is loaded.
+        """
         dtype = model.dtype
         for name, _, lora, _ in named_branches(model):
             raise StepQuantError(
@@ -201,10 +236,10 @@ class StepQuantQuantizer(FrozenQuantizer):
 
 
 def leave_files(model: nn.Module) -> None:
-    """Copy the tensors of `model` that are on the CPU, which may be pieces of a mapped file.
+    """Copy the CPU tensors of `model`, which may be parts of a memory-mapped file.
 
-    One of them in use would keep all of the file's pages in memory, those of packed weights among
-    them, which layers do not need any more when they have laid them out.
+    A single tensor in use keeps all pages of the file in memory. Among them are those of the packed
+    weights, which layers no longer need once they have laid their weights out.
     """
     copies: dict[int, Tensor] = {}
     for parameter in model.parameters():
@@ -219,7 +254,10 @@ def leave_files(model: nn.Module) -> None:
 
 
 def float_layer(layer: PackedLayer, dtype: torch.dtype) -> nn.Linear | nn.Conv2d:
-    """`nn.Linear` or `nn.Conv2d` with the weight that the codes of `layer` stand for."""
+    """Return `nn.Linear` or `nn.Conv2d` in `dtype` with the dequantized weight of `layer`.
+
+    A scale per in-channel is folded into the weight.
+    """
     spec, weight, has_bias = layer.spec, layer.float_weight(), layer.bias is not None
     device: Any = layer.weight_scale.device
     channel_scale: Any = layer.act_channel_scale

@@ -1,4 +1,4 @@
-"""Writing a pipeline with a packed denoiser as a diffusers folder, all or nothing."""
+"""Atomic writing of a pipeline with a packed denoiser as a diffusers folder."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from stepquant.support.errors import StepQuantError
 
 
 def describe_layers(model: nn.Module) -> dict[str, LayerConfig]:
-    """Name -> config, for each packed layer of `model`."""
+    """Return the config of each packed layer of `model`, by name."""
     return {name: LayerConfig.of(layer) for name, layer in packed_layers(model).items()}
 
 
 def describe_attention(model: nn.Module) -> dict[str, AttentionConfig]:
-    """Name -> config, for each attention of `model` with packed products."""
+    """Return the config of each attention of `model` with packed products, by name."""
     return {
         name.removesuffix(PRODUCTS): AttentionConfig.of(products)
         for name, products in packed_attention(model).items()
@@ -45,24 +45,24 @@ def describe_attention(model: nn.Module) -> dict[str, AttentionConfig]:
 
 
 def attach_config(model: Any, config: StepQuantConfig) -> Any:
-    """Make `save_pretrained` of `model` (a diffusers `ModelMixin`, packed) write a checkpoint.
+    """Attach `config` to the packed `model` so that it can be saved, and return `model`.
 
-    Or `save_pipeline`, where it is another module.
+    Afterwards `save_pretrained` of a diffusers `ModelMixin` writes a checkpoint; `save_pipeline`
+    does so for other modules. The function sets `config.layers`, `config.attention`, `config.steps`
+    and `config.input_error_bypass` from the model. The caller sets the rest. The model's step
+    context must be attached already (`StepContext.attach`). From here on diffusers treats the model
+    as quantized: it moves between devices, but not to another dtype.
 
-    `config.layers`, `config.attention`, `config.steps` and `config.input_error_bypass` are taken
-    from the model; the rest is the caller's. The model's step context must be attached already
-    (`StepContext.attach`). From here on diffusers treats the model as quantized: it moves between
-    devices, but not to another dtype. Returns `model`.
-
-    Raises StepQuantError if `model` has no packed layer, layers of two step contexts, or tensors
-    that a load would refuse.
+    Raises:
+        StepQuantError: `model` has no packed layer, layers of several step contexts, or tensors
+            that a load would refuse.
     """
     grid = _shared_context(model).grid
     config.layers, config.steps = describe_layers(model), len(grid)
     config.attention = describe_attention(model)
     bypass = bypass_of(model)
     config.input_error_bypass = None if bypass is None else bypass.layer
-    StepQuantConfig.from_dict(config.to_dict())  # as a load will check it
+    StepQuantConfig.from_dict(config.to_dict())  # the check that a load makes
     device = next(model.buffers()).device
     model.register_buffer(STEP_GRID_NAME, grid.timesteps.clone().to(device))
     check_model(model)
@@ -75,16 +75,18 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
 
 
 def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[str]) -> Path:
-    """Write a diffusers `pipeline`, whose component of that name is packed, as the new `folder`.
+    """Write `pipeline`, whose component `component_name` is packed, to the new `folder`.
 
-    Of a `DenoiserPipeline`, or a packed module that is not from diffusers, that module alone is
-    written (`checkpoint.module`).
+    Returns the path of the folder. If the component is not a diffusers model, or the pipeline is a
+    `DenoiserPipeline`, only that component is written; see `checkpoint.module`.
 
-    Everything goes to a hidden folder beside it first, is flushed to the disk and renamed, so that
-    `folder` is either complete or absent. Two equal pipelines get equal bytes. Returns the path.
+    The function writes to a hidden folder beside `folder`, flushes it to the disk and renames it,
+    so that `folder` is either complete or absent. Equal pipelines give equal bytes.
 
-    Raises StepQuantError if `folder` exists, if the component is not ready (`attach_config`), and
-    when the disk is full or refuses the write.
+    Raises:
+        StepQuantError: `folder` exists, `attach_config` was not called on the component, the
+            component has tensors that a load would refuse, or the disk is full or refuses the
+            write.
     """
     folder = Path(folder)
     component: Any = getattr(pipeline, component_name, None)
@@ -96,7 +98,7 @@ def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[
         )
     check_model(component)
     with new_checkpoint(folder) as partial:
-        # Nothing loads a folder of a pipeline that only the user's code can build.
+        # diffusers could not load the folder of a pipeline that only the user's code can build.
         if getattr(pipeline, "saves_denoiser_only", False) or not isinstance(component, ModelMixin):
             write_module(component, partial)
         else:
@@ -106,7 +108,10 @@ def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[
 
 @contextmanager
 def new_checkpoint(folder: Path) -> Iterator[Path]:
-    """A hidden folder to write a pipeline to, which becomes `folder`; see `atomic_folder`."""
+    """Yield a hidden folder to write a pipeline to; it becomes `folder` at the end.
+
+    See `atomic_folder` for the errors.
+    """
     with atomic_folder(folder) as partial:
         yield partial
         _forget_origin(partial)
@@ -124,7 +129,7 @@ def _shared_context(model: nn.Module) -> StepContext:
 
 
 def _forget_origin(folder: Path) -> None:
-    """Drop the path that each part was once loaded from: it differs between equal checkpoints."""
+    """Drop the path that each component was loaded from: it differs between equal checkpoints."""
     for path in folder.rglob("*.json"):
         values = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:

@@ -1,7 +1,7 @@
-"""Loading a float pipeline from one safetensors file in its trainers' own layout.
+"""Loading of a float pipeline from one safetensors file in the layout of its original trainer.
 
-diffusers knows the layouts and rewrites the names (`from_single_file`). The file holds tensors
-only: sizes, scheduler and tokenizers come from the folder of a pipeline of the same kind.
+diffusers knows these layouts and renames the tensors (`from_single_file`). The file holds tensors
+only. Sizes, scheduler and tokenizers come from the folder of a pipeline of the same kind.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stepquant.checkpoint.folder import (
 )
 from stepquant.support.errors import StepQuantError
 
-if TYPE_CHECKING:  # slow to import, see load_pipeline
+if TYPE_CHECKING:  # slow to import; load_single_file imports it
     import torch
     from diffusers import DiffusionPipeline
 
@@ -36,13 +36,17 @@ REMEDY = "pass the folder of a pipeline of the same kind as config (--config)"
 def load_single_file(
     file: Path, *, dtype: torch.dtype | None = None, config: str | os.PathLike[str] | None = None
 ) -> DiffusionPipeline:
-    """The pipeline in `file`, with everything that is not a tensor from `config`.
+    """Load the pipeline in `file`; everything that is not a tensor comes from `config`.
 
-    `config`: the folder of a pipeline of the same kind, whose weights are not read, or a hub id;
-    without it, what diffusers takes the file for, from the hub. `dtype`: as in `load_pipeline`.
+    Args:
+        file: safetensors file with all tensors of a float pipeline.
+        dtype: as in `load_pipeline`.
+        config: folder or hub id of a pipeline of the same kind, whose weights are not read. None:
+            diffusers recognizes the model by its tensors, and its config comes from the hub.
 
-    Raises StepQuantError for a file that is no whole safetensors file or no pipeline, for a config
-    that cannot be had or does not fit, and for kinds of pipelines that have no such files.
+    Raises:
+        StepQuantError: the file is a pickle, damaged or not a whole pipeline, the config cannot be
+            fetched or does not fit, or diffusers loads no single files for this kind of pipeline.
     """
     import diffusers
 
@@ -68,7 +72,7 @@ def load_single_file(
             str(file), config=str(folder), dtype=dtype, local_files_only=True
         )
     except (*DIFFUSERS_ERRORS, _component_error()) as error:
-        # What torch says of parameters that got no data.
+        # torch raises NotImplementedError for parameters without data.
         lacks = isinstance(error, NotImplementedError)
         reason = "it lacks tensors of one of its parts" if lacks else first_line(error)
         raise StepQuantError(
@@ -79,7 +83,11 @@ def load_single_file(
 
 
 def _config_folder(file: Path, config: str | os.PathLike[str] | None) -> Path:
-    """A local folder with the configuration for `file`."""
+    """Return a local folder with the configuration for `file`.
+
+    Raises:
+        StepQuantError: there is no such folder, or it cannot be fetched from the hub.
+    """
     if config is None:
         source = _usual_config(file)
         wanted = f"'{file}' is taken for a model like '{source}'"
@@ -109,7 +117,13 @@ def _config_folder(file: Path, config: str | os.PathLike[str] | None) -> Path:
 
 
 def _usual_config(file: Path) -> str:
-    """The hub id of the model that diffusers takes `file` for, by its names and shapes."""
+    """Return the hub id of the model that diffusers recognizes in `file`.
+
+    diffusers goes by the names and shapes of the tensors.
+
+    Raises:
+        StepQuantError: the file cannot be read, or diffusers does not recognize it.
+    """
     from diffusers.loaders.single_file_utils import (
         CHECKPOINT_KEY_NAMES,
         DIFFUSERS_DEFAULT_PIPELINE_PATHS,
@@ -125,7 +139,7 @@ def _usual_config(file: Path) -> str:
             f"'{file}' cannot be read as a model ({first_line(error)}): expected the tensors of a "
             f"whole pipeline; {REMEDY}"
         ) from error
-    # What has none of the names that it knows is "v1" to diffusers.
+    # diffusers returns "v1" for files in which it recognizes no name.
     if kind == "v1" and CHECKPOINT_KEY_NAMES["v1"] not in tensors:
         raise StepQuantError(
             f"'{file}' has names like '{next(iter(tensors), 'none')}', by which diffusers does not "

@@ -1,6 +1,7 @@
-"""Checks of what a checkpoint holds. Each error names the tensor, what it is and what it should be.
+"""Checks of the tensors in a checkpoint.
 
-`expected` is a model whose packed layers have the right shapes, with or without data.
+Each error names the tensor, its state and the expected one. In this module, `expected` is a model
+whose packed layers have the right shapes, with or without data.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.support.errors import StepQuantError
 
 STEP_GRID_NAME = "step_grid"
-OF_STEPS = (STEP_GRID_NAME, SLOPES_NAME)  # float32 tensors of the denoiser, one value for each step
+OF_STEPS = (STEP_GRID_NAME, SLOPES_NAME)  # tensors of the denoiser, float32 [T]
 REMEDY = "the file is damaged or belongs to another config, so fetch or write the checkpoint again"
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
-    """Name -> layer, for each packed layer of `model`."""
+    """Return the packed layers of `model` by name."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)
     }
 
 
 def packed_attention(model: nn.Module) -> dict[str, PackedAttention]:
-    """Name -> module, for the packed products of each attention of `model`."""
+    """Return the packed attention products in `model` by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -38,12 +39,15 @@ def packed_attention(model: nn.Module) -> dict[str, PackedAttention]:
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedLayer | PackedAttention]:
-    """Name -> module, for everything that is packed in `model`."""
+    """Return the packed layers and the packed attention products of `model` by name."""
     return {**packed_layers(model), **packed_attention(model)}
 
 
 def packed_names(model: nn.Module) -> set[str]:
-    """Names of the tensors that stepquant owns: each packed module's, the step grid, the slopes."""
+    """Return the names of the tensors that stepquant owns.
+
+    These are the tensors of packed modules, the step grid, and the slopes of an input error bypass.
+    """
     names = {STEP_GRID_NAME} | ({SLOPES_NAME} if hasattr(model, SLOPES_NAME) else set())
     for name, layer in packed_modules(model).items():
         names.update(f"{name}.{key}" for key in layer.state_dict())
@@ -51,7 +55,11 @@ def packed_names(model: nn.Module) -> set[str]:
 
 
 def check_names(expected: Iterable[str], found: Iterable[str]) -> None:
-    """Every expected tensor is there, and nothing else."""
+    """Check that the tensor names `found` are exactly those in `expected`.
+
+    Raises:
+        StepQuantError: a name is missing or unexpected.
+    """
     expected, found = set(expected), set(found)
     for names, problem in (
         (expected - found, "lacks the tensor"),
@@ -66,7 +74,13 @@ def check_names(expected: Iterable[str], found: Iterable[str]) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor, expected: nn.Module) -> None:
-    """Dtype, shape and values of the tensor called `name` in the state dict of `expected`."""
+    """Check dtype, shape and values of the tensor `name` against the model `expected`.
+
+    Float tensors that stepquant does not own may have another floating-point dtype.
+
+    Raises:
+        StepQuantError: the dtype, the shape or a value is wrong.
+    """
     layer_name, _, key = name.rpartition(".")
     layer = expected.get_submodule(layer_name)
     wanted = getattr(layer, key)
@@ -89,7 +103,11 @@ def check_tensor(name: str, tensor: Tensor, expected: nn.Module) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Each tensor of all that is packed in `model`, as a load would check it."""
+    """Check the packed tensors of `model` as a load would.
+
+    Raises:
+        StepQuantError: a tensor has a wrong dtype, shape or value.
+    """
     for layer_name, layer in packed_modules(model).items():
         for key, tensor in layer.state_dict().items():
             check_tensor(f"{layer_name}.{key}", tensor, model)
@@ -104,9 +122,13 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_channel_bits(model: nn.Module) -> None:
-    """Bits of the out-channels are as many as the config counts, and zero points on their grids.
+    """Check the bits of out-channels against the config, and zero points against the bits.
 
-    For layers that hold their data: it takes two tensors of one layer together.
+    The check covers layers whose out-channels differ in bits. They must hold their data, because it
+    needs two tensors of a layer at once.
+
+    Raises:
+        StepQuantError: the bits differ from the config, or a zero point is not on its grid.
     """
     for name, layer in packed_layers(model).items():
         if layer.channel_bits is None:
@@ -140,7 +162,7 @@ def _check_values(
     name: str, key: str, tensor: Tensor, layer: PackedLayer | PackedAttention
 ) -> None:
     if key in ("weight_scale", "act_scale", "act_channel_scale", "probability_scale"):
-        # The runtime multiplies with the inverse, which must be a number as well.
+        # The runtime multiplies by the inverse, which must be finite as well.
         good = (tensor > 0) & torch.isfinite(tensor) & torch.isfinite(1.0 / tensor)
         expected = "finite positive scales"
     elif key in ("bias", "step_bias"):
@@ -164,11 +186,11 @@ def _check_values(
 
 
 def _good_weight_zero_points(tensor: Tensor, layer: PackedLayer) -> tuple[Tensor, str]:
-    """Which zero points `[P, C_out]` are on their out-channel's grid, and what is expected."""
+    """Return which zero points `[P, C_out]` are on their grids, and the expected values as text."""
     spec, bits = layer.spec, layer.channel_bits
     uniform = spec.channel_counts is None
     known = bits is not None and not bits.is_meta
-    if not known:  # one bound for all, until the bits are read
+    if not known:  # one bound for all channels until the bits are read
         bits = torch.full((spec.out_channels,), spec.weight_bits)
     assert bits is not None
     bits = bits.to(tensor.device)

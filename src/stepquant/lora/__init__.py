@@ -1,1 +1,1 @@
-"""LoRAs: their files, the names of their keys, and branches on a quantized pipeline."""
+"""LoRAs: files, key names, and branches on a quantized pipeline."""

@@ -1,4 +1,4 @@
-"""Reading the tensors of a LoRA, from a file, a folder, the hub or memory, and what scales them."""
+"""Reading of a LoRA's tensors and settings from a file, a folder, the hub or memory."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from stepquant.checkpoint.folder import HUB_ID, PICKLE_SUFFIXES
 from stepquant.support.errors import StepQuantError
 
 USUAL_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-PEFT_CONFIG = "adapter_config.json"  # beside the tensors, where peft itself wrote them
-HEADER_KEY = "lora_adapter_metadata"  # in the file's header, where diffusers wrote them
-# Kinds of adapters that are no plain product of two matrices, by what their keys contain.
+PEFT_CONFIG = "adapter_config.json"  # beside the tensors, if peft itself wrote them
+HEADER_KEY = "lora_adapter_metadata"  # in the file's header, if diffusers wrote them
+# Adapters that are not a plain product of two matrices, by a part of their keys.
 OTHER_KINDS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
@@ -33,7 +33,12 @@ OTHER_KINDS = {
 
 @dataclass(frozen=True)
 class LoraFile:
-    """Tensors under the names in the file, and the configs of peft by component ("" for any)."""
+    """Tensors and settings of a LoRA, as read.
+
+    - `label`: name of the LoRA in errors.
+    - `tensors`: by the names in the file.
+    - `configs`: peft's settings by component; the key "" stands for any component.
+    """
 
     label: str
     tensors: dict[str, Tensor]
@@ -43,10 +48,14 @@ class LoraFile:
 def read_lora_file(
     source: str | os.PathLike[str] | Mapping[str, Tensor], weight_name: str | None = None
 ) -> LoraFile:
-    """The LoRA in `source`: a safetensors file, a folder with one, a hub id, or tensors by name.
+    """Read a LoRA.
 
-    `weight_name`: which file of a folder or a hub repository. Raises StepQuantError for what is
-    absent, damaged, pickled, empty, not finite, or an adapter of another kind than LoRA.
+    `source` is a safetensors file, a folder with one, a hub id, or tensors by name. `weight_name`
+    selects a file in a folder or hub repository.
+
+    Raises:
+        StepQuantError: the LoRA is absent, damaged, pickled or empty, has values that are not
+            floating-point or not finite, or is an adapter of another kind.
     """
     if isinstance(source, Mapping):
         label, tensors, configs = "the LoRA given as tensors", dict(source), {}
@@ -65,7 +74,7 @@ def read_lora_file(
                     "matrices for each layer"
                 )
         if key.endswith(".alpha") and isinstance(tensor, Tensor):
-            tensors[key] = tensor = tensor.float()  # kohya's may be a whole number
+            tensors[key] = tensor = tensor.float()  # kohya's trainer may store an integer
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise StepQuantError(
@@ -133,7 +142,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _configs(path: Path, header: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """What peft was configured with, from the header or from the file beside."""
+    """Return peft's settings by component, from the file's header or the JSON file beside it."""
     where, text = f"the header of '{path}'", header.get(HEADER_KEY)
     beside = path.parent / PEFT_CONFIG
     try:

@@ -1,7 +1,8 @@
-"""From the names in a LoRA's file to the layers of a pipeline.
+"""Mapping of the names in a LoRA's file to the layers of a pipeline.
 
-Names differ by trainer. diffusers knows most of them and rewrites them (`lora_state_dict` of the
-pipeline's class); what comes out is brought to one form here: `component.layer.lora_A.weight`.
+Names differ by trainer. diffusers knows most of them and converts them (`lora_state_dict` of the
+pipeline's class). This module brings the converted names to one form:
+`component.layer.lora_A.weight`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ CONVERSION_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeErr
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """Of one layer: `A [r, C_in, ...]`, `B [C_out, r, ...]`, and `factor`, alpha over r."""
+    """LoRA of one layer: `A [r, C_in, ...]`, `B [C_out, r, ...]`, and `factor`, `alpha / r`."""
 
     A: Tensor
     B: Tensor
@@ -39,11 +40,14 @@ class LoraWeights:
 def lora_layers(
     file: LoraFile, pipeline: Any, denoiser: str
 ) -> dict[tuple[str, str], tuple[Layer, LoraWeights]]:
-    """`(component, layer's name)` -> the layer and what the LoRA has for it.
+    """Return the layers that the LoRA changes, by `(component, layer name)`, with its matrices.
 
-    `denoiser`: the component that names without a component mean. Raises StepQuantError, naming
-    the key, for a layer that `pipeline` does not have, a shape that does not fit, a matrix without
-    its partner, and settings that change the result in a way that is not known here.
+    Names without a component belong to the component `denoiser`.
+
+    Raises:
+        StepQuantError: `pipeline` has no such layer, a shape does not fit, a matrix lacks its
+            partner, or a setting makes the adapter more than a plain LoRA. The message names the
+            key or the setting.
     """
     tensors, alphas = _converted(file, pipeline, denoiser)
     pairs: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -89,11 +93,10 @@ def lora_layers(
 
 
 def models_of(pipeline: Any) -> dict[str, Any]:
-    """The modules of a pipeline by the component's name, taken out of what stands in for them.
+    """Return the modules of a pipeline by component name.
 
-    That is what `torch.compile` wraps, or a `StandIn`.
-
-    Not by its `components`, which a pipeline of one's own may not have in order.
+    The function unwraps modules from `torch.compile` and from `StandIn`. It reads the pipeline's
+    attributes, because a user's own pipeline class may not have a correct `components`.
     """
     parts = {name: part for name, part in vars(pipeline).items() if isinstance(part, nn.Module)}
     return {name: original(getattr(part, "_orig_mod", part)) for name, part in parts.items()}
@@ -102,12 +105,16 @@ def models_of(pipeline: Any) -> dict[str, Any]:
 def _converted(
     file: LoraFile, pipeline: Any, denoiser: str
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Tensors under the names of diffusers or peft, and alphas by name."""
+    """Return the tensors by their names in diffusers or peft, and the alphas by name.
+
+    Raises:
+        StepQuantError: diffusers cannot convert the names for this kind of pipeline.
+    """
     tensors = dict(file.tensors)
     if all(key.startswith(PEFT_PREFIX) for key in tensors):
         model = models_of(pipeline)[denoiser]
         bare = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
-        # Other trainers use the prefix too, before names that diffusers rewrites.
+        # Other trainers use the prefix as well, before names that diffusers must convert.
         if next(iter(bare)).partition(".lora_")[0] in dict(model.named_modules()):
             return bare, {}
     if not hasattr(pipeline, "lora_state_dict"):
@@ -132,20 +139,20 @@ def _converted(
 def _component(
     key: str, tensors: Mapping[str, Tensor], pipeline: Any, denoiser: str
 ) -> tuple[str, str]:
-    """The component that `key` belongs to, and the rest of the name."""
+    """Return the component that `key` belongs to, and the rest of the name."""
     parts = models_of(pipeline)
     first, _, rest = key.partition(".")
     if first in parts:
         return first, rest
     if any(name.partition(".")[0] in parts for name in tensors):
-        return first, rest  # then all must say whose they are; `_layer` tells that this one is not
+        return first, rest  # if some keys name a component, all must; `_layer` reports this one
     return denoiser, key
 
 
 def _peft_name(name: str, of_denoiser: bool, pipeline: Any, component: str) -> str:
-    """`name` in the form of peft, `layer.lora_A.weight`."""
+    """Return `name` in the form of peft, `layer.lora_A.weight`."""
     if ".lora_A." not in name and ".lora_B." not in name:
-        if not of_denoiser:  # this type's table has the newer names as well
+        if not of_denoiser:  # the table of this type covers the newer names as well
             (name,) = convert_state_dict_to_peft({name: None}, StateDictType.DIFFUSERS_OLD)
         (name,) = convert_unet_state_dict_to_peft({name: None})
     model = models_of(pipeline).get(component)
@@ -157,7 +164,7 @@ def _peft_name(name: str, of_denoiser: bool, pipeline: Any, component: str) -> s
 def _alpha_place(
     key: str, tensors: Mapping[str, Tensor], pipeline: Any, denoiser: str
 ) -> tuple[str, str]:
-    """The component and layer that an alpha belongs to."""
+    """Return the component and the layer that an alpha belongs to."""
     component, name = _component(key.removesuffix(".alpha"), tensors, pipeline, denoiser)
     name = _peft_name(name, component == denoiser, pipeline, component)
     return component, name.partition(".lora_")[0]
@@ -209,7 +216,14 @@ def _check_shape(label: str, key: str, which: str, tensor: Tensor, B: Tensor, la
 def _factor(
     label: str, config: dict[str, Any], layer: str, rank: int, alpha: float | None
 ) -> float:
-    """`alpha / r`, or 1 where nothing says otherwise, as everywhere in diffusers."""
+    """Return the LoRA's own factor: `alpha / r`, or `alpha / sqrt(r)` with rank-stabilized scaling.
+
+    Without an alpha it is 1, as in diffusers.
+
+    Raises:
+        StepQuantError: alphas are there twice, or a setting makes the adapter more than a plain
+            LoRA.
+    """
     if config and alpha is not None:
         raise StepQuantError(
             f"{label} has alphas both as tensors and in its settings: expected one of the two"

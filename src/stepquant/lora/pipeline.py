@@ -1,4 +1,4 @@
-"""LoRA on a pipeline: loaded as float branches beside its layers, scaled, unloaded."""
+"""Loading, scaling and unloading of LoRAs, as float branches beside a pipeline's layers."""
 
 from __future__ import annotations
 
@@ -35,18 +35,27 @@ def load_lora(
     name: str = "default",
     weight_name: str | None = None,
 ) -> list[str]:
-    """Let the LoRA in `source` add `scale * B(A(x))` to the layers that it was trained for.
+    """Load a LoRA, which adds `scale * factor * B(A(x))` to the layers that it was trained for.
 
-    `pipeline`: with a packed denoiser or a float one, so that the two can be compared with the same
-    LoRA. `source`: a safetensors file of diffusers, peft or kohya's trainer, a folder with one, a
-    hub id, or tensors by name; `weight_name` says which file of several. `name`: what it is called
-    afterwards; several can be loaded beside each other. Packed layers stay as they are: the branch
-    is computed in float32 from the layer's float input. Layers of text encoders that the LoRA has
-    are served too. Saving writes the model without it.
-    Returns the names of the layers, each with its component in front.
+    Here `factor` is the LoRA's own, such as `alpha / r`. Packed layers keep their weights: they
+    compute the branch in float32 from their float input. Layers of text encoders get their
+    branches, too. Several LoRAs can be loaded at once. Saving writes the model without LoRAs.
 
-    Raises StepQuantError, and changes nothing, for a LoRA that does not fit the pipeline, naming
-    the key, and for one of layers whose inputs or outputs the recipe has scaled in other layers.
+    Args:
+        pipeline: pipeline with a packed denoiser, or a float one to compare with.
+        source: safetensors file of diffusers, peft or kohya's trainer, a folder with one, a hub id,
+            or tensors by name.
+        scale: factor of the branches, which `set_lora_scales` can change; finite.
+        name: name of the LoRA for `unload_lora` and `set_lora_scales`.
+        weight_name: file to load from a folder or hub repository with several.
+
+    Returns:
+        The names of the layers, each with its component in front.
+
+    Raises:
+        StepQuantError: the LoRA does not fit the pipeline, or is for layers whose inputs or outputs
+            the recipe has scaled in neighbouring layers. The message names the key or the layer,
+            and the pipeline is unchanged.
     """
     component = ResolvedPipeline.of(pipeline).name
     denoiser = models_of(pipeline)[component]
@@ -79,9 +88,12 @@ def load_lora(
 
 
 def unload_lora(pipeline: DiffusionPipeline, name: str | None = None) -> list[str]:
-    """Take the LoRA `name` away, or all of them: the model is bit for bit what it was before.
+    """Remove the LoRA `name`, or all of them if it is None; return the names of those removed.
 
-    Returns the names of those that were taken away. Raises StepQuantError if `name` is not loaded.
+    Afterwards the model is bit for bit the same as before loading.
+
+    Raises:
+        StepQuantError: `name` is not loaded.
     """
     if name is not None:
         _check_loaded(pipeline, name)
@@ -94,7 +106,13 @@ def unload_lora(pipeline: DiffusionPipeline, name: str | None = None) -> list[st
 
 
 def set_lora_scales(pipeline: DiffusionPipeline, scales: Mapping[str, float]) -> None:
-    """Set the scales of loaded LoRAs by name; with 0 one costs nothing. Others stay as they are."""
+    """Set the scales of loaded LoRAs by name; LoRAs that are not named keep theirs.
+
+    The branches of a LoRA with scale 0 are not computed.
+
+    Raises:
+        StepQuantError: a name is not loaded, or a scale is not a finite number.
+    """
     for name, scale in scales.items():
         _check_loaded(pipeline, name)
         _check_scale(scale)
@@ -104,12 +122,16 @@ def set_lora_scales(pipeline: DiffusionPipeline, scales: Mapping[str, float]) ->
 
 
 def lora_scales(pipeline: DiffusionPipeline) -> dict[str, float]:
-    """The loaded LoRAs by name, in the order of loading, each with its scale."""
+    """Return the scale of each loaded LoRA, by name."""
     return {lora: branch.scale for _, _, lora, branch in _branches(pipeline)}
 
 
 def check_no_lora(pipeline: DiffusionPipeline) -> None:
-    """An error where LoRAs are loaded: quantizing would see their numbers, and not keep them."""
+    """Check that no LoRA is loaded: calibration would include its effect, the result would not.
+
+    Raises:
+        StepQuantError: a LoRA is loaded.
+    """
     for lora in lora_scales(pipeline):
         raise StepQuantError(
             f"the {type(pipeline).__name__} has the LoRA '{lora}' loaded: expected it without; "
@@ -138,7 +160,11 @@ def _check_scale(scale: float) -> None:
 def _check_ready(
     label: str, pipeline: DiffusionPipeline, component: str, name: str, layer: nn.Module
 ) -> None:
-    """A branch can be put beside the layer as it is now, and will be computed."""
+    """Check that a branch can be attached to the layer in its current state, and will run.
+
+    Raises:
+        StepQuantError: the layer is offloaded, or is a float layer of a compiled model.
+    """
     if any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers())):
         raise StepQuantError(
             f"the layer '{name}' of {component} has its tensors offloaded: expected them in "
@@ -147,7 +173,7 @@ def _check_ready(
     model = getattr(pipeline, component)
     compiled = hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
     if compiled and not isinstance(layer, PackedLayer):
-        # A compiled graph does not look for new hooks.
+        # A compiled graph ignores hooks that are added later.
         raise StepQuantError(
             f"{label} is for the layer '{name}' of {component}, which is float and compiled "
             "already: expected it as it was loaded; load the LoRA before torch.compile"
@@ -155,14 +181,14 @@ def _check_ready(
 
 
 def _scaled_layers(pipeline: DiffusionPipeline, denoiser: Any) -> dict[str, str]:
-    """Layers whose inputs or outputs are not those of the float model, each with the step.
+    """Return the layers whose inputs or outputs a step of the recipe has scaled, with that step.
 
-    A step with equivalent scaling divides what one layer gives and multiplies the weights of those
-    that read it. A LoRA was trained on the undivided numbers, and the factors are not kept.
+    Equivalent scaling divides the output of one layer and multiplies the weights of its consumers.
+    A LoRA was trained on undivided values, and the checkpoint does not keep the factors.
     """
     known = any(kind.__name__ in ADAPTERS for kind in type(denoiser).__mro__)
     if hasattr(type(pipeline), "make_adapter") or not known:
-        return {}  # quantized with a general adapter, which folds nothing
+        return {}  # quantized with a `ModuleAdapter`, which folds nothing
     if not any(isinstance(module, PackedLayer) for module in denoiser.modules()):
         return {}
     adapter = adapter_for(denoiser)
@@ -172,8 +198,8 @@ def _scaled_layers(pipeline: DiffusionPipeline, denoiser: Any) -> dict[str, str]
     found: dict[str, str] = {}
     for entry in denoiser.hf_quantizer.quantization_config.recipe.get("steps", []):
         for step, settings in entry.items():
-            fold = settings.get("fold")  # says enough of a step whose package is not installed
-            if fold is None:  # a recipe from before steps had it, or no scaling
+            fold = settings.get("fold")  # suffices even if the step's package is not installed
+            if fold is None:  # an older recipe, from before steps had `fold`, or no scaling step
                 fold = issubclass(STEPS.get(step, Step), ScalingStep)
             if not fold:
                 continue

@@ -1,1 +1,1 @@
-"""Opening what a user names, what images are of, and drawing them."""
+"""Pipelines: opening, conditioning and sampling."""

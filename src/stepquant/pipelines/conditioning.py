@@ -1,4 +1,4 @@
-"""What images are drawn of: prompts, class labels, guidance; and how a pipeline takes it."""
+"""Conditions of sampling: prompts, class labels and guidance, as arguments of a pipeline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from stepquant.support.errors import StepQuantError
 
-# Arguments of pipelines that are decided elsewhere, each with what a user gives instead.
+# Arguments of pipelines that stepquant sets itself, each with the user's own setting for it.
 RESERVED = {
     "prompt": "prompts (--prompt, --prompts)",
     "prompt_embeds": "prompts (--prompt, --prompts)",
@@ -29,16 +29,17 @@ RESERVED = {
     "output_type": "nothing: images come as arrays",
     "return_dict": "nothing: images come as arrays",
 }
-TEXTS = ("negative_prompt", "prompt_")  # beginnings of arguments with a text for each image
+TEXTS = ("negative_prompt", "prompt_")  # prefixes of arguments with a text for each image
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Prompts or class labels, one after another for image after image, and over again.
+    """Prompts or class labels, guidance, and further arguments of a pipeline.
 
-    `guidance`: scale of classifier-free guidance; None is the pipeline's own. `call`: further
-    arguments of the pipeline, such as `height`, the same for all images. Without labels, a
-    class-conditional pipeline draws from all its classes, shuffled, always in the same order.
+    - `prompts`, `labels`: one entry for each image in turn, repeated from the start after the last.
+      Without labels, a class-conditional pipeline uses all its classes, in a fixed shuffled order.
+    - `guidance`: scale of classifier-free guidance; None keeps the pipeline's own.
+    - `call`: further arguments of the pipeline, such as `height`, the same for all images.
     """
 
     prompts: tuple[str, ...] = ()
@@ -54,10 +55,14 @@ class Conditioning:
         guidance: float | None = None,
         call: Mapping[str, Any] | None = None,
     ) -> Conditioning:
-        """From what a user gives: one or several; labels in a tensor or an array, too.
+        """Build the conditioning from a user's arguments.
 
-        Raises StepQuantError where `call` has what is given otherwise, and for labels that are no
-        whole numbers.
+        `prompts` and `labels` may each be a single value or several. Labels may also be in a tensor
+        or an array.
+
+        Raises:
+            StepQuantError: `call` has an argument that stepquant sets itself, guidance is given
+                twice, or a label is not a whole number.
         """
         prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts or ())
         call = dict(call or {})
@@ -74,17 +79,22 @@ class Conditioning:
         return cls(prompts, _whole_numbers(labels), guidance, call)
 
     def check(self, pipeline: DiffusionPipeline) -> None:
-        """An error where `pipeline` cannot be drawn from like this."""
+        """Check that `pipeline` accepts this conditioning.
+
+        Raises:
+            StepQuantError: see `arguments`.
+        """
         self.arguments(pipeline, 0, 1)
 
     def arguments(self, pipeline: DiffusionPipeline, first: int, count: int) -> dict[str, Any]:
-        """Of a call of `pipeline` that draws the images `first` to `first + count - 1`.
+        """Return the arguments of a call of `pipeline` for images `first` to `first + count - 1`.
 
-        Raises StepQuantError where the pipeline needs prompts and there are none, takes no such
-        condition or argument, or has fewer classes.
+        Raises:
+            StepQuantError: the pipeline needs prompts or labels that are not given, does not take a
+                given condition or argument, or has no class of that number.
         """
         what, known = type(pipeline).__name__, _parameters(pipeline)
-        # Where a pipeline names its arguments, further ones are taken without a word, and dropped.
+        # Pipelines with named arguments silently drop any others.
         named = {"prompt", "class_labels", "batch_size"} & set(known)
         open_ended = not named and inspect.Parameter.VAR_KEYWORD in known.values()
         chosen = range(first, first + count)
@@ -134,7 +144,13 @@ class Conditioning:
         return self.labels
 
     def describe(self) -> dict[str, Any]:
-        """For the record of a checkpoint, as JSON values: prompts as number and SHA-256."""
+        """Return the conditioning as JSON values, for the provenance of a checkpoint.
+
+        Prompts are given by their number and SHA-256.
+
+        Raises:
+            StepQuantError: a value in `call` cannot be described; see `described`.
+        """
         found: dict[str, Any] = {}
         if self.prompts:
             text = json.dumps(self.prompts).encode()
@@ -153,7 +169,11 @@ class Conditioning:
 
 
 def _whole_numbers(labels: Any) -> tuple[int, ...]:
-    """One label or several, in whatever holds them."""
+    """Return one or several labels as a tuple of ints.
+
+    Raises:
+        StepQuantError: a label is not a whole number.
+    """
     if labels is None:
         return ()
     values = labels.tolist() if isinstance(labels, torch.Tensor | np.ndarray) else labels
@@ -165,7 +185,10 @@ def _whole_numbers(labels: Any) -> tuple[int, ...]:
 
 
 def _texts(value: Any, chosen: Sequence[int]) -> Any:
-    """A text for each of the images `chosen`: the same, or several over and over again."""
+    """Return a text for each of the images `chosen`: one text for all, or several in turn.
+
+    Values that are neither a text nor texts are returned unchanged.
+    """
     several = [value] if isinstance(value, str) else value
     if not isinstance(several, list | tuple) or not all(isinstance(v, str) for v in several):
         return value
@@ -173,9 +196,13 @@ def _texts(value: Any, chosen: Sequence[int]) -> Any:
 
 
 def described(value: Any, what: str) -> Any:
-    """`value` as JSON values that are equal for equal contents: what is large as its SHA-256.
+    """Describe `value` by JSON values that are equal for equal contents.
 
-    Raises StepQuantError, naming `what`, for things that cannot be told apart by their contents.
+    Tensors, arrays and images are given by type, size and SHA-256; functions and classes by name.
+
+    Raises:
+        StepQuantError: `value` is of a type whose contents cannot be described. The message names
+            it by `what`.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -205,7 +232,7 @@ def described(value: Any, what: str) -> Any:
 
 
 def class_count(pipeline: DiffusionPipeline) -> int | None:
-    """How many classes the denoiser's config says it was trained for, or None."""
+    """Return the number of classes in the denoiser's config, or None if it has none."""
     for name in ("unet", "transformer"):
         config = getattr(getattr(pipeline, name, None), "config", None) or {}
         for key in ("num_embeds_ada_norm", "num_class_embeds"):
@@ -215,11 +242,11 @@ def class_count(pipeline: DiffusionPipeline) -> int | None:
 
 
 def takes_prompts(pipeline: DiffusionPipeline) -> bool:
-    """Whether `pipeline` draws images of texts."""
+    """Whether `pipeline` takes prompts."""
     return "prompt" in _parameters(pipeline)
 
 
 def _parameters(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """The kind of each argument of the pipeline's call."""
+    """Return the kind of each argument of the pipeline's `__call__`, by name."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     return {name: parameter.kind for name, parameter in parameters.items() if name != "self"}

@@ -1,4 +1,4 @@
-"""Denoisers that are not from diffusers: a pipeline around any module."""
+"""A pipeline around any denoiser module, for denoisers that are not from diffusers."""
 
 from __future__ import annotations
 
@@ -20,29 +20,39 @@ DrawImages = Callable[[nn.Module, Tensor, int, list[torch.Generator]], Tensor]
 
 
 class OwnSampler(SchedulerMixin, ConfigMixin):
-    """Stands where a scheduler would: the user's function draws."""
+    """Placeholder for the scheduler if the user's own function samples."""
 
     owns_sampling = True
 
     @register_to_config
     def __init__(self) -> None:
-        """Nothing to set."""
+        """Take no settings."""
 
 
 class DenoiserPipeline(DiffusionPipeline):
     """A pipeline around any module whose `forward` takes a sample and a `timestep`.
 
-    `shape`: of one sample, `(C, H, W)`. `scheduler`: one of diffusers; by default DDIM on a linear
-    schedule of 1000 steps, without clipping. `draw`: a function that draws images with a sampler of
-    its own instead, `draw(denoiser, noise, steps, generators)`: `noise [B, C, H, W]`, a generator
-    for each image, images `[B, C, H, W]` in [0, 1]; it calls `denoiser` as often as it likes, with
-    any further arguments. `blocks`, `float_layers`: patterns of names, see `models.general`.
+    All of stepquant accepts it in place of a diffusers pipeline, with one difference: only the
+    quantized denoiser is saved, not the pipeline. `load_module` loads it into a module that the
+    user builds again.
 
-    The whole of stepquant takes it as it takes a pipeline of diffusers, but that it is not saved:
-    a quantized denoiser is, and `load_module` puts it into a module that the user builds anew.
+    Args:
+        denoiser: module that predicts, for `sample [B, C, H, W]` and `timestep [B]`.
+        shape: shape of one sample, `(C, H, W)`.
+        scheduler: a diffusers scheduler. The default is DDIM on a linear schedule of 1000 steps,
+            without clipping.
+        draw: function with a sampler of its own, in place of a scheduler. It is called as
+            `draw(denoiser, noise, steps, generators)` with `noise [B, C, H, W]` and one generator
+            for each image, and returns images `[B, C, H, W]` in [0, 1]. It may call `denoiser` any
+            number of times, with further arguments.
+        blocks: shell-style patterns of block names; see `models.general`.
+        float_layers: shell-style patterns of the layers that stay float; see `models.general`.
+
+    Raises:
+        StepQuantError: `shape` is not `(C, H, W)`, or both `scheduler` and `draw` are given.
     """
 
-    scales_input = True  # as the scheduler says, at each step
+    scales_input = True  # each step calls the scheduler's `scale_model_input`
     saves_denoiser_only = True
 
     def __init__(
@@ -71,7 +81,7 @@ class DenoiserPipeline(DiffusionPipeline):
 
     @property
     def components(self) -> dict[str, Any]:
-        """Denoiser and scheduler; diffusers would take the other arguments for components, too."""
+        """Denoiser and scheduler; diffusers would count the other arguments as components, too."""
         return {"denoiser": self.denoiser, "scheduler": self.scheduler}
 
     @torch.no_grad()
@@ -82,8 +92,14 @@ class DenoiserPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         output_type: str = "np",
     ) -> ImagePipelineOutput:
-        """Images `[B, H, W, C]` in [0, 1], each from the noise of its generator."""
-        del output_type  # arrays in any case
+        """Sample images `[B, H, W, C]`, float32 in [0, 1], each from the noise of its generator.
+
+        `output_type` is ignored: the images are always arrays.
+
+        Raises:
+            StepQuantError: the user's function does not return images `[B, C, H, W]`.
+        """
+        del output_type
         noise = torch.cat([torch.randn(1, *self.shape, generator=one) for one in generator])
         noise = noise.to(next(self.denoiser.parameters(), noise).device)
         draw = self.draw or self._walk
@@ -98,10 +114,10 @@ class DenoiserPipeline(DiffusionPipeline):
     def _walk(
         self, denoiser: nn.Module, x: Tensor, steps: int, generators: list[torch.Generator]
     ) -> Tensor:
-        """Images by the scheduler's steps."""
+        """Sample images `[B, C, H, W]` in [0, 1] with the scheduler, from the noise `x`."""
         scheduler = self.scheduler
         scheduler.set_timesteps(steps)
-        # As in diffusers' own pipelines: not every scheduler draws, scales noise or scales input.
+        # As in diffusers' pipelines: not all schedulers draw noise, scale noise or scale the input.
         draws = "generator" in inspect.signature(scheduler.step).parameters
         more: dict[str, Any] = {"generator": generators} if draws else {}
         x = x * getattr(scheduler, "init_noise_sigma", 1.0)

@@ -1,4 +1,4 @@
-"""Opening what a user names: `builtin:NAME`, a local diffusers folder or file, or a hub id."""
+"""Opening of models by name: `builtin:NAME`, a local diffusers folder or file, or a hub id."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from stepquant.pipelines.resolved import DENOISERS, denoiser_of
 from stepquant.support.errors import StepQuantError
 
 BUILTIN = "builtin:"
-MAP_FROM = 200_000_000  # parameters; smaller models are loaded
+MAP_FROM = 200_000_000  # parameters; smaller models are loaded into memory
 BUILTIN_FEATURES = {
     f"{data}-{kind}": data for data in ("fashion", "cifar10") for kind in ("ddpm", "dit", "t2i")
 }
-CONDITIONS = "conditions.json"  # in the folder of an embedded model that has conditions
+CONDITIONS = "conditions.json"  # in the folder of each embedded model with conditions
 
 
 @dataclass(frozen=True)
 class EmbeddedConditions:
-    """What an embedded model is made to draw: prompts or labels of its data set's classes.
+    """Conditions that an embedded model was trained for: prompts or labels of its classes.
 
-    `classes`: the class that each prompt or label of `conditioning` names, and so the class of
-    image `i` of one after another; both are empty where a model has no conditions.
+    `classes` holds the class of each prompt or label in `conditioning`, in the same order. Both are
+    empty for a model without conditions.
     """
 
     conditioning: Conditioning = field(default_factory=Conditioning)
     classes: tuple[int, ...] = ()
 
     def classes_of(self, num: int) -> tuple[int, ...]:
-        """The classes of images 0 to `num - 1`."""
+        """Return the classes of images 0 to `num - 1`; the model must have conditions."""
         return tuple(self.classes[i % len(self.classes)] for i in range(num))
 
 
 def builtin_names() -> list[str]:
-    """Names of the embedded pipelines."""
+    """Return the names of the embedded pipelines, sorted."""
     folder = resources.files("stepquant") / "assets"
     return sorted(
         entry.name for entry in folder.iterdir() if (entry / "model_index.json").is_file()
@@ -51,7 +51,11 @@ def builtin_names() -> list[str]:
 
 
 def builtin_path(name: str) -> Path:
-    """The diffusers folder of the embedded pipeline `name`."""
+    """Return the diffusers folder of the embedded pipeline `name`.
+
+    Raises:
+        StepQuantError: there is no embedded pipeline of that name.
+    """
     if name not in builtin_names():
         raise StepQuantError(
             f"unknown embedded model '{BUILTIN}{name}': expected one of "
@@ -61,7 +65,11 @@ def builtin_path(name: str) -> Path:
 
 
 def resolve_builtin(model: str | Path) -> str:
-    """`model`, or the folder of the embedded pipeline that it names."""
+    """Return the folder of the embedded pipeline that `model` names, or `model` itself as text.
+
+    Raises:
+        StepQuantError: `model` is `builtin:NAME` with an unknown name.
+    """
     text = str(model)
     return str(builtin_path(text.removeprefix(BUILTIN))) if text.startswith(BUILTIN) else text
 
@@ -72,16 +80,22 @@ def open_pipeline(
     config: str | Path | None = None,
     map_large: bool = False,
 ) -> DiffusionPipeline:
-    """The pipeline that `model` names, in float32, ready to sample.
+    """Open the pipeline that `model` names, in float32 and ready to sample.
 
-    `model`: "builtin:NAME", a local diffusers folder, a hub id, a safetensors file with a float
-    pipeline in its trainers' layout, or a pipeline, which is returned as it is. `config`: for such
-    a file, the folder or hub id of a pipeline of the same kind, which has the sizes, the scheduler
-    and the tokenizers that the file has not; without it, those of the model that diffusers takes
-    it for, from the hub. `map_large`: leave the weights of a denoiser of more than `MAP_FROM`
-    parameters in their files (`models.mapped`), on the CPU; those of a single file are loaded.
+    Args:
+        model: "builtin:NAME", a local diffusers folder, a hub id, a safetensors file with a float
+            pipeline in the layout of its original trainer, or a pipeline, which is returned as it
+            is.
+        device: device of the pipeline.
+        config: for a single file, the folder or hub id of a pipeline of the same kind, which has
+            the sizes, the scheduler and the tokenizers. None: diffusers recognizes the model, and
+            its config comes from the hub.
+        map_large: leave the weights of a denoiser with more than `MAP_FROM` parameters in their
+            files, on the CPU; see `models.mapped`. Single files are always loaded into memory.
 
-    Raises StepQuantError where that cannot be had.
+    Raises:
+        StepQuantError: the model cannot be found, fetched or loaded, or `config` is given for
+            anything but a single file.
     """
     if isinstance(model, DiffusionPipeline):
         if config is not None:
@@ -105,25 +119,28 @@ def open_pipeline(
 
 
 def _mapped_denoiser(folder: Path) -> dict[str, nn.Module]:
-    """The denoiser in `folder` by its name, mapped, if it is large and can be."""
+    """Return the denoiser in `folder` by component name, mapped; empty if small or not mappable."""
     for name in DENOISERS:
         try:
             if WeightFiles(folder / name).parameters > MAP_FROM:
                 return {name: open_mapped(folder / name, f"the component '{name}'")}
         except StepQuantError:
-            pass  # absent, or older names of tensors: what is wrong, if anything, loading tells
+            pass  # absent, or with older tensor names; loading reports any real error
     return {}
 
 
 def default_features(model: str | Path | DiffusionPipeline) -> str | None:
-    """The feature network that judges an embedded model's images, or None for other models."""
+    """Return the feature network for evaluating an embedded model, or None for other models."""
     text = str(model)
-    # A folder of one's own that is called as an embedded model is not that model.
+    # A user's folder with the name of an embedded model is not that model.
     return BUILTIN_FEATURES.get(text.removeprefix(BUILTIN)) if text.startswith(BUILTIN) else None
 
 
 def default_conditions(model: str | Path | DiffusionPipeline) -> EmbeddedConditions:
-    """The conditions and the guidance that an embedded model was made for; none of other models."""
+    """Return the conditions and guidance that an embedded model was trained for.
+
+    For other models the result is empty.
+    """
     text = str(model)
     if not text.startswith(BUILTIN):
         return EmbeddedConditions()
@@ -136,12 +153,12 @@ def default_conditions(model: str | Path | DiffusionPipeline) -> EmbeddedConditi
 
 
 def weight_file_bytes(folder: Path, component: str) -> int:
-    """Bytes of the safetensors files of `component` in a diffusers folder."""
+    """Return the size of the safetensors files of `component` in a diffusers folder, in bytes."""
     return sum(file.stat().st_size for file in (folder / component).glob("*.safetensors"))
 
 
 def float32_bytes(model: nn.Module) -> int:
-    """Bytes of `model`'s parameters and buffers in float32, without a file header."""
+    """Return the size of the model's parameters and buffers in float32, in bytes."""
     return 4 * sum(FloatState(model).sizes().values())
 
 

@@ -1,4 +1,4 @@
-"""Drawing images with a diffusers pipeline: one seed for each image, whatever the batch."""
+"""Sampling with a diffusers pipeline; each image has its own seed, whatever the batch size."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
     "flow-euler": "FlowMatchEulerDiscreteScheduler",
 }
-FLOW = "FlowMatch"  # beginning of the classes that know nothing else; some others can be told to
-AUTO = "auto"  # ddim, or for flow matching the pipeline's own
-LARGEST_SEED = 2**48  # multiples of it are drawn from as well
+FLOW = "FlowMatch"  # prefix of classes for flow matching only; some others have a setting for it
+AUTO = "auto"  # "ddim", or the pipeline's own scheduler if DDIM cannot be used
+LARGEST_SEED = 2**48  # stepquant also seeds generators with multiples of the seed
 
 
 def matches_flow(scheduler: Any) -> bool:
-    """Whether `scheduler` walks the straight paths of flow matching instead of removing noise."""
+    """Whether `scheduler` is for flow matching instead of noise prediction."""
     config = getattr(scheduler, "config", {})
     return (
         type(scheduler).__name__.startswith(FLOW)
@@ -39,22 +39,32 @@ def matches_flow(scheduler: Any) -> bool:
 
 
 def needs_own_scheduler(pipeline: DiffusionPipeline) -> bool:
-    """Whether DDIM cannot draw with `pipeline`: it matches flow, or has a sampler of its own."""
+    """Whether DDIM cannot be used: `pipeline` is for flow matching, or has its own sampler."""
     return matches_flow(pipeline.scheduler) or getattr(pipeline.scheduler, "owns_sampling", False)
 
 
 def resolve_scheduler(pipeline: DiffusionPipeline, name: str | None) -> str | None:
-    """`name`, or what "auto" stands for: ddim, or None, the pipeline's own, where it needs that."""
+    """Return `name`, with "auto" resolved to "ddim" or None.
+
+    None is the pipeline's own scheduler. "auto" is resolved to None if DDIM cannot be used.
+    """
     if name != AUTO:
         return name
     return None if needs_own_scheduler(pipeline) else "ddim"
 
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
-    """Give the pipeline the scheduler `name` with its own noise schedule; None copies its own."""
+    """Give the pipeline the scheduler `name`, with the settings of its own scheduler.
+
+    None gives it a copy of its own scheduler.
+
+    Raises:
+        StepQuantError: the name is unknown, the user's own function samples, or the scheduler does
+            not fit the model's kind of prediction.
+    """
     name = resolve_scheduler(pipeline, name)
     if name is None:
-        pipeline.scheduler = copy.copy(pipeline.scheduler)  # sampling sets its steps
+        pipeline.scheduler = copy.copy(pipeline.scheduler)  # because sampling sets its steps
         return
     if name not in SCHEDULERS:
         raise StepQuantError(f"unknown scheduler '{name}': expected one of {', '.join(SCHEDULERS)}")
@@ -81,10 +91,10 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
 
 
 def clipping_remark(scheduler: Any) -> str | None:
-    """What to know of a DDIM scheduler that clips the predicted image, or None.
+    """Return a warning about a DDIM scheduler that clips the predicted image, or None.
 
     Song et al. (ICLR 2021, arXiv 2010.02502, equation 12) do not clip; diffusers takes the setting
-    over from DDPM's. Measured by `benchmarks/sampler_sensitivity.py`.
+    over from DDPM's scheduler. `benchmarks/sampler_sensitivity.py` measures the effect.
     """
     if not isinstance(scheduler, diffusers.DDIMScheduler) or not scheduler.config.clip_sample:
         return None
@@ -96,14 +106,22 @@ def clipping_remark(scheduler: Any) -> str | None:
 
 
 def check_count(value: int, what: str) -> int:
-    """`value` if it is at least 1; otherwise an error that names `what`."""
+    """Return `value`.
+
+    Raises:
+        StepQuantError: `value` is below 1. The message names it by `what`.
+    """
     if value < 1:
         raise StepQuantError(f"{what} is {value}: expected at least 1")
     return value
 
 
 def check_scales_input(pipeline: DiffusionPipeline) -> None:
-    """An error where the scheduler scales the denoiser's input and the pipeline does not ask it."""
+    """Check that the pipeline scales the denoiser's input if its scheduler requires that.
+
+    Raises:
+        StepQuantError: the scheduler scales the input, but the pipeline does not call it for that.
+    """
     call = inspect.unwrap(type(pipeline).__call__)
     if (
         hasattr(pipeline.scheduler, "is_scale_input_called")
@@ -118,24 +136,29 @@ def check_scales_input(pipeline: DiffusionPipeline) -> None:
 
 
 def check_seed(seed: int) -> int:
-    """`seed` if every seed derived from it fits torch's generators; otherwise an error."""
+    """Return `seed`.
+
+    Raises:
+        StepQuantError: `seed` is negative or above `LARGEST_SEED`, so that a seed derived from it
+            may not fit torch's generators.
+    """
     if not 0 <= seed <= LARGEST_SEED:
         raise StepQuantError(f"seed is {seed}: expected 0 to {LARGEST_SEED}")
     return seed
 
 
 def with_own_tokenizers(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """A copy of `pipeline` with copies of its tokenizers.
+    """Return a copy of `pipeline` with copies of its tokenizers.
 
-    Tokenizing leaves its padding and truncation in the tokenizer, which a checkpoint would hold
-    where it was sampled for, and not where a resumed run had no need to.
+    Tokenizing stores padding and truncation in the tokenizer, and thus in a saved checkpoint. A
+    resumed run that need not sample again would then write a different checkpoint.
     """
     pipeline = copy.copy(pipeline)
     parts = {name: vars(pipeline).get(name) for name in pipeline.config}
     found = {
         name: copy.deepcopy(part)
         for name, part in parts.items()
-        # transformers, where it has its class from, may be absent.
+        # By name: the package transformers, which defines the class, may be absent.
         if any(kind.__name__ == "PreTrainedTokenizerBase" for kind in type(part).__mro__)
     }
     pipeline.register_modules(**found)
@@ -157,13 +180,29 @@ def sample_images(
     decode: bool = True,
     **call: Any,
 ) -> Tensor:
-    """`num` images, float32 `[num, C, H, W]` in [0, 1].
+    """Sample `num` images and return them as float32 `[num, C, H, W]` in [0, 1].
 
-    Image `i` starts from the noise of generator `seed + first + i`, so that two models sampled
-    with the same seed can be compared image by image, and the batch size changes nothing. It has
-    condition number `first + i` of `conditioning`; `call` goes to the pipeline as well. Without
-    `decode` an empty tensor is returned, and latents stay latents where the pipeline can leave
-    them: for whoever watches the denoiser.
+    Image `i` starts from the noise of a generator with seed `seed + first + i`. Two models sampled
+    with the same seed can therefore be compared image by image, and the batch size has no effect on
+    the noise. Image `i` has condition number `first + i` of `conditioning`.
+
+    Args:
+        pipeline: pipeline to sample; it is not changed.
+        num: number of images.
+        steps: number of sampling steps.
+        seed: seed of the first image's noise, if `first` is 0.
+        scheduler: a name from `SCHEDULERS`, "auto", or None for the pipeline's own.
+        batch: largest number of images sampled at once.
+        reporter: shows progress; None shows none.
+        first: number of the first image.
+        conditioning: prompts or labels, and guidance.
+        decode: False returns an empty tensor and, if possible, leaves out the decoding of latents;
+            for callers that only observe the denoiser.
+        **call: further arguments of the pipeline.
+
+    Raises:
+        StepQuantError: a count or the seed is out of range, there are more steps than the model was
+            trained with, the scheduler does not fit, or the pipeline does not take the conditions.
     """
     check_count(num, "number of images")
     check_count(steps, "number of sampling steps")

@@ -1,1 +1,1 @@
-"""Pictures on disk: grids of images, and plots."""
+"""Image files and plots."""

@@ -1,4 +1,4 @@
-"""Pictures on disk: one grid of many images, or a folder of single ones."""
+"""Writing of sampled images as PNG files: one grid of many, or a folder of single ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ LABEL_MARGIN = 8  # pixels left and right of the labels
 
 
 def check_picture_path(path: str | Path) -> Path:
-    """`path` if a PNG can be written there; ask before the work that the picture is made of."""
+    """Return `path` if a PNG can be written there; call it before the work that makes the picture.
+
+    Raises:
+        StepQuantError: the name does not end in .png, `path` is a folder, or its folder does not
+            exist.
+    """
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise StepQuantError(
@@ -42,15 +47,23 @@ def save_grid(
     labels: Sequence[str] | None = None,
     scale: int = 2,
 ) -> Path:
-    """Write one PNG with many images and return its path. A picture that is there is replaced.
+    """Write one PNG with many images and return its path.
 
-    `rows`: a tensor `[N, C, H, W]`, laid out from left to right and wrapped after `columns`
-    images; or a list of such tensors, each of which fills a row of its own with its first
-    `columns` images (float above quantized, say). C is 1 (grey) or 3 (RGB); values are floating
-    point in [0, 1] or uint8. `labels`: one text for each row, drawn at its left. `scale`: pixels
-    for each pixel. The file is complete or absent, whatever happens.
+    An existing file is replaced. The write is atomic: after a failure the path holds the file as it
+    was before.
 
-    Raises StepQuantError for other shapes, values or counts.
+    Args:
+        rows: images `[N, C, H, W]`, laid out from left to right and wrapped after `columns` images;
+            or a list of such tensors, each of which fills one row with its first `columns` images,
+            for example float above quantized. C is 1 (grey) or 3 (RGB). Values are floating point
+            in [0, 1] or uint8.
+        path: a name that ends in .png, in an existing folder.
+        columns: number of images in each row.
+        labels: one text for each row, drawn at its left.
+        scale: width and height of each image pixel, in pixels of the PNG.
+
+    Raises:
+        StepQuantError: a shape, value, count or the path is not as described.
     """
     path = check_picture_path(path)
     if columns < 1 or scale < 1:
@@ -77,9 +90,12 @@ def save_grid(
 def save_images(images: Tensor, folder: str | Path) -> list[Path]:
     """Write `images [N, C, H, W]` to the new folder `folder` as 00000.png, 00001.png, ...
 
-    The folder is complete or absent, whatever happens. Returns the paths in order.
+    Values are floating point in [0, 1] or uint8; C is 1 (grey) or 3 (RGB). The write is atomic: the
+    folder is complete or absent. Returns the paths in order.
 
-    Raises StepQuantError if the folder exists, or for other shapes and values than `save_grid`'s.
+    Raises:
+        StepQuantError: the folder exists or cannot be written, or a shape or value is not as
+            described.
     """
     whole = to_bytes(images)
     names = [f"{index:05d}.png" for index in range(len(whole))]
@@ -90,7 +106,13 @@ def save_images(images: Tensor, folder: str | Path) -> list[Path]:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """`images [N, C, H, W]`, floating point in [0, 1] or uint8, as uint8 (rounded)."""
+    """Return `images [N, C, H, W]`, floating point in [0, 1] or uint8, as uint8 on the CPU.
+
+    Floating-point values are scaled to 255 and rounded.
+
+    Raises:
+        StepQuantError: the shape or a value is not as described.
+    """
     shape = list(images.shape)
     if images.dim() != 4 or 0 in shape or shape[1] not in (1, 3):
         raise StepQuantError(
@@ -103,7 +125,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def _pixels(image: Tensor) -> np.ndarray:
-    """`[C, H, W]` as Pillow takes it: `[H, W]` or `[H, W, 3]`."""
+    """Return an image `[C, H, W]` in Pillow's layout, `[H, W]` or `[H, W, 3]`."""
     return (image[0] if image.shape[0] == 1 else image.permute(1, 2, 0)).contiguous().numpy()
 
 

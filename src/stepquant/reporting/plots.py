@@ -1,4 +1,4 @@
-"""Pictures of what `stepquant.inspect` found, drawn by matplotlib (the `[evaluate]` extra)."""
+"""Plots of the record of `stepquant.inspect`, with matplotlib (the `[evaluate]` extra)."""
 
 from __future__ import annotations
 
@@ -15,26 +15,37 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDEST = 12  # layers in the small multiples
+WIDEST = 12  # layers in `draw_widest_ranges`
 ROW_INCHES = 0.16
 STEP_AXIS = "timestep, in sampling order (noise at the left)"
 NORMAL_KURTOSIS = 3.0
 
 
 def check_plots(folder: str | Path) -> None:
-    """Raise a StepQuantError before the work: matplotlib is missing, or the folder exists."""
+    """Check, before the work, that plots can be written to the new folder `folder`.
+
+    Raises:
+        StepQuantError: matplotlib is not installed, or the folder exists.
+    """
     _figure_class()
     check_new_folder(folder)
 
 
 def write_plots(record: dict[str, Any], folder: str | Path) -> list[Path]:
-    """Draw the record of `stepquant.inspect` into the new folder `folder`; the paths of the PNGs.
+    """Plot the record of `stepquant.inspect` to the new folder `folder`; return the PNGs' paths.
 
-    A float model gives `activation_ranges.png` (every layer at every step), `widest_ranges.png`
-    (the layers with the widest ranges), `unsaturated_share.png` and `kurtosis.png`; a packed one
-    `activation_scales.png` and `bits.png`. The folder is complete or absent, whatever happens.
+    For a float model, the plots are
 
-    Raises StepQuantError if matplotlib is not installed or the folder exists.
+    - `activation_ranges.png`: the range of every layer at every step,
+    - `widest_ranges.png`: the layers with the widest ranges,
+    - `unsaturated_share.png`: the in-channels that Weight Dilation can scale,
+    - `kurtosis.png`: the kurtosis of the weights.
+
+    For a packed model, they are `activation_scales.png` and `bits.png`. The write is atomic: the
+    folder is complete or absent.
+
+    Raises:
+        StepQuantError: matplotlib is not installed, or the folder exists or cannot be written.
     """
     figure_class = _figure_class()
     pictures: dict[str, Callable[[type[Figure], dict[str, Any]], Figure]]
@@ -55,7 +66,7 @@ def write_plots(record: dict[str, Any], folder: str | Path) -> list[Path]:
 
 
 def draw_activation_ranges(figure_class: type[Figure], record: dict[str, Any]) -> Figure:
-    """Heat map of the width of every layer's input range at every step, logarithmic."""
+    """Draw a heat map of the log10 width of every layer's input range at every step."""
     rows = record["layers"]
     width = np.array([np.subtract(row["high"], row["low"]) for row in rows])  # [L, T]
     figure, (axes,) = _tall(figure_class, len(rows))
@@ -67,7 +78,7 @@ def draw_activation_ranges(figure_class: type[Figure], record: dict[str, Any]) -
 
 
 def draw_widest_ranges(figure_class: type[Figure], record: dict[str, Any]) -> Figure:
-    """Small multiples: smallest and largest activation against step, widest layers first."""
+    """Draw the smallest and largest activation at each step, for the layers with widest ranges."""
     named = _by_input(record["layers"])
     named.sort(key=lambda pair: max(pair[1]["high"]) - min(pair[1]["low"]), reverse=True)
     named = named[:WIDEST]
@@ -94,7 +105,7 @@ def draw_widest_ranges(figure_class: type[Figure], record: dict[str, Any]) -> Fi
 
 
 def draw_unsaturated_share(figure_class: type[Figure], record: dict[str, Any]) -> Figure:
-    """Bars: the in-channels of each layer that Weight Dilation can scale."""
+    """Draw bars of the share of each layer's in-channels that Weight Dilation can scale."""
     rows = record["layers"]
     values = [100 * row["unsaturated_share"] for row in rows]
     title = "in-channels that reach no weight extreme: weight dilation can scale them"
@@ -102,7 +113,7 @@ def draw_unsaturated_share(figure_class: type[Figure], record: dict[str, Any]) -
 
 
 def draw_kurtosis(figure_class: type[Figure], record: dict[str, Any]) -> Figure:
-    """Bars: median kurtosis of each layer's out-channels, beside that of a normal distribution."""
+    """Draw bars of the median kurtosis of each layer's out-channels, with the normal value, 3."""
     rows = record["layers"]
     values = [row["median_kurtosis"] for row in rows]
     figure = _bars(
@@ -119,7 +130,7 @@ def draw_kurtosis(figure_class: type[Figure], record: dict[str, Any]) -> Figure:
 
 
 def draw_activation_scales(figure_class: type[Figure], record: dict[str, Any]) -> Figure:
-    """Heat maps of every activation scale at every step, and of its change over the steps."""
+    """Draw heat maps of every activation scale at every step, and of its change over the steps."""
     steps = len(record["timesteps"])
     names, tables = [], []
     for row in record["layers"]:
@@ -148,7 +159,7 @@ def draw_activation_scales(figure_class: type[Figure], record: dict[str, Any]) -
 
 
 def draw_bits(figure_class: type[Figure], record: dict[str, Any]) -> Figure:
-    """Bars: bits of weights and of activations of each layer."""
+    """Draw bars of the weight bits and activation bits of each layer."""
     rows = record["layers"]
     figure, (axes,) = _tall(figure_class, len(rows), width=6)
     place = np.arange(len(rows))
@@ -163,7 +174,7 @@ def draw_bits(figure_class: type[Figure], record: dict[str, Any]) -> Figure:
 
 
 def _figure_class() -> type[Figure]:
-    # Inside a function: it belongs to an extra, and takes longer to import than most verbs run.
+    # Imported here: matplotlib is an optional extra, and its import takes longer than most verbs.
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -181,7 +192,7 @@ def _name(layer: str, part: int, parts: int) -> str:
 
 
 def _float_names(rows: list[dict[str, Any]]) -> list[str]:
-    """Layer names, with the input part where a layer has several."""
+    """Return the layer names, with the input part's number if a layer has several."""
     parts: dict[str, int] = {}
     for row in rows:
         parts[row["layer"]] = parts.get(row["layer"], 0) + 1
@@ -189,7 +200,10 @@ def _float_names(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _by_input(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """`(name, row)`, once for layers of one module that share an input, such as to_q and to_k."""
+    """Return `(name, row)`, merged for layers of one module that share an input.
+
+    Layers such as to_q and to_k count as sharing an input if their ranges are equal.
+    """
     shared: dict[Any, tuple[list[str], dict[str, Any]]] = {}
     for name, row in zip(_float_names(rows), rows, strict=True):
         module, _, own = name.rpartition(".")
@@ -201,7 +215,7 @@ def _by_input(rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
 def _tall(
     figure_class: type[Figure], rows: int, panels: int = 1, width: float = 8
 ) -> tuple[Figure, Sequence[Axes]]:
-    """A figure that gives every layer a line of text, and its panels side by side."""
+    """Return a figure, tall enough for one text line for each of `rows`, and its panels."""
     height = max(2.5, 1.0 + ROW_INCHES * rows)
     figure = figure_class(figsize=(width + 2 * (panels - 1), height), layout="constrained")
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
@@ -220,7 +234,7 @@ def _heat_map(
 
 
 def _step_axis(axes: Axes, timesteps: list[float], ticks: int, title: bool = True) -> None:
-    """Steps at equal distances, a few of them marked with their timestep."""
+    """Space the steps evenly and label about `ticks` of them with their timesteps."""
     marks = range(0, len(timesteps), -(-len(timesteps) // ticks))
     axes.set_xticks(marks, [f"{timesteps[mark]:g}" for mark in marks], fontsize=7)
     if title:
@@ -232,7 +246,7 @@ def _layer_axis(axes: Axes, names: list[str]) -> None:
 
 
 def _bar_frame(axes: Axes, rows: int, unit: str, title: str) -> None:
-    axes.set_ylim(rows - 0.5, -0.5)  # in the order of the model, from the top
+    axes.set_ylim(rows - 0.5, -0.5)  # first layer at the top
     axes.set_xlabel(unit, fontsize=8)
     axes.set_title(title, fontsize=9)
     axes.tick_params(axis="x", labelsize=7)

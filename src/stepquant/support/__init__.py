@@ -1,1 +1,1 @@
-"""What every room needs: the package's exception, progress output, and files on disk."""
+"""Shared helpers: the package's exception, progress output, registries, memory, atomic writes."""

@@ -1,4 +1,4 @@
-"""Files and folders on disk that are complete or as they were before, whatever happens."""
+"""Atomic writes of files and folders: after a failure the disk is as it was before."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 
 from stepquant.support.errors import StepQuantError
 
-PARTIAL = ".partial"  # ends the temporary name of a file, and stands in that of a folder
+PARTIAL = ".partial"  # ends the temporary name of a file; part of that of a folder
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace the file `path` by what `write(temporary path)` writes, once that is on the disk.
+    """Replace the file `path` with the output of `write(temporary path)`, once it is on the disk.
 
-    A symbolic link stays one: its target is replaced. A device or a pipe is written to directly.
+    If `path` is a symbolic link, its target is replaced. A device or a pipe is written to directly.
+    Errors of `write` and of the operating system are passed on, and the temporary file is deleted.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         write(path)
@@ -39,10 +40,13 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder to write to, which becomes the new `folder` at the end, or vanishes.
+    """Yield a hidden folder to write to; it becomes the new `folder` at the end.
 
-    Files and folders get the user's usual modes. Raises StepQuantError if `folder` exists, and
-    when the disk is full or refuses the write.
+    After an error or an interrupt, the hidden folder is deleted. Files and folders get the modes of
+    the user's umask.
+
+    Raises:
+        StepQuantError: `folder` exists, or the disk is full or refuses the write.
     """
     check_new_folder(folder)
     try:
@@ -52,7 +56,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         try:
             yield partial
             _finish(partial, folder)
-        except BaseException:  # also an interrupt: nothing half-written stays behind
+        except BaseException:  # includes interrupts: no partial folder stays behind
             shutil.rmtree(partial, ignore_errors=True)
             raise
     except (OSError, SafetensorError) as error:
@@ -60,7 +64,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_new_folder(folder: str | Path) -> Path:
-    """`folder` if nothing is there yet; ask before the work whose result goes there."""
+    """Return `folder` if it does not exist yet; call it before the work that fills the folder.
+
+    Raises:
+        StepQuantError: `folder` exists.
+    """
     folder = Path(folder)
     if folder.exists():
         raise StepQuantError(
@@ -70,13 +78,13 @@ def check_new_folder(folder: str | Path) -> Path:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what a killed process left of an unfinished `folder`."""
+    """Delete the hidden folders that killed processes left while writing `folder`."""
     for partial in folder.parent.glob(f".{folder.name}{PARTIAL}-*"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _finish(partial: Path, folder: Path) -> None:
-    mask = _umask()  # mkdtemp and safetensors make theirs private
+    mask = _umask()  # mkdtemp and safetensors create private folders and files
     for path in (partial, *partial.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         _flush(path)
@@ -85,8 +93,8 @@ def _finish(partial: Path, folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Wait until the file, or the names in the folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows does not open folders
+    """Wait until a file's contents, or a folder's names, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
@@ -96,13 +104,13 @@ def _flush(path: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)  # can only be read by setting it
+    mask = os.umask(0)  # the mask can only be read by setting it
     os.umask(mask)
     return mask
 
 
 def _write_error(folder: Path, error: Exception) -> StepQuantError:
-    # safetensors reports the operating system's errors as text only.
+    # safetensors reports errors of the operating system only as text.
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error):
         return StepQuantError(

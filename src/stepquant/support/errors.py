@@ -1,8 +1,8 @@
-"""The one exception that bad input raises."""
+"""The package's exception for bad input."""
 
 
 class StepQuantError(ValueError):
-    """Bad input, told in one sentence: the thing, what was found, what was expected, what to do.
+    """Bad input, described in one sentence: the thing, what was found, what was expected, a remedy.
 
-    The command line prints the same sentence and exits with code 2.
+    The command line prints this sentence and exits with code 2.
     """

@@ -1,7 +1,8 @@
-"""Entries in another package's tables, made once that package is imported.
+"""Registration in another package's dictionaries, delayed until that package is imported.
 
-diffusers and transformers find quantizers in dictionaries. Importing both to fill these would cost
-every `import stepquant` seconds, so an entry is a stand-in that imports its class when it is used.
+diffusers and transformers look up quantizers in dictionaries. Importing both to fill these would
+add seconds to every `import stepquant`. An entry is therefore a stand-in that imports its class on
+first use.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 
 
 class LateClass:
-    """Stands in for the class `name` of `module`: any use of it imports the class.
+    """Stand-in for the class `name` of `module`; any use of it imports the class.
 
-    Calling it makes an instance, and its attributes are those of the class.
+    A call creates an instance. Attributes are those of the class.
     """
 
     def __init__(self, module: str, name: str) -> None:
@@ -29,8 +30,14 @@ class LateClass:
         return getattr(_resolved(self), attribute)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """An instance of the class."""
+        """Return a new instance of the class."""
         return _resolved(self)(*args, **kwargs)
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, _resolved(self))
+
+    def __subclasscheck__(self, subclass: type) -> bool:
+        return issubclass(subclass, _resolved(self))
 
 
 def _resolved(late: LateClass) -> Any:
@@ -41,7 +48,8 @@ def _resolved(late: LateClass) -> Any:
 def register_late(module: str, entries: Mapping[str, Mapping[str, tuple[str, str]]]) -> None:
     """Add `entries` to the dictionaries of `module`, now or as soon as it is imported.
 
-    `entries`: by the name of the dictionary in `module`, what to add: key to (module, class).
+    `entries` maps the name of each dictionary in `module` to its new items, which map a key to
+    `(module, class name)`.
     """
 
     def add(loaded: ModuleType) -> None:
@@ -52,7 +60,7 @@ def register_late(module: str, entries: Mapping[str, Mapping[str, tuple[str, str
 
 
 def when_imported(module: str, then: Callable[[ModuleType], None]) -> None:
-    """Call `then` with the module called `module`: now if it is loaded, else once it is."""
+    """Call `then` with the module named `module`: now if it is loaded, else right after import."""
     if module in sys.modules:
         then(sys.modules[module])
     else:
@@ -60,7 +68,7 @@ def when_imported(module: str, then: Callable[[ModuleType], None]) -> None:
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Finds no module itself: it adds a call behind the execution of one."""
+    """Import finder that leaves finding to the others and adds a call after the module has run."""
 
     def __init__(self, module: str, then: Callable[[ModuleType], None]) -> None:
         self._module, self._then = module, then
@@ -68,7 +76,7 @@ class _Watch(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec that the other finders give, with the call behind it; None for other names."""
+        """Return the other finders' spec with the call added; None for modules of other names."""
         if fullname != self._module:
             return None
         sys.meta_path.remove(self)

@@ -1,4 +1,4 @@
-"""Old names of modules that the documentation named, kept for one release."""
+"""Old names of moved modules that the documentation mentioned, kept for one release."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from types import ModuleType
 
 
 def keep_old_names(moved: Mapping[str, str]) -> None:
-    """Let each old module name import, with a DeprecationWarning that says the new one.
+    """Keep old module names importable, with a DeprecationWarning that gives the new name.
 
-    `moved`: old to new name, both absolute. An old module hands out the attributes of the new one.
+    `moved` maps old to new names, both absolute. An old module has the attributes of the new one.
     """
     sys.meta_path.append(_MovedModules(moved))
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Asked last, so that a module that exists under an old name is taken as it is."""
+    """Import finder and loader for old names; asked last, so that existing modules win."""
 
     def __init__(self, moved: Mapping[str, str]) -> None:
         self._moved = moved
@@ -28,12 +28,12 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """A spec for a moved module, or None."""
+        """Return a spec for a moved module, or None for other modules."""
         del path, target
         return ModuleSpec(fullname, self) if fullname in self._moved else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Point `module` at the new one."""
+        """Warn, and make `module` return the attributes of the new module."""
         old, new = module.__name__, self._moved[module.__name__]
         warnings.warn(
             f"the module {old} is now {new}: import it from there; the old name goes with the next "
@@ -42,5 +42,5 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             stacklevel=2,
         )
         found = importlib.import_module(new)
-        # PEP 562: the function in the module's dictionary answers for attributes it lacks.
+        # PEP 562: Python calls a module's `__getattr__` for attributes that the module lacks.
         module.__getattr__ = found.__getattribute__  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""What installed packages add to stepquant: the entry points of one group, loaded by name."""
+"""Plug-ins: entry points of installed packages that extend stepquant, loaded by name."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from stepquant.support.errors import StepQuantError
 
 
 class PlugIns:
-    """Entry points of `group`, each of which adds one `kind` of thing, such as a step, by its name.
+    """The entry points of `group`, each of which adds one thing of a `kind`, such as a step.
 
-    The first look-up reads the metadata of all installed packages. A package is imported when one
-    of its names is loaded, so a broken one is in nobody's way.
+    The first look-up reads the metadata of all installed packages. A package is imported only when
+    one of its names is loaded, so a broken package does not affect others.
     """
 
     def __init__(self, kind: str, group: str) -> None:
@@ -22,7 +22,7 @@ class PlugIns:
 
     @cached_property
     def entries(self) -> dict[str, list[EntryPoint]]:
-        """The entry points by name: one for each package that offers it."""
+        """The entry points by name; several packages may offer the same name."""
         found: dict[str, list[EntryPoint]] = {}
         entries = entry_points(group=self.group)
         for entry in sorted(entries, key=lambda entry: (entry.name, describe(entry))):
@@ -30,18 +30,18 @@ class PlugIns:
         return found
 
     def package(self, name: str) -> tuple[str, str] | None:
-        """`(package, version)` of the plug-in that adds `name`, or None."""
+        """Return `(package, version)` of the plug-in that adds `name`, or None."""
         entries = self.entries.get(name)
         dist = entries[0].dist if entries else None
         return None if dist is None else (dist.name, dist.version)
 
     def load(self, name: str, also_in: str | None = None) -> Any:
-        """Import what the entry point `name` refers to.
+        """Import and return the object of the entry point `name`.
 
-        `also_in`: who has a thing of that name already.
+        `also_in` is another owner of that name, for the error message; None if there is none.
 
         Raises:
-            StepQuantError: the import fails, or several packages have that name.
+            StepQuantError: the import fails, or the name has several owners.
         """
         entries = self.entries[name]
         holders = [] if also_in is None else [also_in]
@@ -57,7 +57,7 @@ class PlugIns:
             raise self.broken(name, f"{type(error).__name__}: {error}") from error
 
     def broken(self, name: str, why: str) -> StepQuantError:
-        """The error of the plug-in that adds `name` and cannot be used."""
+        """Return the error for the plug-in that adds `name` and cannot be used because of `why`."""
         entry = self.entries[name][0]
         return StepQuantError(
             f"{self.kind} '{name}' of the package {describe(entry)} cannot be loaded from "
@@ -66,5 +66,5 @@ class PlugIns:
 
 
 def describe(entry: EntryPoint) -> str:
-    """Name and version of the package that `entry` belongs to."""
+    """Return name and version of the package that `entry` belongs to, for messages."""
     return f"'{entry.dist.name}' {entry.dist.version}" if entry.dist else "of an unknown name"

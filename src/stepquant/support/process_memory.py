@@ -1,4 +1,4 @@
-"""Memory of this process: what it holds, what it may take, and its peak."""
+"""Memory of this process: held, available and peak."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ MEGABYTE = 1e6  # bytes
 
 
 def held_bytes() -> int:
-    """Resident memory of this process."""
+    """Return the resident memory of this process, in bytes."""
     return psutil.Process().memory_info().rss
 
 
 def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """What this process may take yet: free memory, in a container at most up to its limit."""
+    """Return the memory that this process may still allocate, in bytes.
+
+    This is the system's available memory, and in a container at most the rest of its limit.
+    `cgroup` is the folder with the limits of the container (cgroup v2).
+    """
     free = psutil.virtual_memory().available
     try:
         limit = (cgroup / "memory.max").read_text().strip()
@@ -29,10 +33,10 @@ def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def reset_peak_memory(clear_refs: Path = Path("/proc/self/clear_refs")) -> bool:
-    """Start the high-water mark that `peak_memory_mb` reads again from what is held now.
+    """Reset the high-water mark of `peak_memory_mb` to the memory held now.
 
-    Linux can do that for a process (writing 5 to `clear_refs`); elsewhere nothing happens and the
-    answer is False, and the mark stays that of the whole process.
+    Returns whether the reset worked. Linux resets the mark when a process writes 5 to `clear_refs`.
+    On other systems the function does nothing and returns False.
     """
     try:
         clear_refs.write_text("5")
@@ -42,21 +46,21 @@ def reset_peak_memory(clear_refs: Path = Path("/proc/self/clear_refs")) -> bool:
 
 
 def peak_memory_mb(status: Path = Path("/proc/self/status")) -> float:
-    """The most resident memory this process has held, in MB of 10^6 bytes.
+    """Return the peak resident memory of this process, in MB of 10^6 bytes.
 
-    It is a high-water mark of the process, since its start or the last `reset_peak_memory`: it
-    does not fall when memory is freed. Where it cannot be reset, measure each model in a process
-    of its own. Memory on a GPU is not in it.
+    The value is a high-water mark since the start of the process or the last `reset_peak_memory`.
+    It does not fall when memory is freed. Where it cannot be reset, measure each model in a process
+    of its own. GPU memory is not included.
 
-    On Linux it is `VmHWM` of `/proc/self/status`, because there `getrusage` gives a freshly
-    started child the high-water mark of its parent, so a fresh process would not help. Elsewhere
-    it is `ru_maxrss` of `getrusage`, in bytes on macOS and in kB on other systems.
+    On Linux the value is `VmHWM` of `/proc/self/status`: there `getrusage` gives a new child
+    process the high-water mark of its parent, so a fresh process would not help. Elsewhere it is
+    `ru_maxrss` of `getrusage`, in bytes on macOS and in kB of 1024 bytes on other systems.
 
     Args:
         status: where Linux keeps the process status.
 
     Raises:
-        StepQuantError: the system has neither, such as Windows.
+        StepQuantError: the system has neither source, such as Windows.
     """
     if status.is_file():
         for line in status.read_text().splitlines():
@@ -74,5 +78,5 @@ def peak_memory_mb(status: Path = Path("/proc/self/status")) -> float:
 
 
 def as_mb(size: int) -> float:
-    """Bytes in MB of 10^6, as `peak_memory_mb` counts."""
+    """Return `size` bytes in MB of 10^6 bytes, rounded to one decimal."""
     return round(size / MEGABYTE, 1)

@@ -1,4 +1,4 @@
-"""What a user sees while something runs: bars with time left, and lines."""
+"""Progress output: bars with the remaining time, and lines of text."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from rich.progress import (
 
 
 class Task:
-    """One bar in flight."""
+    """One progress bar of `total` units."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress = progress
         self._task = progress.add_task("", total=total, note="")
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """`count` more are done; `note` stands at the end of the bar."""
+        """Advance the bar by `count` units and show `note` at its end."""
         self._progress.update(self._task, advance=count, note=note)
 
 
 class Reporter:
-    """Prints bars and lines to standard error, or nothing where `quiet`."""
+    """Prints progress bars and lines to standard error; prints nothing if `quiet`."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -41,7 +41,10 @@ class Reporter:
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Task]:
-        """A bar of `total` units with elapsed and remaining time, gone when it ends."""
+        """Show a bar of `total` units with elapsed and remaining time; it disappears at the end.
+
+        The bar is shown only on a terminal.
+        """
         with Progress(
             TextColumn(f"{description:<34}"),
             BarColumn(24),

@@ -1,4 +1,4 @@
-"""Things that recipes and options call by name, and to which other packages may add their own."""
+"""Registries of named steps, adapters, metrics and kernels, which other packages can extend."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Entry = TypeVar("Entry")
 
 
 class Registry(Mapping[str, Entry], Generic[Entry]):
-    """The steps, adapters, metrics or kernels that there are, by name.
+    """A mapping from names to all available entries of one kind, such as steps.
 
     An entry registers itself when its module is imported. The first look-up imports every module
-    of the package `home`, so a new file there needs no list. Installed packages add entries
-    through the entry-point group `group`: the entry point's name is that of the entry, its value
-    the module that registers it. Those are listed without being imported, after all others.
+    of the package `home`, so a new file there needs no list. Installed packages add entries through
+    the entry-point group `group`. The entry point's name is that of the entry; its value is the
+    module that registers the entry. Plug-ins are listed without being imported, after all others.
 
     Args:
-        kind: what an entry is called in errors, such as "step".
+        kind: noun for an entry in errors, such as "step".
         group: entry-point group, such as "stepquant.steps".
         home: package with the modules of stepquant's own entries, such as "stepquant.methods".
-        in_order: list entries as they were registered, not by name. Only where importing `home`
-            imports its modules is that always the same order.
+        in_order: list entries in order of registration, not by name. This order is reproducible
+            only if importing `home` itself imports its modules.
     """
 
     def __init__(self, kind: str, group: str, home: str, in_order: bool = False) -> None:
@@ -42,12 +42,12 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         self._lock = threading.RLock()
 
     def register(self, name: str, entry: Entry, origin: Any) -> None:
-        """Add `entry`; `origin` is the class or function that it was made of.
+        """Add `entry` under `name`; `origin` is the class or function that defines it.
 
-        The same definition may register again, as a cell of a notebook does when it is run again.
+        The same definition may register again, as a notebook cell does when it runs again.
 
         Raises:
-            StepQuantError: something else has that name.
+            StepQuantError: another definition has that name.
         """
         place = (str(origin.__module__), origin.__qualname__)
         if not place[0].startswith(f"{self.home}."):
@@ -62,10 +62,10 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         self._origins[name] = place
 
     def find(self, name: str) -> Entry:
-        """The entry of that name.
+        """Return the entry `name`.
 
         Raises:
-            StepQuantError: there is none, or the package that adds it is broken.
+            StepQuantError: there is no such entry, or the package that adds it is broken.
         """
         if name not in self:
             raise StepQuantError(
@@ -75,7 +75,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         return self[name]
 
     def package(self, name: str) -> tuple[str, str] | None:
-        """`(package, version)` of the installed package that adds `name`; None for stepquant."""
+        """Return `(package, version)` of the plug-in that adds `name`; None for stepquant's own."""
         return self.plug_ins.package(name)
 
     def __getitem__(self, name: str) -> Entry:
@@ -111,7 +111,11 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
                 self._importing = False
 
     def _import_plug_in(self, name: str) -> None:
-        """Import the package that adds `name`, which then registers it."""
+        """Import the package that adds `name`, which then registers the entry.
+
+        Raises:
+            StepQuantError: the import fails, or the package does not register `name`.
+        """
         (module, _) = self._origins.get(name, ("", ""))
         own = module.startswith(f"{self.home}.")
         self.plug_ins.load(name, "stepquant" if own else None)

@@ -1,3 +1,3 @@
-"""The package's version, where the build and every record read it."""
+"""The package's version, read by the build and by every record."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Finished pieces of a long computation, kept so that it can go on after a kill."""
+"""Finished parts of a long computation on disk, so that a killed run can resume."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ JOB = "job.json"
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` as safetensors takes them: contiguous, and no two in one storage.
+    """Return `tensors` in the form that safetensors requires: contiguous, each in its own storage.
 
-    Copies only where that is needed: a layer that stands in several places has one tensor under
-    several names.
+    Tensors are copied only if necessary. For example, a layer that is used in several places has
+    one tensor under several names.
     """
     seen: set[int] = set()
     found = {}
@@ -39,16 +39,22 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether `path` is a file, or a folder of things that no `WorkFolder` began with."""
+    """Whether `path` is a file, or a folder that holds more than a partial job file."""
     if not path.is_dir():
         return path.exists()
     return any(entry.name != JOB + PARTIAL for entry in path.iterdir())
 
 
 class WorkFolder:
-    """Named sets of tensors on disk, each whole or absent; None as path keeps nothing.
+    """Named sets of tensors on disk, each complete or absent.
 
-    The folder belongs to one job, told by the fingerprint of everything that decides its result.
+    The folder belongs to one job. `job` holds everything that determines the job's result, as JSON
+    values; the folder keeps it in `job.json`. With `resume`, a folder of the same job is continued.
+    If `path` is None, nothing is kept.
+
+    Raises:
+        StepQuantError: the folder holds another job, or an unfinished job without `resume`, is not
+            a work folder, or cannot be created.
     """
 
     def __init__(self, path: Path | None, job: dict[str, Any], resume: bool) -> None:
@@ -89,7 +95,11 @@ class WorkFolder:
         return self.path / f"{key}.safetensors"
 
     def save(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keep `tensors` under `key`."""
+        """Store `tensors` under `key`, replacing earlier ones.
+
+        Raises:
+            StepQuantError: the file cannot be written.
+        """
         if self.path is None:
             return
         file = self._file(key)
@@ -103,7 +113,11 @@ class WorkFolder:
             ) from error
 
     def load(self, key: str) -> dict[str, Tensor] | None:
-        """What was kept under `key`, or None."""
+        """Return the tensors stored under `key`, or None if there are none.
+
+        Raises:
+            StepQuantError: the file is damaged.
+        """
         if self.path is None or not self._file(key).exists():
             return None
         try:
@@ -115,17 +129,17 @@ class WorkFolder:
             ) from error
 
     def remove(self) -> None:
-        """Delete the folder, once the result is safe."""
+        """Delete the folder; call it once the result is safe."""
         if self.path is not None and self.path.exists():
-            # Renamed first: a kill half-way must not leave a folder that looks like a job.
+            # Renamed first: a kill during deletion must not leave a folder that looks like a job.
             done = self.path.with_name(f".{self.path.name}.done")
-            shutil.rmtree(done, ignore_errors=True)  # of an earlier kill
+            shutil.rmtree(done, ignore_errors=True)  # left by an earlier kill
             self.path.rename(done)
             shutil.rmtree(done, ignore_errors=True)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes of `tensors`."""
+    """Return the SHA-256 over names, dtypes, shapes and bytes of `tensors`, as hex digits."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous().cpu()

@@ -11,7 +11,7 @@ from torch import Tensor
 from stepquant.calibration.trajectories import capture_trajectories, predict
 from stepquant.evaluation.metric import Comparison, register_metric
 from stepquant.pipelines.conditioning import Conditioning
-from stepquant.pipelines.sampling import denoiser_of
+from stepquant.pipelines.resolved import denoiser_of
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 
