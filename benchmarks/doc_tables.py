@@ -479,6 +479,28 @@ def backend_quality() -> str:
 
 
 @table
+def operator_overhead() -> str:
+    """Fused passes called directly and as operators, on the smaller of two images."""
+    found = read("operator_overhead.json")["passes"]
+    rows = [
+        [each["name"], f"{each['direct_us']:.0f}", f"{each['operator_us']:.0f}"]
+        for each in found[: len(found) // 2]
+    ]
+    return markdown(["Pass, channels x height x width", "Direct (µs)", "Operator (µs)"], rows)
+
+
+@table
+def operator_overhead_in_models() -> str:
+    """Denoiser calls with all passes called directly, and as operators."""
+    rows = []
+    for each in read("operator_overhead.json")["models"]:
+        times = [f"{each[key]:.1f} ms" for key in ("direct_ms", "operator_ms")]
+        more = f"{each['overhead_percent']:.0f} %"
+        rows.append([each["model"], str(sum(each["passes"].values())), *times, more])
+    return markdown(["Model, W4A8", "Passes", "Direct", "Operators", "Longer by"], rows)
+
+
+@table
 def feature_sensitivity() -> str:
     """What the feature distance sees."""
     found = read("feature_sensitivity.json")["distances"]
