@@ -32,6 +32,10 @@ class LateClass:
         """An instance of the class."""
         return _resolved(self)(*args, **kwargs)
 
+    def __instancecheck__(self, instance: Any) -> bool:
+        """Whether `instance` is one of the class: `isinstance` asks the stand-in."""
+        return isinstance(instance, _resolved(self))
+
 
 def _resolved(late: LateClass) -> Any:
     module, name = object.__getattribute__(late, "_place")
