@@ -10,7 +10,7 @@ from torch import nn
 
 from stepquant.numerics import check_bits
 from stepquant.quantizers import StepContext
-from stepquant.runtime.layers.integer import PackedConv2d, PackedLayer, PackedLinear
+from stepquant.runtime.layers.integer import IntegerConv2d, IntegerLayer, IntegerLinear
 from stepquant.runtime.ops.layer_spec import MOST_BITS_WITH_HALVES, LayerSpec
 from stepquant.support.errors import StepQuantError
 
@@ -71,7 +71,7 @@ class LayerConfig:
         return cls(**{**values, "splits": splits, "channel_counts": counts})
 
     @classmethod
-    def of(cls, layer: PackedLayer) -> LayerConfig:
+    def of(cls, layer: IntegerLayer) -> LayerConfig:
         """What describes `layer`."""
         return cls(
             kind=layer.spec.kind,
@@ -94,7 +94,9 @@ class LayerConfig:
             del values["step_bias"]
         return values
 
-    def packed_in_place_of(self, name: str, module: nn.Module, context: StepContext) -> PackedLayer:
+    def packed_in_place_of(
+        self, name: str, module: nn.Module, context: StepContext
+    ) -> IntegerLayer:
         """A packed layer without data (on the meta device) that takes the place of `module`."""
         if not isinstance(module, KINDS[self.kind]):
             raise StepQuantError(
@@ -115,7 +117,7 @@ class LayerConfig:
                 f"{spec.out_channels}, the out-channels of the model's layer"
             )
         has_bias = module.bias is not None
-        kind = PackedLinear if self.kind == "linear" else PackedConv2d
+        kind = IntegerLinear if self.kind == "linear" else IntegerConv2d
         with torch.device("meta"):
             return kind(
                 spec, splits, self.steps, context, has_bias, self.channel_scale, self.step_bias

@@ -24,7 +24,7 @@ from stepquant.models.input_bypass import InputBypass, bypass_of, detach_bypass
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.blocks import use_fast_blocks, use_plain_blocks
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.lora_branch import named_branches
 from stepquant.support.errors import StepQuantError
 
@@ -193,7 +193,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         replace_modules(
             model,
             lambda _, module: (
-                float_layer(module, dtype) if isinstance(module, PackedLayer) else None
+                float_layer(module, dtype) if isinstance(module, IntegerLayer) else None
             ),
         )
         for module in model.modules():
@@ -225,7 +225,7 @@ def leave_files(model: nn.Module) -> None:
                 module._buffers[key] = copies[id(buffer)]
 
 
-def float_layer(layer: PackedLayer, dtype: torch.dtype) -> nn.Linear | nn.Conv2d:
+def float_layer(layer: IntegerLayer, dtype: torch.dtype) -> nn.Linear | nn.Conv2d:
     """`nn.Linear` or `nn.Conv2d` with the weight that the codes of `layer` stand for."""
     spec, weight, has_bias = layer.spec, layer.float_weight(), layer.bias is not None
     device: Any = layer.weight_scale.device

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stepquant.models.input_bypass import SLOPES_NAME
 from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code, max_codes
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.support.errors import StepQuantError
 
@@ -21,10 +21,10 @@ OF_STEPS = (STEP_GRID_NAME, SLOPES_NAME)  # float32 tensors of the denoiser, one
 REMEDY = "the file is damaged or belongs to another config, so fetch or write the checkpoint again"
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+def packed_layers(model: nn.Module) -> dict[str, IntegerLayer]:
     """Name -> layer, for each packed layer of `model`."""
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)
+        name: module for name, module in model.named_modules() if isinstance(module, IntegerLayer)
     }
 
 
@@ -37,7 +37,7 @@ def packed_attention(model: nn.Module) -> dict[str, PackedAttention]:
     }
 
 
-def packed_modules(model: nn.Module) -> dict[str, PackedLayer | PackedAttention]:
+def packed_modules(model: nn.Module) -> dict[str, IntegerLayer | PackedAttention]:
     """Name -> module, for everything that is packed in `model`."""
     return {**packed_layers(model), **packed_attention(model)}
 
@@ -70,7 +70,7 @@ def check_tensor(name: str, tensor: Tensor, expected: nn.Module) -> None:
     layer_name, _, key = name.rpartition(".")
     layer = expected.get_submodule(layer_name)
     wanted = getattr(layer, key)
-    packed = layer if isinstance(layer, PackedLayer | PackedAttention) else None
+    packed = layer if isinstance(layer, IntegerLayer | PackedAttention) else None
     exact = packed is not None or name in OF_STEPS or not wanted.is_floating_point()
     if tensor.dtype != wanted.dtype and (exact or not tensor.is_floating_point()):
         dtype = wanted.dtype if exact else "a floating-point dtype"
@@ -124,7 +124,7 @@ def check_channel_bits(model: nn.Module) -> None:
         )
 
 
-def _why_shape(layer: PackedLayer | PackedAttention, key: str) -> str:
+def _why_shape(layer: IntegerLayer | PackedAttention, key: str) -> str:
     if isinstance(layer, PackedAttention):
         return f", for tables of {layer.steps} rows"
     spec = layer.spec
@@ -137,7 +137,7 @@ def _why_shape(layer: PackedLayer | PackedAttention, key: str) -> str:
 
 
 def _check_values(
-    name: str, key: str, tensor: Tensor, layer: PackedLayer | PackedAttention
+    name: str, key: str, tensor: Tensor, layer: IntegerLayer | PackedAttention
 ) -> None:
     if key in ("weight_scale", "act_scale", "act_channel_scale", "probability_scale"):
         # The runtime multiplies with the inverse, which must be a number as well.
@@ -151,7 +151,7 @@ def _check_values(
         expected = f"at most {max_code(bits)}, the largest code of {bits} bits"
     elif key == "probability_log2":
         good, expected = tensor <= 1, "0 for the uniform grid or 1 for the log2 grid"
-    elif key == "weight_zero_point" and isinstance(layer, PackedLayer):
+    elif key == "weight_zero_point" and isinstance(layer, IntegerLayer):
         good, expected = _good_weight_zero_points(tensor, layer)
     else:
         return
@@ -163,7 +163,7 @@ def _check_values(
         )
 
 
-def _good_weight_zero_points(tensor: Tensor, layer: PackedLayer) -> tuple[Tensor, str]:
+def _good_weight_zero_points(tensor: Tensor, layer: IntegerLayer) -> tuple[Tensor, str]:
     """Which zero points `[P, C_out]` are on their out-channel's grid, and what is expected."""
     spec, bits = layer.spec, layer.channel_bits
     uniform = spec.channel_counts is None

@@ -13,7 +13,7 @@ from stepquant.engines.captured_calls import recorded
 from stepquant.engines.fastest import FASTEST, FastestDenoiser
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser, device_of
 from stepquant.pipelines.sampling import denoiser_name, denoiser_of, known_denoiser, with_denoiser
-from stepquant.runtime.layers.integer import PackedLayer, is_packed
+from stepquant.runtime.layers.integer import IntegerLayer, is_packed
 from stepquant.runtime.layers.resident import restore
 from stepquant.support.errors import StepQuantError
 
@@ -27,7 +27,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
             "denoiser's place"
         )
     for module in model.modules():
-        if isinstance(module, PackedLayer):
+        if isinstance(module, IntegerLayer):
             module.backend = backend
             module.prepare()
 
@@ -35,7 +35,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
 @contextmanager
 def settings_kept(model: nn.Module) -> Iterator[None]:
     """Give the packed layers of `model` back the backend and memory mode that they came with."""
-    before = [(m, m.backend, m.memory) for m in model.modules() if isinstance(m, PackedLayer)]
+    before = [(m, m.backend, m.memory) for m in model.modules() if isinstance(m, IntegerLayer)]
     try:
         yield
     finally:

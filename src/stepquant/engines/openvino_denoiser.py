@@ -28,7 +28,7 @@ from stepquant.models.calling import (
 )
 from stepquant.models.stand_in import StandIn
 from stepquant.quantizers.step_grid import StepContext, StepGrid
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.support.errors import StepQuantError
 
 BACKEND = "openvino"
@@ -107,7 +107,7 @@ class OpenVinoDenoiser(StandIn):
         self.core, self.target, self.precision = core, device, precision
         self.cache = None if cache is None else str(cache)
         self.grid: StepGrid = next(
-            m for m in denoiser.modules() if isinstance(m, PackedLayer)
+            m for m in denoiser.modules() if isinstance(m, IntegerLayer)
         ).context.grid
         self._compiled: dict[Any, _Compiled] = {}
 

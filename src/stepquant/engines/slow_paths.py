@@ -16,7 +16,7 @@ from stepquant.engines.captured_calls import state
 from stepquant.pipelines.sampling import denoiser_of
 from stepquant.runtime.kernels import onednn
 from stepquant.runtime.layers import codes
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.ops import native
 
 
@@ -34,7 +34,7 @@ def slow_paths(model: nn.Module | DiffusionPipeline) -> list[str]:
     layers = [
         module
         for module in model.modules()
-        if isinstance(module, PackedLayer) and not module.weight_packed.is_meta
+        if isinstance(module, IntegerLayer) and not module.weight_packed.is_meta
     ]
     notes = [*_on_reference(layers)]
     if any(layer.weight_packed.is_cpu for layer in layers):
@@ -43,7 +43,7 @@ def slow_paths(model: nn.Module | DiffusionPipeline) -> list[str]:
     return notes
 
 
-def _on_reference(layers: list[PackedLayer]) -> Iterable[str]:
+def _on_reference(layers: list[IntegerLayer]) -> Iterable[str]:
     reasons: Counter[str] = Counter()
     for layer in layers:
         for part in layer.prepared_parts():
@@ -54,7 +54,7 @@ def _on_reference(layers: list[PackedLayer]) -> Iterable[str]:
         yield f"{count} layer inputs run on the reference kernel: {reason}"
 
 
-def _without_vnni(layers: list[PackedLayer]) -> Iterable[str]:
+def _without_vnni(layers: list[IntegerLayer]) -> Iterable[str]:
     parts = [part for layer in layers for part in layer.prepared_parts() if part.kernel is onednn]
     twice = sum(part.spec.pair_overflows_int16 for part in parts)
     if twice and onednn.pairs_saturate():
@@ -69,7 +69,7 @@ def _no_vnni() -> str:
     return "the CPU has no VNNI" if cap is None else f"no VNNI, as ONEDNN_MAX_CPU_ISA is {cap}"
 
 
-def _without_library(layers: list[PackedLayer]) -> Iterable[str]:
+def _without_library(layers: list[IntegerLayer]) -> Iterable[str]:
     parts = [part for layer in layers if layer.backend == "auto" for part in layer.prepared_parts()]
     slow = Counter(part.reasons[0] for part in parts if part.kernel is onednn)
     for why, count in slow.items():
@@ -91,7 +91,7 @@ def _plain_blocks(model: nn.Module) -> Iterable[str]:
         for module in model.modules()
         if hasattr(module, "why_plain")
         and not any(
-            isinstance(m, PackedLayer) and m.weight_packed.is_meta for m in module.modules()
+            isinstance(m, IntegerLayer) and m.weight_packed.is_meta for m in module.modules()
         )
     ]
     if not blocks:

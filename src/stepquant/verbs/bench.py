@@ -20,7 +20,7 @@ from stepquant.models.adapter import DenoiserAdapter, adapter_for
 from stepquant.models.calling import named_arguments, on_device
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import check_count, denoiser_of
-from stepquant.runtime.layers.integer import PackedLayer, is_packed
+from stepquant.runtime.layers.integer import IntegerLayer, is_packed
 from stepquant.runtime.layers.resident import set_memory_mode, weight_bytes_resident
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
@@ -124,7 +124,7 @@ def bench(
             task.advance()
     kernels: dict[str, int] = {}
     for module in candidate.modules():
-        if isinstance(module, PackedLayer):
+        if isinstance(module, IntegerLayer):
             for name in module.kernel_names():
                 kernels[name] = kernels.get(name, 0) + 1
     measured = {"device": device, "kernels": openvino.kernels()} if openvino else None

@@ -13,7 +13,7 @@ from torch import nn
 from stepquant.methods.recipe import Calibration
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.sampling import set_scheduler
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.support.version import __version__
 
 
@@ -37,7 +37,7 @@ def provenance_of(
 
 def mean_weight_bits(model: nn.Module) -> float:
     """Bits per quantized weight, over all packed layers."""
-    layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    layers = [module for module in model.modules() if isinstance(module, IntegerLayer)]
     weights = sum(layer.spec.columns * layer.spec.out_channels for layer in layers)
     return sum(
         layer.spec.columns * layer.spec.out_channels * layer.spec.mean_weight_bits
@@ -49,6 +49,6 @@ def reference_layers(model: nn.Module) -> dict[str, str]:
     """Packed layers that no fast kernel takes on this device, with the reasons."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, PackedLayer) and module.fallback_reasons():
+        if isinstance(module, IntegerLayer) and module.fallback_reasons():
             found[name] = "; ".join(module.fallback_reasons())
     return found

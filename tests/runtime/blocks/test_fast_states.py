@@ -20,7 +20,7 @@ from fast_models import (
     predictor,
 )
 from stepquant.runtime.kernels import onednn
-from stepquant.runtime.layers.integer import PackedLinear
+from stepquant.runtime.layers.integer import IntegerLinear
 from stepquant.runtime.ops import fused
 from stepquant.runtime.ops.fused import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
@@ -174,7 +174,7 @@ def test_a_default_device_does_not_reach_the_kernels():
 @pytest.mark.parametrize("shape", [(0, 12), (0, 5, 12), (2, 0, 12), (2, 0, 3, 12)])
 @pytest.mark.parametrize("parts", [(12,), (4, 8)])
 def test_nothing_in_a_batch(context, shape, parts):
-    layer = PackedLinear(LayerSpec("linear", 12, 8, 8, 8), parts, 1, context, True, False)
+    layer = IntegerLinear(LayerSpec("linear", 12, 8, 8, 8), parts, 1, context, True, False)
     y = layer(torch.empty(shape))
     assert y.shape == (*shape[:-1], 8) and y.dtype == torch.float32
 

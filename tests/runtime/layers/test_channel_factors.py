@@ -23,7 +23,7 @@ from fused_paths import (
 )
 from kernel_cases import Case
 from stepquant.runtime.kernels import native as kernel
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.ops import fused, native
 from stepquant.runtime.ops.encoding import encode as packed_encode
 from stepquant.runtime.ops.grids import Grid, Output
@@ -172,7 +172,7 @@ def test_native_refuses_other_factors() -> None:
 def test_blocks_whose_layers_scale_their_channels_stay_fast(name: str) -> None:
     fast = packed(name, STATIC)
     for layer in fast.modules():
-        if isinstance(layer, PackedLayer):
+        if isinstance(layer, IntegerLayer):
             layer.register_buffer("act_channel_scale", 1 / factors(layer.spec.in_channels))
             layer._prepared = None
     predict = predictor(fast)

@@ -15,7 +15,7 @@ from layer_cases import LAYERS, input_for, layers, seeded
 from stepquant.calibration.ranges import minmax_weight_range
 from stepquant.runtime.kernels import int_mm, onednn, reference
 from stepquant.runtime.layers import resident
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.released import Released
 from stepquant.runtime.layers.resident import set_memory_mode, weight_bytes_resident
 from stepquant.runtime.ops.layer_spec import LayerSpec
@@ -206,4 +206,4 @@ def test_memory_modes_are_checked(simulate):
         set_memory_mode(layer, "tiny")
     with pytest.raises(StepQuantError, match="Linear has no packed layer: expected a denoiser"):
         set_memory_mode(nn.Linear(2, 2), "low")
-    assert isinstance(layer, PackedLayer) and layer.memory == "fast" and len(LAYERS) == 6
+    assert isinstance(layer, IntegerLayer) and layer.memory == "fast" and len(LAYERS) == 6

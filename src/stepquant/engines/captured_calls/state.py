@@ -11,7 +11,7 @@ from torch.nn.modules import module as global_hooks
 
 from stepquant.models.input_bypass import InputBypass
 from stepquant.quantizers.step_grid import StepContext
-from stepquant.runtime.layers.integer import PackedLayer, is_packed
+from stepquant.runtime.layers.integer import IntegerLayer, is_packed
 from stepquant.runtime.ops import native
 
 NO_PRODUCTS = "no native integer products on this machine"
@@ -39,7 +39,7 @@ def why_not(denoiser: nn.Module) -> str | None:
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if not isinstance(getattr(hook, "__self__", None), OWN_HOOKS):
                 return "a hook"
-        if isinstance(module, PackedLayer):
+        if isinstance(module, IntegerLayer):
             if module.lora is not None:
                 return "a LoRA"
             if module.memory != "fast":
@@ -58,7 +58,7 @@ class State:
     def __init__(self, denoiser: nn.Module) -> None:
         """Note all of it."""
         modules = list(denoiser.modules())
-        layers = [module for module in modules if isinstance(module, PackedLayer)]
+        layers = [module for module in modules if isinstance(module, IntegerLayer)]
         own = [module.__dict__ for module in modules]
         self._modules, self._layers = own, [layer.__dict__ for layer in layers]
         self._held = [each[kind] for each in own for kind in KINDS]
@@ -104,7 +104,7 @@ class State:
         return self._now() == self._then
 
 
-def _laid_out(layer: PackedLayer) -> list[Tensor]:
+def _laid_out(layer: IntegerLayer) -> list[Tensor]:
     """What the kernels of a layer read besides its buffers."""
     found: list[Tensor | None] = []
     for part in layer._prepared or ():

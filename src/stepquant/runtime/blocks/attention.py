@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepquant.runtime.layers import codes
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.ops import fused, native
 from stepquant.runtime.ops.fused import Output
 from stepquant.runtime.ops.native.attention_call import attention_codes
@@ -61,7 +61,7 @@ class FastAttention(Attention):
         return why_plain(self)
 
 
-def projections(attn: Attention) -> list[PackedLayer]:
+def projections(attn: Attention) -> list[IntegerLayer]:
     """The layers that make queries, keys and values."""
     return [attn.to_q, attn.to_k, attn.to_v]
 

@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from stepquant.runtime.layers import codes
-from stepquant.runtime.layers.integer import PackedConv2d
+from stepquant.runtime.layers.integer import IntegerConv2d
 from stepquant.runtime.ops import fused
 
 
@@ -87,7 +87,7 @@ class FastResnetBlock2D(ResnetBlock2D):
 
 
 def _normed(
-    norm: nn.GroupNorm, parts: Sequence[Tensor], added: Tensor | None, conv: PackedConv2d
+    norm: nn.GroupNorm, parts: Sequence[Tensor], added: Tensor | None, conv: IntegerConv2d
 ) -> list[Tensor]:
     """The codes for `conv` of `silu(norm(parts + added))`."""
     return fused.group_norm_encode(

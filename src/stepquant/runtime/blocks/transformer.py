@@ -19,7 +19,7 @@ from stepquant.runtime.blocks.attention import (
     why_plain,
 )
 from stepquant.runtime.layers import codes
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.ops import fused
 
 NORM_TYPES = ("layer_norm", "ada_norm_zero", "ada_norm_single")
@@ -142,7 +142,7 @@ def _why_not_feed(feed: FeedForward) -> str | None:
 
 
 def _normed(
-    norm: nn.LayerNorm, x: Tensor, modulation: Modulation | None, layers: list[PackedLayer]
+    norm: nn.LayerNorm, x: Tensor, modulation: Modulation | None, layers: list[IntegerLayer]
 ) -> list[Tensor]:
     """Codes for each of `layers` of the normed and modulated `x [B, N, C]`."""
     shift, scale = (None, None) if modulation is None else modulation[:2]

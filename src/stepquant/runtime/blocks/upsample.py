@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stepquant.runtime.layers import codes
-from stepquant.runtime.layers.integer import PackedConv2d
+from stepquant.runtime.layers.integer import IntegerConv2d
 from stepquant.runtime.ops import fused
 from stepquant.runtime.ops.encoding import pad
 
@@ -45,6 +45,6 @@ class FastUpsample2D(Upsample2D):
         """Why the block runs the code of diffusers whatever it is called with, or None."""
         if self.name != "conv" or self.norm is not None or not self.interpolate:
             return "an upsampler of another kind"
-        if not isinstance(self.conv, PackedConv2d):
+        if not isinstance(self.conv, IntegerConv2d):
             return "an upsampler without a packed conv"
         return codes.why_not_from_outside(self.conv, parts=1)

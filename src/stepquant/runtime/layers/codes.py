@@ -1,9 +1,9 @@
 """Packed layers that are handed codes: the fast path of the CPU.
 
-`PackedLayer.forward` takes floats and makes codes of them. What stands before a layer (a norm, an
+`IntegerLayer.forward` takes floats and makes codes of them. What stands before a layer (a norm, an
 activation, a sum) can make the codes in the same pass over memory, in the frame that a padded conv
 wants, and leave the float tensor out; then the layer begins here. The numbers are those of
-`PackedLayer.forward` but for the order of float operations before the rounding.
+`IntegerLayer.forward` but for the order of float operations before the rounding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stepquant.runtime.ops.native.calls import grid_addresses, grid_structure
 from stepquant.runtime.ops.native.products import Weight, weight_of
 
 if TYPE_CHECKING:
-    from stepquant.runtime.layers.integer import PackedLayer
+    from stepquant.runtime.layers.integer import IntegerLayer
 
 FLOATS = (torch.float32, torch.bfloat16)
 NO_VNNI = "no VNNI"
@@ -55,7 +55,7 @@ def why_not_from_outside(layer: nn.Module | None, parts: int | None = None) -> s
         return None
     if not hasattr(layer, "prepared_parts"):  # packed.py imports this module
         return f"a layer of the class {type(layer).__name__}"
-    packed: PackedLayer = layer  # type: ignore[assignment]
+    packed: IntegerLayer = layer  # type: ignore[assignment]
     if packed.lora is not None:
         return "a LoRA"
     if packed.bypass is not None:
@@ -67,7 +67,7 @@ def why_not_from_outside(layer: nn.Module | None, parts: int | None = None) -> s
     return why_not(packed)
 
 
-def why_not(layer: PackedLayer) -> str | None:
+def why_not(layer: IntegerLayer) -> str | None:
     """Why `run` does not do now what the layer's own kernel does with its codes, or None.
 
     It does not where the kernel does not take codes or was asked for by its name, wants two calls
@@ -91,7 +91,7 @@ def why_not(layer: PackedLayer) -> str | None:
     return None
 
 
-def grid_in_force(layer: PackedLayer, part: PreparedPart) -> Grid:
+def grid_in_force(layer: IntegerLayer, part: PreparedPart) -> Grid:
     """The activation grid of an input part at the step of the forward in flight.
 
     It is the same object as long as step and memory are, with what native kernels want to know.
@@ -108,13 +108,13 @@ def grid_in_force(layer: PackedLayer, part: PreparedPart) -> Grid:
     return grid
 
 
-def grid_of(layer: PackedLayer) -> Grid:
+def grid_of(layer: IntegerLayer) -> Grid:
     """The activation grid in force of a layer with one input part."""
     (part,) = layer.prepared_parts()
     return grid_in_force(layer, part)
 
 
-def outputs(layer: PackedLayer) -> list[Output]:
+def outputs(layer: IntegerLayer) -> list[Output]:
     """What a producer of the whole input `[B, C_in, H, W]` has to make of it for a conv layer."""
     return [
         Output(part.start, part.spec.in_channels, grid_in_force(layer, part), part.spec.padding)
@@ -122,7 +122,7 @@ def outputs(layer: PackedLayer) -> list[Output]:
     ]
 
 
-def encode(layer: PackedLayer, x: Tensor, activation: str = "none") -> list[Tensor]:
+def encode(layer: IntegerLayer, x: Tensor, activation: str = "none") -> list[Tensor]:
     """The codes of `activation(x)` for `run`, one tensor for each input part."""
     if x.dim() == 4 and layer.spec.kind == "linear":  # no image, whose channels come second
         codes = encode(layer, x.flatten(0, 2), activation)
@@ -134,7 +134,7 @@ def encode(layer: PackedLayer, x: Tensor, activation: str = "none") -> list[Tens
     ]
 
 
-def encode_parts(layer: PackedLayer, inputs: Sequence[Tensor]) -> list[Tensor]:
+def encode_parts(layer: IntegerLayer, inputs: Sequence[Tensor]) -> list[Tensor]:
     """`encode` of `inputs [B, C_i, H, W]` joined over channels, without joining what is split."""
     if tuple([each.shape[1] for each in inputs]) != tuple(layer.splits):
         return encode(layer, inputs[0] if len(inputs) == 1 else torch.cat(list(inputs), dim=1))
@@ -145,7 +145,7 @@ def encode_parts(layer: PackedLayer, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def run(
-    layer: PackedLayer,
+    layer: IntegerLayer,
     codes: Sequence[Tensor],
     added: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
@@ -179,7 +179,7 @@ def run(
 
 
 def run_to_codes(
-    layer: PackedLayer,
+    layer: IntegerLayer,
     code: Tensor,
     activation: str,
     gated: bool,
@@ -203,7 +203,7 @@ def run_to_codes(
     return fused.encode(y, activation, output_grid)
 
 
-def _held(layer: PackedLayer, part: PreparedPart) -> Weight:
+def _held(layer: IntegerLayer, part: PreparedPart) -> Weight:
     """What the native kernel reads; kept as long as the layer holds the same tensors."""
     buffers, held = layer._buffers, part.held  # attributes of modules are slow to look up
     first = part.index == 0
@@ -218,7 +218,7 @@ def _held(layer: PackedLayer, part: PreparedPart) -> Weight:
     return held
 
 
-def _constants(layer: PackedLayer, part: PreparedPart) -> CallConstants:
+def _constants(layer: IntegerLayer, part: PreparedPart) -> CallConstants:
     """Those of the step of the forward in flight; kept where there is only one."""
     grid, is_conv = grid_in_force(layer, part), part.spec.kind == "conv2d"
     bias, step_bias = (layer.bias, layer.step_bias) if part.index == 0 else (None, None)

@@ -11,10 +11,10 @@ from stepquant.quantizers.activation import spread_rows
 from stepquant.runtime.ops.encoding import encode
 
 if TYPE_CHECKING:
-    from stepquant.runtime.layers.integer import PackedLayer
+    from stepquant.runtime.layers.integer import IntegerLayer
 
 
-def input_error(layer: PackedLayer, x: Tensor) -> Tensor:
+def input_error(layer: IntegerLayer, x: Tensor) -> Tensor:
     """What the activation grids of `layer` do not hold of its input `x`, in its shape, float32."""
     context = layer.context
     rows = torch.zeros_like(context.rows[:1]) if layer.steps == 1 else context.rows

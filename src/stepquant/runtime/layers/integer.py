@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ class Branches(Protocol):
         ...
 
 
-class PackedLayer(nn.Module):
+class IntegerLayer(nn.Module):
     """What the packed linear and conv layers share.
 
     Buffers, for `P` input parts, `T` rows (1 or the length of the step grid):
@@ -238,7 +239,7 @@ class PackedLayer(nn.Module):
         """What the activation grids do not hold of the input `x`, in its shape, float32."""
         return input_error(self, x)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedLayer:
+    def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
         resident.restore(self)  # the kernel's layout belongs to the old device
 
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -273,10 +274,10 @@ class PackedLayer(nn.Module):
 
 def is_packed(model: nn.Module) -> bool:
     """Whether `model` has packed layers."""
-    return any(isinstance(module, PackedLayer) for module in model.modules())
+    return any(isinstance(module, IntegerLayer) for module in model.modules())
 
 
-class PackedLinear(PackedLayer):
+class IntegerLinear(IntegerLayer):
     """Packed `nn.Linear`; inputs `[B, ..., C_in]`."""
 
     channel_dim = -1
@@ -292,7 +293,22 @@ class PackedLinear(PackedLayer):
         return self.spec.out_channels
 
 
-class PackedConv2d(PackedLayer):
+class IntegerConv2d(IntegerLayer):
     """Packed `nn.Conv2d` with zero padding and one group; inputs `[B, C_in, H, W]`."""
 
     channel_dim = 1
+
+
+OLD_NAMES = {
+    "PackedLayer": "IntegerLayer",
+    "PackedLinear": "IntegerLinear",
+    "PackedConv2d": "IntegerConv2d",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in OLD_NAMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    new = OLD_NAMES[name]
+    warnings.warn(f"{name} is called {new} now", DeprecationWarning, stacklevel=2)
+    return globals()[new]

@@ -20,24 +20,24 @@ from stepquant.runtime.layers.released import Released, whole
 from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:
-    from stepquant.runtime.layers.integer import PackedLayer
+    from stepquant.runtime.layers.integer import IntegerLayer
 
 MODES = ("fast", "low")
 FLOAT = 4  # bytes
 
 
-def packed_bytes(layer: PackedLayer) -> Tensor:
+def packed_bytes(layer: IntegerLayer) -> Tensor:
     """The packed weight of `layer`, uint8 `[bytes]`: its buffer, or the bytes made again."""
     return whole(layer.weight_packed)
 
 
-def restore(layer: PackedLayer) -> None:
+def restore(layer: IntegerLayer) -> None:
     """Let `layer` hold its packed bytes, and nothing that was made from them."""
     layer.weight_packed = packed_bytes(layer)
     layer._prepared = None
 
 
-def release(layer: PackedLayer, parts: list[PreparedPart]) -> None:
+def release(layer: IntegerLayer, parts: list[PreparedPart]) -> None:
     """Keep no packed bytes beside `parts`, the weight of `layer` as it was just laid out.
 
     They are kept on other devices than the CPU, where accelerate moves the layer's tensors itself,
@@ -64,14 +64,14 @@ def _pack_again(
     return torch.cat(streams)
 
 
-def state_of(layer: PackedLayer, part: PreparedPart) -> tuple[Tensor, ...]:
+def state_of(layer: IntegerLayer, part: PreparedPart) -> tuple[Tensor, ...]:
     """What the kernel of `part` runs on; in the mode "low" the caller holds the only copy."""
     weight = part.weight if part.weight is not None else _lay_out(layer, part)
     return (weight, *part.rest)
 
 
 @torch.compiler.disable
-def _lay_out(layer: PackedLayer, part: PreparedPart) -> Tensor:
+def _lay_out(layer: IntegerLayer, part: PreparedPart) -> Tensor:
     scale = layer.difference_scales()[part.index]
     return part.kernel.lay_out(layer.part_differences(part.index), scale, part.spec)
 
@@ -139,7 +139,7 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _layers(model: nn.Module) -> list[PackedLayer]:
-    from stepquant.runtime.layers.integer import PackedLayer  # which imports this module
+def _layers(model: nn.Module) -> list[IntegerLayer]:
+    from stepquant.runtime.layers.integer import IntegerLayer  # which imports this module
 
-    return [module for module in model.modules() if isinstance(module, PackedLayer)]
+    return [module for module in model.modules() if isinstance(module, IntegerLayer)]
