@@ -78,7 +78,7 @@ def plain_copy(fast: nn.Module) -> nn.Module:
 
 def best_kernel() -> str:
     """The name of the kernel that packed layers of this machine run on."""
-    return choose(LayerSpec("linear", 8, 8, 8, 8), torch.device("cpu"))[0]
+    return choose(LayerSpec("linear", 8, 8, 8, 8), torch.device("cpu")).kernel.name
 
 
 def layers_of(model: nn.Module) -> list[IntegerLayer]:
@@ -88,7 +88,7 @@ def layers_of(model: nn.Module) -> list[IntegerLayer]:
 def plain_blocks(model: nn.Module) -> dict[str, str]:
     """`{name: reason}` of the blocks that run the code of diffusers."""
     return {
-        name: block.why_plain()
+        name: str(block.why_plain())
         for name, block in model.named_modules()
         if hasattr(block, "why_plain") and block.why_plain() is not None
     }

@@ -81,12 +81,14 @@ def test_on_the_reference_kernels_packed_is_simulated(done):
     packed = result.pipeline.unet
     for module in packed.modules():
         if isinstance(module, IntegerLayer):
-            module.backend, module._prepared = "reference", None
+            module.drop_layout()
+            module.backend = "reference"
     for a, b in zip(outputs(packed), outputs(result.simulation), strict=True):
         assert torch.equal(a, b)
     for module in packed.modules():
         if isinstance(module, IntegerLayer):
-            module.backend, module._prepared = "auto", None
+            module.drop_layout()
+            module.backend = "auto"
 
 
 def test_what_is_read_back_is_what_was_written(done):

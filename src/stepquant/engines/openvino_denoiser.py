@@ -31,7 +31,6 @@ from stepquant.quantizers.step_grid import StepContext, StepGrid
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.support.errors import StepQuantError
 
-BACKEND = "openvino"
 PRECISIONS = ("f32", "bf16", "f16")
 PRECISION = "INFERENCE_PRECISION_HINT"
 LOGGER = logging.getLogger(__name__)
@@ -49,12 +48,6 @@ def openvino_package() -> Any:
             'run `pip install "stepquant[openvino]"`'
         ) from error
     return openvino
-
-
-def device_of(backend: str) -> str | None:
-    """The device in `openvino` (the CPU) or `openvino:DEVICE`; None if it is another backend."""
-    name, _, device = backend.partition(":")
-    return (device or "CPU") if name == BACKEND else None
 
 
 class OpenVinoDenoiser(StandIn):

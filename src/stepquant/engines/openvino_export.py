@@ -24,7 +24,7 @@ from stepquant.models.surgery import copy_around, replace_modules
 from stepquant.numerics import max_code
 from stepquant.quantizers.activation import spread_rows
 from stepquant.quantizers.step_grid import StepContext
-from stepquant.runtime.kernels import onednn
+from stepquant.runtime.kernels.onednn import ONEDNN, pairs_saturate
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.runtime.layers.lora_branch import named_branches
@@ -227,7 +227,7 @@ def traced(call: nn.Module, tensors: list[Tensor]) -> Any:
 
 def _saturates(spec: LayerSpec) -> bool:
     """Whether u8 by i8 kernels of this machine's CPU saturate; what is not x86 has others."""
-    return onednn.why_not(spec, torch.device("cpu")) is None and onednn.pairs_saturate()
+    return ONEDNN.why_not(spec, torch.device("cpu")) is None and pairs_saturate()
 
 
 def _alike(table: Tensor) -> bool:

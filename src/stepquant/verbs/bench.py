@@ -13,8 +13,9 @@ from torch import nn
 from stepquant.calibration.survey import adapter_of
 from stepquant.engines.backend import set_backend
 from stepquant.engines.captured_calls import recorded
-from stepquant.engines.openvino_denoiser import OpenVinoDenoiser, device_of
+from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
 from stepquant.engines.slow_paths import slow_paths
+from stepquant.engines.target import Target
 from stepquant.evaluate import measure_latency, peak_memory_mb
 from stepquant.models.adapter import DenoiserAdapter, adapter_for
 from stepquant.models.calling import named_arguments, on_device
@@ -88,7 +89,7 @@ def bench(
     if is_packed(reference):
         raise StepQuantError(f"'{against}' is quantized: expected the float model to compare with")
     set_memory_mode(candidate, memory)
-    device = device_of(backend)
+    device = Target.parse(backend).device
     set_backend(candidate, backend if device is None else "auto")
     openvino = None if device is None else OpenVinoDenoiser(candidate, device)
     adapter = adapter or adapter_of(theirs, reference)

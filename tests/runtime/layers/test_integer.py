@@ -17,13 +17,15 @@ from layer_cases import assert_agrees, input_for, layers, seeded
 from stepquant.numerics import quantize
 from stepquant.quantizers import QuantLinear, StepContext
 from stepquant.runtime.kernels import onednn
-from stepquant.runtime.layers.integer import IntegerLayer, IntegerLinear, encode
+from stepquant.runtime.layers import integer
+from stepquant.runtime.layers.integer import IntegerLayer, IntegerLinear
+from stepquant.runtime.ops.encoding import encode
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.simulation.packing import pack_layer, pack_model
 from stepquant.support.errors import StepQuantError
 
 LINEAR = LayerSpec("linear", 12, 8, 4, 8)
-NO_ONEDNN = onednn.why_not(LINEAR, torch.device("cpu"))
+NO_ONEDNN = onednn.ONEDNN.why_not(LINEAR, torch.device("cpu"))
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -392,3 +394,12 @@ def test_packed_agrees_with_the_simulation_on_cuda(kind: str, simulate: Any) -> 
         or "int_mm" in packed.kernel_names()
         or (packed.fallback_reasons())
     )
+
+
+@pytest.mark.parametrize("kind", ["Layer", "Linear", "Conv2d"])
+def test_old_names_serve_for_one_release(kind: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"Packed{kind} is called Integer{kind} now"):
+        found = getattr(integer, f"Packed{kind}")
+    assert found is getattr(integer, f"Integer{kind}")
+    with pytest.raises(AttributeError, match="has no attribute 'PackedNothing'"):
+        integer.PackedNothing  # noqa: B018

@@ -1,9 +1,9 @@
 """Our own u8 x s8 products for x86 CPUs with AVX-512 VNNI or AMX (`runtime.ops.native`).
 
-Against oneDNN's through torch: no set-up in each call, of which a denoiser makes a hundred, most
-on small images; scale, zero point and bias are read from the step table where they lie; the zero
-point's share is taken off in integers; a gate and a residual are joined as the result is written.
-The call is wrapped as an operator, which `torch.compile` treats as one opaque node.
+Compared with oneDNN's kernels through torch: calls set nothing up, and a denoiser makes a hundred
+of them, most on small images; scale, zero point and bias are read from the step table in place; the
+zero point's share is subtracted in integers; gate and residual are applied as the result is
+written. The call is an operator, which `torch.compile` treats as one opaque node.
 """
 
 from __future__ import annotations
@@ -12,150 +12,148 @@ import platform
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from stepquant.runtime.kernels.backend import Backend
+from stepquant.runtime.kernels.kernel import BoundWeight, State, TakesCodes
+from stepquant.runtime.kernels.registry import kernel_of, register_kernel
+from stepquant.runtime.kernels.tiles import TILE, tiles_of, weight_in
 from stepquant.runtime.ops import native
 from stepquant.runtime.ops.encoding import pad
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.ops.native import products
 from stepquant.runtime.ops.result_shapes import check_channels, empty_result, planned_result
+from stepquant.support.refusal import Refusal, RefusalCode
 
-CHUNK, TILE, GROUP = 64, 16, 4  # of the layout, see native/tiles.h
 MOST_COLUMNS = 1 << 16  # whose products, and the zero point's, an int32 holds
 
 
-def why_not(spec: LayerSpec, device: torch.device) -> str | None:
-    """The reason why this kernel cannot take the layer on `device`, or None."""
-    if device.type != "cpu":
-        return f"made for the CPU, the layer is on {device.type}"
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return f"made for x86-64, the machine is {platform.machine()}"
-    if spec.columns > MOST_COLUMNS:
-        return f"holds sums of {MOST_COLUMNS} products, the layer has {spec.columns}"
-    return native.why_no_products()
+@register_kernel(priority=300)
+class NativeKernel(TakesCodes):
+    """Integer products in C++; `kernels.tiles` is their layout."""
+
+    name = Backend.NATIVE.value
+    device_types = ("cpu",)
+
+    def why_not(self, spec: LayerSpec, device: torch.device) -> Refusal | None:
+        """Why this kernel cannot take the layer on `device`, or None."""
+        if device.type != "cpu":
+            return Refusal(RefusalCode.DEVICE, f"made for the CPU, the layer is on {device.type}")
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return Refusal(
+                RefusalCode.MACHINE, f"made for x86-64, the machine is {platform.machine()}"
+            )
+        if spec.columns > MOST_COLUMNS:
+            return Refusal(
+                RefusalCode.SHAPE,
+                f"holds sums of {MOST_COLUMNS} products, the layer has {spec.columns}",
+            )
+        return native.why_no_products()
+
+    def prepare(self, weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> State:
+        """`(weight in tiles, weight_scale, weight sums [C_out] int32)`."""
+        sums = weight.flatten(1).sum(dim=1, dtype=torch.int32)
+        return self.lay_out(weight, weight_scale, spec), weight_scale.contiguous(), sums
+
+    def lay_out(self, weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> Tensor:
+        """See `tiles.tiles_of`."""
+        del weight_scale
+        return tiles_of(weight, spec)
+
+    def differences(self, laid_out: Tensor, spec: LayerSpec) -> Tensor:
+        """See `kernels.kernel`."""
+        return weight_in(laid_out, spec)
+
+    def run(
+        self,
+        state: State,
+        codes: Tensor,
+        act_scale: Tensor,
+        act_zero_point: Tensor,
+        bias: Tensor | None,
+        accumulate: Tensor | None,
+        spec: LayerSpec,
+    ) -> Tensor:
+        """See `kernels.kernel`."""
+        check_channels(codes, spec)  # the operator takes their number from the codes
+        return torch.ops.stepquant.native_u8s8(
+            *(codes, act_scale, act_zero_point.to(torch.uint8), *state, bias, accumulate),
+            *(spec.kind == "linear", spec.kernel_size, spec.stride, spec.padding, spec.dilation),
+        )
+
+    def bind(
+        self, state: State, bias: Tensor | None, step_bias: Tensor | None, spec: LayerSpec
+    ) -> BoundWeight:
+        """See `kernels.kernel`."""
+        return NativeWeight(state, bias, step_bias, spec)
 
 
-def prepare(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
-    """`(weight in tiles, weight_scale, weight sums [C_out] int32)`."""
-    sums = weight.flatten(1).sum(dim=1, dtype=torch.int32)
-    return lay_out(weight, weight_scale, spec), weight_scale.contiguous(), sums
+NATIVE = kernel_of(NativeKernel)
 
 
-def lay_out(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> Tensor:
-    """int8 `[tiles, chunks, 16, 16, 4]`: 16 out-channels, and 64 columns in groups of four.
+class NativeWeight(BoundWeight):
+    """Keeps the C structure that says where weight and biases lie."""
 
-    A column is a tap's in-channel, taps first. Filled up with zeros. Where the weights of each
-    out-channel span no more than 4 bits, it is uint8 `[tiles, bytes]` in their place, half as large
-    (`native/weights.h` says how); the kernel unpacks what it is about to read.
-    """
-    del weight_scale
-    rows = weight.permute(0, 2, 3, 1).flatten(1) if weight.dim() == 4 else weight
-    missing = (-spec.columns % CHUNK, -spec.out_channels % TILE)
-    rows = functional.pad(rows, (0, missing[0], 0, missing[1]))
-    tiles = rows.view(-1, TILE, rows.shape[1] // CHUNK, CHUNK // GROUP, GROUP)
-    tiles = tiles.permute(0, 2, 3, 1, 4).contiguous()
-    lowest = rows.amin(dim=1)
-    fits = (rows.amax(dim=1).to(torch.int16) - lowest <= 15).all()
-    return _halved(tiles, lowest) if fits else tiles
+    def __init__(
+        self, state: State, bias: Tensor | None, step_bias: Tensor | None, spec: LayerSpec
+    ) -> None:
+        tiles, scale, sums = state
+        self.held, self.spec = products.weight_of(tiles, scale, sums, bias, step_bias), spec
 
+    def is_current(self, bias: Tensor | None, step_bias: Tensor | None) -> bool:
+        """Whether these biases are the bound ones, and all tensors lie where they lay."""
+        held = self.held
+        return held.bias is bias and held.step_bias is step_bias and held.in_place()
 
-def _halved(tiles: Tensor, lowest: Tensor) -> Tensor:
-    """`tiles` in four bits, with the `lowest` int8 value of each row before them."""
-    head = lowest.view(-1, TILE, 1).expand(-1, TILE, GROUP)  # [tiles, 16, 4]
-    codes = (tiles - head[:, None, None]).view(torch.uint8).flatten(3)  # [tiles, chunks, 16, 64]
-    body = codes[:, :, 0::2] | (codes[:, :, 1::2] << 4)
-    return torch.cat([head.flatten(1).view(torch.uint8), body.flatten(1)], dim=1)
+    def tensors(self) -> list[Tensor]:
+        """The tensors that calls read."""
+        held = self.held
+        found = (held.tiles, held.scale, held.sums, held.bias, held.step_bias)
+        return [each for each in found if each is not None]
 
+    def run(
+        self,
+        codes: Tensor,
+        grid: Grid,
+        added: Tensor | None = None,
+        overwrite: bool = False,
+        dtype: torch.dtype = torch.float32,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """See `BoundWeight`."""
+        if not codes.numel():
+            return empty_result(codes, self.spec, dtype)
+        library = native.library()
+        assert library is not None
+        return products.products(
+            library, codes, grid, self.held, self.spec, added, overwrite, dtype, gate
+        )
 
-def _doubled(halved: Tensor) -> Tensor:
-    """The tiles that `_halved` was given."""
-    head = halved[:, : TILE * GROUP].view(torch.int8).view(-1, 1, 1, TILE, GROUP)
-    body = halved[:, TILE * GROUP :].view(len(halved), -1, CHUNK // GROUP // 2, TILE * GROUP)
-    codes = torch.stack([body & 15, body >> 4], dim=3).flatten(2, 3)
-    return codes.view(torch.int8).unflatten(3, (TILE, GROUP)) + head
-
-
-def differences(laid_out: Tensor, spec: LayerSpec) -> Tensor:
-    """See the package docstring."""
-    laid_out = _doubled(laid_out) if laid_out.dtype is torch.uint8 else laid_out
-    rows = laid_out.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1)
-    rows = rows[: spec.out_channels, : spec.columns]
-    if spec.kind == "linear":
-        return rows
-    by_taps = rows.reshape(spec.out_channels, *spec.kernel_size, spec.in_channels)
-    return by_taps.permute(0, 3, 1, 2)
-
-
-def run(
-    state: tuple[Tensor, ...],
-    codes: Tensor,
-    act_scale: Tensor,
-    act_zero_point: Tensor,
-    bias: Tensor | None,
-    accumulate: Tensor | None,
-    spec: LayerSpec,
-) -> Tensor:
-    """See the package docstring."""
-    check_channels(codes, spec)  # the operator takes their number from the codes
-    return torch.ops.stepquant.native_u8s8(
-        *(codes, act_scale, act_zero_point.to(torch.uint8), *state, bias, accumulate),
-        *(spec.kind == "linear", spec.kernel_size, spec.stride, spec.padding, spec.dilation),
-    )
-
-
-def run_codes(
-    weight: products.Weight,
-    codes: Tensor,
-    grid: Grid,
-    spec: LayerSpec,
-    added: Tensor | None = None,
-    overwrite: bool = False,
-    dtype: torch.dtype = torch.float32,
-    gate: Tensor | None = None,
-) -> Tensor:
-    """The layer of `codes` on `grid`, times `gate`, plus `added`; biases are those of `weight`.
-
-    `codes`: uint8 `[B, C, H + 2 ph, W + 2 pw]`, channels last, with the zero point around the
-    image, or `[..., C]`. `added`: float32 or bfloat16 in the result's shape; the result may be
-    written to its place if `overwrite`. `gate`: float `[B, C_out]`, the same for everything in a
-    sample. Sums are rounded once to float32, and to `dtype`.
-    """
-    if not codes.numel():
-        return empty_result(codes, spec, dtype)
-    library = native.library()
-    assert library is not None
-    return products.products(library, codes, grid, weight, spec, added, overwrite, dtype, gate)
+    def run_to_codes(
+        self,
+        codes: Tensor,
+        grid: Grid,
+        activation: str,
+        gated: bool,
+        output_grid: Grid,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """See `BoundWeight`; a layer that fits in tiles is encoded as it is written."""
+        if not fits_in_tiles(self.spec, gated):
+            return super().run_to_codes(codes, grid, activation, gated, output_grid, dtype)
+        if not codes.numel():
+            y = empty_result(codes, self.spec, torch.uint8)
+            return y[..., : self.spec.out_channels // 2] if gated else y
+        library = native.library()
+        assert library is not None
+        return products.product_codes(
+            library, codes, grid, self.held, self.spec, activation, gated, output_grid
+        )
 
 
 def fits_in_tiles(spec: LayerSpec, gated: bool) -> bool:
-    """Whether `run_to_codes` takes the layer."""
+    """Whether the kernel can encode the layer's result as it writes it."""
     return spec.kind == "linear" and spec.out_channels % ((2 if gated else 1) * TILE) == 0
-
-
-def run_to_codes(
-    weight: products.Weight,
-    codes: Tensor,
-    grid: Grid,
-    spec: LayerSpec,
-    activation: str,
-    gated: bool,
-    output_grid: Grid,
-) -> Tensor:
-    """Codes, on `output_grid`, of the activation of what a linear layer gives for `codes`.
-
-    `gated`: of the first half of the channels times the activation of the second. The values
-    between are float32 and are not written to memory. `codes`, `activation` and the result
-    (uint8 `[..., C_out]`, or half of it) as in `fused.encode` and `fused.gated_encode`.
-    """
-    if not codes.numel():
-        y = empty_result(codes, spec, torch.uint8)
-        return y[..., : spec.out_channels // 2] if gated else y
-    library = native.library()
-    assert library is not None
-    return products.product_codes(
-        library, codes, grid, weight, spec, activation, gated, output_grid
-    )
 
 
 _library = torch.library.Library("stepquant", "FRAGMENT")
@@ -176,8 +174,8 @@ def _native(codes, act_scale, act_zero_point, weight, weight_scale, sums, bias, 
     spec = _spec(codes, weight_scale, *geometry)
     if spec.kind == "conv2d":
         codes = pad(codes, act_zero_point, spec.padding)
-    held = products.weight_of(weight, weight_scale, sums, bias, None)
-    return run_codes(held, codes, Grid(act_scale, act_zero_point, None, 255), spec, added)
+    bound = NativeWeight((weight, weight_scale, sums), bias, None, spec)
+    return bound.run(codes, Grid(act_scale, act_zero_point, None, 255), added)
 
 
 def _shape(codes, act_scale, act_zero_point, weight, weight_scale, sums, bias, added, *geometry):  # type: ignore[no-untyped-def]
