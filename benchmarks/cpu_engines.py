@@ -15,7 +15,7 @@ from speed_models import Inputs, call
 from stepquant.engines.backend import set_backend
 from stepquant.engines.captured_calls import recorded
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.support.errors import StepQuantError
 
 Call = Callable[[], Tensor]
@@ -130,7 +130,7 @@ class Loader:
         counts: dict[str, int] = {}
         module = self._modules.get((engine.files, engine.backend))
         for layer in module.modules() if module is not None else ():
-            if isinstance(layer, PackedLayer):
+            if isinstance(layer, IntegerLayer):
                 names = layer.kernel_names()
             else:
                 names = ["float"] if isinstance(layer, nn.Linear | nn.Conv2d) else []

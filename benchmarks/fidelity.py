@@ -26,7 +26,7 @@ from stepquant.evaluation import paired_psnr
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.resolved import ResolvedPipeline, denoiser_of
 from stepquant.pipelines.sampling import sample_images
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.support.progress import Reporter
 from stepquant.verbs.quantize import quantize
 
@@ -39,7 +39,7 @@ def layer_differences(
     simulation: torch.nn.Module, packed: torch.nn.Module, trajectories: Trajectories
 ) -> dict[str, float]:
     """Largest difference of each layer's output over its largest output, on sampler inputs."""
-    context = next(m.context for m in packed.modules() if isinstance(m, PackedLayer))
+    context = next(m.context for m in packed.modules() if isinstance(m, IntegerLayer))
     differences: dict[str, float] = {}
 
     def compare(name: str, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

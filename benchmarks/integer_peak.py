@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from stepquant.evaluation import measure_latency
-from stepquant.runtime.kernels import native, onednn
+from stepquant.runtime.kernels import Kernel
+from stepquant.runtime.kernels.native import NATIVE
+from stepquant.runtime.kernels.onednn import ONEDNN
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.ops.result_shapes import shape_of
 
@@ -65,7 +66,7 @@ def integer_peak(small: bool = False, repeats: int = 10) -> dict[str, float]:
     oneDNN's kernel runs twice, which is in the figure, and there is none of our own.
     """
     calls, macs = {}, {}
-    for kernel, title in ((native, "own"), (onednn, "oneDNN")):
+    for kernel, title in ((NATIVE, "own"), (ONEDNN, "oneDNN")):
         for shape_name, shape in (SMALL_PEAK_SHAPES if small else PEAK_SHAPES).items():
             name = f"{title}, {shape_name}"
             spec, *tensors = (_conv if shape_name.startswith("conv") else _linear)(*shape)
@@ -90,9 +91,7 @@ def _macs(spec: LayerSpec, codes: Tensor) -> int:
     return math.prod(shape_of(codes, spec).sizes) * spec.columns
 
 
-def _call(
-    kernel: ModuleType, spec: LayerSpec, weight: Tensor, codes: Tensor
-) -> Callable[[], object]:
+def _call(kernel: Kernel, spec: LayerSpec, weight: Tensor, codes: Tensor) -> Callable[[], object]:
     state = kernel.prepare(weight, torch.ones(spec.out_channels), spec)
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
     return lambda: kernel.run(state, codes, one, zero, None, None, spec)

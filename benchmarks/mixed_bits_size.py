@@ -21,7 +21,7 @@ from paper_model import paper_pipeline
 from records import write_record
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.resolved import denoiser_of
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.support.progress import Reporter
 from stepquant.verbs.quantize import quantize
 
@@ -38,7 +38,7 @@ RECIPE = {
 }
 
 
-def layer_row(name: str, layer: PackedLayer) -> dict[str, Any]:
+def layer_row(name: str, layer: IntegerLayer) -> dict[str, Any]:
     """Mean bits of the weights, and the bytes of all that the checkpoint has of the layer."""
     weights = layer.spec.out_channels * layer.spec.columns
     return {
@@ -74,7 +74,7 @@ def main() -> None:
             "layers": [
                 layer_row(name, module)
                 for name, module in denoiser_of(result.pipeline).named_modules()
-                if isinstance(module, PackedLayer)
+                if isinstance(module, IntegerLayer)
             ],
         }
         print({key: result.record[key] for key in keys})

@@ -17,7 +17,7 @@ from stepquant.calibration.trajectories import predict
 from stepquant.engines.backend import set_backend
 from stepquant.methods.recipe import load_recipe, recipe_names
 from stepquant.models.adapter import adapter_for
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.support.progress import Reporter
 from stepquant.verbs.bench import bench
 
@@ -60,7 +60,7 @@ def test_quantize_save_load_sample(name, recipe, bits, tmp_path):
     packed = getattr(result.pipeline, component)
     float_model = getattr(build(name), component)
 
-    layers = {n for n, m in packed.named_modules() if isinstance(m, PackedLayer)}
+    layers = {n for n, m in packed.named_modules() if isinstance(m, IntegerLayer)}
     plain = {
         n
         for n, m in float_model.named_modules()
@@ -96,7 +96,7 @@ def test_pixart_that_is_told_the_size_of_the_picture_is_trained(tmp_path):
     assert "adaln_single.emb.timestep_embedder" in blocks
     assert not any("resolution" in name or "aspect" in name for name in blocks)
     packed = result.pipeline.transformer.adaln_single.emb.resolution_embedder
-    assert isinstance(packed.linear_1, PackedLayer)
+    assert isinstance(packed.linear_1, IntegerLayer)
     images = draw("pixart", result.pipeline, call=call)
     assert torch.equal(draw("pixart", tmp_path / "out", call=call), images)
 

@@ -14,7 +14,7 @@ from stepquant.methods import TemporalQuantizer
 from stepquant.methods.recipe import Recipe
 from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import named_arguments
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 
 TRANSFORMERS = ["dit", "pixart", "sd3", "flux"]
 FEW = {"calibration.trajectories": 2, "ranges.weights": "minmax", "ranges.activations": "minmax"}
@@ -36,7 +36,7 @@ def packed(name):
     result = quantize(build(name), STEPWISE, 8, 8, None, 3, FEW, **architecture.arguments)
     denoiser = getattr(result.pipeline, architecture.component)
     for module in denoiser.modules():
-        if isinstance(module, PackedLayer):
+        if isinstance(module, IntegerLayer):
             module.prepare()
     sample, _, conditions = adapter_for(denoiser).random_inputs(denoiser, 2)
     return denoiser, sample, named_arguments(denoiser, conditions)

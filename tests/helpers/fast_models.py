@@ -19,7 +19,7 @@ from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import named_arguments
 from stepquant.runtime.blocks import FAST_CLASSES, use_plain_blocks
 from stepquant.runtime.kernels import choose
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.ops.layer_spec import LayerSpec
 
 FEW = {"calibration.trajectories": 2, "ranges.weights": "minmax", "ranges.activations": "minmax"}
@@ -78,17 +78,17 @@ def plain_copy(fast: nn.Module) -> nn.Module:
 
 def best_kernel() -> str:
     """The name of the kernel that packed layers of this machine run on."""
-    return choose(LayerSpec("linear", 8, 8, 8, 8), torch.device("cpu"))[0]
+    return choose(LayerSpec("linear", 8, 8, 8, 8), torch.device("cpu")).kernel.name
 
 
-def layers_of(model: nn.Module) -> list[PackedLayer]:
-    return [module for module in model.modules() if isinstance(module, PackedLayer)]
+def layers_of(model: nn.Module) -> list[IntegerLayer]:
+    return [module for module in model.modules() if isinstance(module, IntegerLayer)]
 
 
 def plain_blocks(model: nn.Module) -> dict[str, str]:
     """`{name: reason}` of the blocks that run the code of diffusers."""
     return {
-        name: block.why_plain()
+        name: str(block.why_plain())
         for name, block in model.named_modules()
         if hasattr(block, "why_plain") and block.why_plain() is not None
     }

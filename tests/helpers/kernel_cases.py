@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code
-from stepquant.runtime.kernels import KERNELS, onednn
+from stepquant.runtime.kernels import onednn, registered_kernels
 from stepquant.runtime.ops.layer_spec import LayerSpec
 
 
@@ -114,7 +114,7 @@ def expected(case: Case) -> Tensor:
 
 def actual(kernel_name: str, case: Case, device: str = "cpu") -> Tensor:
     """What the kernel gives for `case` with all scales 1, float32."""
-    kernel = KERNELS[kernel_name]
+    kernel = registered_kernels()[kernel_name]
     inputs = {
         name: None if value is None else value.to(device) for name, value in case.inputs().items()
     }
@@ -135,9 +135,9 @@ def actual(kernel_name: str, case: Case, device: str = "cpu") -> Tensor:
 def one_pass_is_exact(case: Case) -> bool:
     """Whether oneDNN is exact on `case` where full-range codes are not run as two halves."""
     inputs, spec = case.inputs(), case.spec
-    state = onednn.prepare(inputs["weight"], torch.ones(spec.out_channels), spec)
+    state = onednn.ONEDNN.prepare(inputs["weight"], torch.ones(spec.out_channels), spec)
     zero_point = torch.tensor([case.act_zero_point], dtype=torch.int32)
-    y = onednn._call(
+    y = onednn.one_call(
         state,
         inputs["codes"],
         torch.ones(1),

@@ -23,7 +23,7 @@ def installed() -> bool:
 
 def saturates() -> bool:
     on_cpu, spec = torch.device("cpu"), LayerSpec("linear", 1, 1, 8, 8)
-    return onednn.why_not(spec, on_cpu) is None and onednn.pairs_saturate()
+    return onednn.ONEDNN.why_not(spec, on_cpu) is None and onednn.pairs_saturate()
 
 
 needs_openvino = pytest.mark.skipif(not installed(), reason="openvino is not installed")

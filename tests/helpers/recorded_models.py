@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from stepquant.engines.captured_calls import RecordedDenoiser
 from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import named_arguments
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 
 
 def inputs(model: nn.Module, batch: int, seed: int, step: int = 0) -> tuple[Tensor, dict]:
     """A sample, and the other arguments at one of the recorded steps, the same for all samples."""
     sample, at, conditions = adapter_for(model).random_inputs(model, batch)
     generator = torch.Generator().manual_seed(seed)
-    grid = next(m for m in model.modules() if isinstance(m, PackedLayer)).context.grid
+    grid = next(m for m in model.modules() if isinstance(m, IntegerLayer)).context.grid
     at = torch.full_like(at, float(grid.timesteps[step]))
     more = {
         name: torch.randn(value.shape, generator=generator)

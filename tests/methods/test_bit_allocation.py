@@ -13,7 +13,7 @@ from stepquant.calibration.rounding_errors import weight_error
 from stepquant.methods.bit_allocation import BitAllocation, allocate_bits, hull_segments
 from stepquant.methods.recipe import parse_recipe
 from stepquant.quantizers.weight import minmax_weight_range
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.simulation.packing import pack_model
 from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
@@ -163,7 +163,7 @@ def test_ranges_that_come_after_are_those_of_the_bits(allocated):
 
 def test_it_packs_at_its_own_density_and_computes_the_same(allocated):
     model = pack_model(copy.deepcopy(allocated.model))
-    layers = [m for m in model.modules() if isinstance(m, PackedLayer) and m.spec.weight_bits < 8]
+    layers = [m for m in model.modules() if isinstance(m, IntegerLayer) and m.spec.weight_bits < 8]
     bytes_used = sum(layer.weight_packed.numel() for layer in layers)
     weights = sum(layer.spec.columns * layer.spec.out_channels for layer in layers)
     assert abs(bytes_used - weights * 2 / 8) <= 8 * len(layers)  # bits end with a whole byte

@@ -31,7 +31,7 @@ from stepquant.api import (
 )
 from stepquant.checkpoint.save import save_pipeline
 from stepquant.engines.backend import set_backend
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 
@@ -62,7 +62,7 @@ def test_ten_lines_of_user_code(packed):
     again = load_module(denoiser(seed=1), out)
     assert images.shape == (3, *SHAPE) and images.std() > 0.05
     assert torch.equal(sample(pipeline(again), num=3, steps=3), images)
-    assert sum(isinstance(m, PackedLayer) for m in again.modules()) == LAYERS
+    assert sum(isinstance(m, IntegerLayer) for m in again.modules()) == LAYERS
     assert result.record["left_float"] == {}
     assert result.record["times_smaller"] > 1
 

@@ -70,7 +70,7 @@ def test_bfloat16_is_as_near_to_float32_as_on_the_reference_kernel(
 @pytest.mark.parametrize("setting", ["avx512", "avx2"])
 def test_no_vnni_is_told(setting: str, records: dict[str, dict[str, Any]]) -> None:
     record = records[setting]
-    if onednn.why_not(packed("sd").conv_in.spec, packed("sd").conv_in.weight_packed.device):
+    if onednn.ONEDNN.why_not(packed("sd").conv_in.spec, packed("sd").conv_in.weight_packed.device):
         pytest.skip("no oneDNN kernels")
     told = [note for note in record["notes"] if "no VNNI" in note]
     assert record["pairs_saturate"] == bool(told)

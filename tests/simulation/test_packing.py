@@ -8,7 +8,7 @@ from torch import nn
 
 from stepquant.numerics import unpack_bits
 from stepquant.quantizers import QuantLayer
-from stepquant.runtime.layers.integer import PackedConv2d, PackedLinear
+from stepquant.runtime.layers.integer import IntegerConv2d, IntegerLinear
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.simulation.packing import layer_spec, pack_layer, pack_model
 from stepquant.support.errors import StepQuantError
@@ -118,7 +118,7 @@ def test_pack_model_replaces_every_simulated_layer(simulate: Any) -> None:
     model = nn.Sequential(simulate(conv()), nn.Sequential(nn.SiLU(), simulate(nn.Linear(3, 8))))
     activation = model[1][0]
     assert pack_model(model) is model
-    assert isinstance(model[0], PackedConv2d) and isinstance(model[1][1], PackedLinear)
+    assert isinstance(model[0], IntegerConv2d) and isinstance(model[1][1], IntegerLinear)
     assert model[1][0] is activation
     assert not any(isinstance(module, QuantLayer) for module in model.modules())
     assert not list(model.parameters())

@@ -8,7 +8,7 @@ import torch
 
 from stepquant.api import sample
 from stepquant.engines.backend import set_backend, with_backend
-from stepquant.runtime.layers.integer import PackedLayer, is_packed
+from stepquant.runtime.layers.integer import IntegerLayer, is_packed
 from stepquant.runtime.layers.resident import set_memory_mode, weight_bytes_resident
 from stepquant.support.errors import StepQuantError
 from stepquant.verbs.bench import bench, denoiser_call
@@ -65,7 +65,7 @@ def test_speed_is_told_beside_the_float_model_at_the_same_batch(record):
 
 
 def test_kernels_are_counted_for_every_part_of_every_layer(record, packed):
-    parts = sum(len(m.splits) for m in packed.unet.modules() if isinstance(m, PackedLayer))
+    parts = sum(len(m.splits) for m in packed.unet.modules() if isinstance(m, IntegerLayer))
     assert sum(record["kernels"].values()) == parts == 58
 
 
@@ -106,7 +106,7 @@ def test_a_pipeline_is_given_a_backend(packed, pipeline):
 
 
 def layers_of(pipeline):
-    return [m for m in pipeline.unet.modules() if isinstance(m, PackedLayer)]
+    return [m for m in pipeline.unet.modules() if isinstance(m, IntegerLayer)]
 
 
 @pytest.mark.parametrize("mode", ["fast", "low"])

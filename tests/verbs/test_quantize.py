@@ -11,7 +11,7 @@ from quantize_runs import FAST, SMALL, TINY, Lines, left, tree
 from stepquant.calibration.observe import quant_layers
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import sample_images
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.verbs.quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,7 +77,7 @@ def test_the_checkpoint_is_what_is_in_memory(done):
 def test_every_layer_is_packed_at_its_bits(done):
     result, _ = done
     modules, record = dict(result.pipeline.unet.named_modules()), result.record
-    packed = {name: m for name, m in modules.items() if isinstance(m, PackedLayer)}
+    packed = {name: m for name, m in modules.items() if isinstance(m, IntegerLayer)}
     plain = {name for name, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)}
     assert plain == record["left_float"].keys()
     assert len(plain) == (0 if record["protocol"] == "strict" else 5)
@@ -115,7 +115,7 @@ def test_each_packed_layer_gives_what_its_simulation_does_on_the_same_input(done
         layer.register_forward_hook(lambda _m, args, y, name=name: compare(name, args, y))
         for name, layer in quant_layers(result.simulation).items()
     ]
-    context = next(m.context for m in packed.modules() if isinstance(m, PackedLayer))
+    context = next(m.context for m in packed.modules() if isinstance(m, IntegerLayer))
     x = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     for timestep in (torch.tensor(750), torch.tensor(0), torch.tensor([250, 500])):
         context.set_timestep(timestep)
@@ -148,7 +148,7 @@ def test_the_checkpoint_is_smaller_by_what_the_record_says(done):
     weights = out / "unet" / "diffusion_pytorch_model.safetensors"
     assert record["checkpoint_bytes"] == weights.stat().st_size
     assert record["times_smaller"] == record["float32_bytes"] / record["checkpoint_bytes"]
-    layers = [m for m in result.pipeline.unet.modules() if isinstance(m, PackedLayer)]
+    layers = [m for m in result.pipeline.unet.modules() if isinstance(m, IntegerLayer)]
     counts = [layer.spec.columns * layer.spec.out_channels for layer in layers]
     bits = sum(layer.spec.mean_weight_bits * n for layer, n in zip(layers, counts, strict=True))
     assert record["mean_weight_bits"] == pytest.approx(bits / sum(counts))
@@ -160,7 +160,7 @@ def test_the_float_pipeline_is_left_alone(done, float_pipeline, tiny_unet):
     result, _ = done
     assert result.pipeline is not float_pipeline
     assert type(float_pipeline.scheduler) is type(result.pipeline.scheduler) is DDPMScheduler
-    assert not any(isinstance(m, PackedLayer) for m in float_pipeline.unet.modules())
+    assert not any(isinstance(m, IntegerLayer) for m in float_pipeline.unet.modules())
     for name, value in tiny_unet().state_dict().items():
         assert torch.equal(float_pipeline.unet.state_dict()[name], value), name
     assert not float_pipeline.unet._forward_pre_hooks

@@ -10,7 +10,7 @@ import torch
 from quantize_runs import FAST, SMALL, left, refused, tree
 from stepquant.methods.recipe import parse_recipe
 from stepquant.pipelines.opening import open_pipeline
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.support.progress import Reporter
 from stepquant.verbs.quantize import quantize
@@ -80,13 +80,15 @@ def test_on_the_reference_kernels_packed_is_simulated(done):
     result, _ = done
     packed = result.pipeline.unet
     for module in packed.modules():
-        if isinstance(module, PackedLayer):
-            module.backend, module._prepared = "reference", None
+        if isinstance(module, IntegerLayer):
+            module.drop_layout()
+            module.backend = "reference"
     for a, b in zip(outputs(packed), outputs(result.simulation), strict=True):
         assert torch.equal(a, b)
     for module in packed.modules():
-        if isinstance(module, PackedLayer):
-            module.backend, module._prepared = "auto", None
+        if isinstance(module, IntegerLayer):
+            module.drop_layout()
+            module.backend = "auto"
 
 
 def test_what_is_read_back_is_what_was_written(done):

@@ -11,7 +11,7 @@ from torch import nn
 from stepquant.models.eligibility import why_float
 from stepquant.numerics import check_bits
 from stepquant.quantizers import StepContext
-from stepquant.runtime.layers.integer import PackedConv2d, PackedLayer, PackedLinear
+from stepquant.runtime.layers.integer import IntegerConv2d, IntegerLayer, IntegerLinear
 from stepquant.runtime.ops.layer_spec import MOST_BITS_WITH_HALVES, LayerSpec
 from stepquant.support.errors import StepQuantError
 
@@ -81,7 +81,7 @@ class LayerConfig:
         return cls(**{**values, "splits": splits, "channel_counts": counts})
 
     @classmethod
-    def of(cls, layer: PackedLayer) -> LayerConfig:
+    def of(cls, layer: IntegerLayer) -> LayerConfig:
         """Return the config of the packed `layer`."""
         return cls(
             kind=layer.spec.kind,
@@ -107,7 +107,9 @@ class LayerConfig:
             del values["step_bias"]
         return values
 
-    def packed_in_place_of(self, name: str, module: nn.Module, context: StepContext) -> PackedLayer:
+    def packed_in_place_of(
+        self, name: str, module: nn.Module, context: StepContext
+    ) -> IntegerLayer:
         """Return a packed layer without data (on the meta device) to replace the float `module`.
 
         `name` names the layer in errors. `context` is the model's step context.
@@ -141,7 +143,7 @@ class LayerConfig:
                 f"{spec.out_channels}, the out-channels of the model's layer"
             )
         has_bias = module.bias is not None
-        kind = PackedLinear if self.kind == "linear" else PackedConv2d
+        kind = IntegerLinear if self.kind == "linear" else IntegerConv2d
         with torch.device("meta"):
             return kind(
                 spec, splits, self.steps, context, has_bias, self.channel_scale, self.step_bias

@@ -23,7 +23,7 @@ from stepquant.models.input_bypass import InputBypass, bypass_of, detach_bypass
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.blocks import use_fast_blocks, use_plain_blocks
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.lora_branch import named_branches
 from stepquant.support.errors import StepQuantError
 
@@ -221,7 +221,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         replace_modules(
             model,
             lambda _, module: (
-                float_layer(module, dtype) if isinstance(module, PackedLayer) else None
+                float_layer(module, dtype) if isinstance(module, IntegerLayer) else None
             ),
         )
         for module in model.modules():
@@ -253,7 +253,7 @@ def leave_files(model: nn.Module) -> None:
                 module._buffers[key] = copies[id(buffer)]
 
 
-def float_layer(layer: PackedLayer, dtype: torch.dtype) -> nn.Linear | nn.Conv2d:
+def float_layer(layer: IntegerLayer, dtype: torch.dtype) -> nn.Linear | nn.Conv2d:
     """Return `nn.Linear` or `nn.Conv2d` in `dtype` with the dequantized weight of `layer`.
 
     A scale per in-channel is folded into the weight.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stepquant.models.input_bypass import SLOPES_NAME
 from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code, max_codes
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.support.errors import StepQuantError
 
@@ -22,10 +22,10 @@ OF_STEPS = (STEP_GRID_NAME, SLOPES_NAME)  # tensors of the denoiser, float32 [T]
 REMEDY = "the file is damaged or belongs to another config, so fetch or write the checkpoint again"
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+def packed_layers(model: nn.Module) -> dict[str, IntegerLayer]:
     """Return the packed layers of `model` by name."""
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)
+        name: module for name, module in model.named_modules() if isinstance(module, IntegerLayer)
     }
 
 
@@ -38,7 +38,7 @@ def packed_attention(model: nn.Module) -> dict[str, PackedAttention]:
     }
 
 
-def packed_modules(model: nn.Module) -> dict[str, PackedLayer | PackedAttention]:
+def packed_modules(model: nn.Module) -> dict[str, IntegerLayer | PackedAttention]:
     """Return the packed layers and the packed attention products of `model` by name."""
     return {**packed_layers(model), **packed_attention(model)}
 
@@ -84,7 +84,7 @@ def check_tensor(name: str, tensor: Tensor, expected: nn.Module) -> None:
     layer_name, _, key = name.rpartition(".")
     layer = expected.get_submodule(layer_name)
     wanted = getattr(layer, key)
-    packed = layer if isinstance(layer, PackedLayer | PackedAttention) else None
+    packed = layer if isinstance(layer, IntegerLayer | PackedAttention) else None
     exact = packed is not None or name in OF_STEPS or not wanted.is_floating_point()
     if tensor.dtype != wanted.dtype and (exact or not tensor.is_floating_point()):
         dtype = wanted.dtype if exact else "a floating-point dtype"
@@ -146,7 +146,7 @@ def check_channel_bits(model: nn.Module) -> None:
         )
 
 
-def _why_shape(layer: PackedLayer | PackedAttention, key: str) -> str:
+def _why_shape(layer: IntegerLayer | PackedAttention, key: str) -> str:
     if isinstance(layer, PackedAttention):
         return f", for tables of {layer.steps} rows"
     spec = layer.spec
@@ -159,7 +159,7 @@ def _why_shape(layer: PackedLayer | PackedAttention, key: str) -> str:
 
 
 def _check_values(
-    name: str, key: str, tensor: Tensor, layer: PackedLayer | PackedAttention
+    name: str, key: str, tensor: Tensor, layer: IntegerLayer | PackedAttention
 ) -> None:
     if key in ("weight_scale", "act_scale", "act_channel_scale", "probability_scale"):
         # The runtime multiplies by the inverse, which must be finite as well.
@@ -173,7 +173,7 @@ def _check_values(
         expected = f"at most {max_code(bits)}, the largest code of {bits} bits"
     elif key == "probability_log2":
         good, expected = tensor <= 1, "0 for the uniform grid or 1 for the log2 grid"
-    elif key == "weight_zero_point" and isinstance(layer, PackedLayer):
+    elif key == "weight_zero_point" and isinstance(layer, IntegerLayer):
         good, expected = _good_weight_zero_points(tensor, layer)
     else:
         return
@@ -185,7 +185,7 @@ def _check_values(
         )
 
 
-def _good_weight_zero_points(tensor: Tensor, layer: PackedLayer) -> tuple[Tensor, str]:
+def _good_weight_zero_points(tensor: Tensor, layer: IntegerLayer) -> tuple[Tensor, str]:
     """Return which zero points `[P, C_out]` are on their grids, and the expected values as text."""
     spec, bits = layer.spec, layer.channel_bits
     uniform = spec.channel_counts is None

@@ -68,8 +68,7 @@ def sample(
         if grid is None and out is None:
             raise StepQuantError("the images would go nowhere: expected --grid FILE or --out DIR")
         from stepquant import api
-        from stepquant.engines.fastest import FASTEST
-        from stepquant.engines.openvino_denoiser import device_of
+        from stepquant.engines.target import Engine, Target
         from stepquant.pipelines.resolved import denoiser_of
         from stepquant.reporting import images  # not at the top: see demo.py
 
@@ -99,7 +98,7 @@ def sample(
         shape = list(drawn.shape[1:])
         output.results = {"num": num, "shape": shape, "grid": grid, "out": out, "files": files}
         output.results["loras"] = loras
-        packed_ran = backend != FASTEST and device_of(backend) is None
+        packed_ran = Target.parse(backend).engine is Engine.LAYERS
         output.results["slow_paths"] = api.slow_paths(pipeline) if packed_ran else []
         output.table([{"images": num, "channels": shape[0], "height": shape[1], "width": shape[2]}])
         for entry in loras:

@@ -10,60 +10,70 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant.engines.captured_calls import recorded
-from stepquant.engines.fastest import FASTEST, FastestDenoiser
-from stepquant.engines.openvino_denoiser import OpenVinoDenoiser, device_of
+from stepquant.engines.fastest import FastestDenoiser
+from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
+from stepquant.engines.target import Engine, Target
 from stepquant.pipelines.resolved import ResolvedPipeline
-from stepquant.runtime.layers.integer import PackedLayer, is_packed
-from stepquant.runtime.layers.resident import restore
+from stepquant.runtime.kernels.backend import Backend
+from stepquant.runtime.layers.integer import IntegerLayer, is_packed
 from stepquant.support.errors import StepQuantError
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
-    """Run every packed layer of `model` on `backend`: auto, native, onednn, int_mm or reference."""
-    if device_of(backend) is not None:
+    """Run every integer layer of `model` on `backend`.
+
+    `backend`: auto, native, onednn, int_mm, reference, or the name of a kernel that was registered.
+    Raises StepQuantError for any other.
+    """
+    if Target.parse(backend).engine is Engine.OPENVINO:
         raise StepQuantError(
             f"the backend '{backend}' runs a whole denoiser, not its layers: expected auto, "
             "native, onednn, int_mm or reference, or OpenVinoDenoiser(denoiser) in the "
             "denoiser's place"
         )
     for module in model.modules():
-        if isinstance(module, PackedLayer):
-            module.backend = backend
+        if isinstance(module, IntegerLayer):
+            module.backend = str(backend)
             module.prepare()
 
 
 @contextmanager
 def settings_kept(model: nn.Module) -> Iterator[None]:
-    """Give the packed layers of `model` back the backend and memory mode that they came with."""
-    before = [(m, m.backend, m.memory) for m in model.modules() if isinstance(m, PackedLayer)]
+    """Give the integer layers of `model` their backend and memory mode back at the end."""
+    before = [(m, m.backend, m.memory) for m in model.modules() if isinstance(m, IntegerLayer)]
     try:
         yield
     finally:
         for layer, backend, memory in before:
             if (layer.backend, layer.memory) != (backend, memory):
-                restore(layer)  # it is laid out anew by its next call
+                layer.drop_layout()  # its next call lays it out anew
                 layer.backend, layer.memory = backend, memory
 
 
 def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline:
-    """`pipeline` on `backend`: its packed layers, or for openvino a copy with its denoiser there.
+    """`pipeline` with its integer layers on `backend`, or a copy with another denoiser.
 
     `backend`: as in `set_backend`, or `openvino`, `openvino:DEVICE` for another device than the
     CPU, or "fastest", which times the two. "auto" leaves everything as it is.
     """
-    if backend == "auto":
+    target = Target.parse(backend)
+    if target.kernel == Backend.AUTO and target.engine is Engine.LAYERS:
         return pipeline
-    resolved, device = ResolvedPipeline.of(pipeline), device_of(backend)
+    resolved = ResolvedPipeline.of(pipeline)
     denoiser = resolved.denoiser
-    if device is None and backend != FASTEST:
+    if target.engine is Engine.LAYERS:
         if not is_packed(denoiser):
             raise StepQuantError(
                 f"{type(denoiser).__name__} has no packed layer: expected a model that stepquant "
                 f"quantize wrote for the backend '{backend}'"
             )
-        set_backend(denoiser, backend)
+        set_backend(denoiser, target.kernel)
         return pipeline
-    other = FastestDenoiser(denoiser) if device is None else OpenVinoDenoiser(denoiser, device)
+    other = (
+        FastestDenoiser(denoiser)
+        if target.device is None
+        else OpenVinoDenoiser(denoiser, target.device)
+    )
     return resolved.with_denoiser(other).pipeline
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from stepquant.engines.captured_calls import recorded
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser, description
 
-FASTEST = "fastest"
 TIMED_CALLS = 3
 LOGGER = logging.getLogger(__name__)
 

@@ -27,10 +27,9 @@ from stepquant.models.calling import (
 )
 from stepquant.models.stand_in import StandIn
 from stepquant.quantizers.step_grid import StepContext, StepGrid
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.support.errors import StepQuantError
 
-BACKEND = "openvino"
 PRECISIONS = ("f32", "bf16", "f16")
 PRECISION = "INFERENCE_PRECISION_HINT"
 LOGGER = logging.getLogger(__name__)
@@ -48,12 +47,6 @@ def openvino_package() -> Any:
             'run `pip install "stepquant[openvino]"`'
         ) from error
     return openvino
-
-
-def device_of(backend: str) -> str | None:
-    """The device in `openvino` (the CPU) or `openvino:DEVICE`; None if it is another backend."""
-    name, _, device = backend.partition(":")
-    return (device or "CPU") if name == BACKEND else None
 
 
 class OpenVinoDenoiser(StandIn):
@@ -106,7 +99,7 @@ class OpenVinoDenoiser(StandIn):
         self.core, self.target, self.precision = core, device, precision
         self.cache = None if cache is None else str(cache)
         self.grid: StepGrid = next(
-            m for m in denoiser.modules() if isinstance(m, PackedLayer)
+            m for m in denoiser.modules() if isinstance(m, IntegerLayer)
         ).context.grid
         self._compiled: dict[Any, _Compiled] = {}
 

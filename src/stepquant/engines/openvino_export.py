@@ -24,8 +24,8 @@ from stepquant.models.surgery import copy_around, replace_modules
 from stepquant.numerics import max_code
 from stepquant.quantizers.activation import spread_rows
 from stepquant.quantizers.step_grid import StepContext
-from stepquant.runtime.kernels import onednn
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.kernels.onednn import ONEDNN, pairs_saturate
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.runtime.layers.lora_branch import named_branches
 from stepquant.runtime.ops.layer_spec import LayerSpec
@@ -35,13 +35,13 @@ DEFAULT = "draw with the default backend, which runs it"
 
 
 class ExportLayer(nn.Module):
-    """What a `PackedLayer` computes in float32, from whole numbers.
+    """What a `IntegerLayer` computes in float32, from whole numbers.
 
     Its constants for a shape of its input are found by a forward that is not traced, and are there
     in the one that is.
     """
 
-    def __init__(self, layer: PackedLayer) -> None:
+    def __init__(self, layer: IntegerLayer) -> None:
         super().__init__()
         self.spec, self.splits, self.context = layer.spec, layer.splits, layer.context
         self.channel_dim, self.bypass = layer.channel_dim, layer.bypass
@@ -140,23 +140,25 @@ def export_denoiser(denoiser: nn.Module, device: str = "CPU") -> tuple[nn.Module
     The copy takes the rows of a step as they stand in the context: nothing reads its timestep.
     """
     check_exportable(denoiser, device)
-    quantized = [m for m in denoiser.modules() if isinstance(m, PackedLayer | PackedAttention)]
-    copied = copy_around(denoiser, [m for m in quantized if isinstance(m, PackedLayer)])
-    contexts = {m.context for m in copied.modules() if isinstance(m, PackedLayer | PackedAttention)}
+    quantized = [m for m in denoiser.modules() if isinstance(m, IntegerLayer | PackedAttention)]
+    copied = copy_around(denoiser, [m for m in quantized if isinstance(m, IntegerLayer)])
+    contexts = {
+        m.context for m in copied.modules() if isinstance(m, IntegerLayer | PackedAttention)
+    }
     (context,) = contexts
     for key, hook in list(copied._forward_pre_hooks.items()):
         if isinstance(getattr(hook, "__self__", None), StepContext):
             del copied._forward_pre_hooks[key]
 
     def replacement(_: str, module: nn.Module) -> nn.Module | None:
-        return ExportLayer(module) if isinstance(module, PackedLayer) else None
+        return ExportLayer(module) if isinstance(module, IntegerLayer) else None
 
     return replace_modules(copied, replacement).eval(), context
 
 
 def check_exportable(denoiser: nn.Module, device: str = "CPU") -> None:
     """An error that names what OpenVINO's `device` cannot run as the packed layers do, and why."""
-    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, PackedLayer)}
+    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, IntegerLayer)}
     if not layers:
         raise StepQuantError(
             f"{type(denoiser).__name__} has no packed layer: expected a model that stepquant "
@@ -225,7 +227,7 @@ def traced(call: nn.Module, tensors: list[Tensor]) -> Any:
 
 def _saturates(spec: LayerSpec) -> bool:
     """Whether u8 by i8 kernels of this machine's CPU saturate; what is not x86 has others."""
-    return onednn.why_not(spec, torch.device("cpu")) is None and onednn.pairs_saturate()
+    return ONEDNN.why_not(spec, torch.device("cpu")) is None and pairs_saturate()
 
 
 def _alike(table: Tensor) -> bool:

@@ -14,10 +14,15 @@ from torch import nn
 
 from stepquant.engines.captured_calls import state
 from stepquant.pipelines.resolved import denoiser_of
-from stepquant.runtime.kernels import onednn
-from stepquant.runtime.layers import codes
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.kernels import Backend
+from stepquant.runtime.kernels.onednn import pairs_saturate
+from stepquant.runtime.layers.input_part import InputPart
+from stepquant.runtime.layers.integer import FLOATS, IntegerLayer
 from stepquant.runtime.ops import native
+from stepquant.support.refusal import RefusalCode
+
+# The lines about kernels say these already.
+TOLD_OF_KERNELS = (RefusalCode.NO_VNNI, RefusalCode.OTHER_KERNEL, RefusalCode.NO_PRODUCTS)
 
 
 def slow_paths(model: nn.Module | DiffusionPipeline) -> list[str]:
@@ -34,7 +39,7 @@ def slow_paths(model: nn.Module | DiffusionPipeline) -> list[str]:
     layers = [
         module
         for module in model.modules()
-        if isinstance(module, PackedLayer) and not module.weight_packed.is_meta
+        if isinstance(module, IntegerLayer) and not module.weight_packed.is_meta
     ]
     notes = [*_on_reference(layers)]
     if any(layer.weight_packed.is_cpu for layer in layers):
@@ -43,25 +48,29 @@ def slow_paths(model: nn.Module | DiffusionPipeline) -> list[str]:
     return notes
 
 
-def _on_reference(layers: list[PackedLayer]) -> Iterable[str]:
+def _on_reference(layers: list[IntegerLayer]) -> Iterable[str]:
     reasons: Counter[str] = Counter()
     for layer in layers:
         for part in layer.prepared_parts():
-            if part.kernel_name == "reference":
+            if part.weight.kernel.name == Backend.REFERENCE:
                 asked = f"the backend '{layer.backend}' was asked for"
-                reasons["; ".join(part.reasons) or asked] += 1
+                reasons["; ".join(part.weight.reasons) or asked] += 1
     for reason, count in reasons.items():
         yield f"{count} layer inputs run on the reference kernel: {reason}"
 
 
-def _without_vnni(layers: list[PackedLayer]) -> Iterable[str]:
-    parts = [part for layer in layers for part in layer.prepared_parts() if part.kernel is onednn]
+def _without_vnni(layers: list[IntegerLayer]) -> Iterable[str]:
+    parts = [part for layer in layers for part in layer.prepared_parts() if _on_onednn(part)]
     twice = sum(part.spec.pair_overflows_int16 for part in parts)
-    if twice and onednn.pairs_saturate():
+    if twice and pairs_saturate():
         yield (
             f"{twice} of {len(parts)} layer inputs take two kernel calls, and their blocks run "
             f"layer by layer: {_no_vnni()}"
         )
+
+
+def _on_onednn(part: InputPart) -> bool:
+    return part.weight.kernel.name == Backend.ONEDNN
 
 
 def _no_vnni() -> str:
@@ -69,16 +78,21 @@ def _no_vnni() -> str:
     return "the CPU has no VNNI" if cap is None else f"no VNNI, as ONEDNN_MAX_CPU_ISA is {cap}"
 
 
-def _without_library(layers: list[PackedLayer]) -> Iterable[str]:
-    parts = [part for layer in layers if layer.backend == "auto" for part in layer.prepared_parts()]
-    slow = Counter(part.reasons[0] for part in parts if part.kernel is onednn)
+def _without_library(layers: list[IntegerLayer]) -> Iterable[str]:
+    automatic = [layer for layer in layers if layer.backend == Backend.AUTO]
+    parts = [part for layer in automatic for part in layer.prepared_parts()]
+    slow = Counter(
+        f"{Backend.NATIVE}: {part.weight.refusals[Backend.NATIVE]}"
+        for part in parts
+        if _on_onednn(part)
+    )
     for why, count in slow.items():
         yield (
             f"{count} of {len(parts)} layer inputs run on oneDNN's kernels, which each call sets "
             f"up anew: {why}"
         )
     reason = native.why_not()
-    if reason is not None and any(codes.why_not(layer) is None for layer in layers):
+    if reason is not None and any(layer.why_no_codes() is None for layer in layers):
         yield (
             "norms, activations and rounding are several passes of torch instead of one native "
             f"pass: {reason}"
@@ -91,15 +105,14 @@ def _plain_blocks(model: nn.Module) -> Iterable[str]:
         for module in model.modules()
         if hasattr(module, "why_plain")
         and not any(
-            isinstance(m, PackedLayer) and m.weight_packed.is_meta for m in module.modules()
+            isinstance(m, IntegerLayer) and m.weight_packed.is_meta for m in module.modules()
         )
     ]
     if not blocks:
         yield f"{type(model).__name__} has no blocks with a fused form: it runs layer by layer"
     reasons = Counter(block.why_plain() for block in blocks)
     for reason, count in reasons.items():
-        # What is true of the kernels is said there.
-        if reason not in (None, codes.NO_VNNI) and not reason.startswith(codes.OTHER_KERNEL):
+        if reason is not None and reason.code not in TOLD_OF_KERNELS:
             yield (
                 f"{count} of {len(blocks)} blocks run the code of diffusers layer by layer: "
                 f"{reason}"
@@ -107,7 +120,7 @@ def _plain_blocks(model: nn.Module) -> Iterable[str]:
 
 
 def _dtype(model: nn.Module) -> Iterable[str]:
-    dtypes = {parameter.dtype for parameter in model.parameters()} - set(codes.FLOATS)
+    dtypes = {parameter.dtype for parameter in model.parameters()} - set(FLOATS)
     for dtype in sorted(dtypes, key=str):
         yield (
             f"what is {dtype} is rounded in several passes and its blocks run layer by layer: the "
@@ -117,7 +130,7 @@ def _dtype(model: nn.Module) -> Iterable[str]:
 
 def _unrecorded(model: nn.Module) -> Iterable[str]:
     reason = state.why_not(model)
-    if reason not in (None, state.NO_PRODUCTS):  # the latter is told of the layers
+    if reason is not None and reason.code not in TOLD_OF_KERNELS:
         yield f"calls run their Python anew each time, as they are not recorded: {reason}"
 
 

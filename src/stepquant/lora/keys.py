@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stepquant.lora.files import LoraFile
 from stepquant.models.stand_in import original
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.lora_branch import Layer
 from stepquant.support.errors import StepQuantError
 
@@ -178,7 +178,7 @@ def _layer(label: str, key: str, pipeline: Any, component: str, name: str) -> La
             f"{type(pipeline).__name__} does not have: expected a LoRA for this kind of pipeline"
         )
     layer = dict(model.named_modules()).get(name)
-    kinds = (PackedLayer, nn.Linear, nn.Conv2d)
+    kinds = (IntegerLayer, nn.Linear, nn.Conv2d)
     if layer is None:
         example = next((n for n, m in model.named_modules() if isinstance(m, kinds)), "none")
         raise StepQuantError(
@@ -197,7 +197,7 @@ def _layer(label: str, key: str, pipeline: Any, component: str, name: str) -> La
 
 
 def _check_shape(label: str, key: str, which: str, tensor: Tensor, B: Tensor, layer: Layer) -> None:
-    spec: Any = layer.spec if isinstance(layer, PackedLayer) else layer
+    spec: Any = layer.spec if isinstance(layer, IntegerLayer) else layer
     linear = isinstance(layer, nn.Linear) or getattr(spec, "kind", "") == "linear"
     rank = B.shape[1] if B.dim() > 1 else 0
     if linear:

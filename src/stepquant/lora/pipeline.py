@@ -16,7 +16,7 @@ from stepquant.methods import STEPS, Step
 from stepquant.methods.equivalent_scaling import ScalingStep
 from stepquant.models.adapter import ADAPTERS, adapter_for
 from stepquant.pipelines.resolved import ResolvedPipeline
-from stepquant.runtime.layers.integer import PackedConv2d, PackedLayer
+from stepquant.runtime.layers.integer import IntegerConv2d, IntegerLayer
 from stepquant.runtime.layers.lora_branch import (
     LoraBranch,
     attach_branch,
@@ -172,7 +172,7 @@ def _check_ready(
         )
     model = getattr(pipeline, component)
     compiled = hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
-    if compiled and not isinstance(layer, PackedLayer):
+    if compiled and not isinstance(layer, IntegerLayer):
         # A compiled graph ignores hooks that are added later.
         raise StepQuantError(
             f"{label} is for the layer '{name}' of {component}, which is float and compiled "
@@ -189,7 +189,7 @@ def _scaled_layers(pipeline: DiffusionPipeline, denoiser: Any) -> dict[str, str]
     known = any(kind.__name__ in ADAPTERS for kind in type(denoiser).__mro__)
     if hasattr(type(pipeline), "make_adapter") or not known:
         return {}  # quantized with a `ModuleAdapter`, which folds nothing
-    if not any(isinstance(module, PackedLayer) for module in denoiser.modules()):
+    if not any(isinstance(module, IntegerLayer) for module in denoiser.modules()):
         return {}
     adapter = adapter_for(denoiser)
     groups = [(producer, consumers) for producer, consumers in adapter.folds(denoiser)]
@@ -204,7 +204,7 @@ def _scaled_layers(pipeline: DiffusionPipeline, denoiser: Any) -> dict[str, str]
             if not fold:
                 continue
             for producer, consumers in groups:
-                convs = all(isinstance(layers[name], PackedConv2d) for name in consumers)
+                convs = all(isinstance(layers[name], IntegerConv2d) for name in consumers)
                 if convs or settings.get("layers") != "conv":
                     found.update({name: step for name in (producer, *consumers)})
     return found

@@ -22,7 +22,7 @@ from stepquant.quantizers import (
     WeightQuantizer,
 )
 from stepquant.runtime.blocks import use_fast_blocks
-from stepquant.runtime.layers.integer import PackedConv2d, PackedLayer, PackedLinear
+from stepquant.runtime.layers.integer import IntegerConv2d, IntegerLayer, IntegerLinear
 from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.runtime.ops.layer_spec import MOST_BITS_WITH_HALVES, LayerSpec
 from stepquant.support.errors import StepQuantError
@@ -60,7 +60,7 @@ def layer_spec(layer: QuantLayer) -> LayerSpec:
 
 
 @torch.no_grad()
-def pack_layer(layer: QuantLayer) -> PackedLayer:
+def pack_layer(layer: QuantLayer) -> IntegerLayer:
     """A packed layer with the codes, scales and step tables of `layer`.
 
     Raises:
@@ -68,7 +68,7 @@ def pack_layer(layer: QuantLayer) -> PackedLayer:
             many bits.
     """
     spec = layer_spec(layer)
-    kind = PackedLinear if spec.kind == "linear" else PackedConv2d
+    kind = IntegerLinear if spec.kind == "linear" else IntegerConv2d
     steps = max(inputs.steps for inputs, _, _ in layer.parts())
     packed = kind(
         spec,

@@ -13,15 +13,16 @@ from torch import nn
 from stepquant.calibration.survey import adapter_of
 from stepquant.engines.backend import set_backend
 from stepquant.engines.captured_calls import recorded
-from stepquant.engines.openvino_denoiser import OpenVinoDenoiser, device_of
+from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
 from stepquant.engines.slow_paths import slow_paths
+from stepquant.engines.target import Target
 from stepquant.evaluation import measure_latency
 from stepquant.models.adapter import DenoiserAdapter, adapter_for
 from stepquant.models.calling import named_arguments, on_device
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.resolved import ResolvedPipeline
 from stepquant.pipelines.sampling import check_count
-from stepquant.runtime.layers.integer import PackedLayer, is_packed
+from stepquant.runtime.layers.integer import IntegerLayer, is_packed
 from stepquant.runtime.layers.resident import set_memory_mode, weight_bytes_resident
 from stepquant.support.errors import StepQuantError
 from stepquant.support.process_memory import peak_memory_mb
@@ -90,7 +91,7 @@ def bench(
     if is_packed(reference):
         raise StepQuantError(f"'{against}' is quantized: expected the float model to compare with")
     set_memory_mode(candidate, memory)
-    device = device_of(backend)
+    device = Target.parse(backend).device
     set_backend(candidate, backend if device is None else "auto")
     openvino = None if device is None else OpenVinoDenoiser(candidate, device)
     adapter = adapter or adapter_of(theirs)
@@ -126,7 +127,7 @@ def bench(
             task.advance()
     kernels: dict[str, int] = {}
     for module in candidate.modules():
-        if isinstance(module, PackedLayer):
+        if isinstance(module, IntegerLayer):
             for name in module.kernel_names():
                 kernels[name] = kernels.get(name, 0) + 1
     measured = {"device": device, "kernels": openvino.kernels()} if openvino else None

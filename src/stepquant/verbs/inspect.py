@@ -26,7 +26,7 @@ from stepquant.pipelines.resolved import ResolvedPipeline
 from stepquant.pipelines.sampling import AUTO
 from stepquant.quantizers import StepContext
 from stepquant.reporting.plots import check_plots, write_plots
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.simulation.scheme import Scheme
 from stepquant.simulation.simulate import simulate
@@ -62,7 +62,7 @@ def inspect(
         check_plots(plots)
     source = ResolvedPipeline.of(open_pipeline(model))
     denoiser = source.denoiser
-    if any(isinstance(module, PackedLayer) for module in denoiser.modules()):
+    if any(isinstance(module, IntegerLayer) for module in denoiser.modules()):
         record = inspect_packed(denoiser)
     elif any(isinstance(module, WeightOnly) for module in denoiser.modules()):
         raise StepQuantError(
@@ -82,7 +82,7 @@ def inspect_packed(denoiser: nn.Module) -> dict[str, Any]:
     """Bits, bytes, kernels and step tables of a packed denoiser's layers and attention products."""
     layers = []
     for name, module in denoiser.named_modules():
-        if isinstance(module, PackedLayer):
+        if isinstance(module, IntegerLayer):
             layers.append(
                 {
                     "layer": name,

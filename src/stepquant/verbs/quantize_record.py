@@ -8,7 +8,7 @@ from torch import nn
 
 from stepquant.methods.session import Session
 from stepquant.pipelines.opening import float32_bytes
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.support.process_memory import as_mb, peak_memory_mb
 from stepquant.verbs.quantize_job import Job
 
@@ -44,7 +44,7 @@ def record_of(
 
 def mean_weight_bits(model: nn.Module) -> float:
     """Bits per quantized weight, over all packed layers."""
-    layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    layers = [module for module in model.modules() if isinstance(module, IntegerLayer)]
     weights = sum(layer.spec.columns * layer.spec.out_channels for layer in layers)
     return sum(
         layer.spec.columns * layer.spec.out_channels * layer.spec.mean_weight_bits
@@ -56,6 +56,6 @@ def reference_layers(model: nn.Module) -> dict[str, str]:
     """Packed layers that no fast kernel takes on this device, with the reasons."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, PackedLayer) and module.fallback_reasons():
+        if isinstance(module, IntegerLayer) and module.fallback_reasons():
             found[name] = "; ".join(module.fallback_reasons())
     return found

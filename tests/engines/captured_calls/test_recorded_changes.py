@@ -14,7 +14,7 @@ from fast_models import TABLES, packed
 from recorded_models import assert_alike, scale_a_norm
 from stepquant.engines.backend import set_backend
 from stepquant.engines.captured_calls import RecordedDenoiser
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.resident import set_memory_mode
 from stepquant.runtime.ops import native
 
@@ -29,7 +29,7 @@ def add_lora(model: nn.Module) -> None:
         def add_to(self, y: Tensor, x: Tensor) -> Tensor:
             return y + 1
 
-    next(m for m in model.modules() if isinstance(m, PackedLayer)).lora = Branch()
+    next(m for m in model.modules() if isinstance(m, IntegerLayer)).lora = Branch()
 
 
 def replace_a_norm(model: nn.Module) -> None:

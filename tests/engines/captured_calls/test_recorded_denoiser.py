@@ -21,7 +21,7 @@ from stepquant.engines.captured_calls import denoiser as room
 from stepquant.methods import InputErrorBypass
 from stepquant.methods.recipe import Recipe
 from stepquant.models.input_bypass import bypass_of
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.ops import native
 
 pytestmark = [
@@ -73,7 +73,7 @@ def test_samples_at_different_steps_run_as_ever():
     plain = packed("sd", TABLES)
     model = RecordedDenoiser(plain)
     sample, arguments = inputs(plain, 2, seed=0)
-    grid = next(m for m in plain.modules() if isinstance(m, PackedLayer)).context.grid
+    grid = next(m for m in plain.modules() if isinstance(m, IntegerLayer)).context.grid
     arguments["timestep"] = grid.timesteps[[0, 2]]
     for _ in range(3):
         given = (sample, arguments)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fast_models import packed
 from recorded_models import inputs, predict
 from stepquant.engines.captured_calls import RecordedDenoiser
-from stepquant.runtime.layers.integer import PackedLinear
+from stepquant.runtime.layers.integer import IntegerLinear
 from stepquant.runtime.ops import native
 
 pytestmark = [
@@ -93,7 +93,7 @@ def test_constants_of_numpy_are_not_read_by_their_address():
     class Moved(Wrapped):
         def forward(self, sample, timestep, **more):
             offset = torch.from_numpy(np.full((1, 5, 32), 0.3, dtype=np.float32))
-            linear = next(m for m in self.inner.modules() if type(m) is PackedLinear)
+            linear = next(m for m in self.inner.modules() if type(m) is IntegerLinear)
             return (
                 self.inner(sample, timestep=timestep, **more)[0]
                 + linear(

@@ -22,11 +22,12 @@ from fast_models import (
     plain_copy,
     predictor,
 )
-from stepquant.runtime.kernels import KERNELS, onednn
-from stepquant.runtime.layers.integer import PackedLinear
+from stepquant.runtime.kernels import onednn, registered_kernels
+from stepquant.runtime.layers.integer import IntegerLinear
 from stepquant.runtime.ops import fused
 from stepquant.runtime.ops.fused import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
+from stepquant.support.refusal import Refusal, RefusalCode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,7 +178,7 @@ def test_a_default_device_does_not_reach_the_kernels():
 @pytest.mark.parametrize("shape", [(0, 12), (0, 5, 12), (2, 0, 12), (2, 0, 3, 12)])
 @pytest.mark.parametrize("parts", [(12,), (4, 8)])
 def test_nothing_in_a_batch(context, shape, parts):
-    layer = PackedLinear(LayerSpec("linear", 12, 8, 8, 8), parts, 1, context, True, False)
+    layer = IntegerLinear(LayerSpec("linear", 12, 8, 8, 8), parts, 1, context, True, False)
     y = layer(torch.empty(shape))
     assert y.shape == (*shape[:-1], 8) and y.dtype == torch.float32
 
@@ -215,9 +216,10 @@ def test_parts_of_different_dtypes_are_joined_first():
 @pytest.mark.parametrize(("name", "kernel"), [("sd", "onednn"), ("pixart", "native")])
 def test_compiled_its_blocks_take_codes_too(name, kernel, monkeypatch):
     """At 4 bits, which every CPU takes; without VNNI the native product is torch's in float64."""
-    for each in KERNELS:
-        reason = None if each == kernel else "not in this test"
-        monkeypatch.setattr(KERNELS[each], "why_not", lambda *_, reason=reason: reason)
+    absent = Refusal(RefusalCode.MACHINE, "not in this test")
+    for name_of, each in registered_kernels().items():
+        reason = None if name_of == kernel else absent
+        monkeypatch.setattr(each, "why_not", lambda *_, reason=reason: reason)
     fast = packed(name, TABLES, bits=4)
     predict = predictor(fast, timestep=torch.tensor(500).expand(2))
     expected = predict(fast)

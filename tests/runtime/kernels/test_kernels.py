@@ -14,17 +14,20 @@ import torch
 
 import stepquant
 from kernel_cases import CASES, Case, actual, expected
-from stepquant.runtime.kernels import KERNELS, choose, native, onednn
-from stepquant.runtime.layers.prepared import CallConstants
+from stepquant.runtime.kernels import Backend, choose, onednn, onednn_operators, registered_kernels
+from stepquant.runtime.kernels.native import NATIVE
+from stepquant.runtime.kernels.onednn import ONEDNN, CallConstants
 from stepquant.runtime.ops.encoding import pad
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.errors import StepQuantError
+from stepquant.support.refusal import RefusalCode
 
+KERNELS = registered_kernels()
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 NAMES = {case.name: case for case in CASES}
 LINEAR, CONV = NAMES["linear-w8"].spec, NAMES["conv-w8"].spec
-NO_ONEDNN = onednn.why_not(LINEAR, CPU)
+NO_ONEDNN = ONEDNN.why_not(LINEAR, CPU)
 # Each cap, the CPU's flag that it needs to be that very instruction set, and whether kernels for it
 # add pairs of products in int16.
 CAPS = {
@@ -72,7 +75,7 @@ def test_int_mm_is_exact_on_the_cpu(case: Case) -> None:
 def test_kernels_are_exact_on_cuda(case: Case, kernel: str) -> None:
     reason = KERNELS[kernel].why_not(case.spec, CUDA)
     if reason:
-        pytest.skip(reason)
+        pytest.skip(str(reason))
     check_exact(kernel, case, "cuda")
 
 
@@ -146,7 +149,7 @@ def test_two_halves_are_exact_on_every_cpu(name: str, monkeypatch: pytest.Monkey
 def test_scales_are_applied_per_tensor_and_out_channel(name: str, kernel: str) -> None:
     reason = KERNELS[kernel].why_not(NAMES[name].spec, CPU)
     if reason and kernel in ("native", "onednn"):
-        pytest.skip(reason)
+        pytest.skip(str(reason))
     case = NAMES[name]
     inputs, spec = case.inputs(), case.spec
     before = {key: value.clone() for key, value in inputs.items()}
@@ -184,19 +187,19 @@ def test_operators_tell_torch_compile_the_truth_about_their_results(name: str) -
     """The shape, dtype and strides that `torch.compile` plans with are those that come."""
     case = NAMES[name]
     inputs, spec = case.inputs(), case.spec
-    packed, scale, zeros, _ = onednn.prepare(inputs["weight"], torch.ones(spec.out_channels), spec)
+    packed, scale, zeros, _ = ONEDNN.prepare(inputs["weight"], torch.ones(spec.out_channels), spec)
     zero_point = torch.tensor([3], dtype=torch.int32)
     weight = (packed, scale, zeros)
     if spec.kind == "linear":
         arguments = (inputs["codes"], torch.ones(1), zero_point, *weight, None)
         real = torch.ops.stepquant.linear_u8s8(*arguments)
-        planned = onednn._linear_shape(*arguments)
+        planned = onednn_operators._linear_shape(*arguments)
     else:
         bias = torch.zeros(spec.out_channels)
         geometry = (spec.kernel_size, spec.stride, spec.padding, spec.dilation)
         arguments = (inputs["codes"], torch.ones(1), zero_point, *weight, bias, *geometry)
         real = torch.ops.stepquant.conv2d_u8s8(*arguments)
-        planned = onednn._conv2d_shape(*arguments)
+        planned = onednn_operators._conv2d_shape(*arguments)
     assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
     assert planned.stride() == real.stride()
 
@@ -206,7 +209,7 @@ def test_operators_tell_torch_compile_the_truth_about_their_results(name: str) -
 def test_onednn_gives_no_samples_for_none(name: str) -> None:
     spec = NAMES[name].spec
     channels = torch.ones(spec.out_channels)
-    state = onednn.prepare(torch.ones(spec.weight_shape, dtype=torch.int8), channels, spec)
+    state = ONEDNN.prepare(torch.ones(spec.weight_shape, dtype=torch.int8), channels, spec)
     shape = (0, spec.in_channels, 9, 7) if spec.kind == "conv2d" else (0, 5, spec.in_channels)
     codes = torch.zeros(shape, dtype=torch.uint8)
     constants = CallConstants(1.0, 0, channels)
@@ -246,8 +249,8 @@ def test_one_sided_weights_and_a_high_zero_point_cost_little_precision(bits: int
     codes = torch.randint(0, 256, (2, 256, 6, 6), generator=generator, dtype=torch.uint8)
     weight = torch.randint(0, 2 ** (bits - 1), (8, 256, 3, 3), generator=generator)
     scale, weight_scale = torch.tensor([0.013]), torch.rand(8, generator=generator) + 0.1
-    state = onednn.prepare(weight.to(torch.int8), weight_scale, spec)
-    y = onednn.run(state, codes, scale, torch.tensor([255], dtype=torch.int32), None, None, spec)
+    state = ONEDNN.prepare(weight.to(torch.int8), weight_scale, spec)
+    y = ONEDNN.run(state, codes, scale, torch.tensor([255], dtype=torch.int32), None, None, spec)
     oracle = torch.nn.functional.conv2d((codes.double() - 255), weight.double(), padding=1)
     oracle = oracle * scale.double() * weight_scale.double().view(1, -1, 1, 1)
     assert (y - oracle).abs().max() < 1e-6 * oracle.abs().max()
@@ -279,27 +282,31 @@ def actual_from(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @needs_onednn
 def test_auto_takes_our_own_kernel_on_the_cpu_or_else_onednn() -> None:
-    reason = native.why_not(CONV, CPU)
-    if reason is None:
-        assert choose(CONV, CPU) == ("native", native, [])
+    refusal = NATIVE.why_not(CONV, CPU)
+    choice = choose(CONV, CPU)
+    if refusal is None:
+        assert choice == (NATIVE, {})
     else:
-        assert choose(CONV, CPU) == ("onednn", onednn, [f"native: {reason}"])
+        assert choice == (ONEDNN, {"native": refusal})
+        assert choice.reasons == [f"native: {refusal}"]
 
 
 def test_auto_on_a_device_that_no_kernel_is_made_for_says_why_it_is_slow() -> None:
-    name, kernel, reasons = choose(LINEAR, torch.device("meta"))
-    assert (name, kernel) == ("reference", KERNELS["reference"])
-    assert [reason.split(":")[0] for reason in reasons] == ["native", "onednn", "int_mm"]
-    assert all("meta" in reason for reason in reasons)
+    kernel, refusals = choose(LINEAR, torch.device("meta"))
+    assert kernel is KERNELS["reference"]
+    assert list(refusals) == ["native", "onednn", "int_mm"]
+    assert all("meta" in refusal.text for refusal in refusals.values())
+    assert {refusal.code for refusal in refusals.values()} == {RefusalCode.DEVICE}
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", [*KERNELS, Backend.REFERENCE, Backend.ONEDNN])
 def test_a_backend_that_is_asked_for_is_taken_or_the_reason_given(backend: str) -> None:
-    chosen, reason = choose(LINEAR, CPU, backend), KERNELS[backend].why_not(LINEAR, CPU)
+    choice, reason = choose(LINEAR, CPU, backend), KERNELS[backend].why_not(LINEAR, CPU)
     if reason is None:
-        assert chosen == (backend, KERNELS[backend], [])
+        assert choice == (KERNELS[backend], {})
     else:
-        assert chosen == ("reference", KERNELS["reference"], [f"{backend}: {reason}"])
+        assert choice.kernel is KERNELS["reference"]
+        assert choice.reasons == [f"{backend}: {reason}"]
 
 
 def test_an_unknown_backend_is_refused() -> None:
@@ -320,9 +327,9 @@ def test_an_unknown_backend_is_refused() -> None:
 )
 def test_why_int_mm_does_not_take_a_layer(spec: LayerSpec, reason: str | None) -> None:
     found = KERNELS["int_mm"].why_not(spec, CUDA)
-    assert found is None if reason is None else found is not None and reason in found
-    assert KERNELS["int_mm"].why_not(spec, CPU) == "made for CUDA, the layer is on cpu"
-    name, _, reasons = choose(spec, CUDA)
-    assert (name == "int_mm") == (reason is None)
+    assert found is None if reason is None else found is not None and reason in found.text
+    assert str(KERNELS["int_mm"].why_not(spec, CPU)) == "made for CUDA, the layer is on cpu"
+    choice = choose(spec, CUDA)
+    assert (choice.kernel.name == "int_mm") == (reason is None)
     apart = "made for the CPU, the layer is on cuda"
-    assert reasons[:2] == [f"native: {apart}", f"onednn: {apart}"]
+    assert choice.reasons[:2] == [f"native: {apart}", f"onednn: {apart}"]

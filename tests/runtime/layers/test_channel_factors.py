@@ -22,13 +22,13 @@ from fused_paths import (
     image,
 )
 from kernel_cases import Case
-from stepquant.runtime.kernels import native as kernel
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.kernels.native import NATIVE
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.ops import fused, native
 from stepquant.runtime.ops.encoding import encode as packed_encode
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.ops.native import products
+from stepquant.runtime.ops.native import products, tiled_weight
 from stepquant.runtime.ops.native.attention_call import attention_codes
 from stepquant.simulation.packing import pack_layer
 from stepquant.support.errors import StepQuantError
@@ -112,8 +112,8 @@ def test_codes_of_products(out_channels: int, gated: bool) -> None:
         pytest.skip(str(native.why_no_products()))
     case = Case("tokens", LayerSpec("linear", 192, out_channels, 8, 8), (2, 77), 4)
     inputs, spec = case.inputs(), case.spec
-    state = kernel.prepare(inputs["weight"], torch.rand(out_channels) / 192, spec)
-    held = products.weight_of(*state, None, None)
+    state = NATIVE.prepare(inputs["weight"], torch.rand(out_channels) / 192, spec)
+    held = tiled_weight.weight_of(*state, None, None)
     grid = Grid(torch.tensor([0.01]), torch.tensor([4], dtype=torch.uint8), None, 255)
     arguments = (library, inputs["codes"], grid, held, spec)
     y = products.products(*arguments, None, False, torch.float32).double()
@@ -129,7 +129,7 @@ def test_codes_of_products(out_channels: int, gated: bool) -> None:
 def test_codes_of_attention() -> None:
     library = native.library()
     if library is None or library.attention is None:
-        pytest.skip(native.why_not() or "no AMX on this machine")
+        pytest.skip(str(native.why_not() or "no AMX on this machine"))
     q, k, v = (draw(2, rows, 120, seed=rows, dtype=torch.bfloat16) for rows in (37, 77, 77))
     fine = TABLE._replace(scale=TABLE.scale / 100)
     codes = attention_codes(library, q, k, v, 3, scaled(fine, 120))
@@ -172,9 +172,9 @@ def test_native_refuses_other_factors() -> None:
 def test_blocks_whose_layers_scale_their_channels_stay_fast(name: str) -> None:
     fast = packed(name, STATIC)
     for layer in fast.modules():
-        if isinstance(layer, PackedLayer):
+        if isinstance(layer, IntegerLayer):
             layer.register_buffer("act_channel_scale", 1 / factors(layer.spec.in_channels))
-            layer._prepared = None
+            layer.drop_layout()
     predict = predictor(fast)
     found = predict(fast)
     assert_near(found, predict(plain_copy(fast)))

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from layer_cases import input_for, layers, seeded
 from quantize_runs import refused
-from stepquant.runtime.kernels import reference
+from stepquant.runtime.kernels import Choice
+from stepquant.runtime.kernels.reference import REFERENCE
 from stepquant.runtime.layers.dynamic import (
     DynamicConv2d,
     DynamicLinear,
@@ -53,7 +54,7 @@ def test_a_layer_computes_with_rounded_input_and_weight(kind):
 def test_the_fast_kernel_agrees_with_the_reference(kind, monkeypatch):
     layer, x = dynamic(kind), input_for(kind)
     fast = layer(x)
-    monkeypatch.setattr("stepquant.runtime.kernels.choose", lambda *_: ("reference", reference, []))
+    monkeypatch.setattr("stepquant.runtime.layers.dynamic.choose", lambda *_: Choice(REFERENCE, {}))
     layer.prepare()
     torch.testing.assert_close(fast, layer(x), rtol=1e-6, atol=1e-6)
 

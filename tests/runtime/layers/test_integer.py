@@ -17,13 +17,15 @@ from layer_cases import assert_agrees, input_for, layers, seeded
 from stepquant.numerics import quantize
 from stepquant.quantizers import QuantLinear, StepContext
 from stepquant.runtime.kernels import onednn
-from stepquant.runtime.layers.integer import PackedLayer, PackedLinear, encode
+from stepquant.runtime.layers import integer
+from stepquant.runtime.layers.integer import IntegerLayer, IntegerLinear
+from stepquant.runtime.ops.encoding import encode
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.simulation.packing import pack_layer, pack_model
 from stepquant.support.errors import StepQuantError
 
 LINEAR = LayerSpec("linear", 12, 8, 4, 8)
-NO_ONEDNN = onednn.why_not(LINEAR, torch.device("cpu"))
+NO_ONEDNN = onednn.ONEDNN.why_not(LINEAR, torch.device("cpu"))
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -268,14 +270,14 @@ def test_an_unknown_backend_is_refused_until_it_is_put_right(simulate: Any) -> N
 @pytest.mark.parametrize(("bits", "what"), [((0, 8), "weight"), ((4, 9), "activation")])
 def test_bits_are_checked(bits: tuple[int, int], what: str, context: StepContext) -> None:
     with pytest.raises(StepQuantError, match=f"{what} bits is"):
-        PackedLinear(LayerSpec("linear", 12, 8, *bits), (12,), 1, context, True, False)
+        IntegerLinear(LayerSpec("linear", 12, 8, *bits), (12,), 1, context, True, False)
 
 
 def test_print_and_the_names_of_nn_linear(simulate: Any) -> None:
     packed = pack_layer(simulate(seeded("linear"), 4, 8, (7, 5)))
     assert (packed.in_features, packed.out_features) == (12, 8)
     assert repr(packed) == (
-        "PackedLinear(12, 8, weight_bits=4, activation_bits=8, steps=5, parts=(7, 5))"
+        "IntegerLinear(12, 8, weight_bits=4, activation_bits=8, steps=5, parts=(7, 5))"
     )
 
 
@@ -308,7 +310,7 @@ X = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(3))
 
 def prepare(network: nn.Sequential) -> None:
     for layer in network:
-        if isinstance(layer, PackedLayer):
+        if isinstance(layer, IntegerLayer):
             layer.prepare()
 
 
@@ -392,3 +394,12 @@ def test_packed_agrees_with_the_simulation_on_cuda(kind: str, simulate: Any) -> 
         or "int_mm" in packed.kernel_names()
         or (packed.fallback_reasons())
     )
+
+
+@pytest.mark.parametrize("kind", ["Layer", "Linear", "Conv2d"])
+def test_old_names_serve_for_one_release(kind: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"Packed{kind} is called Integer{kind} now"):
+        found = getattr(integer, f"Packed{kind}")
+    assert found is getattr(integer, f"Integer{kind}")
+    with pytest.raises(AttributeError, match="has no attribute 'PackedNothing'"):
+        integer.PackedNothing  # noqa: B018

@@ -11,7 +11,7 @@ from torch import nn
 
 from layer_cases import input_for, layers, seeded
 from stepquant.quantizers import StepContext
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.weight_only import weight_only_in_place_of
 from stepquant.simulation.packing import pack_layer
 
@@ -85,7 +85,7 @@ def test_hooks_before_the_first_call_change_no_number_either(network):
 def test_a_layer_that_was_moved_by_hand_is_laid_out_anew(network, monkeypatch):
     """No method of the module is called, so it has to look."""
     layer = network[0]
-    assert isinstance(layer, PackedLayer)
+    assert isinstance(layer, IntegerLayer)
     layer(X)
     for name, _ in list(layer.named_buffers()):
         set_module_tensor_to_device(layer, name, "meta")

@@ -24,8 +24,8 @@ from fused_paths import (
     draw,
     image,
 )
-from stepquant.runtime.layers.integer import encode as packed_encode
 from stepquant.runtime.ops import fused, native, plain
+from stepquant.runtime.ops.encoding import encode as packed_encode
 from stepquant.runtime.ops.fused import Grid, Output
 from stepquant.support.errors import StepQuantError
 

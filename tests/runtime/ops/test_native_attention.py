@@ -32,7 +32,7 @@ SHAPES = {
 def loaded() -> Library:
     library = native.library()
     if library is None or library.attention is None:
-        pytest.skip(native.why_not() or "no AMX on this machine")
+        pytest.skip(str(native.why_not() or "no AMX on this machine"))
     return library
 
 

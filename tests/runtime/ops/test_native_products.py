@@ -14,11 +14,11 @@ from torch import Tensor
 from fused_paths import ACTIVATIONS, TABLE, assert_codes
 from kernel_cases import CASES, Case, int64_reference
 from stepquant.runtime.kernels import native as kernel
-from stepquant.runtime.ops import fused
+from stepquant.runtime.kernels.native import NATIVE
 from stepquant.runtime.ops.encoding import pad
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.ops.native import Library, build, products, tiles
+from stepquant.runtime.ops.native import Library, build, products, tiled_weight, tiles
 from stepquant.runtime.ops.result_shapes import shape_of
 from stepquant.support.errors import StepQuantError
 
@@ -90,8 +90,8 @@ def run(
     gate: Tensor | None = None,
 ) -> Tensor:
     inputs, spec = case.inputs(), case.spec
-    tiles, scale, sums = kernel.prepare(inputs["weight"], weight_scale, spec)
-    held = products.weight_of(tiles, scale, sums, bias, step_bias)
+    tiles, scale, sums = NATIVE.prepare(inputs["weight"], weight_scale, spec)
+    held = tiled_weight.weight_of(tiles, scale, sums, bias, step_bias)
     codes = inputs["codes"]
     if spec.kind == "conv2d":
         codes = pad(codes, torch.tensor([case.act_zero_point]), spec.padding)
@@ -222,7 +222,7 @@ def test_codes_are_those_of_the_floats(
     inputs, spec = case.inputs(), case.spec
     weight_scale = torch.rand(spec.out_channels) / spec.in_channels
     bias = torch.randn(spec.out_channels)
-    held = products.weight_of(*kernel.prepare(inputs["weight"], weight_scale, spec), bias, None)
+    held = tiled_weight.weight_of(*NATIVE.prepare(inputs["weight"], weight_scale, spec), bias, None)
     arguments = (loaded, inputs["codes"], grid_of(case, 0.01), held, spec)
     found = products.product_codes(*arguments, activation, gated, TABLE)
     y = products.products(*arguments, None, False, torch.float32).double()
@@ -234,8 +234,8 @@ def test_codes_are_those_of_the_floats(
 def test_a_row_of_the_output_grid_outside_its_table_is_refused(loaded: Library) -> None:
     case = CODED[0]
     inputs, spec = case.inputs(), case.spec
-    held = products.weight_of(
-        *kernel.prepare(inputs["weight"], torch.ones(spec.out_channels), spec), None, None
+    held = tiled_weight.weight_of(
+        *NATIVE.prepare(inputs["weight"], torch.ones(spec.out_channels), spec), None, None
     )
     outside = TABLE._replace(row=torch.tensor([3]))
     with pytest.raises(StepQuantError, match="outside its table"):
@@ -272,8 +272,8 @@ def test_the_layout_gives_the_weight_back(
         -128, 129 - 2**bits, (out, *(1,) * (codes.dim() - 1)), generator=generator
     )
     weight = (codes + lowest).to(torch.int8)
-    laid_out = kernel.lay_out(weight, torch.ones(out), spec)
-    assert torch.equal(kernel.differences(laid_out, spec), weight)
+    laid_out = NATIVE.lay_out(weight, torch.ones(out), spec)
+    assert torch.equal(NATIVE.differences(laid_out, spec), weight)
     tiles, chunks = -(-out // 16), -(-spec.columns // 64)
     if laid_out.dtype == torch.uint8:
         assert laid_out.shape == (tiles, 64 + chunks * 512)
@@ -288,14 +288,14 @@ def test_four_bits_are_for_what_fits_in_each_row(span: int, dtype: torch.dtype) 
     weight[:, 1:] = weight[:, :1]
     weight[7, 5] += span
     spec = LayerSpec("linear", 64, 20, 8, 8)
-    laid_out = kernel.lay_out(weight, torch.ones(20), spec)
-    assert laid_out.dtype == dtype and torch.equal(kernel.differences(laid_out, spec), weight)
+    laid_out = NATIVE.lay_out(weight, torch.ones(20), spec)
+    assert laid_out.dtype == dtype and torch.equal(NATIVE.differences(laid_out, spec), weight)
 
 
 def test_columns_that_overflow_are_left_to_other_kernels() -> None:
     spec = LayerSpec("linear", kernel.MOST_COLUMNS + 1, 1, 8, 8)
-    reason = kernel.why_not(spec, torch.device("cpu"))
-    assert reason is not None and f"the layer has {spec.columns}" in reason
+    reason = NATIVE.why_not(spec, torch.device("cpu"))
+    assert reason is not None and f"the layer has {spec.columns}" in reason.text
     # The most extreme codes and weights still fit, with the zero point's share.
     assert 255 * 128 * kernel.MOST_COLUMNS < 2**31
 
@@ -341,13 +341,13 @@ def test_other_channels_are_refused(
     loaded: Library, spec: LayerSpec, shape: tuple[int, ...]
 ) -> None:
     codes = torch.zeros(shape, dtype=torch.uint8)
-    state = kernel.prepare(torch.ones(spec.weight_shape, dtype=torch.int8), torch.ones(32), spec)
-    held = products.weight_of(*state, None, None)
+    state = NATIVE.prepare(torch.ones(spec.weight_shape, dtype=torch.int8), torch.ones(32), spec)
+    held = tiled_weight.weight_of(*state, None, None)
     with pytest.raises(StepQuantError, match=f"channels: expected {spec.in_channels}"):
         products.products(loaded, codes, grid_of(LARGE[0]), held, spec, None, False, torch.float32)
     with pytest.raises(StepQuantError, match=f"channels: expected {spec.in_channels}"):
         zero_point = torch.tensor([3], dtype=torch.int32)
-        kernel.run(state, codes, torch.ones(1), zero_point, None, None, spec)
+        NATIVE.run(state, codes, torch.ones(1), zero_point, None, None, spec)
 
 
 def test_an_image_smaller_than_the_kernel_is_refused() -> None:
@@ -358,9 +358,10 @@ def test_an_image_smaller_than_the_kernel_is_refused() -> None:
 @pytest.mark.parametrize("spec", [conv(64, 32), LayerSpec("linear", 64, 32, 8, 8)], ids=str)
 def test_no_samples_give_no_samples(spec: LayerSpec) -> None:
     codes = torch.zeros((0, 64, 6, 6) if spec.kind == "conv2d" else (0, 7, 64), dtype=torch.uint8)
-    state = kernel.prepare(torch.ones(spec.weight_shape, dtype=torch.int8), torch.ones(32), spec)
-    weight = products.weight_of(*state, None, None)
-    y = fused.tiled_product(codes, grid_of(LARGE[0]), weight, spec)
+    state = NATIVE.prepare(torch.ones(spec.weight_shape, dtype=torch.int8), torch.ones(32), spec)
+    y = NATIVE.bind(state, None, None, spec).run(
+        codes, grid_of(LARGE[0]), None, False, torch.float32, None
+    )
     assert y.shape == ((0, 32, 4, 4) if spec.kind == "conv2d" else (0, 7, 32))
 
 

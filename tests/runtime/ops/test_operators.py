@@ -17,7 +17,7 @@ from fused_paths import COARSE, GRID, TABLE, draw, image
 from stepquant.runtime.ops import fused, native, operators, plain
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.ops.native import products, tiles
+from stepquant.runtime.ops.native import tiled_weight, tiles
 from stepquant.support.errors import StepQuantError
 
 OPS = torch.ops.stepquant
@@ -31,13 +31,13 @@ def codes(*shape: int) -> Tensor:
     return torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
 
 
-def weight_of(spec: LayerSpec, largest: int = 127, biases: bool = False) -> products.Weight:
+def weight_of(spec: LayerSpec, largest: int = 127, biases: bool = False) -> tiled_weight.Weight:
     generator = torch.Generator().manual_seed(4)
     weight = torch.randint(0, largest + 1, spec.weight_shape, generator=generator).to(torch.int8)
     out, sums = spec.out_channels, weight.flatten(1).sum(dim=1, dtype=torch.int32)
     bias, step_bias = (draw(out), draw(3, out, seed=1)) if biases else (None, None)
     scale = draw(out, seed=2).abs() / spec.columns
-    return products.weight_of(tiles.lay_out(weight, spec), scale, sums, bias, step_bias)
+    return tiled_weight.weight_of(tiles.lay_out(weight, spec), scale, sums, bias, step_bias)
 
 
 OF_CONV, OF_LINEAR = weight_of(CONV), weight_of(LINEAR)

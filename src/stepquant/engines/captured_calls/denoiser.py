@@ -117,9 +117,9 @@ class RecordedDenoiser(StandIn):
     def _record(
         self, known: _Known, key: Any, arguments: dict[str, Any], plain: Callable[[], Any]
     ) -> Any:
-        reason = why_not(self.denoiser)
-        state = State(self.denoiser)
-        if reason is None:
+        refusal, state = why_not(self.denoiser), State(self.denoiser)
+        reason = str(refusal)
+        if refusal is None:
             try:
                 recording, output = _record(self.denoiser, arguments, state)
                 known.shapes[key], known.state = recording, state

@@ -11,10 +11,11 @@ from torch.nn.modules import module as global_hooks
 
 from stepquant.models.input_bypass import InputBypass
 from stepquant.quantizers.step_grid import StepContext
-from stepquant.runtime.layers.integer import PackedLayer, is_packed
+from stepquant.runtime.layers.integer import IntegerLayer, is_packed
 from stepquant.runtime.ops import native
+from stepquant.support.refusal import Refusal, RefusalCode
 
-NO_PRODUCTS = "no native integer products on this machine"
+NO_PRODUCTS = Refusal(RefusalCode.NO_PRODUCTS, "no native integer products on this machine")
 KINDS = (
     *("_modules", "_parameters", "_buffers"),
     *("_forward_hooks", "_forward_pre_hooks"),
@@ -25,27 +26,27 @@ ATTRIBUTES = ("processor", "s1", "s2", "b1", "b2", "_chunk_size", "_any_log2")
 PATCHES = ("forward", "_hf_hook")  # of instances, by the hooks of accelerate and diffusers
 
 
-def why_not(denoiser: nn.Module) -> str | None:
+def why_not(denoiser: nn.Module) -> Refusal | None:
     """Why calls of `denoiser` cannot be recorded as it is now, or None."""
     if native.why_no_products() is not None:
         return NO_PRODUCTS
     if not is_packed(denoiser):
-        return "no packed layers"
+        return Refusal(RefusalCode.MODEL, "no packed layers")
     for module in denoiser.modules():
         if module.training:
-            return "training mode"
+            return Refusal(RefusalCode.TRAINING, "training mode")
         if any(name in module.__dict__ for name in PATCHES):
-            return "a hook of accelerate or diffusers"
+            return Refusal(RefusalCode.HOOK, "a hook of accelerate or diffusers")
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if not isinstance(getattr(hook, "__self__", None), OWN_HOOKS):
-                return "a hook"
-        if isinstance(module, PackedLayer):
+                return Refusal(RefusalCode.HOOK, "a hook")
+        if isinstance(module, IntegerLayer):
             if module.lora is not None:
-                return "a LoRA"
+                return Refusal(RefusalCode.LORA, "a LoRA")
             if module.memory != "fast":
-                return f"the memory mode '{module.memory}'"
+                return Refusal(RefusalCode.MEMORY_MODE, f"the memory mode '{module.memory}'")
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
-        return "a global hook"
+        return Refusal(RefusalCode.HOOK, "a global hook")
     return None
 
 
@@ -58,7 +59,7 @@ class State:
     def __init__(self, denoiser: nn.Module) -> None:
         """Note all of it."""
         modules = list(denoiser.modules())
-        layers = [module for module in modules if isinstance(module, PackedLayer)]
+        layers = [module for module in modules if isinstance(module, IntegerLayer)]
         own = [module.__dict__ for module in modules]
         self._modules, self._layers = own, [layer.__dict__ for layer in layers]
         self._held = [each[kind] for each in own for kind in KINDS]
@@ -77,7 +78,7 @@ class State:
         self.tensors += [
             tensor
             for layer in layers
-            for tensor in _laid_out(layer)
+            for tensor in layer.tensors_read()
             if tensor.untyped_storage().data_ptr() not in at_hand
         ]
         self._then = self._now()
@@ -102,12 +103,3 @@ class State:
     def unchanged(self) -> bool:
         """Whether all that is still so."""
         return self._now() == self._then
-
-
-def _laid_out(layer: PackedLayer) -> list[Tensor]:
-    """What the kernels of a layer read besides its buffers."""
-    found: list[Tensor | None] = []
-    for part in layer._prepared or ():
-        found += [part.weight, *part.rest, part.grid.factors]
-        found += [] if part.held is None else part.held[:5]
-    return [each for each in found if each is not None and each.layout == torch.strided]

@@ -1,4 +1,4 @@
-"""Blocks of diffusers that hand codes to their packed layers; see `runtime.layers.codes`.
+"""Blocks of diffusers that hand codes to their layers; see `runtime.layers.prepared_layer`.
 
 A fast block is the block itself, in a class that derives from the block's and computes the same
 from the same parts: names of modules, hooks, configs and checks of its class stay as they are.
@@ -41,7 +41,7 @@ PLAIN_CLASSES = {fast: plain for plain, fast in FAST_CLASSES.items()}
 
 
 def use_fast_blocks(model: nn.Module) -> nn.Module:
-    """Let the blocks of the packed `model` hand codes to their layers; in place."""
+    """Let the blocks of the quantized `model` hand codes to their layers; in place."""
     for module in model.modules():
         fast = FAST_CLASSES.get(type(module))
         if fast is not None and module is not model:  # whose class is written to its config

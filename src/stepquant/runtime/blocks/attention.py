@@ -11,12 +11,22 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepquant.runtime.layers import codes
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.blocks.eligibility import (
+    A_HOOK,
+    TRAINING,
+    is_encodable,
+    untouched,
+    why_no_codes,
+)
+from stepquant.runtime.layers.integer import IntegerLayer
+from stepquant.runtime.layers.prepared_layer import PreparedLayer
 from stepquant.runtime.ops import fused
 from stepquant.runtime.ops.fused import Output
+from stepquant.support.refusal import Refusal, RefusalCode
 
 MANY_SCORES = 128 * 128  # of a head; fewer are quicker in float32
+OTHER_KIND = Refusal(RefusalCode.BLOCK, "attention of another kind")
+OTHER_NORM = Refusal(RefusalCode.BLOCK, "another norm than group norm")
 
 
 class FastAttention(Attention):
@@ -55,39 +65,42 @@ class FastAttention(Attention):
             y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         return y if self.rescale_output_factor == 1.0 else y / self.rescale_output_factor
 
-    def why_plain(self) -> str | None:
+    def why_plain(self) -> Refusal | None:
         """Why the block runs the code of diffusers whatever it is called with, or None."""
         return why_plain(self)
 
 
-def projections(attn: Attention) -> list[PackedLayer]:
+def projections(attn: Attention) -> list[IntegerLayer]:
     """The layers that make queries, keys and values."""
     return [attn.to_q, attn.to_k, attn.to_v]
 
 
 def fits(attn: Attention, x: Tensor, context: Tensor | None) -> bool:
     """Whether `attn` computes what `attend` does with these, if `why_plain` has no reason."""
-    if x.device.type != "cpu" or x.dtype not in codes.FLOATS:
+    if not is_encodable(x):
         return False
     return context is None or not (attn.norm_cross or attn.group_norm is not None)
 
 
-def why_plain(attn: Attention) -> str | None:
+def why_plain(attn: Attention) -> Refusal | None:
     """Why `attn` runs the code of diffusers whatever it is called with, or None."""
     if type(attn.processor) is not AttnProcessor2_0:
-        return f"the attention processor {type(attn.processor).__name__}"
+        return Refusal(
+            RefusalCode.ATTENTION_PROCESSOR,
+            f"the attention processor {type(attn.processor).__name__}",
+        )
     if attn.training:
-        return "training mode"
+        return TRAINING
     norms = (attn.spatial_norm, attn.norm_q, attn.norm_k)
     if any([norm is not None for norm in norms]) or attn.fused_projections or attn.is_causal:
-        return "attention of another kind"
+        return OTHER_KIND
     if not isinstance(attn.group_norm, nn.GroupNorm | None):
-        return "another norm than group norm"
+        return OTHER_NORM
     for inner in (attn.group_norm, *attn.to_out[1:]):
-        if inner is not None and not codes.untouched(inner):
-            return "a hook"
+        if inner is not None and not untouched(inner):
+            return A_HOOK
     for layer in (*projections(attn), attn.to_out[0]):
-        reason = codes.why_not_from_outside(layer, parts=1)
+        reason = why_no_codes(layer, parts=1)
         if reason is not None:
             return reason
     return None
@@ -95,19 +108,19 @@ def why_plain(attn: Attention) -> str | None:
 
 def encoded(attn: Attention, x: Tensor, context: Tensor | None) -> list[Tensor]:
     """Codes of `x [B, N, C]` for queries, and of it or of `context [B, M, E]` for keys, values."""
-    query = codes.encode(attn.to_q, x)[0]
+    query = attn.to_q.prepared().encode(x)[0]
     return [query, *encoded_sources(attn, x if context is None else context)]
 
 
 def encoded_sources(attn: Attention, source: Tensor) -> list[Tensor]:
     """Codes of `source [B, M, E]` for keys and for values."""
-    return [codes.encode(layer, source)[0] for layer in (attn.to_k, attn.to_v)]
+    return [layer.prepared().encode(source)[0] for layer in (attn.to_k, attn.to_v)]
 
 
 def _normed_image(attn: Attention, image: Tensor) -> list[Tensor]:
     """Codes `[B, H * W, C]` of the normed `image [B, C, H, W]`, for queries, keys and values."""
     norm, channels = attn.group_norm, image.shape[1]
-    outputs = [Output(0, channels, codes.grid_of(layer), (0, 0)) for layer in projections(attn)]
+    outputs = [Output(0, channels, layer.prepared().grid(), (0, 0)) for layer in projections(attn)]
     found = fused.group_norm_encode(
         (image,), None, norm.num_groups, norm.weight, norm.bias, norm.eps, "none", outputs
     )
@@ -133,14 +146,14 @@ def attend(
     if inputs[0].shape[1] * inputs[1].shape[1] >= MANY_SCORES and multiplies_bfloat16():
         inner = torch.bfloat16
     query, key, value = (
-        codes.run(layer, [code], dtype=inner)
+        layer.prepared().run([code], dtype=inner)
         for layer, code in zip(projections(attn), inputs, strict=True)
     )
-    project = attn.to_out[0]
+    project: PreparedLayer = attn.to_out[0].prepared()
     pairs = query.shape[-1] // attn.heads % 2 == 0
     if mask is None and pairs and inner is torch.bfloat16 and fused.has_native_attention():
-        code = fused.attention_codes(query, key, value, attn.heads, codes.grid_of(project))
-        return codes.run(project, [code], residual, dtype, gate=gate)
+        code = fused.attention_codes(query, key, value, attn.heads, project.grid())
+        return project.run([code], residual, dtype, gate=gate)
     query, key, value = (
         each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in (query, key, value)
     )
@@ -151,7 +164,7 @@ def attend(
         mask = mask if mask.dtype == torch.bool else mask.to(inner)
     y = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     y = y.transpose(1, 2).flatten(2)
-    return codes.run(project, codes.encode(project, y), residual, dtype, gate=gate)
+    return project.run(project.encode(y), residual, dtype, gate=gate)
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot ask

@@ -5,9 +5,10 @@ from __future__ import annotations
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from stepquant.runtime.layers import codes
+from stepquant.runtime.blocks.eligibility import is_encodable, untouched, why_no_codes
 from stepquant.runtime.ops import fused
 from stepquant.runtime.ops.grids import Output
+from stepquant.support.refusal import Refusal
 
 
 class FastTransformer2DModel(Transformer2DModel):
@@ -16,17 +17,18 @@ class FastTransformer2DModel(Transformer2DModel):
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
         """`[B, C, H, W]` to `[B, H * W, inner_dim]`, and the channels to come back to."""
         x, norm, project = hidden_states, self.norm, self.proj_in
-        plain = isinstance(norm, nn.GroupNorm) and codes.untouched(norm)
+        plain = isinstance(norm, nn.GroupNorm) and untouched(norm)
         if not (_on_codes(project, x) and plain):
             return super()._operate_on_continuous_inputs(x)
-        outputs = [Output(0, x.shape[1], codes.grid_of(project), (0, 0))]
+        prepared = project.prepared()
+        outputs = [Output(0, x.shape[1], prepared.grid(), (0, 0))]
         (code,) = fused.group_norm_encode(
             (x,), None, norm.num_groups, norm.weight, norm.bias, norm.eps, "none", outputs
         )
         if self.use_linear_projection:
-            y = codes.run(project, [_tokens(code)], dtype=x.dtype)
+            y = prepared.run([_tokens(code)], dtype=x.dtype)
         else:
-            y = _tokens(codes.run(project, [code], dtype=x.dtype))
+            y = _tokens(prepared.run([code], dtype=x.dtype))
         return y.to(x.dtype), x.shape[1] if self.use_linear_projection else y.shape[-1]
 
     def _get_output_for_continuous_inputs(
@@ -44,24 +46,21 @@ class FastTransformer2DModel(Transformer2DModel):
             return super()._get_output_for_continuous_inputs(
                 x, residual, batch_size, height, width, inner_dim
             )
+        prepared = project.prepared()
         if self.use_linear_projection:
-            y = codes.run(project, codes.encode(project, x), _tokens(residual), residual.dtype)
+            y = prepared.run(prepared.encode(x), _tokens(residual), residual.dtype)
             return _image(y, height, width)
-        code = codes.encode(project, _image(x, height, width))
-        return codes.run(project, code, residual, residual.dtype)
+        code = prepared.encode(_image(x, height, width))
+        return prepared.run(code, residual, residual.dtype)
 
-    def why_plain(self) -> str | None:
+    def why_plain(self) -> Refusal | None:
         """Why one of the projections runs as in diffusers whatever it is called with, or None."""
-        layers = [codes.why_not_from_outside(each, 1) for each in (self.proj_in, self.proj_out)]
+        layers = [why_no_codes(each, 1) for each in (self.proj_in, self.proj_out)]
         return layers[0] or layers[1]
 
 
 def _on_codes(layer: nn.Module, x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype in codes.FLOATS
-        and codes.why_not_from_outside(layer, parts=1) is None
-    )
+    return is_encodable(x) and why_no_codes(layer, parts=1) is None
 
 
 def _tokens(image: Tensor) -> Tensor:

@@ -9,9 +9,20 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from stepquant.runtime.layers import codes
-from stepquant.runtime.layers.integer import PackedConv2d
+from stepquant.runtime.blocks.eligibility import (
+    A_HOOK,
+    TRAINING,
+    is_encodable,
+    untouched,
+    why_no_codes,
+)
+from stepquant.runtime.layers.integer import IntegerConv2d
 from stepquant.runtime.ops import fused
+from stepquant.support.refusal import Refusal, RefusalCode
+
+OTHER_NORM = Refusal(RefusalCode.BLOCK, "another norm than group norm")
+OTHER_FORM = Refusal(RefusalCode.BLOCK, "another norm or activation than group norm and SiLU")
+RESIZES = Refusal(RefusalCode.BLOCK, "a resnet that changes the size")
 
 
 class FastResnetBlock2D(ResnetBlock2D):
@@ -31,65 +42,64 @@ class FastResnetBlock2D(ResnetBlock2D):
     def joined(self, parts: Sequence[Tensor], temb: Tensor | None) -> Tensor:
         """What calling the block with `parts [B, C_i, H, W]`, joined over channels, gives."""
         alike = all([part.dtype == parts[0].dtype for part in parts])
-        if alike and codes.untouched(self) and self._runs_on_codes(parts[0], temb):
+        if alike and untouched(self) and self._runs_on_codes(parts[0], temb):
             return self._of_parts(parts, temb)
         return self(torch.cat(list(parts), dim=1), temb)
 
     def _of_parts(self, parts: Sequence[Tensor], temb: Tensor | None) -> Tensor:
-        y = codes.run(self.conv1, _normed(self.norm1, parts, None, self.conv1))
+        y = self.conv1.prepared().run(_normed(self.norm1, parts, None, self.conv1))
         added = None
         if self.time_emb_proj is not None:
             assert temb is not None
             activation = "none" if self.skip_time_act else "silu"
-            added = codes.run(
-                self.time_emb_proj, codes.encode(self.time_emb_proj, temb, activation)
-            )
+            project = self.time_emb_proj.prepared()
+            added = project.run(project.encode(temb, activation))
             added = added.expand(len(y), -1)  # one embedding may be for all samples
         inner = _normed(self.norm2, (y,), added, self.conv2)
         dtype, scaled = parts[0].dtype, self.output_scale_factor != 1.0
-        shortcut = self.conv_shortcut
-        if shortcut is not None:
-            residual = codes.run(shortcut, codes.encode_parts(shortcut, parts))
+        if self.conv_shortcut is not None:
+            shortcut = self.conv_shortcut.prepared()
+            residual = shortcut.run(shortcut.encode_parts(parts))
         else:
             residual = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
-        y = codes.run(
-            *(self.conv2, inner, residual, torch.float32 if scaled else dtype),
-            overwrite=shortcut is not None,
+        y = self.conv2.prepared().run(
+            *(inner, residual, torch.float32 if scaled else dtype),
+            overwrite=self.conv_shortcut is not None,
         )
         return y.div_(self.output_scale_factor).to(dtype) if scaled else y
 
     def _runs_on_codes(self, x: Tensor, temb: Tensor | None) -> bool:
         return (
-            x.device.type == "cpu"
-            and x.dtype in codes.FLOATS
+            is_encodable(x)
             and (temb is None) == (self.time_emb_proj is None)
             and self.why_plain() is None
         )
 
-    def why_plain(self) -> str | None:
+    def why_plain(self) -> Refusal | None:
         """Why the block runs the code of diffusers whatever it is called with, or None."""
         if self.time_embedding_norm != "default" or not isinstance(self.nonlinearity, nn.SiLU):
-            return "another norm or activation than group norm and SiLU"
+            return OTHER_FORM
         if self.upsample is not None or self.downsample is not None:
-            return "a resnet that changes the size"
+            return RESIZES
         if self.training:
-            return "training mode"
+            return TRAINING
         if not all([isinstance(norm, nn.GroupNorm) for norm in (self.norm1, self.norm2)]):
-            return "another norm than group norm"
+            return OTHER_NORM
         inner = (self.norm1, self.norm2, self.nonlinearity, self.dropout)
-        if not all([codes.untouched(module) for module in inner]):
-            return "a hook"
+        if not all([untouched(module) for module in inner]):
+            return A_HOOK
         for layer in (self.conv1, self.conv2, self.conv_shortcut, self.time_emb_proj):
-            reason = codes.why_not_from_outside(layer)
+            reason = why_no_codes(layer)
             if reason is not None:
                 return reason
         return None
 
 
 def _normed(
-    norm: nn.GroupNorm, parts: Sequence[Tensor], added: Tensor | None, conv: PackedConv2d
+    norm: nn.GroupNorm, parts: Sequence[Tensor], added: Tensor | None, conv: IntegerConv2d
 ) -> list[Tensor]:
     """The codes for `conv` of `silu(norm(parts + added))`."""
+    outputs = conv.prepared().outputs()
     return fused.group_norm_encode(
-        parts, added, norm.num_groups, norm.weight, norm.bias, norm.eps, "silu", codes.outputs(conv)
+        parts, added, norm.num_groups, norm.weight, norm.bias, norm.eps, "silu", outputs
     )

@@ -11,6 +11,7 @@ from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
 from stepquant.runtime.blocks.attention import (
+    OTHER_KIND,
     attend,
     encoded,
     encoded_sources,
@@ -18,11 +19,15 @@ from stepquant.runtime.blocks.attention import (
     projections,
     why_plain,
 )
-from stepquant.runtime.layers import codes
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.blocks.eligibility import A_HOOK, TRAINING, untouched, why_no_codes
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.ops import fused
+from stepquant.support.refusal import Refusal, RefusalCode
 
 NORM_TYPES = ("layer_norm", "ada_norm_zero", "ada_norm_single")
+CHUNKED = Refusal(RefusalCode.BLOCK, "chunked layers or cross-attention alone")
+NO_EMBEDDING = Refusal(RefusalCode.BLOCK, "a norm without an embedding")
+OTHER_NORM = Refusal(RefusalCode.BLOCK, "another norm than layer norm")
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale and gate, each [B, C]
 
 
@@ -66,11 +71,10 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
         (code,) = _normed(norm, x, second, [widen.proj])
         gated, tanh = isinstance(widen, GEGLU), getattr(widen, "approximate", "none") == "tanh"
         activation = "gelu_tanh" if tanh and not gated else "gelu"
-        inner = codes.run_to_codes(
-            widen.proj, code, activation, gated, codes.grid_of(narrow), x.dtype
-        )
+        narrow = narrow.prepared()
+        inner = widen.proj.prepared().run_to_codes(code, activation, gated, narrow.grid(), x.dtype)
         gate = None if second is None else second[2]
-        return codes.run(narrow, [inner], x, x.dtype, gate=gate)
+        return narrow.run([inner], x, x.dtype, gate=gate)
 
     def _modulations(
         self, x: Tensor, timestep: Tensor | None, class_labels: Tensor | None
@@ -96,24 +100,24 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
             and self.why_plain() is None
         )
 
-    def why_plain(self) -> str | None:
+    def why_plain(self) -> Refusal | None:
         """Why the block runs the code of diffusers whatever it is called with, or None."""
         if self.norm_type not in NORM_TYPES or self.pos_embed is not None:
-            return f"norms of the kind {self.norm_type}"
+            return Refusal(RefusalCode.BLOCK, f"norms of the kind {self.norm_type}")
         if self._chunk_size is not None or self.only_cross_attention:
-            return "chunked layers or cross-attention alone"
+            return CHUNKED
         if self.training:
-            return "training mode"
+            return TRAINING
         norms = [self.norm1, self.norm2, getattr(self, "norm3", None)]
         if isinstance(self.norm1, AdaLayerNormZero):
             if self.norm1.emb is None:
-                return "a norm without an embedding"
+                return NO_EMBEDDING
             norms.append(self.norm1.norm)
         for norm in norms:
             if not isinstance(norm, nn.LayerNorm | AdaLayerNormZero | None):
-                return "another norm than layer norm"
-            if norm is not None and not codes.untouched(norm):
-                return "a hook"
+                return OTHER_NORM
+            if norm is not None and not untouched(norm):
+                return A_HOOK
         for site in (self.attn1, self.attn2):
             reason = None if site is None else _why_not_site(site)
             if reason is not None:
@@ -121,30 +125,30 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
         return _why_not_feed(self.ff)
 
 
-def _why_not_site(site: Attention) -> str | None:
+def _why_not_site(site: Attention) -> Refusal | None:
     """Why the block cannot run the attention `site` on codes itself."""
-    if not codes.untouched(site):
-        return "a hook"
+    if not untouched(site):
+        return A_HOOK
     if site.group_norm is not None or site.residual_connection or site.rescale_output_factor != 1.0:
-        return "attention of another kind"
+        return OTHER_KIND
     return why_plain(site)
 
 
-def _why_not_feed(feed: FeedForward) -> str | None:
+def _why_not_feed(feed: FeedForward) -> Refusal | None:
     """Why `feed` is not two packed layers that take codes, with GELU or GEGLU between them."""
     widen, narrow = feed.net[0], feed.net[2]
     if type(widen) not in (GELU, GEGLU):
-        return f"feed-forward layers with {type(widen).__name__}"
-    if not all([codes.untouched(module) for module in (feed, *feed.net)]):
-        return "a hook"
-    reason = codes.why_not_from_outside(widen.proj, parts=1)
-    return codes.why_not_from_outside(narrow, parts=1) if reason is None else reason
+        return Refusal(RefusalCode.BLOCK, f"feed-forward layers with {type(widen).__name__}")
+    if not all([untouched(module) for module in (feed, *feed.net)]):
+        return A_HOOK
+    reason = why_no_codes(widen.proj, parts=1)
+    return why_no_codes(narrow, parts=1) if reason is None else reason
 
 
 def _normed(
-    norm: nn.LayerNorm, x: Tensor, modulation: Modulation | None, layers: list[PackedLayer]
+    norm: nn.LayerNorm, x: Tensor, modulation: Modulation | None, layers: list[IntegerLayer]
 ) -> list[Tensor]:
     """Codes for each of `layers` of the normed and modulated `x [B, N, C]`."""
     shift, scale = (None, None) if modulation is None else modulation[:2]
-    grids = [codes.grid_of(layer) for layer in layers]
+    grids = [layer.prepared().grid() for layer in layers]
     return fused.layer_norm_encode(x, norm.weight, norm.bias, norm.eps, scale, shift, grids)

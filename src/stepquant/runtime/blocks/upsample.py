@@ -8,10 +8,14 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.runtime.layers import codes
-from stepquant.runtime.layers.integer import PackedConv2d
+from stepquant.runtime.blocks.eligibility import is_encodable, why_no_codes
+from stepquant.runtime.layers.integer import IntegerConv2d
 from stepquant.runtime.ops import fused
 from stepquant.runtime.ops.encoding import pad
+from stepquant.support.refusal import Refusal, RefusalCode
+
+OTHER_KIND = Refusal(RefusalCode.BLOCK, "an upsampler of another kind")
+NO_INTEGER_CONV = Refusal(RefusalCode.LAYER, "an upsampler without a packed conv")
 
 
 class FastUpsample2D(Upsample2D):
@@ -24,27 +28,27 @@ class FastUpsample2D(Upsample2D):
         x = hidden_states
         if not self._runs_on_codes(x):
             return super().forward(x, output_size, *args, **kwargs)
-        grid = codes.grid_of(self.conv)
+        conv = self.conv.prepared()
+        grid = conv.grid()
         code = fused.encode(x, "none", grid)
         if output_size is None:
             code = functional.interpolate(code, scale_factor=2.0, mode="nearest")
         else:
             code = functional.interpolate(code, size=output_size, mode="nearest")
         padded = pad(code, grid.in_force()[1], self.conv.spec.padding)
-        return codes.run(self.conv, [padded], dtype=x.dtype)
+        return conv.run([padded], dtype=x.dtype)
 
     def _runs_on_codes(self, x: Tensor) -> bool:
         return (
-            x.device.type == "cpu"
-            and x.dtype in codes.FLOATS
+            is_encodable(x)
             and x.shape[1] == self.channels  # or diffusers says that it is not
             and self.why_plain() is None
         )
 
-    def why_plain(self) -> str | None:
+    def why_plain(self) -> Refusal | None:
         """Why the block runs the code of diffusers whatever it is called with, or None."""
         if self.name != "conv" or self.norm is not None or not self.interpolate:
-            return "an upsampler of another kind"
-        if not isinstance(self.conv, PackedConv2d):
-            return "an upsampler without a packed conv"
-        return codes.why_not_from_outside(self.conv, parts=1)
+            return OTHER_KIND
+        if not isinstance(self.conv, IntegerConv2d):
+            return NO_INTEGER_CONV
+        return why_no_codes(self.conv, parts=1)

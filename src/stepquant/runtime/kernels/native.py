@@ -1,9 +1,9 @@
 """Our own u8 x s8 products for x86 CPUs with AVX-512 VNNI or AMX (`runtime.ops.native`).
 
-Against oneDNN's through torch: no set-up in each call, of which a denoiser makes a hundred, most
-on small images; scale, zero point and bias are read from the step table where they lie; the zero
-point's share is taken off in integers; a gate and a residual are joined as the result is written.
-The product itself is `ops.fused.tiled_product`.
+Compared with oneDNN's kernels through torch: calls set nothing up, and a denoiser makes a hundred
+of them, most on small images; scale, zero point and bias are read from the step table in place; the
+zero point's share is subtracted in integers; gate and residual are applied as the result is
+written. The product itself is `ops.fused.tiled_product`.
 """
 
 from __future__ import annotations
@@ -13,53 +13,127 @@ import platform
 import torch
 from torch import Tensor
 
-from stepquant.runtime.ops import native, operators
+from stepquant.runtime.kernels.backend import Backend
+from stepquant.runtime.kernels.kernel import BoundWeight, State, TakesCodes
+from stepquant.runtime.kernels.registry import kernel_of, register_kernel
+from stepquant.runtime.ops import fused, native, operators
+from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.ops.native import products, tiles
-from stepquant.runtime.ops.native.tiles import differences
-
-__all__ = ["differences", "lay_out", "prepare", "run", "why_not"]
+from stepquant.runtime.ops.native import tiled_weight, tiles
+from stepquant.support.refusal import Refusal, RefusalCode
 
 MOST_COLUMNS = 1 << 16  # whose products, and the zero point's, an int32 holds
 
 
-def why_not(spec: LayerSpec, device: torch.device) -> str | None:
-    """The reason why this kernel cannot take the layer on `device`, or None."""
-    if device.type != "cpu":
-        return f"made for the CPU, the layer is on {device.type}"
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return f"made for x86-64, the machine is {platform.machine()}"
-    if spec.columns > MOST_COLUMNS:
-        return f"holds sums of {MOST_COLUMNS} products, the layer has {spec.columns}"
-    return native.why_no_products()
+@register_kernel(priority=300)
+class NativeKernel(TakesCodes):
+    """Integer products in C++; `ops.native.tiles` is their layout."""
+
+    name = Backend.NATIVE.value
+    device_types = ("cpu",)
+
+    def why_not(self, spec: LayerSpec, device: torch.device) -> Refusal | None:
+        """Why this kernel cannot take the layer on `device`, or None."""
+        if device.type != "cpu":
+            return Refusal(RefusalCode.DEVICE, f"made for the CPU, the layer is on {device.type}")
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return Refusal(
+                RefusalCode.MACHINE, f"made for x86-64, the machine is {platform.machine()}"
+            )
+        if spec.columns > MOST_COLUMNS:
+            return Refusal(
+                RefusalCode.SHAPE,
+                f"holds sums of {MOST_COLUMNS} products, the layer has {spec.columns}",
+            )
+        return native.why_no_products()
+
+    def prepare(self, weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> State:
+        """`(weight in tiles, weight_scale, weight sums [C_out] int32)`."""
+        sums = weight.flatten(1).sum(dim=1, dtype=torch.int32)
+        return self.lay_out(weight, weight_scale, spec), weight_scale.contiguous(), sums
+
+    def lay_out(self, weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> Tensor:
+        """See `native.tiles.lay_out`."""
+        del weight_scale
+        return tiles.lay_out(weight, spec)
+
+    def differences(self, laid_out: Tensor, spec: LayerSpec) -> Tensor:
+        """See `kernels.kernel`."""
+        return tiles.differences(laid_out, spec)
+
+    def run(
+        self,
+        state: State,
+        codes: Tensor,
+        act_scale: Tensor,
+        act_zero_point: Tensor,
+        bias: Tensor | None,
+        accumulate: Tensor | None,
+        spec: LayerSpec,
+    ) -> Tensor:
+        """See `kernels.kernel`."""
+        laid_out, scale, sums = state
+        weight = tiled_weight.Weight(laid_out, scale, sums, bias, None, (), b"")
+        return torch.ops.stepquant.tiled_product(
+            *(codes, act_scale, act_zero_point.to(torch.uint8), None, 255, None),
+            *operators.product_values(weight, spec, spec.padding),
+            *(accumulate, torch.float32, None),
+        )
+
+    def bind(
+        self, state: State, bias: Tensor | None, step_bias: Tensor | None, spec: LayerSpec
+    ) -> BoundWeight:
+        """See `kernels.kernel`."""
+        return NativeWeight(state, bias, step_bias, spec)
 
 
-def prepare(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
-    """`(weight in tiles, weight_scale, weight sums [C_out] int32)`."""
-    sums = weight.flatten(1).sum(dim=1, dtype=torch.int32)
-    return lay_out(weight, weight_scale, spec), weight_scale.contiguous(), sums
+NATIVE = kernel_of(NativeKernel)
 
 
-def lay_out(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> Tensor:
-    """See `native.tiles.lay_out`."""
-    del weight_scale
-    return tiles.lay_out(weight, spec)
+class NativeWeight(BoundWeight):
+    """Keeps the C structure that says where weight and biases lie."""
 
+    def __init__(
+        self, state: State, bias: Tensor | None, step_bias: Tensor | None, spec: LayerSpec
+    ) -> None:
+        laid_out, scale, sums = state
+        self.held, self.spec = tiled_weight.weight_of(laid_out, scale, sums, bias, step_bias), spec
 
-def run(
-    state: tuple[Tensor, ...],
-    codes: Tensor,
-    act_scale: Tensor,
-    act_zero_point: Tensor,
-    bias: Tensor | None,
-    accumulate: Tensor | None,
-    spec: LayerSpec,
-) -> Tensor:
-    """See the package docstring."""
-    laid_out, scale, sums = state
-    weight = products.Weight(laid_out, scale, sums, bias, None, (), b"")
-    return torch.ops.stepquant.tiled_product(
-        *(codes, act_scale, act_zero_point.to(torch.uint8), None, 255, None),
-        *operators.product_values(weight, spec, spec.padding),
-        *(accumulate, torch.float32, None),
-    )
+    def is_current(self, bias: Tensor | None, step_bias: Tensor | None) -> bool:
+        """Whether these biases are the bound ones, and all tensors lie where they lay."""
+        held = self.held
+        return held.bias is bias and held.step_bias is step_bias and held.in_place()
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that calls read."""
+        held = self.held
+        found = (held.tiles, held.scale, held.sums, held.bias, held.step_bias)
+        return [each for each in found if each is not None]
+
+    def run(
+        self,
+        codes: Tensor,
+        grid: Grid,
+        added: Tensor | None = None,
+        overwrite: bool = False,
+        dtype: torch.dtype = torch.float32,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """See `BoundWeight`."""
+        return fused.tiled_product(codes, grid, self.held, self.spec, added, overwrite, dtype, gate)
+
+    def run_to_codes(
+        self,
+        codes: Tensor,
+        grid: Grid,
+        activation: str,
+        gated: bool,
+        output_grid: Grid,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """See `BoundWeight`; a layer that fits in tiles is encoded as it is written."""
+        if not tiles.fits_in_tiles(self.spec, gated):
+            return super().run_to_codes(codes, grid, activation, gated, output_grid, dtype)
+        return fused.tiled_product_codes(
+            codes, grid, self.held, self.spec, activation, gated, output_grid
+        )

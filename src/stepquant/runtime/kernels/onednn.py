@@ -1,15 +1,15 @@
 """oneDNN's u8 x s8 kernels, which torch ships for x86 CPUs.
 
 The weight is laid out for the kernel once; activation scale and zero point are arguments of each
-call, so a step table costs nothing. The calls are wrapped as operators of our own, which
-`torch.compile` treats as one opaque node.
+call, so a step table costs nothing.
 
-A conv kernel that is told of a zero point sums up its whole weight anew in each call, which costs
-up to twice the conv itself where images are small. So convs never tell it: the zero point's share,
-`zero_point * sum(weight)`, is taken off the bias, and the codes are padded with the zero point.
+A conv kernel that gets a zero point sums up its whole weight in each call, which takes up to twice
+as long as the conv itself where images are small. So convs never get it: the zero point's share,
+`zero_point * sum(weight)`, is subtracted from the bias, and the codes are padded with the zero
+point.
 
 On a CPU without VNNI (or with oneDNN capped to such an instruction set) the kernels add pairs of
-products in int16 and saturate at full-range codes. There the codes are run as two exact halves,
+products in int16 and saturate at full-range codes. There the codes run as two exact halves,
 `2 * (codes >> 1) + (codes & 1)`: twice the work, the same numbers.
 """
 
@@ -22,34 +22,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepquant.runtime.ops.encoding import pad
+import stepquant.runtime.kernels.onednn_operators  # noqa: F401  # torch.ops.stepquant has them
+from stepquant.runtime.kernels.backend import Backend
+from stepquant.runtime.kernels.kernel import BoundWeight, State, TakesCodes
+from stepquant.runtime.kernels.registry import kernel_of, register_kernel
+from stepquant.runtime.ops import fused
+from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.ops.result_shapes import empty_result, planned_result
+from stepquant.runtime.ops.result_shapes import empty_result
+from stepquant.support.refusal import Refusal, RefusalCode
 
-
-@dataclass(frozen=True)
-class CallConstants:
-    """What a kernel call needs beside codes and weight, where it is the same at every step.
-
-    `scale`, `zero_point`: of the activation grid. `bias`: float32 `[C_out]`; a conv's holds the
-    share of the zero point, see the module docstring.
-    """
-
-    scale: float
-    zero_point: int
-    bias: Tensor
-
-
-def why_not(spec: LayerSpec, device: torch.device) -> str | None:
-    """The reason why this kernel cannot take the layer on `device`, or None."""
-    del spec
-    if device.type != "cpu":
-        return f"made for the CPU, the layer is on {device.type}"
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return f"made for x86-64, the machine is {platform.machine()}"
-    if not torch.backends.mkldnn.is_available():
-        return "this torch is built without oneDNN"
-    return None
+NO_VNNI = Refusal(RefusalCode.NO_VNNI, "no VNNI")
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the prepacking below
@@ -72,34 +55,83 @@ def _pairs_saturate() -> bool:
     return bool((y != 64 * 255 * 127).any())
 
 
-def prepare(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> tuple[Tensor, ...]:
-    """`(weight in the kernel's layout, weight_scale, weight zero points: all 0, weight sums)`.
+@register_kernel(priority=200)
+class OneDnnKernel(TakesCodes):
+    """oneDNN through torch. The layout is an opaque tensor of oneDNN's own."""
 
-    The sums `[C_out]` float32 are those of the weight that the codes stand for.
-    """
-    zeros = torch.zeros(spec.out_channels, dtype=torch.int32, device=weight.device)
-    sums = weight.flatten(1).sum(dim=1).to(torch.float32) * weight_scale
-    return lay_out(weight, weight_scale, spec), weight_scale, zeros, sums
+    name = Backend.ONEDNN.value
+    device_types = ("cpu",)
+
+    def why_not(self, spec: LayerSpec, device: torch.device) -> Refusal | None:
+        """Why this kernel cannot take the layer on `device`, or None."""
+        del spec
+        if device.type != "cpu":
+            return Refusal(RefusalCode.DEVICE, f"made for the CPU, the layer is on {device.type}")
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return Refusal(
+                RefusalCode.MACHINE, f"made for x86-64, the machine is {platform.machine()}"
+            )
+        if not torch.backends.mkldnn.is_available():
+            return Refusal(RefusalCode.MACHINE, "this torch is built without oneDNN")
+        return None
+
+    def why_no_codes(self, spec: LayerSpec) -> Refusal | None:
+        """No VNNI, where the layer's products would saturate: it takes two calls."""
+        return NO_VNNI if spec.pair_overflows_int16 and pairs_saturate() else None
+
+    def prepare(self, weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> State:
+        """`(weight in the kernel's layout, weight_scale, weight zero points: all 0, weight sums)`.
+
+        The sums `[C_out]` float32 are those of the weight that the codes stand for.
+        """
+        zeros = torch.zeros(spec.out_channels, dtype=torch.int32, device=weight.device)
+        sums = weight.flatten(1).sum(dim=1).to(torch.float32) * weight_scale
+        return self.lay_out(weight, weight_scale, spec), weight_scale, zeros, sums
+
+    def lay_out(self, weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> Tensor:
+        """See `kernels.kernel`."""
+        weight = weight.contiguous()
+        if spec.kind == "linear":
+            return torch.ops.onednn.qlinear_prepack(weight, None)
+        return torch.ops.onednn.qconv_prepack(
+            weight, weight_scale, 1.0, 0, spec.stride, [0, 0], spec.dilation, 1, None
+        )
+
+    def differences(self, laid_out: Tensor, spec: LayerSpec) -> Tensor:
+        """See `kernels.kernel`."""
+        dense = laid_out.to_dense()
+        return dense.t() if spec.kind == "linear" else dense
+
+    def run(
+        self,
+        state: State,
+        codes: Tensor,
+        act_scale: Tensor,
+        act_zero_point: Tensor,
+        bias: Tensor | None,
+        accumulate: Tensor | None,
+        spec: LayerSpec,
+    ) -> Tensor:
+        """See `kernels.kernel`."""
+        if spec.pair_overflows_int16 and pairs_saturate():
+            high = one_call(
+                state, codes >> 1, act_scale * 2, act_zero_point >> 1, None, accumulate, spec
+            )
+            return one_call(state, codes & 1, act_scale, act_zero_point & 1, bias, high, spec)
+        return one_call(state, codes, act_scale, act_zero_point, bias, accumulate, spec)
+
+    def bind(
+        self, state: State, bias: Tensor | None, step_bias: Tensor | None, spec: LayerSpec
+    ) -> BoundWeight:
+        """See `kernels.kernel`."""
+        return OneDnnWeight(state, bias, step_bias, spec)
 
 
-def lay_out(weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> Tensor:
-    """See the package docstring; an opaque tensor of oneDNN."""
-    weight = weight.contiguous()
-    if spec.kind == "linear":
-        return torch.ops.onednn.qlinear_prepack(weight, None)
-    return torch.ops.onednn.qconv_prepack(
-        weight, weight_scale, 1.0, 0, spec.stride, [0, 0], spec.dilation, 1, None
-    )
+ONEDNN = kernel_of(OneDnnKernel)
 
 
-def differences(laid_out: Tensor, spec: LayerSpec) -> Tensor:
-    """See the package docstring."""
-    dense = laid_out.to_dense()
-    return dense.t() if spec.kind == "linear" else dense
-
-
-def run(
-    state: tuple[Tensor, ...],
+def one_call(
+    state: State,
     codes: Tensor,
     act_scale: Tensor,
     act_zero_point: Tensor,
@@ -107,22 +139,7 @@ def run(
     accumulate: Tensor | None,
     spec: LayerSpec,
 ) -> Tensor:
-    """See the package docstring."""
-    if spec.pair_overflows_int16 and pairs_saturate():
-        high = _call(state, codes >> 1, act_scale * 2, act_zero_point >> 1, None, accumulate, spec)
-        return _call(state, codes & 1, act_scale, act_zero_point & 1, bias, high, spec)
-    return _call(state, codes, act_scale, act_zero_point, bias, accumulate, spec)
-
-
-def _call(
-    state: tuple[Tensor, ...],
-    codes: Tensor,
-    act_scale: Tensor,
-    act_zero_point: Tensor,
-    bias: Tensor | None,
-    accumulate: Tensor | None,
-    spec: LayerSpec,
-) -> Tensor:
+    """As `Kernel.run`; without VNNI it saturates at full-range codes."""
     packed, weight_scale, zeros, sums = state
     if spec.kind == "linear":
         y = torch.ops.stepquant.linear_u8s8(
@@ -153,8 +170,75 @@ def _call(
     return y if accumulate is None else y.add_(accumulate)
 
 
+@dataclass(frozen=True)
+class CallConstants:
+    """The arguments of a kernel call beside codes and weight.
+
+    `scale`, `zero_point`: of the activation grid. `bias`: float32 `[C_out]`; a conv's includes the
+    zero point's share, see the module docstring.
+    """
+
+    scale: float
+    zero_point: int
+    bias: Tensor
+
+
+class OneDnnWeight(BoundWeight):
+    """Keeps the constants of a call where all steps have the same ones."""
+
+    def __init__(
+        self, state: State, bias: Tensor | None, step_bias: Tensor | None, spec: LayerSpec
+    ) -> None:
+        self.state, self.bias, self.step_bias, self.spec = state, bias, step_bias, spec
+        self._constants: CallConstants | None = None
+
+    def is_current(self, bias: Tensor | None, step_bias: Tensor | None) -> bool:
+        """Whether these biases are the bound ones."""
+        return self.bias is bias and self.step_bias is step_bias
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that calls read."""
+        constants = None if self._constants is None else self._constants.bias
+        found = (*self.state, self.bias, self.step_bias, constants)
+        return [each for each in found if each is not None]
+
+    def constants(self, grid: Grid) -> CallConstants:
+        """Those of the step that `grid` is at."""
+        if self._constants is not None:
+            return self._constants
+        scale, bias = self._epilogue(grid)
+        found = CallConstants(float(scale), int(grid.in_force()[1]), bias)
+        if grid.row is None and self.step_bias is None:
+            self._constants = found
+        return found
+
+    def _epilogue(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Scale `[1]` and bias `[C_out]` of the step that `grid` is at."""
+        is_conv = self.spec.kind == "conv2d"
+        return fused.epilogue(grid, self.state[3], self.bias, self.step_bias, is_conv)
+
+    def run(
+        self,
+        codes: Tensor,
+        grid: Grid,
+        added: Tensor | None,
+        overwrite: bool,
+        dtype: torch.dtype,
+        gate: Tensor | None,
+    ) -> Tensor:
+        """See `BoundWeight`."""
+        if torch.compiler.is_compiling():
+            scale, bias = self._epilogue(grid)
+            zero_point = grid.in_force()[1]
+            return run_codes_traced(
+                self.state, codes, scale, zero_point, bias, self.spec, added, dtype, gate
+            )
+        constants = self._constants or self.constants(grid)
+        return run_codes(self.state, codes, constants, self.spec, added, overwrite, dtype, gate)
+
+
 def run_codes(
-    state: tuple[Tensor, ...],
+    state: State,
     codes: Tensor,
     constants: CallConstants,
     spec: LayerSpec,
@@ -163,10 +247,7 @@ def run_codes(
     dtype: torch.dtype,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """As `kernels.native.run_codes`, with `constants` in the place of grid and biases.
-
-    The bias of a conv holds the zero point's share.
-    """
+    """As `BoundWeight.run`, with `constants` in the place of grid and biases."""
     packed, weight_scale, zeros, _ = state
     own = dtype if added is None and gate is None else torch.float32
     if not codes.numel():  # oneDNN gives [0, C_out] for every shape
@@ -174,7 +255,7 @@ def run_codes(
     if spec.pair_overflows_int16 and pairs_saturate():
         raise AssertionError(
             f"one pass of oneDNN's kernel saturates w{spec.weight_bits}a{spec.activation_bits} "
-            "without VNNI: callers ask `runtime.codes.why_not` first"
+            "without VNNI: callers ask `why_no_codes` first"
         )
     if spec.kind == "linear":
         y = torch.ops.onednn.qlinear_pointwise.default(
@@ -228,99 +309,3 @@ def _beside(gate: Tensor, y: Tensor, spec: LayerSpec) -> Tensor:
     if spec.kind == "conv2d":
         return gate[:, :, None, None]
     return gate.view(gate.shape[0], *(1,) * (y.dim() - 2), -1)
-
-
-_library = torch.library.Library("stepquant", "FRAGMENT")
-_library.define(
-    "linear_u8s8(Tensor codes, Tensor act_scale, Tensor act_zero_point, Tensor weight,"
-    " Tensor weight_scale, Tensor weight_zero_point, Tensor? bias) -> Tensor"
-)
-_library.define(
-    "conv2d_u8s8(Tensor codes, Tensor act_scale, Tensor act_zero_point, Tensor weight,"
-    " Tensor weight_scale, Tensor weight_zero_point, Tensor bias, int[2] kernel_size,"
-    " int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
-)
-
-
-def _linear(codes, act_scale, act_zero_point, weight, weight_scale, weight_zero_point, bias):  # type: ignore[no-untyped-def]
-    return torch.ops.onednn.qlinear_pointwise.tensor(
-        codes,
-        act_scale,
-        act_zero_point,
-        weight,
-        weight_scale,
-        weight_zero_point,
-        bias,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "",
-    )
-
-
-def _conv2d(  # type: ignore[no-untyped-def]
-    codes,
-    act_scale,
-    act_zero_point,
-    weight,
-    weight_scale,
-    weight_zero_point,
-    bias,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
-):
-    del kernel_size
-    return torch.ops.onednn.qconv2d_pointwise.tensor(
-        pad(codes, act_zero_point, padding),
-        act_scale,
-        weight_zero_point[:1],  # zero
-        weight,
-        weight_scale,
-        weight_zero_point,
-        bias,
-        stride,
-        [0, 0],
-        dilation,
-        1,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "",
-    )
-
-
-def _linear_shape(codes, act_scale, act_zero_point, weight, weight_scale, weight_zero_point, bias):  # type: ignore[no-untyped-def]
-    return codes.new_empty((codes.shape[0], weight_scale.shape[0]), dtype=torch.float32)
-
-
-def _conv2d_shape(  # type: ignore[no-untyped-def]
-    codes,
-    act_scale,
-    act_zero_point,
-    weight,
-    weight_scale,
-    weight_zero_point,
-    bias,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
-):
-    spec = LayerSpec(
-        *("conv2d", codes.shape[1], weight_scale.shape[0], 8, 8),
-        *(tuple(each) for each in (kernel_size, stride, padding, dilation)),  # type: ignore[arg-type]
-    )
-    return planned_result(codes, spec)
-
-
-# The prepacked weight lives on oneDNN's own backend, hence "CompositeExplicitAutograd".
-_library.impl("linear_u8s8", _linear, "CompositeExplicitAutograd")
-_library.impl("conv2d_u8s8", _conv2d, "CompositeExplicitAutograd")
-torch.library.register_fake("stepquant::linear_u8s8", _linear_shape, lib=_library)
-torch.library.register_fake("stepquant::conv2d_u8s8", _conv2d_shape, lib=_library)

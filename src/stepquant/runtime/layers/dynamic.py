@@ -1,19 +1,18 @@
 """Linear and conv layers with 8-bit weights and activations whose scales are found at each call.
 
 For a float model that is quantized while it is loaded, without calibration: no step tables. The
-sums are those of whole numbers, on the kernels of the packed layers.
+sums are those of whole numbers, on the kernels of the integer layers.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepquant.numerics import scale_of
-from stepquant.runtime import kernels
+from stepquant.runtime.kernels import Kernel, State, choose
 from stepquant.runtime.layers.weight_only import (
     LARGEST,
     WeightOnly,
@@ -52,7 +51,7 @@ class Dynamic(WeightOnly):
     def prepare(self) -> None:
         """Choose a kernel and lay the weight out for it."""
         device, spec = self.weight.device, self.spec()
-        _, kernel, _ = kernels.choose(spec, device)
+        kernel = choose(spec, device).kernel
         state = kernel.prepare(self.weight.view(self.weight_shape), self.weight_scale, spec)
         one = torch.ones(1, device=device)
         zero_point = torch.full((1,), ZERO, dtype=torch.int32, device=device)
@@ -85,8 +84,8 @@ class _Prepared:
     def __init__(
         self,
         device: torch.device,
-        kernel: ModuleType,
-        state: tuple[Tensor, ...],
+        kernel: Kernel,
+        state: State,
         spec: LayerSpec,
         one: Tensor,
         zero_point: Tensor,

@@ -1,7 +1,8 @@
-"""Linear and conv layers that hold packed weights and run on integer kernels."""
+"""Linear and conv layers with packed weights, which run on integer kernels."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -9,28 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from stepquant.numerics import check_bits, max_code
-from stepquant.quantizers.activation import TakesErrors, neighbours, spread_rows
+from stepquant.quantizers.activation import TakesErrors
 from stepquant.quantizers.step_grid import StepContext
-from stepquant.runtime import kernels
-from stepquant.runtime.layers import codes, resident
-from stepquant.runtime.layers.differences import differences_of
-from stepquant.runtime.layers.input_error import input_error
-from stepquant.runtime.layers.prepared import PreparedPart
-from stepquant.runtime.ops.encoding import encode
+from stepquant.runtime.kernels import Backend
+from stepquant.runtime.layers.input_part import InputPart
+from stepquant.runtime.layers.packed_weight import FAST, PackedWeight, released
+from stepquant.runtime.layers.prepared_layer import PreparedLayer
+from stepquant.runtime.layers.released import Released, whole
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
+from stepquant.support.refusal import Refusal, RefusalCode
+
+FLOATS = (torch.float32, torch.bfloat16)  # the dtypes that are encoded in one pass
 
 
 class Branches(Protocol):
     """Float branches beside a layer (`runtime.layers.lora_branch`)."""
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """`y`, what the layer gave for `x`, with all branches."""
+        """`y`, the layer's result for `x`, plus all branches."""
         ...
 
 
-class PackedLayer(nn.Module):
-    """What the packed linear and conv layers share.
+class IntegerLayer(nn.Module):
+    """The shared part of the integer linear and conv layers.
 
     Buffers, for `P` input parts, `T` rows (1 or the length of the step grid):
     `weight_packed` uint8 `[bytes]` (the parts one after another, `numerics.packing`'s bit order),
@@ -38,8 +41,10 @@ class PackedLayer(nn.Module):
     point where the spec says `half_zero_points`), `channel_bits` uint8 `[C_out]` or absent,
     `act_scale` float32 `[P, T]`, `act_zero_point` uint8 `[P, T]`, `bias` float32 `[C_out]` or
     absent, `step_bias` float32 `[T, C_out]` or absent (added to `bias` at each step),
-    `act_channel_scale` float32 `[C_in]` or absent (the input is divided by it). What is kept of the
-    weight between calls, see `runtime.layers.resident`.
+    `act_channel_scale` float32 `[C_in]` or absent (the input is divided by it).
+
+    `backend` and `memory` are read when the weight is laid out, by the first call after
+    `drop_layout`: the kernel, see `kernels.choose`, and the memory mode, see `packed_weight`.
     """
 
     channel_dim: int
@@ -69,7 +74,8 @@ class PackedLayer(nn.Module):
         check_bits(spec.weight_bits, "weight bits")
         check_bits(spec.activation_bits, "activation bits")
         self.spec, self.splits, self.steps, self.context = spec, splits, steps, context
-        self.backend, self.memory = "auto", "fast"
+        self.backend: str = Backend.AUTO.value
+        self.memory = FAST
         parts, out = len(splits), spec.out_channels
         count = sum(part.packed_bytes for part in self.part_specs())
         self.register_buffer("weight_packed", torch.zeros(count, dtype=torch.uint8))
@@ -84,32 +90,38 @@ class PackedLayer(nn.Module):
         self.register_buffer("step_bias", torch.zeros(steps, out) if has_step_bias else None)
         channel_scale = torch.ones(spec.in_channels) if has_channel_scale else None
         self.register_buffer("act_channel_scale", channel_scale)
-        self._prepared: list[PreparedPart] | None = None
+        self._prepared: PreparedLayer | None = None
         self._prepared_on: torch.device | None = None
-        self.bypass: TakesErrors | None = None  # is given the errors of the input
-        self.lora = None  # a module where there is something, see `runtime.layers.lora_branch`
+        self.bypass: TakesErrors | None = None  # gets the errors of the input
+        self.lora = None  # a module where there are branches, see `runtime.layers.lora_branch`
 
     def part_specs(self) -> list[LayerSpec]:
         """The spec of each input part."""
         return [replace(self.spec, in_channels=channels) for channels in self.splits]
 
-    def part_differences(self, index: int) -> Tensor:
-        """`weight_differences` of one input part, on the device of the layer."""
-        parts = self.part_specs()
-        start = sum(part.packed_bytes for part in parts[:index])
-        packed = resident.packed_bytes(self)[start : start + parts[index].packed_bytes]
-        zero_point = self.weight_zero_point[index]
-        return differences_of(packed, zero_point, self.channel_bits, parts[index])
+    def packed_weights(self) -> list[PackedWeight]:
+        """The weight of each input part: the prepared ones, or new ones over the buffers."""
+        if self._prepared is not None:
+            return [part.weight for part in self._prepared.parts]
+        found, first = [], 0
+        for index, spec in enumerate(self.part_specs()):
+            found.append(PackedWeight(index, spec, first, self._buffers, self.memory))
+            first += spec.packed_bytes
+        return found
+
+    def packed_bytes(self) -> Tensor:
+        """The packed weight, uint8 `[bytes]`: the buffer, or the bytes made again."""
+        return whole(self.weight_packed)
 
     def weight_differences(self) -> list[Tensor]:
         """`code - zero point` of each part, int8 `[C_out, C_part, kh, kw]` (linear: two dims).
 
         In half steps, `2 * code - 2 * zero point`, where the spec says `half_zero_points`.
         """
-        return [self.part_differences(index).cpu() for index in range(len(self.splits))]
+        return [weight.differences().cpu() for weight in self.packed_weights()]
 
     def difference_scales(self) -> Tensor:
-        """What `weight_differences` count in, float32 `[P, C_out]`."""
+        """The unit of `weight_differences`, float32 `[P, C_out]`."""
         return self.weight_scale / 2 if self.spec.half_zero_points else self.weight_scale
 
     def float_weight(self) -> Tensor:
@@ -124,34 +136,33 @@ class PackedLayer(nn.Module):
 
     @torch.compiler.disable  # its result is a constant of the graph
     def prepare(self) -> None:
-        """Choose kernels and lay the weight out for them; the first call does it otherwise."""
-        device, scales = self.weight_scale.device, self.difference_scales()
-        self.weight_packed = resident.packed_bytes(self)
-        prepared, start = [], 0
-        for index, part in enumerate(self.part_specs()):
-            name, kernel, reasons = kernels.choose(part, device, self.backend)
-            weight, *rest = kernel.prepare(self.part_differences(index), scales[index], part)
-            factors = None
+        """Choose kernels and lay the weight out for them. Otherwise the first call does it."""
+        device = self.weight_scale.device
+        self.drop_layout()
+        parts, start = [], 0
+        for weight in self.packed_weights():
+            weight.prepare(device, self.backend)
+            channels, factors = weight.spec.in_channels, None
             if self.act_channel_scale is not None:
-                factors = 1.0 / self.act_channel_scale[start : start + part.in_channels]
-            grid = Grid(
-                self.act_scale[index],
-                self.act_zero_point[index],
-                None,
-                max_code(self.spec.activation_bits),
-                factors,
-            )
-            kept = weight if self.memory == "fast" else None
-            prepared.append(
-                PreparedPart(index, part, name, kernel, reasons, kept, tuple(rest), grid, start)
-            )
-            start += part.in_channels
-        self._prepared, self._prepared_on = prepared, device
-        if self.memory == "fast":
-            resident.release(self, prepared)
+                factors = 1.0 / self.act_channel_scale[start : start + channels]
+            scale, zero_point = self.act_scale[weight.index], self.act_zero_point[weight.index]
+            largest = max_code(self.spec.activation_bits)
+            parts.append(InputPart(weight, Grid(scale, zero_point, None, largest, factors), start))
+            start += channels
+        self._prepared = PreparedLayer(
+            *(parts, self.splits, self.channel_dim, self.steps != 1, self.context, self._buffers)
+        )
+        self._prepared_on = device
+        # Elsewhere, and under its hooks, accelerate moves the layer's tensors itself.
+        if self.weight_packed.is_cpu and not hasattr(self, "_hf_hook"):
+            self.weight_packed = released(self.packed_weights(), self._buffers)
 
-    def prepared_parts(self) -> list[PreparedPart]:
-        """The parts, prepared on the device where the tensors are now.
+    def drop_layout(self) -> None:
+        """Hold the packed bytes, and nothing that was made from them."""
+        self.weight_packed, self._prepared = self.packed_bytes(), None
+
+    def prepared(self) -> PreparedLayer:
+        """The layer with its weight laid out, on the device where the tensors are now.
 
         accelerate's hooks put tensors on another device without asking the module.
         """
@@ -162,17 +173,45 @@ class PackedLayer(nn.Module):
         assert self._prepared is not None
         return self._prepared
 
+    def prepared_parts(self) -> list[InputPart]:
+        """The input parts, prepared as `prepared` says."""
+        return self.prepared().parts
+
     def kernel_names(self) -> list[str]:
         """The kernel that each part runs on."""
-        return [part.kernel_name for part in self.prepared_parts()]
+        return [part.weight.kernel.name for part in self.prepared_parts()]
 
     def fallback_reasons(self) -> list[str]:
         """Why the parts that run on the reference kernel do."""
         return [
-            "; ".join(part.reasons)
+            "; ".join(part.weight.reasons)
             for part in self.prepared_parts()
-            if part.kernel_name == "reference" and part.reasons
+            if part.weight.kernel.name == Backend.REFERENCE and part.weight.reasons
         ]
+
+    def weight_tensors(self) -> list[Tensor]:
+        """All tensors that are in memory for the weight now, without the biases."""
+        buffers = (self.weight_packed, self.weight_scale, self.weight_zero_point, self.channel_bits)
+        held = [each for each in buffers if each is not None and not isinstance(each, Released)]
+        # A kernel may take a row of a buffer as it is.
+        own = {buffer.untyped_storage().data_ptr() for buffer in held}
+        for part in [] if self._prepared is None else self._prepared.parts:
+            weight = part.weight
+            held += [] if weight.layout is None else [weight.layout.weight]
+            held += [each for each in weight.rest if each.untyped_storage().data_ptr() not in own]
+        return held
+
+    def tensors_read(self) -> list[Tensor]:
+        """The tensors that calls of the prepared layer read besides its buffers."""
+        parts = [] if self._prepared is None else self._prepared.parts
+        found = [tensor for part in parts for tensor in part.read()]
+        return [each for each in found if each.layout == torch.strided]
+
+    def why_no_codes(self) -> Refusal | None:
+        """Why the layer's result for codes is not that for floats now, or None."""
+        if self.backend != Backend.AUTO:
+            return Refusal(RefusalCode.BACKEND, f"the backend '{self.backend}'")
+        return self.prepared().why_no_codes()
 
     def forward(self, x: Tensor) -> Tensor:
         """Float in, float out, integers between; the result has the dtype of `x`."""
@@ -182,64 +221,17 @@ class PackedLayer(nn.Module):
         return y if self.lora is None else self.lora.add_to(y, x)
 
     def _quantized(self, x: Tensor) -> Tensor:
-        parts = self.prepared_parts()
-        if x.dtype in codes.FLOATS and codes.why_not(self) is None:
-            return codes.run(self, codes.encode(self, x), dtype=x.dtype)
-        states = [resident.state_of(self, part) for part in parts]
-        rows = self.context.rows.to(x.device)
-        if self.steps == 1:
-            return self._run(states, x, torch.zeros_like(rows[:1])).to(x.dtype)
-        if rows.numel() == 1:
-            return self._run(states, x, rows).to(x.dtype)
-        if torch.compiler.is_compiling():
-            # A graph cannot ask which rows are alike: one kernel call for each, same numbers.
-            pieces = x.split(neighbours(rows, x.shape[0]))
-            found = [self._run(states, each, rows[b : b + 1]) for b, each in enumerate(pieces)]
-            return torch.cat(found).to(x.dtype)
-        # Samples at different steps: one kernel call for each distinct row.
-        rows = spread_rows(rows, x.shape[0])
-        y: Tensor | None = None
-        for row in rows.unique():
-            members = rows == row
-            of_row = self._run(states, x[members], row.view(1))
-            if y is None:
-                y = of_row.new_empty((x.shape[0], *of_row.shape[1:]))
-            y[members] = of_row
-        assert y is not None
-        return y.to(x.dtype)
-
-    def _run(self, states: list[tuple[Tensor, ...]], x: Tensor, row: Tensor) -> Tensor:
-        """Every sample of `x` at step row `row [1]`; `states`: what the parts' kernels run on."""
-        assert self._prepared is not None
-        y = None
-        bias = self.bias
-        if self.step_bias is not None:
-            of_step = self.step_bias.index_select(0, row)[0]
-            bias = of_step if bias is None else bias + of_step
-        inputs = x.split(self.splits, dim=self.channel_dim) if len(self.splits) > 1 else (x,)
-        for index, (part, prepared) in enumerate(zip(inputs, self._prepared, strict=True)):
-            scale = self.act_scale[index].index_select(0, row)
-            zero_point = self.act_zero_point[index].index_select(0, row)
-            part = prepared.grid.scaled(part, self.channel_dim)
-            codes = encode(part, scale, zero_point, self.spec.activation_bits)
-            y = prepared.kernel.run(
-                states[index],
-                codes,
-                scale,
-                zero_point.to(torch.int32),
-                bias if index == 0 else None,
-                y,
-                prepared.spec,
-            )
-        assert y is not None
-        return y
+        prepared = self.prepared()
+        if x.dtype in FLOATS and self.why_no_codes() is None:
+            return prepared.run(prepared.encode(x), dtype=x.dtype)
+        return prepared.run_floats(x, self.bias, self.step_bias).to(x.dtype)
 
     def input_error(self, x: Tensor) -> Tensor:
-        """What the activation grids do not hold of the input `x`, in its shape, float32."""
-        return input_error(self, x)
+        """`x` minus its value on the activation grids, in its shape, float32."""
+        return self.prepared().input_error(x)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PackedLayer:
-        resident.restore(self)  # the kernel's layout belongs to the old device
+    def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
+        self.drop_layout()  # the kernel's layout belongs to the old device
 
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -251,15 +243,15 @@ class PackedLayer(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if keep_vars:  # else torch detaches, which makes the bytes
-            destination[f"{prefix}weight_packed"] = resident.packed_bytes(self)
+            destination[f"{prefix}weight_packed"] = self.packed_bytes()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        resident.restore(self)
+        self.drop_layout()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy lays its weight out anew: the kernel's layout cannot be copied.
-        buffers = {**self._buffers, "weight_packed": resident.packed_bytes(self)}
+        buffers = {**self._buffers, "weight_packed": self.packed_bytes()}
         return {**self.__dict__, "_buffers": buffers, "_prepared": None}
 
     def extra_repr(self) -> str:
@@ -271,13 +263,8 @@ class PackedLayer(nn.Module):
         )
 
 
-def is_packed(model: nn.Module) -> bool:
-    """Whether `model` has packed layers."""
-    return any(isinstance(module, PackedLayer) for module in model.modules())
-
-
-class PackedLinear(PackedLayer):
-    """Packed `nn.Linear`; inputs `[B, ..., C_in]`."""
+class IntegerLinear(IntegerLayer):
+    """Integer `nn.Linear`; inputs `[B, ..., C_in]`."""
 
     channel_dim = -1
 
@@ -292,7 +279,27 @@ class PackedLinear(PackedLayer):
         return self.spec.out_channels
 
 
-class PackedConv2d(PackedLayer):
-    """Packed `nn.Conv2d` with zero padding and one group; inputs `[B, C_in, H, W]`."""
+class IntegerConv2d(IntegerLayer):
+    """Integer `nn.Conv2d` with zero padding and one group; inputs `[B, C_in, H, W]`."""
 
     channel_dim = 1
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether `model` has integer layers."""
+    return any(isinstance(module, IntegerLayer) for module in model.modules())
+
+
+OLD_NAMES = {
+    "PackedLayer": "IntegerLayer",
+    "PackedLinear": "IntegerLinear",
+    "PackedConv2d": "IntegerConv2d",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in OLD_NAMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    new = OLD_NAMES[name]
+    warnings.warn(f"{name} is called {new} now", DeprecationWarning, stacklevel=2)
+    return globals()[new]

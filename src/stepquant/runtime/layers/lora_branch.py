@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from stepquant.runtime.layers.integer import PackedLayer
+from stepquant.runtime.layers.integer import IntegerLayer
 
-Layer = PackedLayer | nn.Linear | nn.Conv2d
+Layer = IntegerLayer | nn.Linear | nn.Conv2d
 PREFIX = "of_"  # a LoRA may be called like an attribute of nn.Module
 
 
@@ -64,7 +64,7 @@ def attach_branch(layer: Layer, name: str, branch: LoraBranch) -> None:
 
     A packed layer asks for its branches itself. A float layer gets a forward hook, as torch has it.
     """
-    if isinstance(layer, PackedLayer):
+    if isinstance(layer, IntegerLayer):
         device = layer.weight_packed.device
         spec = layer.spec
         branch.window = (spec.stride, spec.padding, spec.dilation)
@@ -76,7 +76,7 @@ def attach_branch(layer: Layer, name: str, branch: LoraBranch) -> None:
     if branches is None:
         branches = LoraBranches()
         layer.lora = branches
-        if not isinstance(layer, PackedLayer):
+        if not isinstance(layer, IntegerLayer):
             branches.handle = layer.register_forward_hook(_add_branches)
     branches[PREFIX + name] = branch.to(device)
 
@@ -91,7 +91,7 @@ def detach_branch(layer: Layer, name: str) -> None:
     if branches.handle is not None:
         branches.handle.remove()
     del layer.lora
-    if isinstance(layer, PackedLayer):
+    if isinstance(layer, IntegerLayer):
         layer.lora = None
 
 

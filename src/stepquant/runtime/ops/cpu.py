@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stepquant.runtime.ops import checks, native, plain
+from stepquant.runtime.ops import native, plain
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.ops.native import Library, attention_call, calls, products
-from stepquant.runtime.ops.native.products import Weight
+from stepquant.runtime.ops.native import Library, attention_call, calls, checks, products
+from stepquant.runtime.ops.native.tiled_weight import Weight
 from stepquant.runtime.ops.result_shapes import empty_result
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.ops.native.products import Weight
+from stepquant.runtime.ops.native.tiled_weight import Weight
 from stepquant.runtime.ops.result_shapes import empty_result
 
 

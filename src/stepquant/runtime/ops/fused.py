@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from stepquant.runtime.ops import checks, cpu, native
+from stepquant.runtime.ops import cpu, native
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.ops.native.products import Weight
+from stepquant.runtime.ops.native import checks
+from stepquant.runtime.ops.native.tiled_weight import Weight
 from stepquant.runtime.ops.operators import grid_lists, grid_values, product_values
 
 __all__ = [

@@ -3,7 +3,7 @@
 The arguments of an operator must be types of a schema, so a `Grid` becomes its tensors, a list of
 grids one list for each field, and a layer's weight and spec their fields. `implement` undoes this:
 an implementation takes the arguments of the function of that name in `ops.plain`, after its check
-in `ops.checks`. Each operator has three here: the CPU's (`ops.cpu`), the torch operations of
+in `native.checks`. Each operator has three here: the CPU's (`ops.cpu`), the torch operations of
 `ops.plain` for every other device, and a fake one that gives shapes. A device with kernels of its
 own adds a line for each:
 
@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stepquant.runtime.ops import checks, cpu, fakes, plain
+from stepquant.runtime.ops import cpu, fakes, plain
 from stepquant.runtime.ops.encoding import pad
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.ops.native.products import Weight, weight_of
+from stepquant.runtime.ops.native import checks
+from stepquant.runtime.ops.native.tiled_weight import Weight, weight_of
 
 FIELDS = 5  # of a Grid that a schema holds: all but the structure
 

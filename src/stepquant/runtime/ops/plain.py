@@ -17,7 +17,7 @@ from stepquant.runtime.ops.encoding import pad
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.ops.native import tiles
-from stepquant.runtime.ops.native.products import Weight
+from stepquant.runtime.ops.native.tiled_weight import Weight
 from stepquant.runtime.ops.result_shapes import shape_of
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stepquant.runtime.ops.native import build, structures
+from stepquant.support.refusal import Refusal, RefusalCode
 
 SWITCH = "STEPQUANT_NATIVE"  # set to 0 or off, the library is not loaded
 ISA_CAPS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # the first that is set counts
@@ -163,20 +164,21 @@ def available() -> bool:
     return library() is not None
 
 
-def why_no_products() -> str | None:
-    """Why there are no native integer products, in a sentence, or None where there are."""
+def why_no_products() -> Refusal | None:
+    """Why there are no native integer products, or None where there are."""
     loaded = _load()
     if isinstance(loaded, str):
-        return loaded
+        return Refusal(RefusalCode.NO_LIBRARY, loaded)
     if loaded.products is not None:
         return None
-    return (
+    return Refusal(
+        RefusalCode.NO_PRODUCTS,
         "this machine has no AVX-512 VNNI, the compiler that made the library does not know it, or "
-        "a cap of oneDNN's instruction set leaves it out"
+        "a cap of oneDNN's instruction set leaves it out",
     )
 
 
-def why_not() -> str | None:
-    """Why there are none, in a sentence, or None where there are."""
+def why_not() -> Refusal | None:
+    """Why there is no library, or None where there is one."""
     loaded = _load()
-    return loaded if isinstance(loaded, str) else None
+    return Refusal(RefusalCode.NO_LIBRARY, loaded) if isinstance(loaded, str) else None

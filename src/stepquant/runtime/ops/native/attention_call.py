@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepquant.runtime.ops import checks
 from stepquant.runtime.ops.grids import Grid
-from stepquant.runtime.ops.native import Library, structures
+from stepquant.runtime.ops.native import Library, checks, structures
 from stepquant.runtime.ops.native.calls import fail, grid_structure
 
 _pack_attention = structures.ATTENTION.pack

@@ -7,7 +7,6 @@ The native kernels read memory by these numbers, so every implementation is call
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,11 +15,9 @@ from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.ops.native import tiles
 from stepquant.runtime.ops.native.structures import ACTIVATIONS
+from stepquant.runtime.ops.native.tiled_weight import Weight
 from stepquant.runtime.ops.result_shapes import check_channels, shape_of
 from stepquant.support.errors import StepQuantError
-
-if TYPE_CHECKING:
-    from stepquant.runtime.ops.native.products import Weight
 
 FLOATS = (torch.float32, torch.bfloat16)
 

@@ -1,0 +1,116 @@
+"""The registered kernels, and the choice between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from stepquant.runtime.kernels.backend import Backend
+from stepquant.runtime.kernels.kernel import Kernel
+from stepquant.runtime.ops.layer_spec import LayerSpec
+from stepquant.support.errors import StepQuantError
+from stepquant.support.refusal import Refusal
+
+K = TypeVar("K", bound=Kernel)
+
+
+class _Registered(NamedTuple):
+    kernel: Kernel
+    priority: int
+
+
+_REGISTERED: dict[str, _Registered] = {}
+
+
+def register_kernel(*, priority: int) -> Callable[[type[K]], type[K]]:
+    """Class decorator: integer layers may run on the kernel, and users may ask for its name.
+
+    Args:
+        priority: The backend `auto` asks kernels in descending order of it. Our own have 300
+            (native), 200 (onednn), 100 (int_mm) and 0 (reference, which takes every layer).
+
+    Raises:
+        StepQuantError: another kernel has the name, or the name is that of a backend that is none.
+    """
+
+    def register(kind: type[K]) -> type[K]:
+        name = kind.name
+        known = _REGISTERED.get(name)
+        if name in (Backend.AUTO, "fastest") or name.partition(":")[0] == "openvino":
+            raise StepQuantError(
+                f"a kernel is called '{name}': expected another name, because this one stands for "
+                "a backend that is no kernel"
+            )
+        if known is not None and type(known.kernel) is not kind:
+            raise StepQuantError(
+                f"there are two kernels called '{name}', {type(known.kernel).__qualname__} and "
+                f"{kind.__qualname__}: expected a name of its own for each"
+            )
+        _REGISTERED[name] = _Registered(kind(), priority)
+        return kind
+
+    return register
+
+
+def registered_kernels(device_type: str | None = None) -> dict[str, Kernel]:
+    """`{name: kernel}` in order of preference.
+
+    `device_type`: only kernels that are made for it ("cpu", "cuda") or for every device.
+    """
+    # Sorting is stable: of two kernels with one priority, the one that was registered first wins.
+    ordered = sorted(_REGISTERED.items(), key=lambda item: -item[1].priority)
+    return {
+        name: registered.kernel
+        for name, registered in ordered
+        if device_type is None or device_type in (registered.kernel.device_types or (device_type,))
+    }
+
+
+def kernel_of(kind: type[K]) -> K:
+    """The registered kernel of the class `kind`."""
+    kernel = _REGISTERED[kind.name].kernel
+    assert isinstance(kernel, kind)
+    return kernel
+
+
+class Choice(NamedTuple):
+    """The kernel of a layer."""
+
+    kernel: Kernel
+    refusals: dict[str, Refusal]
+    """By kernel's name: why preferred kernels do not take the layer."""
+
+    @property
+    def reasons(self) -> list[str]:
+        """The refusals as text, each with the kernel's name."""
+        return [f"{name}: {refusal}" for name, refusal in self.refusals.items()]
+
+
+def choose(spec: LayerSpec, device: torch.device, backend: str = Backend.AUTO) -> Choice:
+    """The first kernel, in order of preference, that takes the layer.
+
+    `backend` names one kernel, or is "auto". A layer that the named kernel does not take runs on
+    the reference kernel, with the refusal.
+
+    Raises StepQuantError for a name that no kernel has.
+    """
+    kernels = registered_kernels()
+    if backend != Backend.AUTO:
+        if backend not in kernels:
+            raise StepQuantError(
+                f"unknown backend '{backend}': expected auto or one of {', '.join(kernels)}"
+            )
+        kernel = kernels[backend]
+        refusal = kernel.why_not(spec, device)
+        if refusal is None:
+            return Choice(kernel, {})
+        return Choice(kernels[Backend.REFERENCE], {kernel.name: refusal})
+    refusals: dict[str, Refusal] = {}
+    for name, kernel in kernels.items():
+        refusal = kernel.why_not(spec, device)
+        if refusal is None:
+            return Choice(kernel, refusals)
+        refusals[name] = refusal
+    raise AssertionError("the reference kernel takes every layer")

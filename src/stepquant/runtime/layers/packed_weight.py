@@ -1,0 +1,152 @@
+"""The weight of one input part: packed bytes, and a kernel's layout of them.
+
+In the memory mode "fast", the default, the layout stays in memory: 8 bits a weight, or 4 where the
+native kernel runs and 4 suffice. The packed bytes are dropped, and made again from the layout when
+somebody asks for them (`released`). In the mode "low" the packed bytes stay. Each call lays the
+weight out, input part by input part, and drops the layout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepquant.runtime.kernels import BoundWeight, Kernel, State, TakesCodes, choose
+from stepquant.runtime.layers.differences import differences_of, packed_of
+from stepquant.runtime.layers.released import Released, whole
+from stepquant.runtime.ops.layer_spec import LayerSpec
+from stepquant.support.refusal import Refusal
+
+FAST, LOW = MODES = ("fast", "low")
+
+
+class Layout(NamedTuple):
+    """A weight as a kernel laid it out; nothing changes it."""
+
+    kernel: Kernel
+    spec: LayerSpec
+    weight: Tensor
+
+    def packed(self, zero_point: Tensor, channel_bits: Tensor | None) -> Tensor:
+        """The packed bytes, uint8 `[bytes]` on the CPU; arguments as in `differences.packed_of`."""
+        differences = self.kernel.differences(self.weight, self.spec)
+        return packed_of(differences, zero_point, channel_bits, self.spec)
+
+
+class PackedWeight:
+    """The weight of input part number `index` of an integer layer.
+
+    `spec`: of the part. `first_byte`: where its bytes begin in `weight_packed`. `buffers`: of the
+    layer, which holds the tensors; they are looked up at each use, because others move them.
+    `memory`: the mode, see the module docstring.
+
+    The attributes below are there once `prepare` has run.
+    """
+
+    kernel: Kernel
+    refusals: dict[str, Refusal]
+    """By kernel's name: why preferred kernels do not take the part."""
+    reasons: list[str]
+    """The refusals as text."""
+    layout: Layout | None
+    """None in the mode "low"."""
+    rest: tuple[Tensor, ...]
+    """The small tensors that the kernel made of the weight."""
+
+    def __init__(
+        self,
+        index: int,
+        spec: LayerSpec,
+        first_byte: int,
+        buffers: Mapping[str, Tensor | None],
+        memory: str = FAST,
+    ) -> None:
+        self.index, self.spec, self.memory = index, spec, memory
+        self._bytes = slice(first_byte, first_byte + spec.packed_bytes)
+        self._buffers = buffers
+        self._bound: BoundWeight | None = None
+
+    def packed(self) -> Tensor:
+        """The packed bytes of the part, uint8 `[bytes]`, made again where they were dropped."""
+        return whole(self._buffer("weight_packed"))[self._bytes]
+
+    def differences(self) -> Tensor:
+        """`code - zero point`, see `differences.differences_of`; on the device of the layer."""
+        zero_point = self._buffer("weight_zero_point")[self.index]
+        return differences_of(self.packed(), zero_point, self._buffers["channel_bits"], self.spec)
+
+    def scale(self) -> Tensor:
+        """The unit of `differences`, float32 `[C_out]`."""
+        scale = self._buffer("weight_scale")[self.index]
+        return scale / 2 if self.spec.half_zero_points else scale
+
+    def prepare(self, device: torch.device, backend: str) -> None:
+        """Choose a kernel, see `kernels.choose`, and lay the weight out for it."""
+        choice = choose(self.spec, device, backend)
+        self.kernel, self.refusals, self.reasons = choice.kernel, choice.refusals, choice.reasons
+        weight, *rest = self.kernel.prepare(self.differences(), self.scale(), self.spec)
+        self.layout = Layout(self.kernel, self.spec, weight) if self.memory == FAST else None
+        self.rest, self._bound = tuple(rest), None
+
+    def state(self) -> State:
+        """What the kernel runs on. In the mode "low" the caller holds the only copy."""
+        weight = self._lay_out() if self.layout is None else self.layout.weight
+        return (weight, *self.rest)
+
+    @torch.compiler.disable
+    def _lay_out(self) -> Tensor:
+        return self.kernel.lay_out(self.differences(), self.scale(), self.spec)
+
+    def bound(self, bias: Tensor | None, step_bias: Tensor | None) -> BoundWeight:
+        """The weight with these biases, for calls with codes; kept in the mode "fast"."""
+        bound, traced = self._bound, torch.compiler.is_compiling()
+        # Traced tensors have no addresses that a bound weight could keep.
+        if bound is not None and not traced and bound.is_current(bias, step_bias):
+            return bound
+        assert isinstance(self.kernel, TakesCodes)
+        bound = self.kernel.bind(self.state(), bias, step_bias, self.spec)
+        if self.layout is not None and not traced:
+            self._bound = bound
+        return bound
+
+    def held(self) -> list[Tensor]:
+        """The tensors in memory besides the layer's buffers: layout and small tensors."""
+        return [*self.rest] if self.layout is None else [self.layout.weight, *self.rest]
+
+    def read(self) -> list[Tensor]:
+        """The tensors that calls read, buffers among them."""
+        return [*self.held(), *([] if self._bound is None else self._bound.tensors())]
+
+    def _buffer(self, name: str) -> Tensor:
+        found = self._buffers[name]
+        assert found is not None
+        return found
+
+
+def released(weights: Sequence[PackedWeight], buffers: Mapping[str, Tensor | None]) -> Tensor:
+    """What `weight_packed` becomes once the weights of all parts have been laid out.
+
+    A stand-in without memory. The packed bytes themselves where the layouts do not give the same
+    bytes back (bits of the last byte that no code takes, say), and in the mode "low".
+    """
+    packed, zero_points = buffers["weight_packed"], buffers["weight_zero_point"]
+    channel_bits = buffers["channel_bits"]
+    assert packed is not None and zero_points is not None
+    layouts = [weight.layout for weight in weights if weight.layout is not None]
+    if len(layouts) < len(weights):
+        return packed
+    bits = None if channel_bits is None else channel_bits.clone()
+    # Of what never changes: the stand-in is whole whatever becomes of the layer.
+    restored = functools.partial(_packed_again, layouts, zero_points.clone(), bits)
+    return Released(packed.numel(), restored) if torch.equal(restored(), packed) else packed
+
+
+def _packed_again(
+    layouts: Sequence[Layout], zero_points: Tensor, channel_bits: Tensor | None
+) -> Tensor:
+    pairs = zip(layouts, zero_points, strict=True)
+    return torch.cat([layout.packed(zero_point, channel_bits) for layout, zero_point in pairs])
