@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stepquant.calibration.survey import general_adapter
 from stepquant.checkpoint.module import load_module
+from stepquant.engines.backend import set_backend
 from stepquant.engines.captured_calls import RecordedDenoiser
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
 from stepquant.engines.slow_paths import slow_paths
@@ -16,6 +17,7 @@ from stepquant.models.adapter import DenoiserAdapter, register_adapter
 from stepquant.models.base import DiffusersAdapter
 from stepquant.pipelines.denoiser_pipeline import DenoiserPipeline
 from stepquant.pipelines.opening import open_pipeline as load
+from stepquant.runtime.kernels import register_kernel
 from stepquant.runtime.layers.resident import WeightBytes, set_memory_mode, weight_bytes_resident
 from stepquant.support.errors import StepQuantError
 from stepquant.verbs.bench import bench
@@ -55,9 +57,11 @@ __all__ = [
     "quantize",
     "recipe_names",
     "register_adapter",
+    "register_kernel",
     "register_metric",
     "register_step",
     "sample",
+    "set_backend",
     "set_lora_scales",
     "set_memory_mode",
     "slow_paths",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from fake_packages import install
 from layer_cases import input_for, seeded
 from stepquant.api import set_memory_mode
 from stepquant.engines.backend import set_backend
@@ -16,6 +18,7 @@ from stepquant.runtime.kernels.reference import REFERENCE, ReferenceKernel
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.simulation.packing import pack_layer
 from stepquant.support.errors import StepQuantError
+from stepquant.support.plugins import PlugIns
 from stepquant.support.refusal import Refusal, RefusalCode
 
 CPU = torch.device("cpu")
@@ -105,3 +108,29 @@ def test_an_unknown_backend_names_those_that_are_registered() -> None:
     register_kernel(priority=1)(Doubled)
     with pytest.raises(StepQuantError, match=r"int_mm, doubled, reference"):
         choose(LayerSpec("linear", 8, 8, 4, 8), CPU, "cpu")
+
+
+OF_A_PACKAGE = """
+from stepquant.runtime.kernels import register_kernel
+from stepquant.runtime.kernels.reference import ReferenceKernel
+
+@register_kernel(priority=1)
+class Packaged(ReferenceKernel):
+    name = "packaged"
+"""
+BROKEN = "raise RuntimeError('no such library')\n"
+
+
+def test_an_installed_package_adds_kernels_and_a_broken_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = "stepquant.kernels"
+    install(tmp_path, "kernels_of_mine", {"packaged": "kernels_of_mine"}, group, OF_A_PACKAGE)
+    install(tmp_path, "kernels_broken", {"broken": "kernels_broken"}, group, BROKEN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "PLUG_INS", PlugIns("kernel", group))
+    registry._import_plug_ins.cache_clear()
+    with pytest.warns(UserWarning, match=r"'kernels_broken' 1\.0 .*RuntimeError: no such library"):
+        found = registered_kernels()
+    registry._import_plug_ins.cache_clear()
+    assert "packaged" in found and "broken" not in found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -11,6 +13,7 @@ from stepquant.runtime.kernels.backend import Backend
 from stepquant.runtime.kernels.kernel import Kernel
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.errors import StepQuantError
+from stepquant.support.plugins import PlugIns
 from stepquant.support.refusal import Refusal
 
 K = TypeVar("K", bound=Kernel)
@@ -22,6 +25,7 @@ class _Registered(NamedTuple):
 
 
 _REGISTERED: dict[str, _Registered] = {}
+PLUG_INS = PlugIns("kernel", "stepquant.kernels")
 
 
 def register_kernel(*, priority: int) -> Callable[[type[K]], type[K]]:
@@ -57,8 +61,10 @@ def register_kernel(*, priority: int) -> Callable[[type[K]], type[K]]:
 def registered_kernels(device_type: str | None = None) -> dict[str, Kernel]:
     """`{name: kernel}` in order of preference.
 
-    `device_type`: only kernels that are made for it ("cpu", "cuda") or for every device.
+    `device_type`: only kernels that are made for it ("cpu", "cuda") or for every device. Installed
+    packages add theirs through the entry-point group `stepquant.kernels`.
     """
+    _import_plug_ins()
     # Sorting is stable: of two kernels with one priority, the one that was registered first wins.
     ordered = sorted(_REGISTERED.items(), key=lambda item: -item[1].priority)
     return {
@@ -66,6 +72,17 @@ def registered_kernels(device_type: str | None = None) -> dict[str, Kernel]:
         for name, registered in ordered
         if device_type is None or device_type in (registered.kernel.device_types or (device_type,))
     }
+
+
+@functools.cache
+def _import_plug_ins() -> None:
+    """Import the packages that add kernels, once; warn of one that cannot be imported."""
+    for name in PLUG_INS.entries:
+        try:
+            PLUG_INS.load(name)
+        except StepQuantError as error:
+            # `auto` has to go on: without this kernel, it takes the next one.
+            warnings.warn(str(error), stacklevel=2)
 
 
 def kernel_of(kind: type[K]) -> K:
