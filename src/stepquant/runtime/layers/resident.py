@@ -9,6 +9,7 @@ bytes, and each call lays the weight out, input part by input part, and drops it
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from stepquant.runtime.layers.differences import packed_of
 from stepquant.runtime.layers.prepared import PreparedPart
 from stepquant.runtime.layers.released import Released, whole
+from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:
@@ -100,7 +102,7 @@ def set_memory_mode(model: nn.Module, mode: str) -> None:
 
 
 class WeightBytes(NamedTuple):
-    """What the weights of packed layers take in memory, in bytes."""
+    """What the weights of quantized layers take in memory, in bytes."""
 
     resident: int
     """Of all tensors held for them: packed, laid out, scales, zero points, sums."""
@@ -114,11 +116,15 @@ class WeightBytes(NamedTuple):
 
 
 def weight_bytes_resident(model: nn.Module) -> WeightBytes:
-    """What the weights of the packed layers of `model` take in memory now, without a bias.
+    """What the weights of the quantized layers of `model` take in memory now, without a bias.
 
     Before the first call nothing is laid out.
     """
     resident = float32 = 0
+    for other in model.modules():
+        if isinstance(other, WeightOnly):
+            float32 += FLOAT * math.prod(other.weight_shape)
+            resident += sum(_size(tensor) for tensor in other.held())
     for layer in _layers(model):
         float32 += FLOAT * layer.spec.out_channels * layer.spec.columns
         buffers = [layer.weight_packed, layer.weight_scale, layer.weight_zero_point]
