@@ -46,6 +46,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "openv
 BACKENDS = ("auto", "reference")
 SAMPLED = {"num": 2, "steps": 3, "seed": 5}
 STEPS = 4  # to calibrate for
+WEIGHT_ONLY = "weight-only"  # the recipe, which older commits have as the function `pack`
 CALIBRATED = {"calibration.trajectories": 4, "calibration.batch": 4}
 AT_MOST = {  # instead of a step's own value, where that is larger
     "iterations": 3,
@@ -209,7 +210,7 @@ def work(source: Path, models: list[str], recipes: list[str]) -> None:
         raise RuntimeError(f"stepquant was imported from '{stepquant.__file__}', not '{source}'")
     rows: dict[str, Callable[[str, str], dict[str, str]]] = {
         "float": float_row,
-        **dict.fromkeys([*api.recipe_names(), "own"], recipe_row),
+        **dict.fromkeys([*calibrated_recipes(), "own"], recipe_row),
         "pack w8": partial(pack_row, bits=8),
         "pack w4": partial(pack_row, bits=4),
         "on load": on_load_row,
@@ -287,6 +288,11 @@ def float_row(model: str, recipe: str) -> dict[str, str]:
     return {"images": image_digest(model, api.load(Path("models", model)), "auto")}
 
 
+def calibrated_recipes() -> list[str]:
+    """The names of the recipes with calibration."""
+    return [name for name in api.recipe_names() if name != WEIGHT_ONLY]
+
+
 def recipe_row(model: str, recipe: str) -> dict[str, str]:
     """Quantize by a recipe with few iterations."""
     subject, target = MODELS[model], Path("out", model, recipe)
@@ -313,12 +319,20 @@ def recipe_row(model: str, recipe: str) -> dict[str, str]:
 
 
 def pack_row(model: str, recipe: str, bits: int) -> dict[str, str]:
-    """Pack weights without calibration."""
+    """Quantize weights without calibration: by a recipe, or in older commits by `pack`."""
     subject, target = MODELS[model], Path("out", model, recipe)
     # A text encoder is no model of diffusers, and `pack` takes no others.
     components = {name: way for name, way in subject.components.items() if name == "vae"}
     grids = "mse" if bits < 8 else "minmax"
-    record = api.pack(Path("models", model), target, bits, grids, components)
+    source = Path("models", model)
+    if WEIGHT_ONLY in api.recipe_names():
+        found = {"ranges.weights": grids}
+        done = api.quantize(
+            source, WEIGHT_ONLY, bits, out=target, settings=found, components=components
+        )
+        record = {key: value for key, value in done.record.items() if key != "recipe"}
+    else:
+        record = api.pack(source, target, bits, grids, components)
     return {"record": digest_of(record), **checkpoint_digests(model, target)}
 
 

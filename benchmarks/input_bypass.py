@@ -32,7 +32,8 @@ from stepquant.pipelines.sampling import AUTO, sample_images
 from stepquant.quantizers import QuantLayer
 from stepquant.support.atomic import atomic_write
 from stepquant.support.progress import Reporter
-from stepquant.verbs.quantize import Quantized, quantize
+from stepquant.verbs.quantize import quantize
+from stepquant.verbs.quantized import Quantized
 
 FAR = 1.5  # times the float model's largest magnitude at the step
 BYPASS, CORRECTION = "input_error_bypass", "bias_correction"

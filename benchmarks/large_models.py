@@ -36,7 +36,7 @@ from stepquant.support.atomic import atomic_write
 from stepquant.support.process_memory import peak_memory_mb
 from stepquant.support.progress import Reporter
 from stepquant.verbs.quantize import quantize
-from stepquant.weight_only.conversion import pack
+from stepquant.weight_only.conversion import convert
 
 SHARD_BYTES = 2 << 30
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
@@ -86,7 +86,7 @@ class Job:
 
 
 def run_pack(source: Path, out: Path, args: argparse.Namespace) -> dict[str, Any]:
-    return pack(source, out, 4, args.grids, reporter=Reporter())
+    return convert(source, out, 4, args.grids, reporter=Reporter())
 
 
 def run_calibrate(source: Path, out: Path, args: argparse.Namespace) -> dict[str, Any]:

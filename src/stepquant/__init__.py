@@ -67,7 +67,7 @@ _HOMES = {
     "DiffusersAdapter": "models.base",
     "DynamicConfig": "weight_only.config",
     "OpenVinoDenoiser": "engines.openvino_denoiser",
-    "Quantized": "verbs.quantize",
+    "Quantized": "verbs.quantized",
     "RecordedDenoiser": "engines.captured_calls",
     "Session": "methods.session",
     "Step": "methods.step",

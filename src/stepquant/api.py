@@ -24,7 +24,8 @@ from stepquant.verbs.bench import bench
 from stepquant.verbs.demo import demo
 from stepquant.verbs.evaluate import evaluate
 from stepquant.verbs.inspect import inspect
-from stepquant.verbs.quantize import Quantized, quantize
+from stepquant.verbs.quantize import quantize
+from stepquant.verbs.quantized import Quantized
 from stepquant.verbs.sample import sample
 from stepquant.weight_only.config import DynamicConfig, WeightOnlyConfig
 from stepquant.weight_only.conversion import pack

@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 import stepquant
-from cli_runs import TINY, record, refused, run
+from cli_runs import TINY, record, refused, run, tree
 from stepquant import api
 from stepquant.cli.quantize import quantize as quantize_verb
 from stepquant.engines import openvino_export
@@ -44,20 +44,48 @@ def test_quantize_writes_a_pipeline_and_says_how_it_went(float_folder, packed_fo
     assert [path.name for path in packed_folder.parent.glob("*.work")] == []
 
 
-def test_pack_writes_a_pipeline_and_says_how_it_went(float_folder, tmp_path):
-    out = tmp_path / "w4"
-    result = run(
-        "pack", float_folder, "--out", out, "--grids=minmax", "--json", tmp_path / "record.json"
-    )
+def test_weights_are_quantized_without_calibration(float_folder, tmp_path):
+    out, json_file = tmp_path / "w4", tmp_path / "record.json"
+    recipe = ("--recipe", "weight-only")
+    result = run("quantize", float_folder, *recipe, "--out", out, "--json", json_file)
     assert result.exit_code == 0, result.stderr
-    arguments, results = checked(tmp_path / "record.json", "pack")
-    assert (arguments["weights"], arguments["grids"]) == (4, "minmax")
+    arguments, results = checked(json_file, "quantize")
+    assert (arguments["recipe"], arguments["weights"]) == ("weight-only", None)
     assert results["out"] == str(out) and results["bits"] == "w4"
+    assert results["recipe"]["kind"] == "weight-only"
     assert results["times_smaller"] > 2
     assert f"written to {out}" in result.stdout
-    sampled = run("sample", out, "--num=1", "--steps=2", "--grid", tmp_path / "grid.png", "-q")
-    assert (sampled.exit_code, sampled.stderr) == (0, "")
-    assert refused("pack", out, "--out", tmp_path / "again").startswith("the component 'unet' is q")
+    for verb in (
+        ("sample", out, "--num=1", "--steps=2", "--grid", tmp_path / "grid.png"),
+        ("evaluate", out, "--against", float_folder, "--num=1", "--steps=2"),
+    ):
+        assert run(*verb).exit_code == 0
+    timed = run("bench", out, "--against", float_folder, "--batch=1", "--repeats=1")
+    assert timed.exit_code == 0 and "weight-only layers; " in timed.stdout
+    shown = run("inspect", out)
+    assert shown.exit_code == 0
+    assert "weight-only layers; layers that stay float: conv_in, conv_out" in shown.stdout
+    again = ("quantize", out, *recipe, "--out", tmp_path / "again")
+    assert refused(*again).startswith("the component 'unet' is quantized already")
+    assert "the recipe 'weight-only' got activations: expected weights" in refused(
+        "quantize", float_folder, *recipe, "--activations=8", "--out", tmp_path / "again"
+    )
+
+
+def test_pack_is_the_old_name_of_that_and_says_the_new_one(float_folder, tmp_path):
+    out, new = tmp_path / "w4", tmp_path / "new"
+    result = run(
+        "pack", float_folder, "--out", out, "--grids=mse", "--json", tmp_path / "record.json"
+    )
+    assert result.exit_code == 0, result.stderr
+    told = f"run stepquant quantize {float_folder} --recipe weight-only --weights 4 --set ranges"
+    assert told in result.stderr and "deprecated" in result.stderr
+    arguments, results = checked(tmp_path / "record.json", "pack")
+    assert (arguments["weights"], arguments["grids"]) == (4, "mse")
+    assert results["out"] == str(out) and "recipe" not in results
+    same = ("--recipe=weight-only", "--set=ranges.weights=mse", "--out", new, "-q")
+    assert run("quantize", float_folder, *same).exit_code == 0
+    assert tree(out) == tree(new)
 
 
 def test_quantize_takes_a_recipe_file_that_show_printed(float_folder, tmp_path):

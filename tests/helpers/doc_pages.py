@@ -30,7 +30,7 @@ from lora_files import matrices, of
 from plain_denoiser import Denoiser
 from single_files import save_as_one_file
 from stepquant import api
-from stepquant.methods.recipe import load_recipe
+from stepquant.methods.recipe import WeightOnlyRecipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -169,6 +169,8 @@ class Short:
         recipe = load_recipe(given.get("recipe", "stepquant")).override(
             given.pop("settings", None) or {}
         )
+        if isinstance(recipe, WeightOnlyRecipe):
+            return api_quantize(**given | {"recipe": recipe})
         settings: dict[str, Any] = {"calibration.trajectories": 2}
         settings |= {"ranges.weights": "minmax", "ranges.activations": "minmax"}
         for step in recipe.steps:

@@ -32,7 +32,9 @@ def record(packed, pipeline):
 
 
 def test_a_record_has_a_row_for_each_model_and_batch(record):
+    assert record["kind"] == "integer"
     assert record.keys() == {
+        "kind",
         "rows",
         "kernels",
         "openvino",

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from architectures import ARCHITECTURES, build, condition_unet
 from quantize_runs import Lines, left, refused, tree
-from stepquant.api import inspect, pack, quantize, sample
+from stepquant.api import pack, quantize, sample
 from stepquant.calibration.ranges import search_weight_range
 from stepquant.quantizers.weight import minmax_weight_range
 from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.support.progress import Reporter
+from stepquant.weight_only.conversion import convert
 from stepquant.weight_only.quantizers import quantize_weights
 from stepquant.weight_only.streaming import stream_weights
 
@@ -39,7 +40,7 @@ def unet_folder(path, shard, dtype=torch.bfloat16):
 
 
 def without_origin(files):
-    """The config without the place that a model was loaded from, which `pack` takes off."""
+    """The config without the place that a model was loaded from, which `convert` takes off."""
     config = {**json.loads(files["config.json"])}
     config.pop("_name_or_path", None)
     return {**files, "config.json": config}
@@ -79,7 +80,7 @@ def test_the_bytes_are_those_of_packing_the_whole_model_in_memory(
 def test_a_packed_pipeline_draws_what_its_weights_stand_for(name, tmp_path):
     pipeline = build(name)
     pipeline.save_pretrained(tmp_path / "float")
-    record = pack(tmp_path / "float", tmp_path / "out", components={"vae": "w8"})
+    record = convert(tmp_path / "float", tmp_path / "out", components={"vae": "w8"})
     component = ARCHITECTURES[name].component
     assert record["denoiser"] == component and record["bits"] == "w4"
     assert json.loads(json.dumps(record, allow_nan=False)) == record
@@ -102,7 +103,7 @@ def test_a_packed_pipeline_draws_what_its_weights_stand_for(name, tmp_path):
 
 def test_what_is_not_packed_is_copied_and_equal_runs_write_equal_bytes(sd_folder, tmp_path):
     for name in ("a", "b"):
-        pack(sd_folder, tmp_path / name)
+        convert(sd_folder, tmp_path / name)
     files, before = tree(tmp_path / "a"), tree(sd_folder)
     assert files == tree(tmp_path / "b")
     assert files["vae/" + WEIGHTS] == before["vae/" + WEIGHTS]
@@ -114,7 +115,7 @@ def test_the_input_and_output_layers_stay_float_in_their_dtype(sd_folder, tmp_pa
     UNet2DConditionModel.from_pretrained(sd_folder / "unet", dtype=torch.bfloat16).save_pretrained(
         sd_folder / "unet"
     )
-    pack(sd_folder, tmp_path / "out")
+    convert(sd_folder, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "unet" / WEIGHTS)
     assert tensors["conv_in.weight"].dtype == tensors["conv_out.bias"].dtype == torch.bfloat16
     assert tensors["mid_block.resnets.0.conv1.weight"].dtype == torch.int8
@@ -124,7 +125,7 @@ def test_the_input_and_output_layers_stay_float_in_their_dtype(sd_folder, tmp_pa
 def test_a_model_without_an_adapter_is_packed_and_said_so(sd_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("stepquant.weight_only.conversion.ADAPTERS", {})
     lines = Lines()
-    pack(sd_folder, tmp_path / "out", reporter=lines)
+    convert(sd_folder, tmp_path / "out", reporter=lines)
     assert "UNet2DConditionModel is not known" in lines.lines[0]
     assert load_file(tmp_path / "out" / "unet" / WEIGHTS)["conv_in.weight"].dtype == torch.int8
 
@@ -148,13 +149,13 @@ def rewrite(folder, act):
 def test_bad_files_are_named_and_nothing_is_left(sd_folder, tmp_path, act, words):
     rewrite(sd_folder, act)
     before = left(tmp_path)
-    assert words in refused(lambda: pack(sd_folder, tmp_path / "out"))
+    assert words in refused(lambda: convert(sd_folder, tmp_path / "out"))
     assert left(tmp_path) == before
 
 
 def test_what_cannot_be_packed_is_refused(sd_folder, tmp_path):
     def message(model=sd_folder, out=tmp_path / "out", **more):
-        return refused(lambda: pack(model, out, **more))
+        return refused(lambda: convert(model, out, **more))
 
     assert "weights is 3: expected one of 4, 8" in message(weights=3)
     assert "grids is 'best': expected one of minmax, mse" in message(grids="best")
@@ -166,11 +167,16 @@ def test_what_cannot_be_packed_is_refused(sd_folder, tmp_path):
     assert "is a single file: expected a diffusers pipeline folder" in message(
         sd_folder / "unet" / WEIGHTS
     )
-    pack(sd_folder, tmp_path / "once")
+    convert(sd_folder, tmp_path / "once")
     assert "'unet' is quantized already" in message(tmp_path / "once")
     assert "is quantized already: expected a float model" in refused(
         lambda: quantize(tmp_path / "once", "minmax", prompts="a")
     )
-    assert "was quantized without calibration, and has no tables to show" in refused(
-        lambda: inspect(tmp_path / "once", prompts="a")
-    )
+
+
+def test_the_old_name_writes_the_same_bytes_and_says_the_new_one(sd_folder, tmp_path):
+    convert(sd_folder, tmp_path / "new", 8, components={"vae": "w4"})
+    with pytest.warns(DeprecationWarning, match=r"quantize\(model, 'weight-only', weights=8, out="):
+        record = pack(sd_folder, tmp_path / "old", 8, components={"vae": "w4"})
+    assert tree(tmp_path / "old") == tree(tmp_path / "new")
+    assert record["bits"] == "w8" and "recipe" not in record

@@ -35,7 +35,7 @@ def bench(
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Time one denoiser call of a packed model beside its float model."""
+    """Time one denoiser call of a quantized model beside its float model."""
     with talk(context, quiet, json_file) as output:
         from stepquant import api  # not at the top: see demo.py
 
@@ -53,8 +53,9 @@ def bench(
         output.results = record
         output.table(record["rows"])
         kernels = ", ".join(f"{name} {count}" for name, count in record["kernels"].items())
+        layers = f"layer inputs by kernel: {kernels}" if kernels else f"{record['kind']} layers"
         output.line(
-            f"layer inputs by kernel: {kernels}; {record['threads']} threads, "
+            f"{layers}; {record['threads']} threads, "
             f"{record['cpu_capability']}, peak memory {record['peak_memory_mb']:.0f} MB"
         )
         if record["openvino"] is not None:

@@ -60,9 +60,14 @@ def inspect(
             **conditions(prompt, prompts, label, guidance, call),
         )
         output.results = record
-        show = packed_row if record["packed"] else float_row
-        output.table([show(row) for row in record["layers"]])
-        output.line(f"{len(record['timesteps'])} steps")
+        if record["timesteps"]:
+            show = packed_row if record["packed"] else float_row
+            output.table([show(row) for row in record["layers"]])
+            output.line(f"{len(record['timesteps'])} steps")
+        else:
+            output.table(record["layers"])
+            float_layers = ", ".join(record["float_layers"]) or "none"
+            output.line(f"{record['kind']} layers; layers that stay float: {float_layers}")
         if record.get("input_error_bypass"):
             output.line(f"what '{record['input_error_bypass']['layer']}' loses passes by the model")
         for path in record.get("plots", []):

@@ -1,4 +1,4 @@
-"""`stepquant pack`."""
+"""`stepquant pack`, the deprecated name of `stepquant quantize --recipe weight-only`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stepquant.cli.options import Json, Quiet, parse_settings
+from stepquant.cli.quantize import show_weight_only
 from stepquant.cli.session import talk
 
 
@@ -36,16 +37,17 @@ def pack(
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Pack a float model's weights in little memory, without calibration."""
+    """Deprecated: use quantize --recipe weight-only."""
     with talk(context, quiet, json_file) as output:
-        from stepquant import api  # not at the top: see demo.py
+        from stepquant.weight_only.conversion import convert  # not at the top: see demo.py
 
-        components = parse_settings(component or [], "--component", "vae=w8")
-        record = api.pack(model, out, weights, grids, components, output.reporter)
-        output.results = {"out": out, **record}
-        rows = [{"component": name, **part} for name, part in record["components"].items()]
-        output.table(rows)
-        output.line(
-            f"{record['times_smaller']:.2f} times smaller than float32, in {record['seconds']:.0f} "
-            f"s, peak memory {record['peak_memory_mb']:.0f} MB; written to {out}"
+        search = "" if grids == "minmax" else f" --set ranges.weights={grids}"
+        output.reporter.line(
+            "stepquant pack is deprecated, and will be gone in the next release: run stepquant "
+            f"quantize {model} --recipe weight-only --weights {weights}{search} --out {out}"
         )
+        components = parse_settings(component or [], "--component", "vae=w8")
+        record = convert(model, out, weights, grids, components, output.reporter)
+        output.results = {"out": out, **record}
+        show_weight_only(output, record)
+        output.line(f"written to {out}")

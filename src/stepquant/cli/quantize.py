@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +20,7 @@ from stepquant.cli.options import (
     conditions,
     parse_settings,
 )
-from stepquant.cli.session import talk
+from stepquant.cli.session import Talk, talk
 
 KEPT = "; finished work is kept, go on with --resume"
 
@@ -94,25 +94,42 @@ def quantize(
             **conditions(prompt, prompts, label, guidance, call),
         ).record
         output.results = {"out": out, **record}
-        shown = (
-            "bits",
-            "mean_weight_bits",
-            "float32_bytes",
-            "checkpoint_bytes",
-            "times_smaller",
-            "seconds",
-            "predicted_peak_memory_mb",
-            "peak_memory_mb",
-        )
-        output.table([{key: record[key] for key in shown}])
-        for key, text in (
-            ("left_float", "layers stay float"),
-            ("attention_float", "attention products stay float"),
-            ("reference_layers", "layers run on the reference kernel here"),
-        ):
-            if record[key]:
-                output.line(f"{len(record[key])} {text}: {', '.join(record[key])}")
-        for name, part in record["components"].items():
-            smaller = part["float32_bytes"] / part["checkpoint_bytes"]
-            output.line(f"{name}: weights of {part['bits']}, {smaller:.2f} times smaller")
+        if "denoiser" in record:
+            show_weight_only(output, record)
+        else:
+            show_calibrated(output, record)
         output.line(f"written to {out}")
+
+
+def show_calibrated(output: Talk, record: dict[str, Any]) -> None:
+    """Print the record of a recipe with calibration."""
+    shown = (
+        "bits",
+        "mean_weight_bits",
+        "float32_bytes",
+        "checkpoint_bytes",
+        "times_smaller",
+        "seconds",
+        "predicted_peak_memory_mb",
+        "peak_memory_mb",
+    )
+    output.table([{key: record[key] for key in shown}])
+    for key, text in (
+        ("left_float", "layers stay float"),
+        ("attention_float", "attention products stay float"),
+        ("reference_layers", "layers run on the reference kernel here"),
+    ):
+        if record[key]:
+            output.line(f"{len(record[key])} {text}: {', '.join(record[key])}")
+    for name, part in record["components"].items():
+        smaller = part["float32_bytes"] / part["checkpoint_bytes"]
+        output.line(f"{name}: weights of {part['bits']}, {smaller:.2f} times smaller")
+
+
+def show_weight_only(output: Talk, record: dict[str, Any]) -> None:
+    """Print the record of a weight-only recipe."""
+    output.table([{"component": name, **part} for name, part in record["components"].items()])
+    output.line(
+        f"{record['times_smaller']:.2f} times smaller than float32, in {record['seconds']:.0f} s, "
+        f"peak memory {record['peak_memory_mb']:.0f} MB"
+    )

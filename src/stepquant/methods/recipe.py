@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -18,6 +19,7 @@ from pydantic import (
 )
 
 from stepquant.methods import STEPS, Step
+from stepquant.runtime.layers.weight_only import check_weight_only_bits
 from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 from stepquant.support.plugins import PlugIns
@@ -25,6 +27,12 @@ from stepquant.support.plugins import PlugIns
 SHIPPED = resources.files("stepquant") / "recipes"
 # Each names a package of Python modules, which holds NAME.yaml.
 PLUG_INS = PlugIns("recipe", "stepquant.recipes")
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+WEIGHT_ONLY_KIND: Literal["weight-only"] = "weight-only"
+SECTIONS = ("scheme", "calibration", "ranges")
 
 
 class Calibration(BaseModel):
@@ -50,12 +58,71 @@ class Ranges(BaseModel):
     activations: Literal["minmax", "mse"] = "mse"
 
 
-class Recipe(BaseModel):
-    """What `stepquant quantize` does, in order."""
+class NamedRecipe(BaseModel):
+    """What every kind of recipe has: a name, a description, and settings with dotted names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     description: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values with every default resolved, as checkpoints embed them."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The text that `load_recipe` reads back to an equal recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def override(self, settings: Mapping[str, Any]) -> Self:
+        """A copy with `section.key` or `step.key` set, as `{"block_distillation.batch": 16}`."""
+        plain = self.to_dict()
+        for dotted, value in settings.items():
+            section, _, key = dotted.partition(".")
+            places = [plain[section]] if isinstance(plain.get(section), dict) else []
+            places += [entry[section] for entry in plain.get("steps", ()) if section in entry]
+            if not places or key not in places[0]:
+                known = [f"{name}.{field}" for name, fields in _settable(plain) for field in fields]
+                raise StepQuantError(
+                    f"recipe '{self.name}' has no setting '{dotted}': expected one of "
+                    f"{', '.join(known)}"
+                )
+            for place in places:
+                place[key] = value
+        found = parse_recipe(plain, f"recipe '{self.name}' with settings")
+        assert isinstance(found, type(self))
+        return found
+
+
+class WeightScheme(BaseModel):
+    """Bits of the denoiser's weights in a weight-only recipe: 4 or 8."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    weight_bits: int = 4
+
+    @field_validator("weight_bits", mode="before")
+    @classmethod
+    def _bits(cls, value: int) -> int:
+        return check_weight_only_bits(value, "weight_bits of a weight-only recipe")
+
+
+class WeightRanges(BaseModel):
+    """How the ranges of 4-bit weights are found: "minmax", or "mse" (many times slower)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    weights: Literal["minmax", "mse"] = "minmax"
+
+
+class WeightOnlyRecipe(NamedRecipe):
+    """Quantized weights and float activations, without calibration (`weight_only.conversion`)."""
+
+    kind: Literal["weight-only"] = WEIGHT_ONLY_KIND
+    scheme: WeightScheme = WeightScheme()
+    ranges: WeightRanges = WeightRanges()
+
+
+class Recipe(NamedRecipe):
+    """What `stepquant quantize` does with calibration, in order."""
+
     scheme: Scheme = Scheme()
     calibration: Calibration = Calibration()
     ranges: Ranges = Ranges()
@@ -93,35 +160,10 @@ class Recipe(BaseModel):
     def _plain(self, steps: tuple[Step, ...]) -> list[dict[str, Any]]:
         return [{step.name: step.model_dump()} for step in steps]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values with every default resolved, as checkpoints embed them."""
-        return self.model_dump(mode="json")
-
-    def to_yaml(self) -> str:
-        """The text that `load_recipe` reads back to an equal recipe."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-    def override(self, settings: dict[str, Any]) -> Recipe:
-        """A copy with `section.key` or `step.key` set, as `{"block_distillation.batch": 16}`."""
-        plain = self.to_dict()
-        for dotted, value in settings.items():
-            section, _, key = dotted.partition(".")
-            places = [plain[section]] if isinstance(plain.get(section), dict) else []
-            places += [entry[section] for entry in plain["steps"] if section in entry]
-            if not places or key not in places[0]:
-                known = [f"{name}.{field}" for name, fields in _settable(plain) for field in fields]
-                raise StepQuantError(
-                    f"recipe '{self.name}' has no setting '{dotted}': expected one of "
-                    f"{', '.join(known)}"
-                )
-            for place in places:
-                place[key] = value
-        return parse_recipe(plain, f"recipe '{self.name}' with settings")
-
 
 def _settable(plain: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    sections = [(name, plain[name]) for name in ("scheme", "calibration", "ranges")]
-    return sections + [item for entry in plain["steps"] for item in entry.items()]
+    sections = [(name, plain[name]) for name in SECTIONS if name in plain]
+    return sections + [item for entry in plain.get("steps", ()) for item in entry.items()]
 
 
 def _why_not_after(after: Step, before: Step) -> str | None:
@@ -151,16 +193,17 @@ def parse_step(entry: Any) -> Step:
         raise StepQuantError(f"step '{name}': {_first(error, kind)}") from error
 
 
-def parse_recipe(plain: Any, where: str) -> Recipe:
+def parse_recipe(plain: Any, where: str) -> Recipe | WeightOnlyRecipe:
     """A recipe from plain values; errors name `where` they came from."""
     if not isinstance(plain, dict):
         raise StepQuantError(
             f"{where} holds a {type(plain).__name__}: expected keys such as name and steps"
         )
+    kind = WeightOnlyRecipe if plain.get("kind") == WEIGHT_ONLY_KIND else Recipe
     try:
-        return Recipe.model_validate(plain)
+        return kind.model_validate(plain)
     except ValidationError as error:
-        raise StepQuantError(f"{where}: {_first(error, Recipe)}") from error
+        raise StepQuantError(f"{where}: {_first(error, kind)}") from error
 
 
 def _first(error: ValidationError, model: type[BaseModel]) -> str:
@@ -212,9 +255,9 @@ def _named(name: str) -> str:
         raise PLUG_INS.broken(name, str(error)) from error
 
 
-def load_recipe(name: str | Path | Recipe) -> Recipe:
+def load_recipe(name: str | Path | Recipe | WeightOnlyRecipe) -> Recipe | WeightOnlyRecipe:
     """A recipe by its name, the one in a file (a path that ends in `.yaml`), or `name` itself."""
-    if isinstance(name, Recipe):
+    if isinstance(name, Recipe | WeightOnlyRecipe):
         return name
     text = str(name)
     if text.endswith((".yaml", ".yml")):

@@ -22,7 +22,8 @@ from stepquant.models.calling import named_arguments, on_device
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.resolved import ResolvedPipeline
 from stepquant.pipelines.sampling import check_count
-from stepquant.runtime.layers.integer import IntegerLayer, is_packed
+from stepquant.runtime.layers.integer import IntegerLayer
+from stepquant.runtime.layers.kinds import Kind, kind_of
 from stepquant.runtime.layers.resident import set_memory_mode, weight_bytes_resident
 from stepquant.support.errors import StepQuantError
 from stepquant.support.process_memory import peak_memory_mb
@@ -72,7 +73,9 @@ def bench(
     """Milliseconds of one denoiser call of `model` and of the float model `against`.
 
     Medians of interleaved runs with 10th and 90th percentile for each batch size, and how many
-    times faster. `backend`: of the packed layers; `openvino`, or `openvino:DEVICE`, adds the model
+    times faster. `kind` in the record says what the quantized layers compute with: "integer",
+    "weight-only" or "dynamic" (`runtime.layers.kinds`). Only integer layers have backends and
+    memory modes. `backend`: of these; `openvino`, or `openvino:DEVICE`, adds the model
     as OpenVINO runs it beside the one on the layers' best kernels, and says which is faster.
     `slow_paths` is what is slower on this machine than it could be (`engines.slow_paths`).
     `compiled` adds both under `torch.compile` (the first calls take minutes).
@@ -84,15 +87,23 @@ def bench(
         check_count(size, "batch size")
     ours, theirs = (ResolvedPipeline.of(open_pipeline(each)) for each in (model, against))
     candidate, reference = ours.denoiser, theirs.denoiser
-    if not is_packed(candidate):
+    kind = kind_of(candidate)
+    if kind is None:
         raise StepQuantError(
             f"'{model}' has no packed layer: expected a folder that stepquant quantize wrote"
         )
-    if is_packed(reference):
+    if kind_of(reference) is not None:
         raise StepQuantError(f"'{against}' is quantized: expected the float model to compare with")
-    set_memory_mode(candidate, memory)
     device = Target.parse(backend).device
-    set_backend(candidate, backend if device is None else "auto")
+    if kind is Kind.INTEGER:
+        set_memory_mode(candidate, memory)
+        set_backend(candidate, backend if device is None else "auto")
+    elif (backend, memory) != ("auto", "fast"):
+        raise StepQuantError(
+            f"the backend '{backend}' and the memory mode '{memory}' were asked for a denoiser "
+            f"whose layers are {kind.value}: expected auto and fast; the others are for integer "
+            "layers"
+        )
     openvino = None if device is None else OpenVinoDenoiser(candidate, device)
     adapter = adapter or adapter_of(theirs)
     rows, faster = [], {}
@@ -135,6 +146,7 @@ def bench(
         measured["faster"] = [{"batch": size, "model": name} for size, name in faster.items()]
     weights = weight_bytes_resident(candidate)
     return {
+        "kind": kind.value,
         "rows": rows,
         "kernels": kernels,
         "openvino": measured,

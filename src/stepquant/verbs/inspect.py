@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from stepquant.methods.outlier_mixed_bits import kurtosis
 from stepquant.methods.weight_dilation import dilation_factors
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.models.attention_processor import PRODUCTS
+from stepquant.models.eligibility import LAYERS
 from stepquant.models.input_bypass import bypass_of
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import open_pipeline
@@ -27,6 +29,7 @@ from stepquant.pipelines.sampling import AUTO
 from stepquant.quantizers import StepContext
 from stepquant.reporting.plots import check_plots, write_plots
 from stepquant.runtime.layers.integer import IntegerLayer
+from stepquant.runtime.layers.kinds import Kind, kind_of
 from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.simulation.scheme import Scheme
 from stepquant.simulation.simulate import simulate
@@ -53,7 +56,8 @@ def inspect(
 
     A float model is sampled (`num` images): each layer's activation range at every step, the share
     of in-channels that Weight Dilation can scale, and the kurtosis of its weights. A packed model
-    shows bits, bytes, kernels and its step tables. With `plots`, pictures go to that new folder
+    shows bits, bytes, kernels and its step tables; one that was quantized without calibration, bits
+    and bytes, and no pictures. With `plots`, pictures go to that new folder
     (needs the extra [evaluate]). `prompts`, `labels`, `guidance`, `call`: what the float model's
     images are drawn of, and `adapter`, as in `quantize`.
     """
@@ -62,13 +66,17 @@ def inspect(
         check_plots(plots)
     source = ResolvedPipeline.of(open_pipeline(model))
     denoiser = source.denoiser
-    if any(isinstance(module, IntegerLayer) for module in denoiser.modules()):
+    kind = kind_of(denoiser)
+    if kind is Kind.INTEGER:
         record = inspect_packed(denoiser)
-    elif any(isinstance(module, WeightOnly) for module in denoiser.modules()):
-        raise StepQuantError(
-            f"the denoiser of {source.kind} was quantized without calibration, and has "
-            "no tables to show: expected a float model, or one that stepquant quantize wrote"
-        )
+    elif kind is not None:
+        if plots is not None:
+            raise StepQuantError(
+                f"the denoiser of {source.kind} was quantized without calibration, and has no "
+                "tables to draw: expected a float model, or one that was calibrated; leave the "
+                "plots out"
+            )
+        record = inspect_weight_only(denoiser, kind)
     else:
         conditioning = Conditioning.of(prompts, labels, guidance, call)
         source = replace(source, adapter=adapter)
@@ -112,10 +120,38 @@ def inspect_packed(denoiser: nn.Module) -> dict[str, Any]:
     passed = None if bypass is None else {"layer": bypass.layer, "slopes": bypass.slopes.tolist()}
     return {
         "packed": True,
+        "kind": Kind.INTEGER.value,
         "timesteps": denoiser.step_grid.tolist(),
         "layers": layers,
         "attention": attention,
         "input_error_bypass": passed,
+    }
+
+
+def inspect_weight_only(denoiser: nn.Module, kind: Kind) -> dict[str, Any]:
+    """Bits and bytes of the layers of a denoiser that was quantized without calibration."""
+    layers = [
+        {
+            "layer": name,
+            "weight_bits": 8 if module.weight_zero_point is None else 4,
+            "packed_bytes": module.weight.numel(),
+            "float32_bytes": 4 * math.prod(module.weight_shape),
+        }
+        for name, module in denoiser.named_modules()
+        if isinstance(module, WeightOnly)
+    ]
+    quantized = {row["layer"] for row in layers}
+    left_float = [
+        name
+        for name, module in denoiser.named_modules()
+        if isinstance(module, LAYERS) and name not in quantized
+    ]
+    return {
+        "packed": True,
+        "kind": kind.value,
+        "timesteps": [],
+        "layers": layers,
+        "float_layers": left_float,
     }
 
 

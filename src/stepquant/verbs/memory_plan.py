@@ -193,8 +193,8 @@ def check_fits(prediction: Prediction, room: int, what: str, asked: bool) -> Non
     raise StepQuantError(
         f"calibrating {what} is predicted to take {prediction.peak / GIB:.2f} GiB of memory at its "
         f"peak ({prediction.describe()}): expected at most {room / GIB:.2f} GiB, {whence}; lower "
-        "calibration.batch or the batch of a step, or pack the weights without calibration "
-        "(stepquant pack)"
+        "calibration.batch or the batch of a step, or quantize the weights without calibration "
+        "(--recipe weight-only)"
     )
 
 

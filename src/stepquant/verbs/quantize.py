@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 from stepquant.calibration.observe import quant_layers
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.save import attach_config, save_pipeline
-from stepquant.methods.recipe import Recipe, load_recipe
+from stepquant.methods.recipe import Recipe, WeightOnlyRecipe, load_recipe
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.models.surgery import copy_around
 from stepquant.pipelines.conditioning import Conditioning
@@ -32,46 +31,18 @@ from stepquant.verbs.quantize_job import (
     check_output,
     open_float,
     plan_job,
+    with_settings,
     work_path,
 )
 from stepquant.verbs.quantize_record import record_of
+from stepquant.verbs.quantize_weights import check_unused, quantize_weights
+from stepquant.verbs.quantized import Quantized
 from stepquant.weight_only.components import add_file_sizes, quantize_components
-
-
-@dataclass
-class Quantized:
-    """What `quantize` gives: the packed pipeline, the simulation it was packed from, the record.
-
-    `record` holds plain JSON values: recipe, bits, bytes, seconds, peak memory, and what each step
-    reports.
-    """
-
-    pipeline: DiffusionPipeline
-    simulation: nn.Module
-    record: dict[str, Any]
-
-
-def resolve_recipe(
-    recipe: str | Path | Recipe,
-    weights: int | None,
-    activations: int | None,
-    steps: int | None,
-    settings: dict[str, Any] | None,
-) -> Recipe:
-    """The recipe with the caller's bits, sampler steps and settings."""
-    overrides = dict(settings or {})
-    if weights is not None:
-        overrides["scheme.weight_bits"] = weights
-    if activations is not None:
-        overrides["scheme.activation_bits"] = activations
-    if steps is not None:
-        overrides["calibration.steps"] = steps
-    return load_recipe(recipe).override(overrides)
 
 
 def quantize(
     model: str | Path | DiffusionPipeline,
-    recipe: str | Path | Recipe = "stepquant",
+    recipe: str | Path | Recipe | WeightOnlyRecipe = "stepquant",
     weights: int | None = None,
     activations: int | None = None,
     out: str | Path | None = None,
@@ -89,7 +60,7 @@ def quantize(
     components: Mapping[str, str] | None = None,
     memory: float | None = None,
 ) -> Quantized:
-    """Quantize the denoiser of `model` by `recipe` and save the packed pipeline to `out`.
+    """Quantize the denoiser of `model` by `recipe` and save the quantized pipeline to `out`.
 
     `weights`, `activations`: bits, instead of the recipe's. `steps`: sampling steps to calibrate
     for. `settings`: recipe values by dotted name, as `{"block_distillation.iterations": 300}`.
@@ -106,10 +77,31 @@ def quantize(
     predicted to need more is refused before it starts, and activations that do not fit are kept in
     files beside `out` meanwhile.
 
+    A weight-only recipe, such as "weight-only", takes `weights` (4 or 8), `out`, `settings` and
+    `components` only. It needs no calibration and streams the files of a folder or hub id to new
+    shards, layer by layer.
+
     Raises StepQuantError for anything in the input that is not as expected.
     """
     reporter = reporter or Reporter(quiet=True)
-    chosen = resolve_recipe(recipe, weights, activations, steps, settings)
+    loaded = load_recipe(recipe)
+    if isinstance(loaded, WeightOnlyRecipe):
+        unused = {
+            "activations": activations,
+            "steps": steps,
+            "seed": seed or None,
+            "resume": resume,
+            "prompts": prompts,
+            "labels": labels,
+            "guidance": guidance,
+            "call": call,
+            "adapter": adapter,
+            "memory": memory,
+        }
+        check_unused(loaded, unused)
+        weight_only = with_settings(loaded, weights, None, None, settings)
+        return quantize_weights(model, weight_only, out, components, reporter)
+    chosen = with_settings(loaded, weights, activations, steps, settings)
     target = check_output(out, resume)
     check_seed(seed)
     source = open_float(model, adapter, components or {})

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -16,7 +16,7 @@ from stepquant.calibration.spill import Spill
 from stepquant.calibration.survey import adapter_of
 from stepquant.calibration.trajectories import Trajectories, drawer, first_inputs
 from stepquant.lora.pipeline import check_no_lora
-from stepquant.methods.recipe import Recipe
+from stepquant.methods.recipe import Recipe, WeightOnlyRecipe
 from stepquant.methods.session import SAMPLES_PER_STEP, Session
 from stepquant.models.adapter import DenoiserAdapter
 from stepquant.models.mapped import FloatState
@@ -34,6 +34,8 @@ from stepquant.verbs.memory_plan import Plan, plan_memory
 from stepquant.verbs.provenance import plug_ins_of, provenance_of
 from stepquant.verbs.readiness import check_denoiser
 from stepquant.weight_only.components import check_components
+
+AnyRecipe = TypeVar("AnyRecipe", Recipe, WeightOnlyRecipe)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,24 @@ class Job:
             # Of a sample, where the user's code says it.
             "shape": getattr(self.source.pipeline, "shape", None),
         }
+
+
+def with_settings(
+    recipe: AnyRecipe,
+    weights: int | None,
+    activations: int | None,
+    steps: int | None,
+    settings: Mapping[str, Any] | None,
+) -> AnyRecipe:
+    """The recipe with the caller's bits, sampler steps and settings."""
+    overrides = dict(settings or {})
+    if weights is not None:
+        overrides["scheme.weight_bits"] = weights
+    if activations is not None:
+        overrides["scheme.activation_bits"] = activations
+    if steps is not None:
+        overrides["calibration.steps"] = steps
+    return recipe.override(overrides)
 
 
 def check_output(out: str | Path | None, resume: bool) -> Path | None:

@@ -10,15 +10,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from stepquant.quantizers.step_grid import timestep_position
-from stepquant.runtime.layers.integer import IntegerLayer
-from stepquant.runtime.layers.weight_only import WeightOnly
+from stepquant.runtime.layers.kinds import kind_of
 from stepquant.support.errors import StepQuantError
 
 
 def check_denoiser(denoiser: nn.Module, what: str) -> None:
     """An error that names `what` where a denoiser is not a float one that is ready to run."""
     timestep_position(denoiser)
-    if any(isinstance(module, IntegerLayer | WeightOnly) for module in denoiser.modules()):
+    if kind_of(denoiser) is not None:
         raise StepQuantError(f"the {what} is quantized already: expected a float model")
     first = next((p for p in denoiser.parameters() if p.is_floating_point()), torch.empty(0))
     if first.dtype != torch.float32:

@@ -1,9 +1,10 @@
-"""Packing a pipeline's weights without calibration and without holding a model in memory."""
+"""Quantizing a pipeline's weights without calibration and without holding a model in memory."""
 
 from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -37,14 +38,36 @@ def pack(
     components: Mapping[str, str] | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
+    """Deprecated name of `quantize(model, "weight-only", weights=..., out=...).record`.
+
+    `grids` is the setting `ranges.weights` there; the rest is as in `convert`.
+    """
+    warnings.warn(
+        "stepquant.api.pack is deprecated, and will be gone in the next release: call "
+        f"quantize(model, 'weight-only', weights={weights!r}, out=...), where grids is the setting "
+        "'ranges.weights'",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return convert(model, out, weights, grids, components, reporter)
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    weights: int = 4,
+    grids: str = "minmax",
+    components: Mapping[str, str] | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
     """Write `model` with weights of few bits, dequantized on use, as the new folder `out`.
 
     No data, no calibration, float activations: smaller, not faster. Weights are read from the
     safetensors of the folder or hub id `model` one layer at a time and written in shards, so that a
-    model far larger than the memory can be packed. `weights`: 8, or 4, of the denoiser, whose input
-    and output layers stay float. `grids` of 4 bits: "minmax", or "mse" (the least |error|^2.4 of
-    the weights: many times slower, and not always better pictures). `components`: others, models of
-    diffusers, as `{"vae": "w8"}`; what is not named is copied as it is. Gives a record: bytes,
+    model far larger than the memory can be quantized. `weights`: 8, or 4, of the denoiser, whose
+    input and output layers stay float. `grids` of 4 bits: "minmax", or "mse" (the least
+    |error|^2.4 of the weights: many times slower, and not always better pictures). `components`:
+    others, models of diffusers, as `{"vae": "w8"}`; the rest is copied. Gives a record: bytes,
     seconds, peak memory, and each component's own.
 
     Raises StepQuantError for anything in the input that is not as expected.

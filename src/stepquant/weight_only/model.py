@@ -53,8 +53,8 @@ def resolved_at_load(config: Config, model: nn.Module) -> Config:
     if config.grids not in (None, MINMAX):
         raise StepQuantError(
             f"grids of a {type(config).__name__} for a float model is {config.grids!r}: expected "
-            f"'{MINMAX}', the only ones that are found while a model is loaded; stepquant pack "
-            "finds others"
+            f"'{MINMAX}', the only ones that are found while a model is loaded; stepquant quantize "
+            "--recipe weight-only finds others"
         )
     found = resolved(config, model, type(model).__name__)
     found.grids = MINMAX if config.bits < 8 else None

@@ -47,6 +47,10 @@ class Dynamic(WeightOnly):
         """What a kernel has to know of the layer."""
         raise NotImplementedError
 
+    def held(self) -> list[Tensor]:
+        """Also the weight as it is laid out."""
+        return [*super().held(), *(self._prepared.state if self._prepared else ())]
+
     @torch.compiler.disable  # its result is a constant of the graph
     def prepare(self) -> None:
         """Choose a kernel and lay the weight out for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.packed_weight import MODES
+from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.support.errors import StepQuantError
 
 __all__ = ["MODES", "WeightBytes", "set_memory_mode", "weight_bytes_resident"]
@@ -40,7 +42,7 @@ def set_memory_mode(model: nn.Module, mode: str) -> None:
 
 
 class WeightBytes(NamedTuple):
-    """The memory that the weights of integer layers take, in bytes."""
+    """The memory that the weights of quantized layers take, in bytes."""
 
     resident: int
     """All tensors held for them: packed, laid out, scales, zero points, sums."""
@@ -54,15 +56,17 @@ class WeightBytes(NamedTuple):
 
 
 def weight_bytes_resident(model: nn.Module) -> WeightBytes:
-    """The memory that the weights of the integer layers of `model` take now, without biases.
+    """The memory that the weights of the quantized layers of `model` take now, without biases.
 
     Before the first call no weight is laid out.
     """
     layers = _layers(model)
-    return WeightBytes(
-        sum(_size(tensor) for layer in layers for tensor in layer.weight_tensors()),
-        sum(FLOAT * layer.spec.out_channels * layer.spec.columns for layer in layers),
-    )
+    others = [module for module in model.modules() if isinstance(module, WeightOnly)]
+    held = [tensor for layer in layers for tensor in layer.weight_tensors()]
+    held += [tensor for other in others for tensor in other.held()]
+    weights = sum(layer.spec.out_channels * layer.spec.columns for layer in layers)
+    weights += sum(math.prod(other.weight_shape) for other in others)
+    return WeightBytes(sum(_size(tensor) for tensor in held), FLOAT * weights)
 
 
 def _size(tensor: Tensor) -> int:

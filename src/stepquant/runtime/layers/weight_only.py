@@ -91,6 +91,11 @@ class WeightOnly(nn.Module):
         self.register_buffer("weight_scale", tensors["weight_scale"])
         self.register_buffer("weight_zero_point", tensors.get("weight_zero_point"))
 
+    def held(self) -> list[Tensor]:
+        """The tensors that stand for the weight in memory."""
+        tensors = [self.weight, self.weight_scale, self.weight_zero_point]
+        return [tensor for tensor in tensors if tensor is not None]
+
     def float_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight that the codes stand for `[C_out, ...]`, computed in float32, in `dtype`."""
         shape = (-1, *(1,) * (len(self.weight_shape) - 1))

@@ -1,0 +1,58 @@
+"""`quantize` by a weight-only recipe: from shards to shards, without calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from stepquant.methods.recipe import WeightOnlyRecipe
+from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
+from stepquant.verbs.quantized import QuantizedFolder
+from stepquant.weight_only.conversion import convert
+
+
+def check_unused(recipe: WeightOnlyRecipe, unused: Mapping[str, Any]) -> None:
+    """An error that names those of the arguments `unused` that were given all the same."""
+    given = [name for name, value in unused.items() if not _is_absent(value)]
+    if given:
+        raise StepQuantError(
+            f"the recipe '{recipe.name}' got {', '.join(given)}: expected weights, out, components "
+            "and the settings scheme.weight_bits and ranges.weights only, because a weight-only "
+            "recipe calibrates nothing; leave the others out"
+        )
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
+def quantize_weights(
+    model: str | Path | DiffusionPipeline,
+    recipe: WeightOnlyRecipe,
+    out: str | Path | None,
+    components: Mapping[str, str] | None,
+    reporter: Reporter | None,
+) -> QuantizedFolder:
+    """Write `model` with the weights of its denoiser quantized as the new folder `out`.
+
+    Raises StepQuantError for an open pipeline, which has no files to stream, and without `out`.
+    """
+    if isinstance(model, DiffusionPipeline):
+        raise StepQuantError(
+            f"the recipe '{recipe.name}' got an open {type(model).__name__}: expected a folder or "
+            "a hub id, whose files it reads layer by layer; save the pipeline first, or load it "
+            "with WeightOnlyConfig"
+        )
+    if out is None:
+        raise StepQuantError(
+            f"the recipe '{recipe.name}' got no out: expected the name of a new folder, to which "
+            "it writes layer by layer"
+        )
+    record = convert(
+        model, out, recipe.scheme.weight_bits, recipe.ranges.weights, components, reporter
+    )
+    return QuantizedFolder(Path(out), {"recipe": recipe.to_dict(), **record})
