@@ -225,7 +225,7 @@ def test_onednn_does_not_run_codes_in_one_pass_where_pairs_saturate(
     monkeypatch.setattr(onednn, "pairs_saturate", lambda: True)
     case = NAMES[name]
     inputs, channels = case.inputs(), torch.ones(case.spec.out_channels)
-    state = onednn.prepare(inputs["weight"], channels, case.spec)
+    state = ONEDNN.prepare(inputs["weight"], channels, case.spec)
     constants = CallConstants(1.0, 0, channels)
     with pytest.raises(AssertionError, match="one pass of oneDNN's kernel saturates"):
         onednn.run_codes(state, inputs["codes"], constants, case.spec, None, False, torch.float32)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from layer_cases import input_for, layers, seeded
-from stepquant.calibration.ranges import minmax_weight_range
+from stepquant.quantizers.weight import minmax_weight_range
 from stepquant.runtime.kernels import Kernel, choose, registered_kernels
 from stepquant.runtime.kernels.onednn import ONEDNN
 from stepquant.runtime.layers.packed_weight import PackedWeight

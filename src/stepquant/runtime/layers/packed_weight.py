@@ -103,13 +103,16 @@ class PackedWeight:
 
     def bound(self, bias: Tensor | None, step_bias: Tensor | None) -> BoundWeight:
         """The weight with these biases, for calls with codes; kept in the mode "fast"."""
-        bound, traced = self._bound, torch.compiler.is_compiling()
-        # Traced tensors have no addresses that a bound weight could keep.
-        if bound is not None and not traced and bound.is_current(bias, step_bias):
-            return bound
         assert isinstance(self.kernel, TakesCodes)
+        if torch.compiler.is_compiling():
+            # Traced tensors have no addresses to keep, and a look at what eager calls keep would
+            # make the graph depend on them.
+            return self.kernel.bind(self.state(), bias, step_bias, self.spec)
+        bound = self._bound
+        if bound is not None and bound.is_current(bias, step_bias):
+            return bound
         bound = self.kernel.bind(self.state(), bias, step_bias, self.spec)
-        if self.layout is not None and not traced:
+        if self.layout is not None:
             self._bound = bound
         return bound
 
