@@ -85,7 +85,7 @@ class Conditions:
                 parts[part][key] = tensor
         text = tensors.get("condition_constants")
         constants = {} if text is None else json.loads(bytes(text.tolist()))
-        return cls(*parts.values(), constants)
+        return cls(parts["condition"], parts["condition_row"], parts["condition_shared"], constants)
 
 
 class ConditionRecorder:

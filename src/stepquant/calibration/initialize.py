@@ -108,6 +108,7 @@ def initialize_ranges(
         for name, layer in layers.items():
             initialize_weights(layer, weights)
             for index, quantizer in enumerate(layer.activation_quantizers):
+                assert isinstance(quantizer, ActivationQuantizer)
                 initialize_activations(quantizer, observations[name, index], activations, common)
             layer.quantizing = True
             task.advance(note=name)

@@ -111,7 +111,8 @@ class Trajectories:
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Trajectories:
         """Rebuild the trajectories from the tensors of `to_tensors`."""
         conditions = Conditions.from_tensors(tensors)
-        return cls(*(tensors[name] for name in TENSORS), conditions)
+        stored = {name: tensors[name] for name in TENSORS}
+        return cls(**stored, conditions=conditions)
 
 
 def predict(denoiser: nn.Module, inputs: Trajectories) -> Tensor:

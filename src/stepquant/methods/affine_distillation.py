@@ -118,6 +118,7 @@ class AffineDistillation(Step):
             session.reporter.line(f"step '{self.name}' does nothing here: {reason}")
             session.summary[self.name] = {"nothing_because": reason}
             return
+        assert session.mixing is not None
         for layer in session.layers().values():
             layer.merge_adapter()
         with only_gradients_of(session.model, parameters):

@@ -127,7 +127,7 @@ def channels_of_outputs(
         shape[channel_dim] = -1
         return numbers.to(result.device).view(shape).expand_as(result).clone()
 
-    layer = model.get_submodule(name)
+    layer: Any = model.get_submodule(name)
     with hooked({name: layer}, after=number):
         found = by_channel(predict(model, data))
     count = layer.weight.shape[0]

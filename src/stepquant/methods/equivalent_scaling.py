@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def scale_weight(layer: QuantLayer, factors: Tensor) -> None:
     layer.weight.data.mul_(factors.view(1, -1, *(1,) * (layer.weight.dim() - 2)))
 
 
-def fold_into_producer(producer: torch.nn.Module, factors: Tensor) -> None:
+def fold_into_producer(producer: Any, factors: Tensor) -> None:
     """Divide the first `C` output channels of `producer` by `factors [C]`, in place.
 
     Changes the producer's weight and bias. A producer with more output channels keeps the others.

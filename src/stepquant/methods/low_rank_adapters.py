@@ -57,7 +57,8 @@ class LowRankAdapters(Step):
         for layer in session.layers().values():
             if self.start == "zero":
                 matrix = layer.weight.flatten(1)  # [C_out, K]
-                adapter = zero_adapter(*matrix.shape, self.rank, generator)
+                out_channels, columns = matrix.shape
+                adapter = zero_adapter(out_channels, columns, self.rank, generator)
             else:
                 quantized = layer.quantized_weight()
                 adapter = fitted_adapter((layer.weight - quantized).flatten(1), self.rank)

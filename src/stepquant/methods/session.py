@@ -122,8 +122,10 @@ class Session:
             self.work.save("ranges", dict(self.model.state_dict()))
         else:
             self.model.load_state_dict(kept)
-            for module in (*self.layers().values(), *self.attention().values()):
-                module.quantizing = True
+            for layer in self.layers().values():
+                layer.quantizing = True
+            for attention in self.attention().values():
+                attention.quantizing = True
         self.ranges_ready = True
 
     def require_no_ranges(self, step: str) -> None:

@@ -14,7 +14,7 @@ Deviation: rows outside the batch must not move. They get no gradient, and the l
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from stepquant.methods.session import Session
 from stepquant.methods.step import Step, register_step
@@ -47,6 +47,7 @@ class TemporalQuantizer(Step):
         session.require_no_ranges(self.name)
         session.common_ranges = self.start == "common"
         steps = len(session.context.grid)
+        quantizer: Any
         for layer in session.layers().values():
             for quantizer in layer.activation_quantizers:
                 quantizer.resize(steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 from torch import nn
 
@@ -19,7 +19,7 @@ class DenoiserAdapter(Protocol):
     denoiser's class.
     """
 
-    architecture: str
+    architecture: ClassVar[str]
 
     def blocks(self, model: nn.Module) -> list[str]:
         """Names of the units that are distilled one after another.

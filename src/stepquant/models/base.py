@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
@@ -13,6 +13,8 @@ from stepquant.models.modulation import Modulation
 from stepquant.models.surgery import outermost_modules
 
 Folds = list[tuple[str, tuple[str, ...]]]
+
+Foreign = Any  # a module of diffusers, whose attributes mypy does not know
 
 
 class DiffusersAdapter:

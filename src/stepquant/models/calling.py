@@ -79,8 +79,9 @@ def with_prediction(output: Any, prediction: Tensor) -> Any:
         return prediction
     if isinstance(output, tuple):
         first = with_prediction(output[0], prediction)
-        named = getattr(output, "_fields", None)
-        return output._replace(**{named[0]: first}) if named else (first, *output[1:])
+        named: Any = output
+        fields = getattr(output, "_fields", None)
+        return named._replace(**{fields[0]: first}) if fields else (first, *output[1:])
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         return dataclasses.replace(output, sample=prediction)
     other = copy.copy(output)

@@ -9,10 +9,9 @@ from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
-from torch import nn
 
 from stepquant.models.adapter import register_adapter
-from stepquant.models.base import DiffusersAdapter, Folds, projections
+from stepquant.models.base import DiffusersAdapter, Folds, Foreign, projections
 from stepquant.models.inputs import TOKENS, Inputs, noise
 from stepquant.models.modulation import Modulation, norm_modulations
 
@@ -35,7 +34,7 @@ class FluxAdapter(DiffusersAdapter):
     )
     outer = ("x_embedder", "proj_out")
 
-    def skip_splits(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    def skip_splits(self, model: Foreign) -> dict[str, tuple[int, ...]]:
         """Output layer of each single block: attention channels, then MLP channels."""
         return {
             f"single_transformer_blocks.{b}.proj_out": (
@@ -45,11 +44,11 @@ class FluxAdapter(DiffusersAdapter):
             for b, block in enumerate(model.single_transformer_blocks)
         }
 
-    def folds(self, model: nn.Module) -> Folds:
+    def folds(self, model: Foreign) -> Folds:
         """None: the values of text and image feed both output projections."""
         return []
 
-    def modulations(self, model: nn.Module) -> list[Modulation]:
+    def modulations(self, model: Foreign) -> list[Modulation]:
         """The norms of each block, for image and text.
 
         The final norm is left out, because it lies between two units.
@@ -70,17 +69,17 @@ class FluxAdapter(DiffusersAdapter):
             found += norm_modulations(model, f"{name}.norm", both)
         return found
 
-    def attention_sites(self, model: nn.Module) -> list[str]:
+    def attention_sites(self, model: Foreign) -> list[str]:
         """Every `FluxAttention`."""
         return [name for name, module in model.named_modules() if isinstance(module, FluxAttention)]
 
-    def relation_site(self, model: nn.Module) -> str:
+    def relation_site(self, model: Foreign) -> str:
         """The last block, which outputs image tokens."""
         if len(model.single_transformer_blocks) == 0:
             return f"transformer_blocks.{len(model.transformer_blocks) - 1}"
         return f"single_transformer_blocks.{len(model.single_transformer_blocks) - 1}"
 
-    def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
+    def random_inputs(self, model: Foreign, batch: int) -> Inputs:
         """Tokens of a 512-pixel image and a timestep for each sample, and two prompt embeddings.
 
         A model with guidance embeddings also gets a guidance of 3.5.

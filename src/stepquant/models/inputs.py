@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MIDDLE = 500  # of the 1000 timesteps that discrete-time models are trained on
 TOKENS = 8  # in a prompt
@@ -14,7 +14,7 @@ TOKENS = 8  # in a prompt
 Inputs = tuple[Tensor, Tensor, dict[str, Any]]
 
 
-def random_sample(model: nn.Module, batch: int) -> Tensor:
+def random_sample(model: Any, batch: int) -> Tensor:
     """Return noise in the model's sample size, float32 `[batch, C, H, W]`.
 
     Every call returns the same values.

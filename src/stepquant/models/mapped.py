@@ -37,16 +37,18 @@ class Mapped(nn.Module):
     def loaded(self) -> nn.Module:
         """Return a plain layer with this weight in memory, without gradients."""
         plain = copy.copy(self)
-        plain.__class__ = next(kind for kind, mapped in KINDS.items() if type(self) is mapped)
+        plain.__class__ = next(  # type: ignore[assignment]  # the class without the mapping
+            kind for kind, mapped in KINDS.items() if type(self) is mapped
+        )
         plain._parameters = {"weight": nn.Parameter(self.weight, False), **self._parameters}
         return plain
 
 
-class MappedLinear(Mapped, nn.Linear):
+class MappedLinear(Mapped, nn.Linear):  # type: ignore[override]  # the weight is read only
     """`nn.Linear` whose weight is in a file."""
 
 
-class MappedConv2d(Mapped, nn.Conv2d):
+class MappedConv2d(Mapped, nn.Conv2d):  # type: ignore[override]  # the weight is read only
     """`nn.Conv2d` whose weight is in a file."""
 
 

@@ -8,6 +8,7 @@ at every step.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers.models.normalization import (
     AdaLayerNormContinuous,
@@ -32,7 +33,7 @@ class Modulation:
     consumers: tuple[str, ...]
 
 
-def fold_into_modulation(linear: nn.Module, shift: int, scale: int, factors: Tensor) -> None:
+def fold_into_modulation(linear: Any, shift: int, scale: int, factors: Tensor) -> None:
     """Divide the channels of a modulated norm by `factors [C]`, through its layer `linear`.
 
     `shift` and `scale` are chunk indices. The function changes weight and bias of `linear` in

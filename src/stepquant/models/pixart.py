@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -10,6 +10,7 @@ from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbed
 from torch import nn
 
 from stepquant.models.adapter import register_adapter
+from stepquant.models.base import Foreign
 from stepquant.models.dit import DiTAdapter
 from stepquant.models.inputs import MIDDLE, TOKENS, Inputs, noise, random_sample
 from stepquant.models.modulation import Modulation
@@ -24,10 +25,14 @@ class PixArtAdapter(DiTAdapter):
     """
 
     architecture = "PixArtTransformer2DModel"
-    units = (BasicTransformerBlock, TimestepEmbedding, PixArtAlphaTextProjection)
+    units: ClassVar[tuple[type[nn.Module], ...]] = (
+        BasicTransformerBlock,
+        TimestepEmbedding,
+        PixArtAlphaTextProjection,
+    )
     outer = ("pos_embed.proj", "proj_out")
 
-    def blocks(self, model: nn.Module) -> list[str]:
+    def blocks(self, model: Foreign) -> list[str]:
         """As for DiT, without the embeddings of the image size, which are not trained.
 
         The model calls them with the sizes of all samples in one column. A resolution takes two
@@ -39,11 +44,11 @@ class PixArtAdapter(DiTAdapter):
             if not name.endswith(("resolution_embedder", "aspect_ratio_embedder"))
         ]
 
-    def modulations(self, model: nn.Module) -> list[Modulation]:
+    def modulations(self, model: Foreign) -> list[Modulation]:
         """None: one linear layer modulates the norms of all blocks."""
         return []
 
-    def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
+    def random_inputs(self, model: Foreign, batch: int) -> Inputs:
         """Noise and a timestep for each sample, a prompt embedding, and the image size."""
         config = model.config
         added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}

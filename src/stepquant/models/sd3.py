@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding
-from torch import nn
 
 from stepquant.models.adapter import register_adapter
-from stepquant.models.base import DiffusersAdapter, Folds, projections, value_folds
+from stepquant.models.base import DiffusersAdapter, Folds, Foreign, projections, value_folds
 from stepquant.models.inputs import MIDDLE, TOKENS, Inputs, noise, random_sample
 from stepquant.models.modulation import Modulation, norm_modulations
 
@@ -24,14 +23,14 @@ class SD3Adapter(DiffusersAdapter):
     units = (JointTransformerBlock, TimestepEmbedding, PixArtAlphaTextProjection)
     outer = ("pos_embed.proj", "proj_out")
 
-    def folds(self, model: nn.Module) -> Folds:
+    def folds(self, model: Foreign) -> Folds:
         """Values into the output projection, in the image's own attention of version 3.5 only.
 
         In joint attention, the values of text and image feed both output projections.
         """
         return value_folds(model, self.attention_sites(model))
 
-    def modulations(self, model: nn.Module) -> list[Modulation]:
+    def modulations(self, model: Foreign) -> list[Modulation]:
         """The norms of each block, for image and text.
 
         The final norm is left out, because it lies between two units. The second attention of
@@ -54,11 +53,11 @@ class SD3Adapter(DiffusersAdapter):
             )
         return found
 
-    def relation_site(self, model: nn.Module) -> str:
+    def relation_site(self, model: Foreign) -> str:
         """The last joint block, which outputs image tokens."""
         return f"transformer_blocks.{len(model.transformer_blocks) - 1}"
 
-    def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
+    def random_inputs(self, model: Foreign, batch: int) -> Inputs:
         """Noise and a timestep for each sample, and two prompt embeddings."""
         conditions = {
             "encoder_hidden_states": noise(batch, TOKENS, model.config.joint_attention_dim),

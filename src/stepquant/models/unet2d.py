@@ -11,7 +11,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from stepquant.models.adapter import register_adapter
-from stepquant.models.base import DiffusersAdapter, Folds, value_folds
+from stepquant.models.base import DiffusersAdapter, Folds, Foreign, value_folds
 from stepquant.models.inputs import MIDDLE, Inputs, random_sample
 
 UNITS = (ResnetBlock2D, Attention, Downsample2D, Upsample2D, TimestepEmbedding)
@@ -28,11 +28,11 @@ class UNet2DAdapter(DiffusersAdapter):
     units = UNITS
     outer = ("conv_in", "conv_out")
 
-    def time_embedding_layers(self, model: nn.Module) -> set[str]:
+    def time_embedding_layers(self, model: Foreign) -> set[str]:
         """Both linear layers of the time embedding."""
         return {"time_embedding.linear_1", "time_embedding.linear_2"}
 
-    def shortcut_and_downsampling_layers(self, model: nn.Module) -> set[str]:
+    def shortcut_and_downsampling_layers(self, model: Foreign) -> set[str]:
         """`conv_shortcut` of resnets, and the convs of downsamplers."""
         return {
             name
@@ -41,9 +41,9 @@ class UNet2DAdapter(DiffusersAdapter):
             and (name.endswith(".conv_shortcut") or ".downsamplers." in name)
         }
 
-    def skip_splits(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
+    def skip_splits(self, model: Foreign) -> dict[str, tuple[int, ...]]:
         """First conv and shortcut of each decoder resnet: backbone channels, then skip channels."""
-        splits = {}
+        splits: dict[str, tuple[int, ...]] = {}
         backbone = model.config.block_out_channels[-1]
         for b, block in enumerate(model.up_blocks):
             for r, resnet in enumerate(block.resnets):
@@ -55,7 +55,7 @@ class UNet2DAdapter(DiffusersAdapter):
                 backbone = resnet.out_channels
         return splits
 
-    def folds(self, model: nn.Module) -> Folds:
+    def folds(self, model: Foreign) -> Folds:
         """GroupNorm without SiLU into q, k and v; v into the output projection, linear in v."""
         sites = self.attention_sites(model)
         folds: Folds = []
@@ -65,11 +65,11 @@ class UNet2DAdapter(DiffusersAdapter):
                 folds.append((f"{name}.group_norm", projections))
         return folds + value_folds(model, sites)
 
-    def relation_site(self, model: nn.Module) -> str:
+    def relation_site(self, model: Foreign) -> str:
         """The last decoder stage."""
         return f"up_blocks.{len(model.up_blocks) - 1}"
 
-    def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
+    def random_inputs(self, model: Foreign, batch: int) -> Inputs:
         """A sample at one timestep for the batch; class labels where it has any."""
         classes = model.config.num_class_embeds
         conditions = {} if classes is None else {"class_labels": torch.arange(batch) % classes}

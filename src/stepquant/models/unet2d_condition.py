@@ -11,10 +11,9 @@ from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
-from torch import nn
 
 from stepquant.models.adapter import register_adapter
-from stepquant.models.base import Folds, feed_forward_folds, value_folds
+from stepquant.models.base import Folds, Foreign, feed_forward_folds, value_folds
 from stepquant.models.inputs import MIDDLE, TOKENS, Inputs, noise, random_sample
 from stepquant.models.unet2d import UNet2DAdapter
 from stepquant.support.errors import StepQuantError
@@ -32,11 +31,11 @@ class UNet2DConditionAdapter(UNet2DAdapter):
     architecture = "UNet2DConditionModel"
     units = (ResnetBlock2D, BasicTransformerBlock, Downsample2D, Upsample2D, TimestepEmbedding)
 
-    def time_embedding_layers(self, model: nn.Module) -> set[str]:
+    def time_embedding_layers(self, model: Foreign) -> set[str]:
         """The linear layers of the time embedding, and of SDXL's embedding of text and sizes."""
         return super(UNet2DAdapter, self).time_embedding_layers(model)
 
-    def folds(self, model: nn.Module) -> Folds:
+    def folds(self, model: Foreign) -> Folds:
         """Norms into the layers they feed, v into the output projection, and GEGLU's linear half.
 
         Keys and values of cross-attention read the prompt embedding. No layer of the model produces
@@ -50,7 +49,7 @@ class UNet2DConditionAdapter(UNet2DAdapter):
                 folds += _norm_folds(name, module)
         return folds + value_folds(model, self.attention_sites(model)) + feed_forward_folds(model)
 
-    def random_inputs(self, model: nn.Module, batch: int) -> Inputs:
+    def random_inputs(self, model: Foreign, batch: int) -> Inputs:
         """Noise for each sample, one timestep, a prompt embedding, and SDXL's additions.
 
         Raises:

@@ -141,7 +141,9 @@ def bench(
         if isinstance(module, IntegerLayer):
             for name in module.kernel_names():
                 kernels[name] = kernels.get(name, 0) + 1
-    measured = {"device": device, "kernels": openvino.kernels()} if openvino else None
+    measured: dict[str, Any] | None = None
+    if openvino is not None:
+        measured = {"device": device, "kernels": openvino.kernels()}
     if measured is not None:
         measured["faster"] = [{"batch": size, "model": name} for size, name in faster.items()]
     weights = weight_bytes_resident(candidate)

@@ -86,7 +86,7 @@ def inspect(
     return record
 
 
-def inspect_packed(denoiser: nn.Module) -> dict[str, Any]:
+def inspect_packed(denoiser: Any) -> dict[str, Any]:
     """Bits, bytes, kernels and step tables of a packed denoiser's layers and attention products."""
     layers = []
     for name, module in denoiser.named_modules():
@@ -174,7 +174,7 @@ def inspect_float(
     seen = observe(simulation, trajectories, num, seed, reporter)
     layers = []
     for (name, part), observation in seen.items():
-        layer = simulation.get_submodule(name)
+        layer: Any = simulation.get_submodule(name)
         weight = layer.weight_parts()[part]
         factors = dilation_factors(weight, 100.0)
         layers.append(

@@ -65,7 +65,7 @@ def sizes_of(
 
     `parameters`: numbers in each of its tensors, by name (`FloatState.sizes`).
     """
-    owner = {}
+    owner: dict[str, str] = {}
     for block in blocks:
         owner |= {name: block for name, _ in model.get_submodule(block).named_modules(prefix=block)}
     flows: dict[str, int] = {}

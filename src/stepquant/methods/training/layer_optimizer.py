@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class Optimizer(Protocol):
         ...
 
 
-def mean_scale(*quantizers: nn.Module) -> float:
+def mean_scale(*quantizers: Any) -> float:
     """Mean scale (grid step) of one or more quantizers."""
     return float(torch.cat([quantizer.scale.detach() for quantizer in quantizers]).mean())
 
@@ -77,7 +77,10 @@ class LayerOptimizer:
         activation_rate: float,
         iterations: int,
     ) -> None:
-        dense, sparse = [], []
+        dense: list[dict[str, Any]] = []
+        sparse: list[dict[str, Any]] = []
+        activation: Any
+        quantizer: Any
         for layer in layers:
             for activation in layer.activation_quantizers:
                 rate = activation_rate * mean_scale(activation)
@@ -89,7 +92,7 @@ class LayerOptimizer:
                 dense.append({"params": logits, "lr": weight_rate})
                 continue
             step = mean_scale(*layer.weight_quantizers)
-            weights = [layer.weight] + ([] if layer.bias is None else [layer.bias])
+            weights: list[Any] = [layer.weight, *([] if layer.bias is None else [layer.bias])]
             if layer.adapter is not None:
                 weights = list(layer.adapter.parameters())
             dense.append({"params": weights, "lr": weight_rate * step})
@@ -123,9 +126,12 @@ class LayerOptimizer:
         for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
             optimizer.step()
             schedule.step()
+        quantizer: Any
         for layer in self._layers:
-            weights = () if layer.roundings else layer.weight_quantizers
-            for quantizer in (*weights, *layer.activation_quantizers):
+            quantizers = [*layer.activation_quantizers]
+            if not layer.roundings:
+                quantizers = [*layer.weight_quantizers, *quantizers]
+            for quantizer in quantizers:
                 quantizer.scale.clamp_(min=1e-8)
             for quantizer in layer.activation_quantizers:
                 quantizer.zero_point.clamp_(0, max_code(quantizer.bits))
