@@ -103,16 +103,15 @@ class PackedWeight:
 
     def bound(self, bias: Tensor | None, step_bias: Tensor | None) -> BoundWeight:
         """The weight with these biases, for calls with codes; kept in the mode "fast"."""
-        assert isinstance(self.kernel, TakesCodes)
-        if torch.compiler.is_compiling():
-            # Traced tensors have no addresses to keep, and a look at what eager calls keep would
-            # make the graph depend on them.
-            return self.kernel.bind(self.state(), bias, step_bias, self.spec)
-        bound = self._bound
-        if bound is not None and bound.is_current(bias, step_bias):
-            return bound
+        traced = torch.compiler.is_compiling()
+        # Traced tensors have no addresses to keep, and a look at what eager calls keep would make
+        # the graph depend on them.
+        known = None if traced else self._bound
+        if known is not None and known.is_current(bias, step_bias):
+            return known
+        assert isinstance(self.kernel, TakesCodes)  # slow to ask: not in each call
         bound = self.kernel.bind(self.state(), bias, step_bias, self.spec)
-        if self.layout is not None:
+        if self.layout is not None and not traced:
             self._bound = bound
         return bound
 
