@@ -21,8 +21,7 @@ def demo(
 ) -> None:
     """Quantize an embedded model several ways and compare quality, speed and size."""
     with talk(context, quiet, json_file, f"; delete '{out}' before the next try") as output:
-        # `import stepquant` has to load torch and diffusers' quantizers already, to register with
-        # diffusers; the api adds all of diffusers' pipelines, which no `--help` should wait for.
+        # The api loads torch and all of diffusers' pipelines, which no `--help` should wait for.
         from stepquant import api
 
         record = api.demo(out, reporter=output.reporter)

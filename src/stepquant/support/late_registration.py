@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
-import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
@@ -68,7 +67,11 @@ def when_imported(module: str, then: Callable[[ModuleType], None]) -> None:
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Import finder that leaves finding to the others and adds a call after the module has run."""
+    """Import finder that leaves finding to the others and adds a call after the module has run.
+
+    It stays in `sys.meta_path`: a module may be looked for without being imported, or be reloaded,
+    and removing a finder while another thread walks the list would hide the next finder from it.
+    """
 
     def __init__(self, module: str, then: Callable[[ModuleType], None]) -> None:
         self._module, self._then = module, then
@@ -76,12 +79,17 @@ class _Watch(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the other finders' spec with the call added; None for modules of other names."""
+        """Return the next finders' spec with the call added; None for modules of other names."""
         if fullname != self._module:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
+        finders = list(sys.meta_path)
+        for finder in finders[finders.index(self) + 1 :]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                break
+        else:
+            return None
+        if spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 

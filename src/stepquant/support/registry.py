@@ -1,4 +1,4 @@
-"""Registries of named steps, adapters, metrics and kernels, which other packages can extend."""
+"""Registries of named steps, adapters and metrics, which other packages can extend."""
 
 from __future__ import annotations
 
