@@ -153,7 +153,7 @@ def test_an_unknown_architecture_is_refused(tiny_pipeline):
     pipeline = tiny_pipeline(**SMALL)
     pipeline.unet = Denoiser()
     sentence = refused(lambda: quantize(pipeline, "minmax", steps=2))
-    assert sentence.startswith("no adapter for the architecture Denoiser: expected one of UNet2D")
+    assert sentence.startswith("no adapter for the architecture Denoiser: expected one of DiT")
 
 
 @pytest.mark.parametrize("seed", [-1, 10**30])

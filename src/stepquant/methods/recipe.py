@@ -59,7 +59,7 @@ class Ranges(BaseModel):
 
 
 class NamedRecipe(BaseModel):
-    """What every kind of recipe has: a name, a description, and settings with dotted names."""
+    """A recipe of any kind: name, description, and settings with dotted names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -121,7 +121,7 @@ class WeightOnlyRecipe(NamedRecipe):
 
 
 class Recipe(NamedRecipe):
-    """What `stepquant quantize` does with calibration, in order."""
+    """Scheme, calibration, and the steps of `stepquant quantize` in order."""
 
     scheme: Scheme = Scheme()
     calibration: Calibration = Calibration()

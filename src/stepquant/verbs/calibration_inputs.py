@@ -12,7 +12,7 @@ from stepquant.verbs.quantize_job import Job
 
 
 def calibration_trajectories(job: Job, work: WorkFolder, reporter: Reporter) -> Trajectories:
-    """What the sampler meets on its way, drawn anew or read from `work`, which then keeps it.
+    """The float model's trajectories: sampled and kept in `work`, or read from it.
 
     Raises StepQuantError where a step needs the influence of errors on the image and guidance
     hides it; nothing is left in `work` then.

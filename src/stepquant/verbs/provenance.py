@@ -1,4 +1,4 @@
-"""What a checkpoint says of its making."""
+"""How a checkpoint was made, as it says itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stepquant.support.version import __version__
 def provenance_of(
     seed: int, sampler: ResolvedPipeline, calibration: Calibration, conditioning: Conditioning
 ) -> dict[str, Any]:
-    """What a checkpoint says of its making; nothing that differs between two equal runs."""
+    """Seed, sampler, conditions and versions. Two equal runs get equal values."""
     packages = ("torch", "diffusers", "numpy")
     conditions = conditioning.describe()
     return {

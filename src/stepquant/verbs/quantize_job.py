@@ -40,12 +40,12 @@ AnyRecipe = TypeVar("AnyRecipe", Recipe, WeightOnlyRecipe)
 
 @dataclass(frozen=True)
 class Job:
-    """What is quantized, and how.
+    """A float pipeline, and how to quantize it.
 
-    `source`: the float pipeline. `sampler`: the same with the scheduler of the calibration.
-    `blocks`: names of the denoiser's blocks. `left_float`: each layer that stays float, and why.
-    `memory`: how the calibration fits. `provenance`: what the checkpoint says of its making. The
-    rest is as in `quantize`.
+    `source`: the float pipeline. `sampler`: the same pipeline with the scheduler that calibration
+    uses. `blocks`: names of the denoiser's blocks. `left_float`: each layer that stays float, and
+    why. `memory`: how the calibration fits. `provenance`: for the checkpoint. The other fields are
+    arguments of `quantize`.
     """
 
     source: ResolvedPipeline
@@ -66,7 +66,7 @@ class Job:
         return self.source.denoiser
 
     def description(self) -> dict[str, Any]:
-        """By which unfinished work of an equal job is known, as JSON values."""
+        """JSON values that are equal for equal jobs: they identify unfinished work."""
         return {
             "recipe": self.recipe.to_dict(),
             "provenance": self.provenance,
@@ -112,7 +112,7 @@ def check_output(out: str | Path | None, resume: bool) -> Path | None:
 
 
 def work_path(target: Path) -> Path:
-    """Where unfinished work for `target` is kept."""
+    """The folder for the unfinished work of `target`."""
     return target.with_name(target.name + ".work")
 
 

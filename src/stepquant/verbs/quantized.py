@@ -15,10 +15,10 @@ from stepquant.pipelines.opening import open_pipeline
 
 @dataclass
 class Quantized:
-    """What `quantize` gives: the packed pipeline, the simulation it was packed from, the record.
+    """A packed pipeline, the simulation it was packed from, and the record of the run.
 
-    `record` holds plain JSON values: recipe, bits, bytes, seconds, peak memory, and what each step
-    reports. A weight-only recipe simulates nothing.
+    `record` holds plain JSON values: recipe, bits, bytes, seconds, peak memory, and the report of
+    each step. `simulation` is None for a weight-only recipe, which simulates nothing.
     """
 
     pipeline: DiffusionPipeline

@@ -12,7 +12,7 @@ from stepquant.runtime.layers.weight_only import WeightOnly
 
 
 class Kind(str, Enum):
-    """What a quantized layer computes with."""
+    """The arithmetic of quantized layers."""
 
     INTEGER = "integer"
     """Integer products of calibrated codes: `quantize` with calibration."""
