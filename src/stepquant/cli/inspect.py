@@ -69,7 +69,8 @@ def inspect(
             float_layers = ", ".join(record["float_layers"]) or "none"
             output.line(f"{record['kind']} layers; layers that stay float: {float_layers}")
         if record.get("input_error_bypass"):
-            output.line(f"what '{record['input_error_bypass']['layer']}' loses passes by the model")
+            layer = record["input_error_bypass"]["layer"]
+            output.line(f"a bypass adds the quantization error of '{layer}' back to the prediction")
         for path in record.get("plots", []):
             output.line(f"written to {path}")
 
