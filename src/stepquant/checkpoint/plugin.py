@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from stepquant.checkpoint import validate
+from stepquant.checkpoint.architecture import check_architecture
 from stepquant.checkpoint.checksum import (
     CHECKSUM_NAME,
     checksum,
@@ -78,7 +79,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         """Refuse pickles, keep the names for the check, and hide the checksum from diffusers.
 
         Raises:
-            StepQuantError: a file is not a safetensors file.
+            StepQuantError: a file is not a safetensors file, or has a step grid of another length.
         """
         for file in checkpoint_files:
             if not str(file).endswith(".safetensors"):
@@ -86,6 +87,7 @@ class StepQuantQuantizer(FrozenQuantizer):
                     f"the checkpoint file '{file}' is not a safetensors file: pickle files are "
                     "refused, so save the model with safe_serialization=True"
                 )
+        validate.check_grid_length(checkpoint_files, self.quantization_config.steps)
         self._loaded_keys = list(loaded_keys)
         return [key for key in loaded_keys if key != CHECKSUM_NAME]
 
@@ -97,6 +99,7 @@ class StepQuantQuantizer(FrozenQuantizer):
                 checkpoint lacks a tensor or has one too many.
         """
         config = self.quantization_config
+        check_architecture(model, config.architecture)
         modules = dict(model.named_modules())
         unknown = sorted((set(config.layers) | set(config.attention)) - set(modules))
         if unknown:
@@ -133,6 +136,8 @@ class StepQuantQuantizer(FrozenQuantizer):
             StepQuantError: a tensor has another dtype, shape or range of values than expected.
         """
         assert self._model is not None
+        # A shard may hold tensors that the index of shards does not name.
+        validate.check_names(self._loaded_keys, {*self._loaded_keys, *state_dict})
         for name, tensor in state_dict.items():
             if name == CHECKSUM_NAME:
                 self._stored_checksum = read_checksum(tensor)

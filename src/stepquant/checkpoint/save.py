@@ -12,6 +12,7 @@ from typing import Any
 from diffusers import ModelMixin
 from torch import nn
 
+from stepquant.checkpoint.architecture import architecture_of
 from stepquant.checkpoint.attention_config import AttentionConfig
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.layer_config import LayerConfig
@@ -48,10 +49,10 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     """Attach `config` to the packed `model` so that it can be saved, and return `model`.
 
     Afterwards `save_pretrained` of a diffusers `ModelMixin` writes a checkpoint; `save_pipeline`
-    does so for other modules. The function sets `config.layers`, `config.attention`, `config.steps`
-    and `config.input_error_bypass` from the model. The caller sets the rest. The model's step
-    context must be attached already (`StepContext.attach`). From here on diffusers treats the model
-    as quantized: it moves between devices, but not to another dtype.
+    does so for other modules. The function sets `layers`, `attention`, `steps`,
+    `input_error_bypass` and `architecture` of `config` from the model. The caller sets the rest.
+    The model's step context must be attached already (`StepContext.attach`). From here on diffusers
+    treats the model as quantized: it moves between devices, but not to another dtype.
 
     Raises:
         StepQuantError: `model` has no packed layer, layers of several step contexts, or tensors
@@ -62,6 +63,7 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     config.attention = describe_attention(model)
     bypass = bypass_of(model)
     config.input_error_bypass = None if bypass is None else bypass.layer
+    config.architecture = architecture_of(model)
     StepQuantConfig.from_dict(config.to_dict())  # the check that a load makes
     device = next(model.buffers()).device
     model.register_buffer(STEP_GRID_NAME, grid.timesteps.clone().to(device))
