@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+from stepquant.checkpoint.file_sums import check_sums
 from stepquant.checkpoint.folder import (
     DIFFUSERS_ERRORS,
     HUB_ID,
@@ -65,6 +66,7 @@ def load_pipeline(
         )
     folder = local_folder(source, revision)
     check_folder(folder)
+    check_sums(folder)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, **(parts or {})

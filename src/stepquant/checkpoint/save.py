@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 from stepquant.checkpoint.architecture import architecture_of
 from stepquant.checkpoint.attention_config import AttentionConfig
 from stepquant.checkpoint.config import StepQuantConfig
+from stepquant.checkpoint.file_sums import write_sums
 from stepquant.checkpoint.layer_config import LayerConfig
 from stepquant.checkpoint.module import write_module
 from stepquant.checkpoint.plugin import StepQuantQuantizer
@@ -28,7 +29,7 @@ from stepquant.checkpoint.validate import (
 from stepquant.models.attention_processor import PRODUCTS
 from stepquant.models.input_bypass import bypass_of
 from stepquant.quantizers import StepContext
-from stepquant.support.atomic import atomic_folder
+from stepquant.support.atomic import atomic_folder, user_path
 from stepquant.support.errors import StepQuantError
 
 
@@ -76,10 +77,16 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     return model
 
 
-def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[str]) -> Path:
+def save_pipeline(
+    pipeline: Any,
+    component_name: str,
+    folder: str | os.PathLike[str],
+    before: Callable[[Path], object] | None = None,
+) -> Path:
     """Write `pipeline`, whose component `component_name` is packed, to the new `folder`.
 
-    Returns the path of the folder. If the component is not a diffusers model, or the pipeline is a
+    Returns the path of the folder. `before` is called with the complete folder before it gets its
+    name. If the component is not a diffusers model, or the pipeline is a
     `DenoiserPipeline`, only that component is written; see `checkpoint.module`.
 
     The function writes to a hidden folder beside `folder`, flushes it to the disk and renames it,
@@ -90,7 +97,7 @@ def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[
             component has tensors that a load would refuse, or the disk is full or refuses the
             write.
     """
-    folder = Path(folder)
+    folder = user_path(os.fspath(folder))
     component: Any = getattr(pipeline, component_name, None)
     if not isinstance(getattr(component, "hf_quantizer", None), StepQuantQuantizer):
         raise StepQuantError(
@@ -99,7 +106,7 @@ def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[
             "call attach_config on it first"
         )
     check_model(component)
-    with new_checkpoint(folder) as partial:
+    with new_checkpoint(folder, before=before) as partial:
         # diffusers could not load the folder of a pipeline that only the user's code can build.
         if getattr(pipeline, "saves_denoiser_only", False) or not isinstance(component, ModelMixin):
             write_module(component, partial)
@@ -109,14 +116,22 @@ def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[
 
 
 @contextmanager
-def new_checkpoint(folder: Path) -> Iterator[Path]:
+def new_checkpoint(
+    folder: Path,
+    modes: Mapping[str, int] | None = None,
+    before: Callable[[Path], object] | None = None,
+) -> Iterator[Path]:
     """Yield a hidden folder to write a pipeline to; it becomes `folder` at the end.
 
-    See `atomic_folder` for the errors.
+    The folder gets the digests of its files (`checkpoint.file_sums`). `modes` is as in
+    `atomic_folder`, `before` as in `save_pipeline`. See `atomic_folder` for the errors.
     """
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, modes) as partial:
         yield partial
         _forget_origin(partial)
+        write_sums(partial)
+        if before is not None:
+            before(partial)
 
 
 def _shared_context(model: nn.Module) -> StepContext:
@@ -133,6 +148,9 @@ def _shared_context(model: nn.Module) -> StepContext:
 def _forget_origin(folder: Path) -> None:
     """Drop the path that each component was loaded from: it differs between equal checkpoints."""
     for path in folder.rglob("*.json"):
-        values = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            continue  # a file that lay in the folder and is of no component
         if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ def calibration_trajectories(job: Job, work: WorkFolder, reporter: Reporter) -> 
     """The float model's trajectories: sampled and kept in `work`, or read from it.
 
     Raises StepQuantError where a step needs the influence of errors on the image and guidance
-    hides it; nothing is left in `work` then.
+    hides it; `work` is deleted then, unless it holds finished pieces.
     """
     remark = clipping_remark(job.sampler.pipeline.scheduler)
     if remark is not None:
@@ -38,7 +38,7 @@ def calibration_trajectories(job: Job, work: WorkFolder, reporter: Reporter) -> 
         if any(step.needs_influence for step in job.recipe.steps):
             check_unguided(captured)
     except StepQuantError:
-        work.remove()  # nothing is kept yet, and the next try may be another job
+        work.remove_if_empty()  # the next try may be another job
         raise
     tensors = captured.to_tensors()
     work.save("trajectories", tensors)

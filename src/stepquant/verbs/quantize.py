@@ -12,6 +12,7 @@ from torch import nn
 
 from stepquant.calibration.observe import quant_layers
 from stepquant.checkpoint.config import StepQuantConfig
+from stepquant.checkpoint.file_sums import file_digests
 from stepquant.checkpoint.save import attach_config, save_pipeline
 from stepquant.methods.recipe import Recipe, WeightOnlyRecipe, load_recipe
 from stepquant.models.adapter import DenoiserAdapter
@@ -21,6 +22,8 @@ from stepquant.pipelines.opening import weight_file_bytes
 from stepquant.pipelines.sampling import check_seed
 from stepquant.simulation.packing import pack_model
 from stepquant.support.atomic import remove_partial
+from stepquant.support.errors import StepQuantError
+from stepquant.support.lock import held
 from stepquant.support.process_memory import reset_peak_memory
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder
@@ -29,6 +32,7 @@ from stepquant.verbs.quantize_job import (
     Job,
     begin_session,
     check_output,
+    is_saved,
     open_float,
     plan_job,
     with_settings,
@@ -108,8 +112,21 @@ def quantize(
     conditioning = Conditioning.of(prompts, labels, guidance, call)
     job = plan_job(source, chosen, settings, conditioning, seed, components or {}, memory, reporter)
     reset_peak_memory()
-    started = time.monotonic()
-    work = WorkFolder(None if target is None else work_path(target), job.description(), resume)
+    path = None if target is None else work_path(target)
+    with held(path):
+        work = WorkFolder(path, {} if path is None else job.description(), resume)
+        saved = is_saved(target, work)
+        return run(job, target, work, saved, reporter)
+
+
+def run(
+    job: Job, target: Path | None, work: WorkFolder, saved: bool, reporter: Reporter
+) -> Quantized:
+    """Do the `job`, with its finished pieces in `work`, and save the result to `target`.
+
+    `saved`: a killed run has saved it already.
+    """
+    source, started = job.source, time.monotonic()
     trajectories = calibration_trajectories(job, work, reporter)
     session = begin_session(job, trajectories, work, reporter)
     for step in job.recipe.steps:
@@ -119,9 +136,9 @@ def quantize(
     packed = pack(session.model, job)
     result = source.with_denoiser(packed).pipeline
     others = quantize_components(result, job.components)
-    record = record_of(job, session, packed, others, seconds, resume)
+    record = record_of(job, session, packed, others, seconds, work.resumed)
     if target is not None:
-        save(result, source.name, target, record)
+        save(result, source.name, target, record, work, saved)
         work.remove()
     return Quantized(result, session.model, record)
 
@@ -140,11 +157,31 @@ def pack(simulation: nn.Module, job: Job) -> nn.Module:
     return packed.eval()
 
 
-def save(result: DiffusionPipeline, component: str, target: Path, record: dict[str, Any]) -> None:
-    """Write the pipeline to `target`, unless a killed run has, and its sizes into `record`."""
+def save(
+    result: DiffusionPipeline,
+    component: str,
+    target: Path,
+    record: dict[str, Any],
+    work: WorkFolder,
+    saved: bool,
+) -> None:
+    """Write the pipeline to `target`, unless a killed run has, and its sizes into `record`.
+
+    `work` notes what is written, so that a run that is resumed knows it again.
+    """
     remove_partial(target)
-    if not target.exists():
-        save_pipeline(result, component, target)
+    if not (saved and target.exists()):
+        try:
+            save_pipeline(
+                result,
+                component,
+                target,
+                before=lambda folder: work.note_result(file_digests(folder)),
+            )
+        except StepQuantError as error:
+            raise StepQuantError(
+                f"{error}; the finished work is kept in '{work.path}', go on with --resume"
+            ) from error
     add_file_sizes(record["components"], target)
     record["checkpoint_bytes"] = weight_file_bytes(target, component)
     record["times_smaller"] = record["float32_bytes"] / record["checkpoint_bytes"]
