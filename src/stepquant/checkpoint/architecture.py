@@ -7,6 +7,7 @@ quantization config therefore holds a copy, which the checksum covers, and a loa
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from stepquant.support.errors import StepQuantError
@@ -24,12 +25,20 @@ def architecture_of(model: Any) -> dict[str, Any] | None:
 
     The result is None for other modules, whose owner's code builds them.
     """
-    config = getattr(model, "config", None)
     if hasattr(model, "to_json_string"):  # diffusers keeps the config's methods on the model
         return _plain(json.loads(model.to_json_string()))
-    if hasattr(config, "to_dict"):
-        return _plain(json.loads(json.dumps(config.to_dict(), default=str)))
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_diff_dict"):  # what transformers writes: values other than defaults
+        return _plain(json.loads(json.dumps(config.to_diff_dict(), default=str)))
     return None
+
+
+def _whole(model: Any) -> dict[str, Any] | None:
+    """Return the config of `model` with the defaults that `architecture_of` may leave out."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(model, "to_json_string") and hasattr(config, "to_diff_dict"):
+        return _plain(json.loads(json.dumps(config.to_dict(), default=str)))
+    return architecture_of(model)
 
 
 def check_architecture(model: Any, recorded: dict[str, Any] | None) -> None:
@@ -41,9 +50,26 @@ def check_architecture(model: Any, recorded: dict[str, Any] | None) -> None:
     Raises:
         StepQuantError: a value differs.
     """
-    found = architecture_of(model)
+    found = _whole(model)
     if recorded is not None and found is not None:
         _compare(found, recorded, f"config.json of {type(model).__name__}")
+
+
+def check_written(path: Path, config: dict[str, Any]) -> None:
+    """Check the values of the config file `path` against the copy in its quantization config.
+
+    This needs no model, which a damaged value could make too large to be built.
+
+    Raises:
+        StepQuantError: a value differs, or there is a copy that is not an object.
+    """
+    quantization = config.get("quantization_config")
+    recorded = quantization.get("architecture") if isinstance(quantization, dict) else None
+    if recorded is None:
+        return
+    if not isinstance(recorded, dict):
+        raise StepQuantError(f"architecture in '{path}' is {recorded!r}: expected an object")
+    _compare(_plain(config), recorded, f"'{path}'")
 
 
 def _compare(found: dict[str, Any], recorded: dict[str, Any], where: str) -> None:

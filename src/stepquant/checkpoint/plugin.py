@@ -12,9 +12,9 @@ from stepquant.checkpoint import validate
 from stepquant.checkpoint.architecture import check_architecture
 from stepquant.checkpoint.checksum import (
     CHECKSUM_NAME,
+    FileChecksum,
     checksum,
     checksum_tensor,
-    read_checksum,
     tensor_line,
 )
 from stepquant.checkpoint.config import StepQuantConfig
@@ -57,8 +57,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         self._loaded_keys: list[str] = []
         self._model: nn.Module | None = None  # only while it is loaded
         self._context: StepContext | None = None
-        self._stored_checksum: bytes | None = None
-        self._tensor_lines: list[str] = []
+        self._checksum = FileChecksum()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a `device_map` that would leave packed tensors on the disk.
@@ -139,11 +138,9 @@ class StepQuantQuantizer(FrozenQuantizer):
         # A shard may hold tensors that the index of shards does not name.
         validate.check_names(self._loaded_keys, {*self._loaded_keys, *state_dict})
         for name, tensor in state_dict.items():
-            if name == CHECKSUM_NAME:
-                self._stored_checksum = read_checksum(tensor)
-            else:
+            if name != CHECKSUM_NAME:
                 validate.check_tensor(name, tensor, self._model)
-                self._tensor_lines.append(tensor_line(name, tensor))
+            self._checksum.take(name, tensor)
         return state_dict
 
     def create_quantized_param(  # type: ignore[override]
@@ -175,13 +172,7 @@ class StepQuantQuantizer(FrozenQuantizer):
                     "it as it is in the file; load without offload_folder and offload_state_dict"
                 )
         validate.check_channel_bits(model)
-        expected = checksum(self.quantization_config.layers_json(), self._tensor_lines)
-        if self._stored_checksum != expected:
-            raise StepQuantError(
-                f"the tensors and layers of the checkpoint have the SHA-256 {expected.hex()}: "
-                f"expected {(self._stored_checksum or b'').hex()}, as '{CHECKSUM_NAME}' says; "
-                f"{validate.REMEDY}"
-            )
+        self._checksum.check(self.quantization_config.layers_json(), validate.REMEDY)
         leave_files(model)
         assert self._context is not None
         self._context.grid = StepGrid(model.get_buffer(validate.STEP_GRID_NAME))
@@ -189,8 +180,8 @@ class StepQuantQuantizer(FrozenQuantizer):
         if bypass is not None:
             bypass.read_slopes(model)
         use_fast_blocks(model)
-        self._loaded_keys, self._tensor_lines, self._owned = [], [], set()
-        self._model = self._context = self._stored_checksum = None
+        self._loaded_keys, self._checksum, self._owned = [], FileChecksum(), set()
+        self._model = self._context = None
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False

@@ -27,6 +27,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     replaced. A device or a pipe is written to directly. Errors of `write` and of the operating
     system are passed on, and the temporary file is deleted.
     """
+    path = user_path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         write(path)
         return
@@ -63,7 +64,7 @@ def atomic_folder(folder: Path, modes: Mapping[str, int] | None = None) -> Itera
     Raises:
         StepQuantError: `folder` exists, or the disk is full or refuses the write.
     """
-    check_new_folder(folder)
+    folder = check_new_folder(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         prefix = f"{_prefix(folder)}{_owner()}-"
@@ -94,7 +95,7 @@ def check_new_folder(folder: str | Path) -> Path:
     return folder
 
 
-def user_path(path: str | Path) -> Path:
+def user_path(path: str | os.PathLike[str]) -> Path:
     """Return `path` with the user's home folder in the place of `~`.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from stepquant.methods.recipe import WeightOnlyRecipe
+from stepquant.support.atomic import user_path
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.verbs.quantized import QuantizedFolder
@@ -55,4 +56,4 @@ def quantize_weights(
     record = convert(
         model, out, recipe.scheme.weight_bits, recipe.ranges.weights, components, reporter
     )
-    return QuantizedFolder(Path(out), {"recipe": recipe.to_dict(), **record})
+    return QuantizedFolder(user_path(out), {"recipe": recipe.to_dict(), **record})

@@ -35,7 +35,10 @@ class WeightOnlyConfig(QuantizationConfigMixin):
     `layers`: names of the packed layers. None, for a float model that is quantized while it is
     loaded, stands for all linear and conv layers that do not share their weight. `bits`: of their
     weights, 8 or 4. `grids`: how the grids of 4 bits were found, "minmax" or "mse", None for 8
-    bits; loading what has codes does not depend on it.
+    bits; loading what has codes does not depend on it. `architecture`: the values of the model's
+    config that its results depend on, which a load compares with those of the model; None for a
+    float model, and in folders from before there was a copy. `sha256`: of the codes and scales of a
+    model of transformers, by their names in the model; models of diffusers have a tensor for it.
 
     Raises StepQuantError for unknown keys, a newer format version and values of the wrong type.
     """
@@ -50,10 +53,12 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         bits: int = 8,
         grids: str | None = None,
+        architecture: dict[str, Any] | None = None,
+        sha256: str | None = None,
         **more: Any,
     ) -> None:
         self.quant_method: Any = self.method
-        if format_version != FORMAT_VERSION:
+        if format_version != FORMAT_VERSION or isinstance(format_version, bool):
             raise StepQuantError(
                 f"a weight-only component has format version {format_version!r}: expected "
                 f"{FORMAT_VERSION}, the only one that this stepquant reads; upgrade stepquant"
@@ -62,7 +67,7 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         if unknown:
             raise StepQuantError(
                 f"the config of a weight-only component has the unknown key '{min(unknown)}': "
-                "expected format_version, layers, bits and grids"
+                "expected format_version, layers, bits, grids, architecture and sha256"
             )
         named = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
         if layers is not None and not named:
@@ -74,6 +79,13 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         self.layers = None if layers is None else sorted(layers)
         self.bits = check_weight_only_bits(bits, "bits of the config of a weight-only component")
         self.grids = grids
+        if architecture is not None and not isinstance(architecture, dict):
+            raise StepQuantError(
+                f"architecture of the config of a weight-only component is {architecture!r}: "
+                "expected an object with named values"
+            )
+        self.architecture = architecture
+        self.sha256 = sha256
 
     @classmethod
     def takes(cls, module: nn.Module, shared: Collection[int] = ()) -> bool:
@@ -101,12 +113,24 @@ class WeightOnlyConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """JSON values in a fixed order; `bits` and `grids`, new in the format, below 8 bits."""
         few_bits = {"bits": self.bits, "grids": self.grids} if self.bits < 8 else {}
+        newer = {"architecture": self.architecture, "sha256": self.sha256}
         return {
             **few_bits,
+            **{key: value for key, value in newer.items() if value is not None},
             "format_version": self.format_version,
             "layers": self.layers,
             "quant_method": self.quant_method.value,
         }
+
+    def layers_json(self) -> str:
+        """Return everything that results depend on as canonical JSON, for the checksum."""
+        values = {
+            "architecture": self.architecture,
+            "bits": self.bits,
+            "layers": self.layers,
+            "quant_method": self.quant_method.value,
+        }
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """`to_dict` as indented JSON."""

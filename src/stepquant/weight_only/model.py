@@ -120,13 +120,32 @@ def put_layer(model: nn.Module, name: str, weight: Tensor, config: WeightOnlyCon
 
 
 def check_tensor(name: str, tensor: Tensor, wanted: Tensor) -> None:
-    """Dtype and shape, before a tensor is put in place."""
-    if tensor.dtype != wanted.dtype or tensor.shape != wanted.shape:
+    """Dtype and shape, before a tensor is put in place; floats must be numbers.
+
+    Scales are float32. Other floats may have another floating-point dtype than `wanted`.
+    """
+    exact = not wanted.is_floating_point() or name.endswith(".weight_scale")
+    same = tensor.dtype == wanted.dtype if exact else tensor.is_floating_point()
+    if not same or tensor.shape != wanted.shape:
+        dtype = wanted.dtype if exact else "a floating-point dtype"
         raise StepQuantError(
             f"tensor '{name}' is {tensor.dtype} of shape {list(tensor.shape)}: expected "
-            f"{wanted.dtype} of shape {list(wanted.shape)}; the file is damaged or belongs to "
+            f"{dtype} of shape {list(wanted.shape)}; the file is damaged or belongs to "
             "another config"
         )
+    check_finite(name, tensor)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """An error where the tensor `name` holds NaN or infinity."""
+    if tensor.is_floating_point() and tensor.device.type != "meta":
+        # Eight-bit floats have no such check of their own.
+        numbers = tensor.float() if tensor.element_size() == 1 else tensor
+        if not bool(torch.isfinite(numbers).all()):
+            raise StepQuantError(
+                f"tensor '{name}' holds NaN or infinity: expected finite numbers; the file is "
+                "damaged, or the model's weights are"
+            )
 
 
 def check_loaded(model: nn.Module, config: WeightOnlyConfig) -> None:

@@ -164,11 +164,17 @@ class IntegerLayer(nn.Module):
     def prepared(self) -> PreparedLayer:
         """The layer with its weight laid out, on the device where the tensors are now.
 
-        accelerate's hooks put tensors on another device without asking the module.
+        accelerate's hooks put tensors on another device without asking the module. A weight whose
+        scales or zero points were changed in place is laid out anew.
         """
         scale = self._buffers["weight_scale"]  # asked at every call: quicker than the attribute
         assert scale is not None
-        if self._prepared is None or self._prepared_on != scale.device:
+        known = self._prepared
+        if (
+            known is None
+            or self._prepared_on != scale.device
+            or (not torch.compiler.is_compiling() and known.is_outdated())
+        ):
             self.prepare()
         assert self._prepared is not None
         return self._prepared
