@@ -1,15 +1,15 @@
-"""Pipelines with absent components or a class of the user's own are loaded after they were saved."""
+"""Pipelines with absent components, and of classes of the user's own, load after a save."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.modeling_utils import ModelMixin as BASE
 
 from architectures import ARCHITECTURES, build
 from quantize_runs import FAST_MINMAX, refused
@@ -71,21 +71,22 @@ def test_elsewhere_the_class_is_named(tmp_path):
         "try:\n    load_pipeline(sys.argv[1])\nexcept ValueError as error:\n    print(error)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "own"],
-        capture_output=True,
-        text=True,
-        env=os.environ,
+        [sys.executable, "-c", code, tmp_path / "own"], capture_output=True, text=True
     )
     assert "is of the pipeline class 'OwnPipeline'" in done.stdout, done.stderr
     assert "import the module that defines it" in done.stdout
 
 
-def test_a_denoiser_class_of_the_users_own_is_found_by_its_module(tmp_path):
-    pipeline = build("sd")
+def own_unet(pipeline):
     own = OwnUNet.from_config(pipeline.unet.config).eval()
     own.load_state_dict(pipeline.unet.state_dict())
     pipeline.register_modules(unet=own)
-    run(pipeline, tmp_path / "out", prompts="a")
+    return pipeline
+
+
+def test_a_denoiser_class_of_the_users_own_is_found_by_its_module(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[OwnUNet.__module__], "ModelMixin", BASE, raising=False)
+    run(own_unet(build("sd")), tmp_path / "out", prompts="a")
     assert type(load(tmp_path / "out").unet) is OwnUNet
     path = tmp_path / "out" / "model_index.json"
     index = json.loads(path.read_text())
@@ -93,3 +94,11 @@ def test_a_denoiser_class_of_the_users_own_is_found_by_its_module(tmp_path):
     path.write_text(json.dumps({**index, "unet": ["no_such_module", "OwnUNet"]}))
     (tmp_path / "out" / "stepquant_sha256.json").unlink()
     assert "no_such_module" in refused(lambda: load_pipeline(tmp_path / "out"))
+
+
+def test_a_class_that_diffusers_could_not_load_again_is_refused_before_the_work(tmp_path):
+    pipeline = own_unet(build("sd"))
+    message = refused(lambda: run(pipeline, tmp_path / "out", prompts="a"))
+    assert f"'unet' is a OwnUNet of the module '{OwnUNet.__module__}'" in message
+    assert "expected ModelMixin among the names of that module" in message
+    assert run(pipeline, None, prompts="a").record["bits"] == "w8a8"

@@ -62,8 +62,16 @@ def outside(sd, secret):
 
 @pytest.mark.parametrize(
     "kind",
-    ["a file", "a file of a component", "a folder", "nowhere", "itself", "the folder above"]
-    + ["a pipe", "the weights"],
+    [
+        "a file",
+        "a file of a component",
+        "a folder",
+        "nowhere",
+        "itself",
+        "the folder above",
+        "a pipe",
+        "the weights",
+    ],
 )
 def test_links_out_of_the_folder_are_refused_before_the_work(
     sd, secret, tmp_path, monkeypatch, kind

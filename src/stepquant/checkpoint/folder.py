@@ -142,11 +142,11 @@ def check_part(part: Path) -> None:
                 f"'{path}' holds a {type(config).__name__}: expected an object with named values; "
                 "fetch or write the folder again"
             )
-        steps = config.get("num_train_timesteps", 1)
-        if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MOST_STEPS:
+        steps = config.get("num_train_timesteps")
+        if isinstance(steps, int | float) and not steps <= MOST_STEPS:
             raise StepQuantError(
-                f"num_train_timesteps in '{path}' is {steps!r}: expected a whole number from 1 to "
-                f"{MOST_STEPS}; fetch or write the folder again"
+                f"num_train_timesteps in '{path}' is {steps!r}: expected at most {MOST_STEPS}; "
+                "fetch or write the folder again"
             )
         check_written(path, config)
 

@@ -13,6 +13,7 @@ from torch import nn
 from stepquant.calibration.observe import quant_layers
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.file_sums import file_digests
+from stepquant.checkpoint.loadable import check_loadable
 from stepquant.checkpoint.save import attach_config, save_pipeline
 from stepquant.methods.recipe import Recipe, WeightOnlyRecipe, load_recipe
 from stepquant.models.adapter import DenoiserAdapter
@@ -109,6 +110,8 @@ def quantize(
     target = check_output(out, resume)
     check_seed(seed)
     source = open_float(model, adapter, components or {})
+    if target is not None:
+        check_loadable(source.pipeline)
     conditioning = Conditioning.of(prompts, labels, guidance, call)
     job = plan_job(source, chosen, settings, conditioning, seed, components or {}, memory, reporter)
     reset_peak_memory()

@@ -170,11 +170,12 @@ class IntegerLayer(nn.Module):
         scale = self._buffers["weight_scale"]  # asked at every call: quicker than the attribute
         assert scale is not None
         known = self._prepared
-        if (
-            known is None
-            or self._prepared_on != scale.device
-            or (not torch.compiler.is_compiling() and known.is_outdated())
-        ):
+        fresh = known is not None and self._prepared_on == scale.device
+        # A graph takes the layout for a constant.
+        if fresh and not torch.compiler.is_compiling():
+            assert known is not None
+            fresh = not known.is_outdated()
+        if not fresh:
             self.prepare()
         assert self._prepared is not None
         return self._prepared
