@@ -143,7 +143,7 @@ def values_of(path: Path, draw: random.Random) -> str:
 
 def lines_of(path: Path, draw: random.Random) -> str:
     """Replace the value of a line, or remove, double or indent the line."""
-    lines = path.read_text().splitlines()
+    lines = path.read_text(errors="replace").splitlines()
     if not lines:
         return bytes_of(path, draw)
     number = draw.randrange(len(lines))

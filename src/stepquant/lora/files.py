@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from stepquant.checkpoint.folder import HUB_ID, PICKLE_SUFFIXES
+from stepquant.numerics.finite import all_finite
 from stepquant.support.errors import StepQuantError
 from stepquant.support.json_text import parse_json, read_json
 from stepquant.support.safetensors_file import opened
@@ -80,7 +80,7 @@ def read_lora_file(
             raise StepQuantError(
                 f"{label} has {found} under '{key}': expected a floating-point tensor"
             )
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise StepQuantError(
                 f"{label} has numbers that are not finite in '{key}': the file is damaged or its "
                 "training diverged, so take another one"

@@ -34,7 +34,7 @@ def check_components(
                 f"the component '{name}' of {type(pipeline).__name__} is to have its weights "
                 f"quantized: expected one of {', '.join(others) or 'none'}{hint}"
             )
-        if way not in WAYS:
+        if way not in tuple(WAYS):
             raise StepQuantError(
                 f"the component '{name}' is to be {way!r}: expected one of {', '.join(WAYS)}, "
                 "weights of so many bits that are dequantized on use"

@@ -135,7 +135,7 @@ def _checked(
                 f"the component '{name}' is to be packed: expected one of "
                 f"{', '.join(others) or 'none'}, the models of diffusers beside the denoiser"
             )
-        if way not in WAYS:
+        if way not in tuple(WAYS):
             raise StepQuantError(
                 f"the component '{name}' is to be {way!r}: expected one of {', '.join(WAYS)}"
             )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stepquant.models.eligibility import shared_weights
 from stepquant.models.surgery import replace_modules
+from stepquant.numerics.finite import all_finite
 from stepquant.quantizers.weight import GridSearch, minmax_weight_range
 from stepquant.runtime.layers.weight_only import WeightOnly, weight_only_in_place_of
 from stepquant.support.errors import StepQuantError
@@ -138,14 +139,11 @@ def check_tensor(name: str, tensor: Tensor, wanted: Tensor) -> None:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """An error where the tensor `name` holds NaN or infinity."""
-    if tensor.is_floating_point() and tensor.device.type != "meta":
-        # Eight-bit floats have no such check of their own.
-        numbers = tensor.float() if tensor.element_size() == 1 else tensor
-        if not bool(torch.isfinite(numbers).all()):
-            raise StepQuantError(
-                f"tensor '{name}' holds NaN or infinity: expected finite numbers; the file is "
-                "damaged, or the model's weights are"
-            )
+    if tensor.is_floating_point() and not tensor.is_meta and not all_finite(tensor):
+        raise StepQuantError(
+            f"tensor '{name}' holds NaN or infinity: expected finite numbers; the file is damaged, "
+            "or the model's weights are"
+        )
 
 
 def check_loaded(model: nn.Module, config: WeightOnlyConfig) -> None:
