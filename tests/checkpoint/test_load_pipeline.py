@@ -178,3 +178,10 @@ def test_a_text_pipeline_without_transformers_says_what_to_install(copy, monkeyp
     index.write_text(json.dumps({**values, "tokenizer": ["transformers", "CLIPTokenizer"]}))
     monkeypatch.setattr("stepquant.checkpoint.folder.find_spec", lambda name: None)
     refused(copy, r"has the CLIPTokenizer 'tokenizer' of the package .*'stepquant\[text\]'")
+
+
+@pytest.mark.parametrize(
+    "name", ["~no-such-user/x", "n" * 300, "a\0b"], ids=["user", "long", "null"]
+)
+def test_a_path_that_the_system_does_not_take_is_named(name):
+    refused(name, "begins with the home folder|cannot be looked at")

@@ -203,3 +203,10 @@ def test_the_home_folder_is_filled_in(tmp_path, monkeypatch):
     assert check_new_folder("~/out") == tmp_path / "out"
     with pytest.raises(StepQuantError, match=r"'~no-such-user/out' begins with the home folder"):
         user_path("~no-such-user/out")
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "a\0b"], ids=["long", "null"])
+def test_a_path_that_the_system_does_not_take_is_named(tmp_path, name):
+    for act in (user_path, check_new_folder):
+        with pytest.raises(StepQuantError, match=r"the path '.*' cannot be looked at \("):
+            act(tmp_path / name)

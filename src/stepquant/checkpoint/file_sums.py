@@ -90,7 +90,13 @@ def _names(folder: Path) -> Iterator[str]:
 
 def _digest(path: Path) -> str:
     found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    except OSError as error:
+        raise StepQuantError(
+            f"'{path}' cannot be read ({error.strerror}): expected a file of a model folder; check "
+            "its permissions"
+        ) from error
     return found.hexdigest()

@@ -92,4 +92,10 @@ def _read_config(path: Path) -> StepQuantConfig:
             f"'{path}' cannot be read as the config of a packed module: expected a folder that "
             "quantize wrote of a DenoiserPipeline"
         )
-    return StepQuantConfig.from_dict(config)
+    try:
+        return StepQuantConfig.from_dict(config)
+    except TypeError as error:  # a key that is no argument, such as "self"
+        raise StepQuantError(
+            f"the quantization_config in '{path}' cannot be read ({error}): expected the keys that "
+            "quantize writes"
+        ) from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stepquant.support.atomic import user_path
 from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:  # slow to import, see demo.py
@@ -35,7 +36,7 @@ def opened(config: str | None, *models: str) -> list[str | DiffusionPipeline]:
     """`models`, those of them that are single files opened with `config`, where there is one."""
     if config is None:
         return list(models)
-    files = [name for name in models if Path(name).expanduser().is_file()]
+    files = [name for name in models if user_path(name).is_file()]
     if not files:
         raise StepQuantError(
             f"--config '{config}' was given for {' and '.join(repr(name) for name in models)}: "

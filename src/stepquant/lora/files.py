@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stepquant.checkpoint.folder import HUB_ID, PICKLE_SUFFIXES
 from stepquant.numerics.finite import all_finite
+from stepquant.support.atomic import user_path
 from stepquant.support.errors import StepQuantError
 from stepquant.support.json_text import parse_json, read_json
 from stepquant.support.safetensors_file import opened
@@ -89,7 +90,7 @@ def read_lora_file(
 
 
 def _find(source: str | os.PathLike[str], weight_name: str | None) -> Path:
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         path = path / (weight_name or _only_weights(path))
     elif "/" in str(source) and not path.exists() and HUB_ID.fullmatch(str(source)):

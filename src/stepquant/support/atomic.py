@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -99,10 +100,20 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     """Return `path` with the user's home folder in the place of `~`.
 
     Raises:
-        StepQuantError: the home folder of that user is not known.
+        StepQuantError: the home folder of that user is not known, or the system cannot look at such
+            a path: its folder may not be entered, or a name is too long.
     """
     try:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found.lstat()
+        return found
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StepQuantError(
+            f"the path '{path}' cannot be looked at ({reason}): expected one that the system "
+            "takes; check it and its permissions"
+        ) from error
     except RuntimeError as error:
         raise StepQuantError(
             f"'{path}' begins with the home folder of a user who is not known here: expected a "
