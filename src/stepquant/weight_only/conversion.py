@@ -1,4 +1,4 @@
-"""Quantizing a pipeline's weights without calibration and without holding a model in memory."""
+"""Weight-only quantization of a pipeline on disk, a few layers in memory at a time."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def pack(
     components: Mapping[str, str] | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Deprecated name of `quantize(model, "weight-only", weights=..., out=...).record`.
+    """Deprecated: call `quantize(model, "weight-only", weights=..., out=...).record`.
 
-    `grids` is the setting `ranges.weights` there; the rest is as in `convert`.
+    `grids` became the setting `ranges.weights`. The other arguments are those of `convert`.
     """
     warnings.warn(
         "stepquant.api.pack is deprecated, and will be gone in the next release: call "
@@ -60,17 +60,30 @@ def convert(
     components: Mapping[str, str] | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Write `model` with weights of few bits, dequantized on use, as the new folder `out`.
+    """Quantize the weights of a pipeline without calibration and write it as a new folder.
 
-    No data, no calibration, float activations: smaller, not faster. Weights are read from the
-    safetensors of the folder or hub id `model` one layer at a time and written in shards, so that a
-    model far larger than the memory can be quantized. `weights`: 8, or 4, of the denoiser, whose
-    input and output layers stay float. `grids` of 4 bits: "minmax", or "mse" (the least
-    |error|^2.4 of the weights: many times slower, and not always better pictures). `components`:
-    others, models of diffusers, as `{"vae": "w8"}`; the rest is copied. Gives a record: bytes,
-    seconds, peak memory, and each component's own.
+    Activations stay float, so the model becomes smaller, not faster. The function reads the
+    safetensors files one layer at a time and writes shards, so a model may be far larger than the
+    memory. The input and output layers of the denoiser stay float if its architecture is known.
 
-    Raises StepQuantError for anything in the input that is not as expected.
+    Args:
+        model: a diffusers folder, a hub id or "builtin:NAME".
+        out: the new folder; it appears complete or not at all.
+        weights: bits of the denoiser's weights, 8 or 4.
+        grids: search for the grids of 4-bit weights: "minmax", or "mse", which minimizes
+            |error|^2.4 of the weights. "mse" is many times slower and does not always give better
+            images.
+        components: "w8" or "w4" for other models of diffusers in the pipeline, such as
+            `{"vae": "w8"}`. The rest is copied.
+        reporter: where progress is shown; silent by default.
+
+    Returns:
+        A record of JSON values: sizes in bytes of the denoiser, seconds, peak memory in MB, and an
+        entry for each quantized component.
+
+    Raises:
+        StepQuantError: the model, a component or a setting is not as described, `out` exists, or a
+            weight is not finite.
     """
     reporter = reporter or Reporter(quiet=True)
     check_weight_only_bits(weights, "bits of the denoiser's weights")
@@ -147,7 +160,7 @@ def _checked(
 def _pack_one(
     source: Path, target: Path, way: str, grids: str, kept: Any, reporter: Reporter
 ) -> dict[str, Any]:
-    """Pack the component in `source` and weigh it."""
+    """Quantize the component in `source` into `target`, and return its record."""
     bits = WAYS[way]
     found = stream_weights(
         source,
@@ -169,7 +182,7 @@ def _pack_one(
 
 
 def _outer_layers(reporter: Reporter, model: nn.Module) -> Collection[str]:
-    """The layers that see the sample or give the result, as far as the architecture is known."""
+    """Return the names of the input and output layers; none for an unknown architecture."""
     adapter = ADAPTERS.get(type(model).__name__)
     if adapter is None:
         reporter.line(
