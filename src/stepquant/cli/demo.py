@@ -21,7 +21,7 @@ def demo(
 ) -> None:
     """Quantize an embedded model several ways and compare quality, speed and size."""
     with talk(context, quiet, json_file, f"; delete '{out}' before the next try") as output:
-        # The api loads torch and all of diffusers' pipelines, which no `--help` should wait for.
+        # Imported here because it loads torch and diffusers, which `--help` should not wait for.
         from stepquant import api
 
         record = api.demo(out, reporter=output.reporter)

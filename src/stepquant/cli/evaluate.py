@@ -70,7 +70,7 @@ def evaluate(
 
         ours, theirs = opened(config, model, against)
         ours, loras = with_loras(ours, lora)
-        theirs, _ = with_loras(theirs, lora)  # the float model with the same LoRAs
+        theirs, _ = with_loras(theirs, lora)  # the float model gets the same LoRAs
         record = api.evaluate(
             ours,
             theirs,

@@ -76,7 +76,7 @@ def inspect(
 
 
 def float_row(row: dict[str, Any]) -> dict[str, Any]:
-    """What the table shows of a float layer's input."""
+    """Return the table row for the input of a float layer."""
     widths = [high - low for low, high in zip(row["low"], row["high"], strict=True)]
     return {
         "layer": row["layer"],
@@ -90,7 +90,7 @@ def float_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def packed_row(row: dict[str, Any]) -> dict[str, Any]:
-    """What the table shows of a packed layer."""
+    """Return the table row for a packed layer."""
     scales = [scale for part in row["act_scale"] for scale in part]
     return {
         "layer": row["layer"],

@@ -1,4 +1,4 @@
-"""`--config` and `--lora`: from their texts to a pipeline that is open and has LoRAs."""
+"""The options `--config` and `--lora`, and how they open a pipeline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ Config = Annotated[
 
 
 def opened(config: str | None, *models: str) -> list[str | DiffusionPipeline]:
-    """`models`, those of them that are single files opened with `config`, where there is one."""
+    """Return `models`, with single files among them opened with `config` unless it is None.
+
+    Raises:
+        StepQuantError: `config` is given, but no model is a single file.
+    """
     if config is None:
         return list(models)
     files = [name for name in models if Path(name).expanduser().is_file()]
@@ -48,7 +52,7 @@ def opened(config: str | None, *models: str) -> list[str | DiffusionPipeline]:
 
 @dataclass(frozen=True)
 class Lora:
-    """What `api.load_lora` takes."""
+    """The arguments of `api.load_lora`."""
 
     source: str
     scale: float
@@ -56,10 +60,13 @@ class Lora:
 
 
 def parse_lora(text: str) -> Lora:
-    """`[NAME=]FILE[=SCALE]`; the scale is 1 and the name that of the file unless they are given.
+    """Parse `[NAME=]FILE[=SCALE]`. By default the scale is 1 and the name is that of the file.
 
-    A number behind the last `=` is the scale. A word before the first one is the name, so that
-    a file with `=` in its own name is written as a path, `./a=b.safetensors`.
+    A number after the last `=` is the scale, and a word before the first `=` is the name. A file
+    with `=` in its name must therefore be written as a path, `./a=b.safetensors`.
+
+    Raises:
+        StepQuantError: `text` has no file.
     """
     source, name, scale = text, None, 1.0
     before, equals, last = source.rpartition("=")
@@ -84,9 +91,10 @@ def parse_lora(text: str) -> Lora:
 def with_loras(
     model: str | DiffusionPipeline, texts: list[str] | None
 ) -> tuple[str | DiffusionPipeline, list[dict[str, Any]]]:
-    """`model` opened and with the LoRAs of `texts`, or as it is where there are none; a record.
+    """Open `model` and load the LoRAs of `texts`; without any, return `model` unchanged.
 
-    The record has `name`, `source`, `scale` and `layers` (names) of each.
+    Returns:
+        The model, and for each LoRA its `name`, `source`, `scale` and `layers` (their names).
     """
     loras = [parse_lora(text) for text in texts or []]
     if not loras:
@@ -104,7 +112,7 @@ def with_loras(
 
 
 def lora_line(record: dict[str, Any]) -> str:
-    """What is printed of one entry of the record."""
+    """Return the line of output for one entry of the record."""
     return (
         f"LoRA {record['name']}: {record['source']} with scale {record['scale']:g}, "
         f"{len(record['layers'])} layers"

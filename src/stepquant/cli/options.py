@@ -1,4 +1,4 @@
-"""Options that several verbs share, and their values."""
+"""Options that several verbs share, and the parsing of their values."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ Version = Annotated[
 
 
 def scheduler_name(text: str) -> str | None:
-    """The API's name of a scheduler: None stands for the pipeline's own."""
+    """Return the API's name of a scheduler, which is None for the pipeline's own."""
     return None if text == OWN_SCHEDULER else text
 
 
@@ -95,7 +95,12 @@ def conditions(
     guidance: float | None,
     call: list[str] | None,
 ) -> dict[str, Any]:
-    """What the verbs of the API take as prompts, labels, guidance and call."""
+    """Return the API's arguments `prompts`, `labels`, `guidance` and `call`.
+
+    Raises:
+        StepQuantError: the file `prompts` is unreadable or empty, or an entry of `call` is not of
+            the form KEY=VALUE.
+    """
     texts = list(prompt or [])
     if prompts is not None:
         try:
@@ -124,7 +129,11 @@ def parse_settings(
     option: str = "--set",
     example: str = "block_distillation.iterations=300",
 ) -> dict[str, Any]:
-    """`["step.key=value", ...]` as the API takes it; values are YAML, and the last one counts."""
+    """Parse `["step.key=value", ...]` into a dictionary; values are YAML, and the last one wins.
+
+    Raises:
+        StepQuantError: a text has no key or no `=`, or its value is not YAML.
+    """
     settings = {}
     for text in texts:
         key, equals, value = text.partition("=")

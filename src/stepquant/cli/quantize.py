@@ -102,7 +102,7 @@ def quantize(
 
 
 def show_calibrated(output: Talk, record: dict[str, Any]) -> None:
-    """Print the record of a recipe with calibration."""
+    """Print the results of a recipe with calibration."""
     shown = (
         "bits",
         "mean_weight_bits",
@@ -127,7 +127,7 @@ def show_calibrated(output: Talk, record: dict[str, Any]) -> None:
 
 
 def show_weight_only(output: Talk, record: dict[str, Any]) -> None:
-    """Print the record of a weight-only recipe."""
+    """Print the results of a weight-only recipe."""
     output.table([{"component": name, **part} for name, part in record["components"].items()])
     output.line(
         f"{record['times_smaller']:.2f} times smaller than float32, in {record['seconds']:.0f} s, "

@@ -25,7 +25,7 @@ def list_recipes(context: typer.Context, json_file: Json = None, quiet: Quiet = 
         for name in api.recipe_names():
             try:
                 rows.append({"name": name, "description": api.load_recipe(name).description})
-            except StepQuantError as error:  # a plug-in of somebody else, which hides no other
+            except StepQuantError as error:  # a broken plug-in must not hide other recipes
                 rows.append({"name": name, "description": str(error)})
         output.results = {"recipes": rows}
         output.table(rows)
