@@ -72,7 +72,7 @@ def test_the_work_of_another_job_is_refused(path):
 def test_unfinished_work_is_not_overwritten_unasked(path, job):
     WorkFolder(path, JOB, resume=False).save("piece", PIECE)
     sentence = refused(lambda: WorkFolder(path, job, resume=False))
-    assert sentence.startswith(f"'{path}' holds an unfinished job: go on with --resume")
+    assert sentence.startswith(f"'{path}' holds an unfinished job: continue with --resume")
     assert (path / "piece.safetensors").exists()
 
 
@@ -137,7 +137,7 @@ def test_a_full_disk_is_told_and_the_rest_is_kept(path, monkeypatch):
     monkeypatch.setattr("stepquant.support.work_folder.save_file", full)
     sentence = refused(lambda: work.save("second", PIECE))
     assert sentence.startswith(f"'{path / 'second.safetensors'}' cannot be written")
-    assert "go on with --resume" in sentence
+    assert "continue with --resume" in sentence
     assert sorted(os.listdir(path)) == ["first.safetensors", "job.json"]
 
 

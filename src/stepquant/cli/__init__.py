@@ -33,9 +33,10 @@ app.add_typer(recipes, name="recipes")
 
 @app.callback()
 def stepquant(version: Version = False) -> None:
-    """Low-bit diffusion models that are smaller on disk and run in integer arithmetic.
+    """Quantize diffusion models, so that they are smaller and run in integer arithmetic.
 
-    MODEL is a local diffusers folder, a safetensors file, a hub id, or builtin:NAME.
+    MODEL is a diffusers folder, a safetensors file, a Hugging Face hub id, or builtin:NAME for a
+    model that comes with stepquant.
     """
 
 

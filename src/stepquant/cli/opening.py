@@ -19,14 +19,14 @@ Loras = Annotated[
     typer.Option(
         "--lora",
         metavar="[NAME=]FILE[=SCALE]",
-        help="LoRA beside the layers: a safetensors file, a folder with one, or a hub id; repeat.",
+        help="LoRA to load: a safetensors file, a folder with one, or a hub id. Repeatable.",
     ),
 ]
 Config = Annotated[
     str | None,
     typer.Option(
         metavar="DIR",
-        help="For a model that is one file: folder or hub id of a pipeline of its kind.",
+        help="Only if the model is a single file: a folder or hub id of the same kind of pipeline.",
     ),
 ]
 
@@ -43,7 +43,8 @@ def opened(config: str | None, *models: str) -> list[str | DiffusionPipeline]:
     if not files:
         raise StepQuantError(
             f"--config '{config}' was given for {' and '.join(repr(name) for name in models)}: "
-            "expected it only for a model that is one safetensors file; a folder has its own"
+            "expected a model that is a single safetensors file; leave out --config, as a folder "
+            "has its own"
         )
     from stepquant import api  # not at the top: see demo.py
 
@@ -80,7 +81,7 @@ def parse_lora(text: str) -> Lora:
         name, source = first, rest
     if not source:
         raise StepQuantError(
-            f"--lora '{text}' names no file: expected [NAME=]FILE[=SCALE], as in "
+            f"--lora '{text}' names no file: expected [NAME=]FILE[=SCALE], such as "
             "styles/ink.safetensors=0.8"
         )
     if name is None:

@@ -78,8 +78,8 @@ class WorkFolder:
             )
         if record.exists():
             raise StepQuantError(
-                f"'{path}' holds an unfinished job: go on with --resume (resume=True), or delete "
-                "the folder to start anew"
+                f"'{path}' holds an unfinished job: continue with --resume (resume=True), or "
+                "delete the folder to start anew"
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ class WorkFolder:
         except (OSError, SafetensorError) as error:
             raise StepQuantError(
                 f"'{file}' cannot be written ({error}): expected room on the disk; free some and "
-                "go on with --resume"
+                "continue with --resume"
             ) from error
 
     def load(self, key: str) -> dict[str, Tensor] | None:
