@@ -19,7 +19,7 @@ class Seen(Exception):
     """Raised by a hook that has one call's arguments, to end sampling there."""
 
 
-class Recorder:
+class InputCapture:
     """Keeps the inputs of every call of a denoiser; for use as `before` of `models.hooks.hooked`.
 
     `samples` and `timesteps` hold one tensor for each call, `[B, ...]` and `[B]` (on the CPU).

@@ -73,7 +73,7 @@ MemoryMode = Annotated[
     ),
 ]
 Batch = Annotated[
-    int, typer.Option(help="Images sampled at a time. The images do not depend on it.")
+    int, typer.Option(help="Images sampled at a time; their noise does not depend on it.")
 ]
 
 

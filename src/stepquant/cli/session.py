@@ -94,7 +94,7 @@ def talk(
         keep_libraries_silent(quiet)
         yield output
         if json_file is not None:
-            write_json(json_file, record_of(context, output.results))
+            write_json(json_file, json_record(context, output.results))
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def check_json_path(path: Path) -> None:
         )
 
 
-def record_of(context: typer.Context, results: dict[str, Any]) -> dict[str, Any]:
+def json_record(context: typer.Context, results: dict[str, Any]) -> dict[str, Any]:
     """Return the JSON record: verb, versions, all arguments with their values, and results."""
     _, _, verb = context.command_path.partition(" ")
     hidden = ("json_file", "quiet")

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from stepquant.engines.openvino_export import (
     DEFAULT,
     check_exportable,
-    check_no_lora,
+    check_no_lora_branch,
     export_denoiser,
     traced,
 )
@@ -111,7 +111,7 @@ class OpenVinoDenoiser(StandIn):
                 "for each sample; the scales of a quantized model depend on it"
             )
         arguments["timestep"] = torch.as_tensor(arguments["timestep"])
-        check_no_lora(self.denoiser)
+        check_no_lora_branch(self.denoiser)
         tensors = [tensor.detach() for tensor in tensors_in(arguments)]
         self._check(arguments, tensors)
         context = StepContext(self.grid)

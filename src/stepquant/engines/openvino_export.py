@@ -175,7 +175,7 @@ def check_exportable(denoiser: nn.Module, device: str = "CPU") -> None:
             f"{type(denoiser).__name__} is in {dtype}: expected float32 for the backend openvino, "
             "whose option precision chooses what it computes in; load it in float32"
         )
-    check_no_lora(denoiser)
+    check_no_lora_branch(denoiser)
     for name, module in denoiser.named_modules():
         if isinstance(module, PackedAttention) and bool(module.probability_log2.any()):
             steps = int(module.probability_log2.sum())
@@ -193,7 +193,7 @@ def check_exportable(denoiser: nn.Module, device: str = "CPU") -> None:
             )
 
 
-def check_no_lora(denoiser: nn.Module) -> None:
+def check_no_lora_branch(denoiser: nn.Module) -> None:
     """An error that names a layer with a LoRA, which a compiled model would leave out."""
     for name, _, lora, _ in named_branches(denoiser):
         raise StepQuantError(

@@ -35,7 +35,7 @@ from stepquant.verbs.quantize_job import (
     work_path,
 )
 from stepquant.verbs.quantize_record import record_of
-from stepquant.verbs.quantize_weights import check_unused, quantize_weights
+from stepquant.verbs.quantize_weight_only import check_unused, quantize_weight_only
 from stepquant.verbs.quantized import Quantized
 from stepquant.weight_only.components import add_file_sizes, quantize_components
 
@@ -118,7 +118,7 @@ def quantize(
         }
         check_unused(loaded, unused)
         weight_only = with_settings(loaded, weights, None, None, settings)
-        return quantize_weights(model, weight_only, out, components, reporter)
+        return quantize_weight_only(model, weight_only, out, components, reporter)
     chosen = with_settings(loaded, weights, activations, steps, settings)
     target = check_output(out, resume)
     check_seed(seed)
@@ -134,7 +134,7 @@ def quantize(
         step.apply(session)
     session.ensure_ranges()
     seconds = time.monotonic() - started
-    packed = pack(session.model, job)
+    packed = packed_denoiser(session.model, job)
     result = source.with_denoiser(packed).pipeline
     others = quantize_components(result, job.components)
     record = record_of(job, session, packed, others, seconds, resume)
@@ -144,7 +144,7 @@ def quantize(
     return Quantized(result, session.model, record)
 
 
-def pack(simulation: nn.Module, job: Job) -> nn.Module:
+def packed_denoiser(simulation: nn.Module, job: Job) -> nn.Module:
     """Return a packed copy of `simulation`, with the config that `save_pretrained` writes."""
     layers = quant_layers(simulation).values()
     packed = pack_model(copy_around(simulation, layers))

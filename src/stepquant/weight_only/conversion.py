@@ -119,7 +119,7 @@ def convert(
         shutil.copytree(folder, partial_folder, ignore=left_out, dirs_exist_ok=True)
         for name, way in ways.items():
             kept = partial(_outer_layers, reporter) if name == denoiser else lambda _: ()
-            records[name] = _pack_one(
+            records[name] = _quantize_one(
                 folder / name, partial_folder / name, way, grids, kept, reporter
             )
     return {
@@ -157,7 +157,7 @@ def _checked(
     return components
 
 
-def _pack_one(
+def _quantize_one(
     source: Path, target: Path, way: str, grids: str, kept: Any, reporter: Reporter
 ) -> dict[str, Any]:
     """Quantize the component in `source` into `target`, and return its record."""

@@ -34,7 +34,7 @@ def _is_absent(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
-def quantize_weights(
+def quantize_weight_only(
     model: str | Path | DiffusionPipeline,
     recipe: WeightOnlyRecipe,
     out: str | Path | None,
