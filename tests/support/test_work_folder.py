@@ -114,7 +114,7 @@ def test_a_truncated_piece_is_named(path, keep):
     file.write_bytes(file.read_bytes()[:keep])
     sentence = refused(lambda: WorkFolder(path, JOB, resume=True).load("blocks/000-conv_in"))
     assert sentence.startswith(f"'{file}' cannot be read")
-    assert "delete it and resume" in sentence
+    assert "delete it and continue with --resume" in sentence
 
 
 def test_a_half_written_piece_does_not_count(path):
@@ -144,7 +144,7 @@ def test_a_full_disk_is_told_and_the_rest_is_kept(path, monkeypatch):
 def test_a_place_that_cannot_be_written_to_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "out.work"
-    assert f"'{path}' cannot be made" in refused(lambda: WorkFolder(path, JOB, resume=False))
+    assert f"'{path}' cannot be created" in refused(lambda: WorkFolder(path, JOB, resume=False))
 
 
 def test_removing_leaves_nothing(path):

@@ -41,8 +41,9 @@ class InputCapture:
         for name, kind in kinds.items():
             if kind is inspect.Parameter.VAR_POSITIONAL:
                 raise StepQuantError(
-                    f"{type(denoiser).__name__}.forward takes '*{name}': expected arguments with "
-                    "names, by which they are given again; wrap the model so that each has one"
+                    f"{type(denoiser).__name__}.forward takes '*{name}': expected named arguments, "
+                    "because calibration passes them again by name; wrap the model in a module "
+                    "whose forward names each argument"
                 )
         self._open = [n for n, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD]
         self.samples: list[Tensor] = []

@@ -28,8 +28,8 @@ def set_backend(model: nn.Module, backend: str) -> None:
     if Target.parse(backend).engine is Engine.OPENVINO:
         raise StepQuantError(
             f"the backend '{backend}' runs a whole denoiser, not its layers: expected auto, "
-            "native, onednn, int_mm or reference, or OpenVinoDenoiser(denoiser) in the "
-            "denoiser's place"
+            "native, onednn, int_mm or reference, or OpenVinoDenoiser(denoiser) instead of the "
+            "denoiser"
         )
     for module in model.modules():
         if isinstance(module, IntegerLayer):

@@ -127,15 +127,15 @@ class OpenVinoDenoiser(StandIn):
             if tensor.dtype in (torch.float16, torch.bfloat16) or tensor.device.type != "cpu":
                 raise StepQuantError(
                     f"{type(self.denoiser).__name__} was called with a tensor in {tensor.dtype} on "
-                    f"{tensor.device}: expected float32 on the CPU for the backend openvino, whose "
-                    "own device and precision are options"
+                    f"{tensor.device}: expected float32 on the CPU; choose OpenVINO's own device "
+                    "and precision with the options of the backend openvino"
                 )
         for name, value in arguments.items():
             for leaf in tree_leaves(value):
                 if not isinstance(leaf, Tensor | bool | int | float | str | None):
                     raise StepQuantError(
                         f"the denoiser's argument '{name}' holds a {type(leaf).__name__}: expected "
-                        "tensors, numbers, words or None for the backend openvino"
+                        "tensors, numbers, strings or None for the backend openvino"
                     )
 
     @torch.no_grad()
@@ -153,8 +153,8 @@ class OpenVinoDenoiser(StandIn):
             compiled = self.core.compile_model(traced(call, tensors), self.target, config)
         except Exception as error:  # of many kinds, with pages of text
             raise StepQuantError(
-                f"OpenVINO does not compile {type(self.denoiser).__name__} for its {self.target} "
-                f"({_reason(error)}): expected operators that it knows; {DEFAULT}"
+                f"OpenVINO cannot compile {type(self.denoiser).__name__} for its {self.target} "
+                f"({_reason(error)}): expected operators that it supports; {DEFAULT}"
             ) from error
         self._check_precision(compiled)
         LOGGER.info(
@@ -185,8 +185,9 @@ class OpenVinoDenoiser(StandIn):
         found = compiled.get_property(PRECISION).to_string()
         if found != self.precision:
             raise StepQuantError(
-                f"OpenVINO's {self.target} computes in {found} where '{self.precision}' was asked "
-                f"for: expected the same; ask for precision '{found}', which gives other numbers"
+                f"OpenVINO's {self.target} computes in {found} instead of the requested "
+                f"'{self.precision}': expected the same; request precision '{found}', which "
+                "changes the results"
             )
 
     def kernels(self) -> dict[str, int]:

@@ -166,14 +166,14 @@ def check_exportable(denoiser: nn.Module, device: str = "CPU") -> None:
         )
     if hasattr(denoiser, "_hf_hook"):
         raise StepQuantError(
-            f"{type(denoiser).__name__} is offloaded by accelerate: expected one that is on the "
-            "CPU as it is; the backend openvino has memory of its own"
+            f"{type(denoiser).__name__} is offloaded by accelerate: expected it on the CPU, "
+            "because the backend openvino manages its own memory; load it without offloading"
         )
     dtype = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), torch.float32)
     if dtype != torch.float32:
         raise StepQuantError(
-            f"{type(denoiser).__name__} is in {dtype}: expected float32 for the backend openvino, "
-            "whose option precision chooses what it computes in; load it in float32"
+            f"{type(denoiser).__name__} is in {dtype}: expected float32, because the option "
+            "precision of the backend openvino sets the arithmetic; load it in float32"
         )
     check_no_lora_branch(denoiser)
     for name, module in denoiser.named_modules():
@@ -187,8 +187,8 @@ def check_exportable(denoiser: nn.Module, device: str = "CPU") -> None:
     for name, layer in layers.items():
         if device in ("CPU", "AUTO") and layer.spec.pair_overflows_int16 and _saturates(layer.spec):
             raise StepQuantError(
-                f"the layer '{name}' has w{layer.spec.weight_bits}a{layer.spec.activation_bits} "
-                "and this CPU no VNNI, so that OpenVINO's integer kernels would saturate: expected "
+                f"the layer '{name}' is w{layer.spec.weight_bits}a{layer.spec.activation_bits} and "
+                "this CPU has no VNNI, so OpenVINO's integer kernels would saturate: expected "
                 f"fewer bits or a CPU with VNNI; {DEFAULT} exactly"
             )
 

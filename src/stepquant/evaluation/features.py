@@ -158,12 +158,12 @@ def load_features(
         if found != wanted:
             raise StepQuantError(
                 f"tensor '{key}' of {folder / 'model.safetensors'} is {found}: expected {wanted} "
-                "from config.json; write the folder anew with training/train_features.py"
+                "from config.json; write the folder again with training/train_features.py"
             )
         if not bool(weights[key].isfinite().all()):
             raise StepQuantError(
-                f"tensor '{key}' of {folder / 'model.safetensors'} has values that are not "
-                "finite: write the folder anew with training/train_features.py"
+                f"tensor '{key}' of {folder / 'model.safetensors'} has values that are not finite: "
+                "write the folder again with training/train_features.py"
             )
     network.load_state_dict(weights)
     reference = None

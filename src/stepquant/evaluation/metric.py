@@ -216,13 +216,13 @@ def measure(
             json.dumps(found)
         except (TypeError, ValueError) as error:
             raise StepQuantError(
-                f"metric '{metric.name}' gives what JSON cannot hold ({error}): expected numbers, "
-                "texts and lists by key"
+                f"metric '{metric.name}' returned a value that JSON cannot express ({error}): "
+                "expected a dictionary of numbers, texts and lists"
             ) from error
         if not isinstance(found, dict) or found.keys() & record.keys():
             raise StepQuantError(
-                f"metric '{metric.name}' gives {found!r}: expected a dictionary without the keys "
-                f"that the record has already, {', '.join(record)}"
+                f"metric '{metric.name}' returned {found!r}: expected a dictionary with none of "
+                f"the keys that the record already has, {', '.join(record)}"
             )
         record.update(found)
 

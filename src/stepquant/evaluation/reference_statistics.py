@@ -34,12 +34,13 @@ def check_statistics(
         found = list(statistics[name].shape) if name in statistics else "missing"
         if found != shape:
             raise StepQuantError(
-                f"'{name}' of {what} is {found}: expected shape {shape}; take statistics of the "
+                f"'{name}' of {what} is {found}: expected shape {shape}; use statistics of the "
                 "same features"
             )
         if not bool(statistics[name].isfinite().all()):
             raise StepQuantError(
-                f"'{name}' of {what} has values that are not finite: collect the statistics anew"
+                f"'{name}' of {what} has values that are not finite: expected finite sums; compute "
+                "the statistics again"
             )
     if int(statistics[COUNT]) < 2:
         raise StepQuantError(

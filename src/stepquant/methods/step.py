@@ -26,8 +26,8 @@ TRAINING = (
     "relation_distillation",
 )
 CORRECTED = {
-    "bias_correction": "which has corrected errors that it would change",
-    "affine_distillation": "which has made up for errors that it would change",
+    "bias_correction": "which corrects the errors of all steps before it",
+    "affine_distillation": "which compensates for the errors of all steps before it",
 }
 
 
@@ -108,7 +108,7 @@ def register_step(step: AnyStep) -> AnyStep:
             reserved or not a word of lower-case letters, digits and underscores.
     """
     if not (isinstance(step, type) and issubclass(step, Step)):
-        raise StepQuantError(f"{step!r} is no step: expected a class that derives from Step")
+        raise StepQuantError(f"{step!r} is not a step: expected a class that derives from Step")
     name = getattr(step, "name", None)
     if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]*", name) or name in TAKEN:
         raise StepQuantError(

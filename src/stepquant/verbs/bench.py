@@ -118,9 +118,9 @@ def bench(
         set_backend(candidate, backend if device is None else "auto")
     elif (backend, memory) != ("auto", "fast"):
         raise StepQuantError(
-            f"the backend '{backend}' and the memory mode '{memory}' were asked for a denoiser "
-            f"whose layers are {kind.value}: expected auto and fast; the others are for integer "
-            "layers"
+            f"the backend '{backend}' and the memory mode '{memory}' were requested for a denoiser "
+            f"whose layers are {kind.value}: expected auto and fast, because only integer layers "
+            "have others"
         )
     openvino = None if device is None else OpenVinoDenoiser(candidate, device)
     adapter = adapter or adapter_of(theirs)

@@ -91,9 +91,8 @@ def inspect(
     elif kind is not None:
         if plots is not None:
             raise StepQuantError(
-                f"the denoiser of {source.kind} was quantized without calibration, and has no "
-                "tables to draw: expected a float model, or one that was calibrated; leave the "
-                "plots out"
+                f"the denoiser of {source.kind} was quantized without calibration and has no step "
+                "tables to plot: expected a float or a calibrated model; leave the plots out"
             )
         record = inspect_weight_only(denoiser, kind)
     else:

@@ -146,7 +146,7 @@ class Prediction:
     def describe(self) -> str:
         """Return the parts in GiB, as text for a message."""
         parts = {
-            "what is held already": self.held,
+            "the process so far": self.held,
             "the simulated and packed model": self.model,
             "training": self.weights,
             "the activations of a batch": self.forward,

@@ -55,8 +55,8 @@ def quantize_weight_only(
         )
     if out is None:
         raise StepQuantError(
-            f"the recipe '{recipe.name}' got no out: expected the name of a new folder, to which "
-            "it writes layer by layer"
+            f"the recipe '{recipe.name}' got no out: expected the name of a new folder, because it "
+            "writes layer by layer"
         )
     record = convert(
         model, out, recipe.scheme.weight_bits, recipe.ranges.weights, components, reporter

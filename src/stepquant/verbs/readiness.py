@@ -27,8 +27,8 @@ def check_denoiser(denoiser: nn.Module, what: str) -> None:
     first = next((p for p in denoiser.parameters() if p.is_floating_point()), torch.empty(0))
     if first.dtype != torch.float32:
         raise StepQuantError(
-            f"the {what} holds {first.dtype}: expected "
-            "torch.float32; convert the pipeline with .to(torch.float32) or name its folder"
+            f"the {what} has the dtype {first.dtype}: expected torch.float32; convert the pipeline "
+            "with .to(torch.float32) or name its folder"
         )
     if first.device.type != "cpu":
         raise StepQuantError(
@@ -42,7 +42,7 @@ def check_denoiser(denoiser: nn.Module, what: str) -> None:
     ):
         _refuse_training(what, "dropout")
     if any(isinstance(module, _BatchNorm) for module in training):
-        _refuse_training(what, "batch norms, which learn from what they see")
+        _refuse_training(what, "batch norms, which update their statistics")
 
 
 def _refuse_training(what: str, has: str) -> NoReturn:

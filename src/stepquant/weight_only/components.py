@@ -34,15 +34,15 @@ def check_components(
             if isinstance(part, nn.Module) and key != denoiser
         ]
         if name not in others:
-            hint = "; the recipe says its bits" if name == denoiser else ""
+            hint = "; the recipe sets its bits" if name == denoiser else ""
             raise StepQuantError(
-                f"the component '{name}' of {type(pipeline).__name__} is to have its weights "
-                f"quantized: expected one of {', '.join(others) or 'none'}{hint}"
+                f"the component '{name}' of {type(pipeline).__name__} cannot be quantized: "
+                f"expected one of {', '.join(others) or 'none'}{hint}"
             )
         if way not in WAYS:
             raise StepQuantError(
-                f"the component '{name}' is to be {way!r}: expected one of {', '.join(WAYS)}, "
-                "weights of so many bits that are dequantized on use"
+                f"the component '{name}' is set to {way!r}: expected one of {', '.join(WAYS)}, the "
+                "bits of its weights, which are dequantized on use"
             )
 
 

@@ -93,8 +93,8 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         """
         if self.layers is None:
             raise StepQuantError(
-                "the config of a weight-only component names no layers: expected a list of those "
-                "with codes; the folder is damaged"
+                "the config of a weight-only component names no layers: expected a list of the "
+                "quantized layers; the folder is damaged"
             )
         return self.layers
 
@@ -148,5 +148,5 @@ class DynamicConfig(WeightOnlyConfig):
         if self.bits != 8:
             raise StepQuantError(
                 f"bits of a {type(self).__name__} is {self.bits}: expected 8, the bits of its "
-                "integer kernels; WeightOnlyConfig takes 4, too"
+                "integer kernels; use WeightOnlyConfig for 4"
             )

@@ -43,7 +43,7 @@ def pack(
     `grids` became the setting `ranges.weights`. The other arguments are those of `convert`.
     """
     warnings.warn(
-        "stepquant.api.pack is deprecated, and will be gone in the next release: call "
+        "stepquant.api.pack is deprecated and will be removed in the next release: call "
         f"quantize(model, 'weight-only', weights={weights!r}, out=...), where grids is the setting "
         "'ranges.weights'",
         DeprecationWarning,
@@ -95,7 +95,7 @@ def convert(
     if is_single_file(source):
         raise StepQuantError(
             f"'{source}' is a single file: expected a diffusers pipeline folder or a hub id, whose "
-            "names of tensors are those of the model; load the file, and save it as a folder"
+            "tensor names are those of the model; load the file and save it as a folder"
         )
     folder = local_folder(source)
     check_folder(folder)
@@ -147,12 +147,12 @@ def _checked(
     for name, way in components.items():
         if name not in others:
             raise StepQuantError(
-                f"the component '{name}' is to be packed: expected one of "
-                f"{', '.join(others) or 'none'}, the models of diffusers beside the denoiser"
+                f"the component '{name}' cannot be quantized: expected one of "
+                f"{', '.join(others) or 'none'}, the models of diffusers other than the denoiser"
             )
         if way not in WAYS:
             raise StepQuantError(
-                f"the component '{name}' is to be {way!r}: expected one of {', '.join(WAYS)}"
+                f"the component '{name}' is set to {way!r}: expected one of {', '.join(WAYS)}"
             )
     return components
 
@@ -186,8 +186,8 @@ def _outer_layers(reporter: Reporter, model: nn.Module) -> Collection[str]:
     adapter = ADAPTERS.get(type(model).__name__)
     if adapter is None:
         reporter.line(
-            f"the architecture {type(model).__name__} is not known: its input and output layers "
-            "are packed like all others"
+            f"the architecture {type(model).__name__} is unknown, so its input and output layers "
+            "are quantized like all others"
         )
         return ()
     return adapter.input_output_layers(model)

@@ -59,8 +59,8 @@ def resolved_at_load(config: Config, model: nn.Module) -> Config:
     if config.grids not in (None, MINMAX):
         raise StepQuantError(
             f"grids of a {type(config).__name__} for a float model is {config.grids!r}: expected "
-            f"'{MINMAX}', the only ones that are found while a model is loaded; stepquant quantize "
-            "--recipe weight-only finds others"
+            f"'{MINMAX}', the only search at load; run stepquant quantize --recipe weight-only for "
+            "another"
         )
     found = resolved(config, model, type(model).__name__)
     found.grids = MINMAX if config.bits < 8 else None
@@ -173,13 +173,13 @@ def check_loaded(model: nn.Module, config: WeightOnlyConfig) -> None:
             if tensor.is_meta or tensor.dtype != TENSORS[key]:
                 raise StepQuantError(
                     f"tensor '{name}.{key}' was loaded as {tensor.dtype} on {tensor.device}: "
-                    "expected it as a weight-only component has it; the file is incomplete"
+                    f"expected {TENSORS[key]} on a device with memory; the file is incomplete"
                 )
         scale = layer.weight_scale
         if not bool(((scale > 0) & torch.isfinite(scale)).all()):
             raise StepQuantError(
-                f"tensor '{name}.weight_scale' holds numbers that are no scales: expected finite "
-                "positive ones; the file is damaged"
+                f"tensor '{name}.weight_scale' holds values that are not scales: expected finite "
+                "positive numbers; the file is damaged"
             )
         zero_point = layer.weight_zero_point
         if zero_point is not None and bool((zero_point > 15).any()):

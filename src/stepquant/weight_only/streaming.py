@@ -78,7 +78,7 @@ def stream_weights(
     target.mkdir(parents=True)
     model.save_config(target)
     source_of = _Source(files, set(config.names), bits, find, what)
-    with reporter.task(f"packing {what}", total=len(shapes)) as task:
+    with reporter.task(f"quantizing {what}", total=len(shapes)) as task:
         for file_name, members in split.filename_to_tensors.items():
             shard: dict[str, Tensor] = {}
             for name in members:

@@ -40,7 +40,7 @@ def class_shares(
     if not len(images) == len(float_images) == len(classes):
         raise StepQuantError(
             f"there are {len(images)} images, {len(float_images)} of the float model and "
-            f"{len(classes)} classes: expected as many of each"
+            f"{len(classes)} classes: expected equal numbers"
         )
     extractor = load_features(features) if isinstance(features, str) else features
     asked = torch.tensor(list(classes))

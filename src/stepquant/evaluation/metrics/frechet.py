@@ -31,7 +31,7 @@ def _checked_features(features: Tensor, what: str) -> Tensor:
     count, width = features.shape
     if count < 2 or width < 1:
         raise StepQuantError(
-            f"{what} have shape {list(features.shape)}: expected two rows or more, as a "
+            f"{what} have shape {list(features.shape)}: expected at least two rows, which a "
             "covariance needs; generate more images"
         )
     if not bool(features.isfinite().all()):
@@ -61,8 +61,8 @@ def _metric_with(reference: Reference, num_features: int) -> FrechetInceptionDis
         real = _checked_features(reference, "reference features")
         if real.shape[1] != num_features:
             raise StepQuantError(
-                f"reference features have length {real.shape[1]}: expected {num_features} as the "
-                "features have; extract both with the same network"
+                f"reference features have length {real.shape[1]}: expected {num_features}, the "
+                "length of the features; extract both with the same network"
             )
         metric.update(real, real=True)
         return metric
