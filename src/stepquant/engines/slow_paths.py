@@ -1,4 +1,4 @@
-"""What of a packed model runs slower here than it could, told in sentences."""
+"""Report of a packed model's slow fallbacks on this machine, in sentences."""
 
 from __future__ import annotations
 
@@ -21,21 +21,25 @@ from stepquant.runtime.layers.integer import FLOATS, IntegerLayer
 from stepquant.runtime.ops import native
 from stepquant.support.refusal import RefusalCode
 
-# The lines about kernels say these already.
+# Reasons that the sentences about kernels already give.
 TOLD_OF_KERNELS = (RefusalCode.NO_VNNI, RefusalCode.OTHER_KERNEL, RefusalCode.NO_PRODUCTS)
 
 
 def slow_paths(model: nn.Module | DiffusionPipeline) -> list[str]:
-    """One sentence for each thing that is slower than it could be on this machine, and why.
+    """Return one sentence per fallback that is slow on this machine, with its reason.
 
-    `model`: a pipeline or its denoiser. The sentences describe its present state: ask after a call,
-    or after `set_backend`. The list is empty where nothing is slower, and for a model without
-    packed layers. The numbers are the same either way, except where docs/explanation/runtime.md
-    says otherwise of fused blocks.
+    Args:
+        model: a pipeline or its denoiser, in its present state. Call this after a call of the
+            denoiser or after `set_backend`.
+
+    Returns:
+        The sentences; none if everything runs on the fast path, or if the model has no packed
+        layers. Fallbacks compute the same numbers, with the exceptions for fused blocks in
+        docs/explanation/runtime.md.
     """
     if isinstance(model, DiffusionPipeline):
         model = denoiser_of(model)
-    # Layers that are offloaded one by one are elsewhere between two calls.
+    # Layers with sequential offloading are on the meta device between two calls.
     layers = [
         module
         for module in model.modules()
@@ -136,7 +140,7 @@ def _unrecorded(model: nn.Module) -> Iterable[str]:
 
 def _threads() -> Iterable[str]:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    # torch's default is a thread for each core, not for each of its hardware threads.
+    # torch's default is one thread per core, not per hardware thread.
     processors = min(processors, psutil.cpu_count(logical=False) or processors)
     if torch.get_num_threads() < processors:
         yield (
