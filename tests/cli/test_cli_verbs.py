@@ -213,7 +213,7 @@ def test_bench_times_both_models(float_folder, packed_folder, tmp_path):
     assert results["weights"]["resident_bytes"] < results["weights"]["float32_bytes"]
     assert "weights in memory" in result.stdout
     assert "times faster" in result.stdout
-    assert "the reference kernel: the backend 'reference' was asked for" in results["slow_paths"][0]
+    assert "the reference kernel: the backend 'reference' was chosen" in results["slow_paths"][0]
     for note in results["slow_paths"]:
         assert f"slower than it could be: {note}\n" in result.stdout
 

@@ -57,7 +57,7 @@ def _on_reference(layers: list[IntegerLayer]) -> Iterable[str]:
     for layer in layers:
         for part in layer.prepared_parts():
             if part.weight.kernel.name == Backend.REFERENCE:
-                asked = f"the backend '{layer.backend}' was asked for"
+                asked = f"the backend '{layer.backend}' was chosen"
                 reasons["; ".join(part.weight.reasons) or asked] += 1
     for reason, count in reasons.items():
         yield f"{count} layer inputs run on the reference kernel: {reason}"
@@ -92,8 +92,8 @@ def _without_library(layers: list[IntegerLayer]) -> Iterable[str]:
     )
     for why, count in slow.items():
         yield (
-            f"{count} of {len(parts)} layer inputs run on oneDNN's kernels, which each call sets "
-            f"up anew: {why}"
+            f"{count} of {len(parts)} layer inputs run on oneDNN's kernels, which every call sets "
+            f"up again: {why}"
         )
     reason = native.why_not()
     if reason is not None and any(layer.why_no_codes() is None for layer in layers):
@@ -127,15 +127,15 @@ def _dtype(model: nn.Module) -> Iterable[str]:
     dtypes = {parameter.dtype for parameter in model.parameters()} - set(FLOATS)
     for dtype in sorted(dtypes, key=str):
         yield (
-            f"what is {dtype} is rounded in several passes and its blocks run layer by layer: the "
-            "fused forms take float32 and bfloat16"
+            f"{dtype} activations are rounded in several passes, and their blocks run layer by "
+            "layer: the fused forms take float32 and bfloat16"
         )
 
 
 def _unrecorded(model: nn.Module) -> Iterable[str]:
     reason = state.why_not(model)
     if reason is not None and reason.code not in TOLD_OF_KERNELS:
-        yield f"calls run their Python anew each time, as they are not recorded: {reason}"
+        yield f"each call runs its Python code, because calls are not recorded: {reason}"
 
 
 def _threads() -> Iterable[str]:
@@ -144,6 +144,6 @@ def _threads() -> Iterable[str]:
     processors = min(processors, psutil.cpu_count(logical=False) or processors)
     if torch.get_num_threads() < processors:
         yield (
-            f"torch uses {torch.get_num_threads()} of {processors} processors: OMP_NUM_THREADS or "
-            "torch.set_num_threads says so"
+            f"torch uses {torch.get_num_threads()} of {processors} processors: set by "
+            "OMP_NUM_THREADS or torch.set_num_threads"
         )
