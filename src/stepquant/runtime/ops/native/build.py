@@ -19,7 +19,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "_kernels.so"
 TILES = ("tiles.h", "tiles_amx.h", "tiles_avx2.h", "tiles_avx512.h", "tiles_avx_vnni.h")
-HEADERS = ("abi.h", "elementwise.h", "results.h", *TILES, "weights.h")
+HEADERS = ("abi.h", "elementwise.h", "results.h", *TILES, "weights.h", "winograd.h")
 KERNELS = ("images.cpp", "rows.cpp")  # compiled once for each of LEVELS
 PRODUCTS = "products.cpp"  # compiled once for each of PRODUCT_LEVELS
 ATTENTION = "attention.cpp"  # compiled for AMX

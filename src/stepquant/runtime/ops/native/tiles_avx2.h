@@ -11,6 +11,7 @@
 namespace {
 
 const bool kInspected = true;
+#define WINOGRAD
 
 void begin_tiles() {}
 void end_tiles() {}
