@@ -195,7 +195,8 @@ def measure(
         StepQuantError: a metric gives something other than JSON values by keys that are free.
     """
     for metric in metrics:
-        found = metric.compute(images, float_images, comparison)
+        with comparison.reporter.task(f"measuring {metric.name}", total=None):
+            found = metric.compute(images, float_images, comparison)
         try:
             json.dumps(found)
         except (TypeError, ValueError) as error:

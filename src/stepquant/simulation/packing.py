@@ -26,6 +26,7 @@ from stepquant.runtime.layers.integer import IntegerConv2d, IntegerLayer, Intege
 from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.runtime.ops.layer_spec import MOST_BITS_WITH_HALVES, LayerSpec
 from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 
 def layer_spec(layer: QuantLayer) -> LayerSpec:
@@ -171,18 +172,27 @@ def _off_grid(what: str, found: Tensor, expected: str) -> StepQuantError:
     )
 
 
-def pack_model(model: nn.Module) -> nn.Module:
+def pack_model(model: nn.Module, reporter: Reporter | None = None) -> nn.Module:
     """Replace every simulated layer and attention of `model` by its packed one, in place.
 
-    From then on, blocks hand codes to their layers where they can.
+    From then on, blocks hand codes to their layers where they can. `reporter` shows progress.
 
     Raises:
         StepQuantError: See `pack_layer`.
     """
+    reporter = reporter or Reporter(quiet=True)
+    count = sum(isinstance(module, QuantAttention | QuantLayer) for module in model.modules())
+    with reporter.task("packing layers", total=count) as task:
 
-    def packed(_: str, module: nn.Module) -> nn.Module | None:
-        if isinstance(module, QuantAttention):
-            return pack_attention(module)
-        return pack_layer(module) if isinstance(module, QuantLayer) else None
+        def packed(name: str, module: nn.Module) -> nn.Module | None:
+            found: nn.Module
+            if isinstance(module, QuantAttention):
+                found = pack_attention(module)
+            elif isinstance(module, QuantLayer):
+                found = pack_layer(module)
+            else:
+                return None
+            task.advance(note=name)
+            return found
 
-    return use_fast_blocks(replace_modules(model, packed))
+        return use_fast_blocks(replace_modules(model, packed))

@@ -51,7 +51,7 @@ def evaluate(
     could be. `prompts`, `labels`, `guidance`, `call`: what images are drawn of, as in `quantize`.
     """
     reporter = reporter or Reporter(quiet=True)
-    candidate, reference = open_pipeline(model), open_pipeline(against)
+    candidate, reference = (open_pipeline(each, reporter=reporter) for each in (model, against))
     name = features or default_features(against)
     if name is not None and num < 2:
         raise StepQuantError(

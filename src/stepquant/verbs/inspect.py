@@ -64,7 +64,7 @@ def inspect(
     reporter = reporter or Reporter(quiet=True)
     if plots is not None:
         check_plots(plots)
-    source = ResolvedPipeline.of(open_pipeline(model))
+    source = ResolvedPipeline.of(open_pipeline(model, reporter=reporter))
     denoiser = source.denoiser
     kind = kind_of(denoiser)
     if kind is Kind.INTEGER:
@@ -82,7 +82,8 @@ def inspect(
         source = replace(source, adapter=adapter)
         record = inspect_float(source, steps, scheduler, num, seed, reporter, conditioning)
     if plots is not None:
-        record["plots"] = [str(path) for path in write_plots(record, plots)]
+        with reporter.task("drawing plots", total=None):
+            record["plots"] = [str(path) for path in write_plots(record, plots)]
     return record
 
 

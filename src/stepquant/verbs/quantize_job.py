@@ -120,12 +120,13 @@ def open_float(
     model: str | Path | DiffusionPipeline,
     adapter: DenoiserAdapter | None,
     components: Mapping[str, str],
+    reporter: Reporter,
 ) -> ResolvedPipeline:
     """The float pipeline `model` with an adapter, ready to be quantized.
 
     Raises StepQuantError where its denoiser or one of `components` cannot be.
     """
-    source = ResolvedPipeline.of(open_pipeline(model, map_large=True))
+    source = ResolvedPipeline.of(open_pipeline(model, map_large=True, reporter=reporter))
     check_no_lora(source.pipeline)
     check_components(source.pipeline, source.name, components)
     check_denoiser(source.denoiser, f"{source.name} of '{source.kind}'")

@@ -41,7 +41,7 @@ def sample(
     the pipeline. `backend`: what a packed model runs on, see `engines.backend.with_backend`.
     """
     conditioning = Conditioning.of(prompts, labels, guidance, {**(call or {}), **more})
-    pipeline = open_pipeline(model)
+    pipeline = open_pipeline(model, reporter=reporter)
     with settings_kept(denoiser_of(pipeline)):
         return sample_images(
             with_captured_calls(with_backend(pipeline, backend), conditioning.call),
