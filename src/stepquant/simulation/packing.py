@@ -71,15 +71,8 @@ def pack_layer(layer: QuantLayer) -> IntegerLayer:
     spec = layer_spec(layer)
     kind = IntegerLinear if spec.kind == "linear" else IntegerConv2d
     steps = max(inputs.steps for inputs, _, _ in layer.parts())
-    packed = kind(
-        spec,
-        layer.splits,
-        steps,
-        layer.context,
-        layer.bias is not None,
-        layer.scales_input,
-        layer.step_bias is not None,
-    )
+    optional = layer.optional_tensors()
+    packed = kind(spec, layer.splits, steps, layer.context, optional)
     packed.bypass = layer.bypass
     streams = []
     for index, (inputs, weights, weight) in enumerate(layer.parts()):
@@ -92,15 +85,8 @@ def pack_layer(layer: QuantLayer) -> IntegerLayer:
     packed.weight_packed.copy_(torch.cat(streams))
     if packed.channel_bits is not None:
         packed.channel_bits.copy_(layer.channel_bits)
-    if layer.bias is not None:
-        assert packed.bias is not None
-        packed.bias.copy_(layer.bias)
-    if layer.step_bias is not None:
-        assert packed.step_bias is not None
-        packed.step_bias.copy_(layer.step_bias)
-    if layer.scales_input:
-        assert packed.act_channel_scale is not None
-        packed.act_channel_scale.copy_(1.0 / layer.inverse_channel_scale)
+    for name, tensor in optional.items():
+        packed.get_buffer(name).copy_(tensor)
     return packed
 
 
