@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,17 @@ def bench(
         "peak_memory_mb": peak_memory_mb(),
         "slow_paths": slow_paths(candidate),
     }
+
+
+def _old_set_backend(model: nn.Module, backend: str) -> None:
+    warnings.warn(
+        "stepquant.bench.set_backend is now stepquant.set_backend: call it there; the old name "
+        "goes with the next release",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    set_backend(model, backend)
+
+
+# `stepquant.bench` was a module with this function.
+bench.set_backend = _old_set_backend  # type: ignore[attr-defined]
