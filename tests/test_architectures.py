@@ -175,7 +175,7 @@ def test_influence_with_guidance_is_refused_before_anything_is_trained(recipe, s
         )
     )
     assert "expected no classifier-free guidance" in message
-    assert {stage.split()[0] for stage in stages} == {"sampling"}
+    assert {stage.split()[0] for stage in stages} == {"checking", "reading", "sampling"}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -221,8 +221,8 @@ class Interrupting(Reporter):
         with super().task(description, total) as task:
             advance = task.advance
 
-            def press(count=1, note=""):
-                advance(count, note)
+            def press(*count, **note):
+                advance(*count, **note)
                 self.after -= description == "distilling blocks"
                 if self.after == 0 and description == "distilling blocks":
                     raise KeyboardInterrupt

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepquant.support.late_registration import register_late
 from stepquant.support.moved_modules import keep_old_names
+from stepquant.support.old_module_names import OLD_MODULE_NAMES
 from stepquant.support.version import __version__
 
 if TYPE_CHECKING:
@@ -185,11 +186,7 @@ register_late(
 )
 keep_old_names(
     {
-        "stepquant.errors": "stepquant.support.errors",
-        "stepquant.progress": "stepquant.support.progress",
-        "stepquant.recipe": "stepquant.methods.recipe",
-        "stepquant.scheme": "stepquant.simulation.scheme",
-        "stepquant.sources": "stepquant.pipelines.opening",
-        "stepquant.runtime.openvino_backend": "stepquant.engines.openvino_denoiser",
+        f"stepquant.{old}": tuple(f"stepquant.{name}" for name in new.split())
+        for old, new in OLD_MODULE_NAMES.items()
     }
 )

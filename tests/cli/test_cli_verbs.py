@@ -80,12 +80,20 @@ def test_pack_is_the_old_name_of_that_and_says_the_new_one(float_folder, tmp_pat
     assert result.exit_code == 0, result.stderr
     told = f"run stepquant quantize {float_folder} --recipe weight-only --weights 4 --set ranges"
     assert told in result.stderr and "deprecated" in result.stderr
+    assert "--component" not in result.stderr
     arguments, results = checked(tmp_path / "record.json", "pack")
     assert (arguments["weights"], arguments["grids"]) == (4, "mse")
     assert results["out"] == str(out) and "recipe" not in results
     same = ("--recipe=weight-only", "--set=ranges.weights=mse", "--out", new, "-q")
     assert run("quantize", float_folder, *same).exit_code == 0
     assert tree(out) == tree(new)
+
+
+def test_the_hint_of_pack_repeats_its_components(float_folder, tmp_path):
+    result = run("pack", float_folder, "--out", tmp_path / "w4", "--component=scheduler=w8")
+    assert result.exit_code == 2
+    hint = f"--weights 4 --component scheduler=w8 --out {tmp_path / 'w4'}"
+    assert hint in result.stderr
 
 
 def test_quantize_takes_a_recipe_file_that_show_printed(float_folder, tmp_path):

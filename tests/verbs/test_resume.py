@@ -33,8 +33,8 @@ class Interrupting(Reporter):
         with super().task(description, total) as task:
             advance = task.advance
 
-            def press(count=1, note=""):
-                advance(count, note)
+            def press(*count, **note):
+                advance(*count, **note)
                 if description.startswith(self.stage):
                     self.after -= 1
                     if self.after == 0:

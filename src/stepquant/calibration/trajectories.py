@@ -268,10 +268,16 @@ def _owners(
 class Draw(Protocol):
     """Function that samples more trajectories with the sampler of the calibration."""
 
-    def __call__(self, num: int, seed: int, denoiser: nn.Module | None = None) -> Trajectories:
+    def __call__(
+        self,
+        num: int,
+        seed: int,
+        denoiser: nn.Module | None = None,
+        reporter: Reporter | None = None,
+    ) -> Trajectories:
         """Sample `num` trajectories, image `i` from the noise of seed `seed + i`.
 
-        `denoiser` replaces the float model; None keeps it.
+        `denoiser` replaces the float model; None keeps it. `reporter` shows progress.
         """
         ...
 
@@ -289,12 +295,17 @@ def drawer(
     therefore continue where the previous one ended.
     """
 
-    def draw(num: int, seed: int, denoiser: nn.Module | None = None) -> Trajectories:
+    def draw(
+        num: int,
+        seed: int,
+        denoiser: nn.Module | None = None,
+        reporter: Reporter | None = None,
+    ) -> Trajectories:
         sampler = pipeline
         if denoiser is not None:
             sampler = ResolvedPipeline.of(pipeline).with_denoiser(denoiser).pipeline
         return capture_trajectories(
-            sampler, num, steps, 0, scheduler, batch, conditioning=conditioning, first=seed
+            sampler, num, steps, 0, scheduler, batch, reporter, conditioning, first=seed
         )
 
     return draw

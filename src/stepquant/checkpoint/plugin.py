@@ -24,6 +24,7 @@ from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.blocks import use_fast_blocks, use_plain_blocks
 from stepquant.runtime.layers.integer import IntegerLayer
+from stepquant.runtime.layers.layer_tensors import Reader, not_read
 from stepquant.runtime.layers.lora_branch import named_branches
 from stepquant.support.errors import StepQuantError
 
@@ -210,7 +211,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         Activations are no longer quantized.
 
         Raises:
-            StepQuantError: a LoRA is loaded.
+            StepQuantError: a LoRA is loaded, or a layer has a tensor that no float layer can use.
         """
         dtype = model.dtype
         for name, _, lora, _ in named_branches(model):
@@ -218,6 +219,13 @@ class StepQuantQuantizer(FrozenQuantizer):
                 f"the layer '{name}' has a branch of the LoRA '{lora}', which a dequantized layer "
                 "would lose: expected a model without LoRA; call unload_lora first"
             )
+        for name, layer in validate.packed_layers(model).items():
+            unread = not_read(layer.present(), Reader.DEQUANTIZED)
+            if unread:
+                raise StepQuantError(
+                    f"the layer '{name}' has the tensor '{unread[0]}': expected a layer without "
+                    "it, because float layers cannot compute with it; keep the quantized model"
+                )
         replace_modules(
             model,
             lambda _, module: (

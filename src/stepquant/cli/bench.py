@@ -42,7 +42,7 @@ def bench(
     with talk(context, quiet, json_file) as output:
         from stepquant import api  # not at the top: see demo.py
 
-        ours, theirs = opened(config, model, against)
+        ours, theirs = opened(config, output.reporter, model, against)
         record = api.bench(
             ours,
             theirs,

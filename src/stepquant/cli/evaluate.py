@@ -70,9 +70,9 @@ def evaluate(
         from stepquant.evaluation.metric import DEFAULT, METRICS, table_rows
         from stepquant.pipelines.opening import default_features
 
-        ours, theirs = opened(config, model, against)
-        ours, loras = with_loras(ours, lora)
-        theirs, _ = with_loras(theirs, lora)  # the float model gets the same LoRAs
+        ours, theirs = opened(config, output.reporter, model, against)
+        ours, loras = with_loras(ours, lora, output.reporter)
+        theirs, _ = with_loras(theirs, lora, output.reporter)  # the float model with the same LoRAs
         record = api.evaluate(
             ours,
             theirs,

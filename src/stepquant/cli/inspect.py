@@ -48,7 +48,7 @@ def inspect(
     with talk(context, quiet, json_file) as output:
         from stepquant import api  # not at the top: see demo.py
 
-        (pipeline,) = opened(config, model)
+        (pipeline,) = opened(config, output.reporter, model)
         record = api.inspect(
             pipeline,
             plots,

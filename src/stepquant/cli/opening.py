@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 if TYPE_CHECKING:  # slow to import, see demo.py
     from diffusers import DiffusionPipeline
@@ -31,7 +32,7 @@ Config = Annotated[
 ]
 
 
-def opened(config: str | None, *models: str) -> list[str | DiffusionPipeline]:
+def opened(config: str | None, reporter: Reporter, *models: str) -> list[str | DiffusionPipeline]:
     """Return `models`, with single files among them opened with `config` unless it is None.
 
     Raises:
@@ -48,7 +49,10 @@ def opened(config: str | None, *models: str) -> list[str | DiffusionPipeline]:
         )
     from stepquant import api  # not at the top: see demo.py
 
-    return [api.load(name, config=config) if name in files else name for name in models]
+    return [
+        api.load(name, config=config, reporter=reporter) if name in files else name
+        for name in models
+    ]
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def parse_lora(text: str) -> Lora:
 
 
 def with_loras(
-    model: str | DiffusionPipeline, texts: list[str] | None
+    model: str | DiffusionPipeline, texts: list[str] | None, reporter: Reporter
 ) -> tuple[str | DiffusionPipeline, list[dict[str, Any]]]:
     """Open `model` and load the LoRAs of `texts`; without any, return `model` unchanged.
 
@@ -102,7 +106,7 @@ def with_loras(
         return model, []
     from stepquant import api  # not at the top: see demo.py
 
-    pipeline = api.load(model)
+    pipeline = api.load(model, reporter=reporter)
     records = []
     for lora in loras:
         layers = api.load_lora(pipeline, lora.source, lora.scale, lora.name)

@@ -46,9 +46,10 @@ def pack(
         from stepquant.weight_only.conversion import convert  # not at the top: see demo.py
 
         search = "" if grids == "minmax" else f" --set ranges.weights={grids}"
+        others = "".join(f" --component {entry}" for entry in component or [])
         output.reporter.line(
             "stepquant pack is deprecated and will be removed in the next release: run stepquant "
-            f"quantize {model} --recipe weight-only --weights {weights}{search} --out {out}"
+            f"quantize {model} --recipe weight-only --weights {weights}{search}{others} --out {out}"
         )
         components = parse_settings(component or [], "--component", "vae=w8")
         record = convert(model, out, weights, grids, components, output.reporter)

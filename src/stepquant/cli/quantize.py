@@ -82,7 +82,7 @@ def quantize(
         settings = parse_settings(set_ or [])
         from stepquant import api  # not at the top: see demo.py
 
-        (pipeline,) = opened(config, model)
+        (pipeline,) = opened(config, output.reporter, model)
         record = api.quantize(
             pipeline,
             recipe,

@@ -79,9 +79,9 @@ def sample(
             images.check_picture_path(grid)
         if out is not None:
             check_new_folder(out)
-        (pipeline,) = opened(config, model)
-        pipeline, loras = with_loras(pipeline, lora)
-        pipeline = api.load(pipeline)
+        (pipeline,) = opened(config, output.reporter, model)
+        pipeline, loras = with_loras(pipeline, lora, output.reporter)
+        pipeline = api.load(pipeline, reporter=output.reporter)
         if memory != "fast":
             api.set_memory_mode(denoiser_of(pipeline), memory)
         drawn = api.sample(

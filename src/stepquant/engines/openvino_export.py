@@ -28,6 +28,7 @@ from stepquant.quantizers.step_grid import StepContext
 from stepquant.runtime.kernels.onednn import ONEDNN, pairs_saturate
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.integer_attention import PackedAttention
+from stepquant.runtime.layers.layer_tensors import Reader, not_read
 from stepquant.runtime.layers.lora_branch import named_branches
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.errors import StepQuantError
@@ -200,6 +201,12 @@ def check_exportable(denoiser: nn.Module, device: str = "CPU") -> None:
                 f"computes; leave out the step adaptive_softmax, or {DEFAULT}"
             )
     for name, layer in layers.items():
+        unread = not_read(layer.present(), Reader.OPENVINO)
+        if unread:
+            raise StepQuantError(
+                f"the layer '{name}' has the tensor '{unread[0]}': expected a layer without it for "
+                f"the backend openvino, which does not compute with it; {DEFAULT}"
+            )
         if device in ("CPU", "AUTO") and layer.spec.pair_overflows_int16 and _saturates(layer.spec):
             raise StepQuantError(
                 f"the layer '{name}' is w{layer.spec.weight_bits}a{layer.spec.activation_bits} and "

@@ -10,6 +10,8 @@ import torch
 
 from stepquant.support.errors import StepQuantError
 
+WARMUP = 3  # rounds that are not timed
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -37,9 +39,10 @@ def _wait_for_device() -> None:
 def measure_latency(
     callables: Mapping[str, Callable[[], object]],
     repeats: int = 20,
-    warmup: int = 3,
+    warmup: int = WARMUP,
     leads: int = 0,
     clock: Callable[[], float] = time.perf_counter,
+    finished: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
     """Time callables in turns, in one process, and return their medians and percentiles.
 
@@ -54,6 +57,7 @@ def measure_latency(
         leads: untimed calls of a callable right before each of its timed calls, zero or more. They
             warm the CPU caches, as the repeated calls of a sampler do.
         clock: a monotonic clock in seconds, read before and after each timed call.
+        finished: called after each round, outside the timed calls.
 
     Returns:
         A `Timing` per name, in the order of `callables`.
@@ -84,6 +88,7 @@ def measure_latency(
             callables[name]()
             _wait_for_device()
             samples[name].append((clock() - start) * 1e3)
+        finished()
     return {name: _summary(values) for name, values in samples.items()}
 
 

@@ -211,7 +211,8 @@ def measure(
             that the record already has.
     """
     for metric in metrics:
-        found = metric.compute(images, float_images, comparison)
+        with comparison.reporter.task(f"measuring {metric.name}", total=None):
+            found = metric.compute(images, float_images, comparison)
         try:
             json.dumps(found)
         except (TypeError, ValueError) as error:

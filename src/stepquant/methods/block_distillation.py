@@ -141,7 +141,7 @@ class BlockDistillation(Step):
             order = guarded.batches(self.batch, self.iterations, generator)
         else:
             order = self._one_step_each(data.timestep[guarded.train], guarded.train, generator)
-        for iteration, index in enumerate(order):
+        for iteration, index in enumerate(session.reporter.within(order)):
             loss = guarded.loss(index)
             optimizer.zero_grad()
             loss.backward()

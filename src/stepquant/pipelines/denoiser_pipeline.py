@@ -121,7 +121,7 @@ class DenoiserPipeline(DiffusionPipeline):
         draws = "generator" in inspect.signature(scheduler.step).parameters
         more: dict[str, Any] = {"generator": generators} if draws else {}
         x = x * getattr(scheduler, "init_noise_sigma", 1.0)
-        for t in scheduler.timesteps:
+        for t in self.progress_bar(scheduler.timesteps):
             scales = hasattr(scheduler, "scale_model_input")
             scaled = scheduler.scale_model_input(x, t) if scales else x
             prediction = call_denoiser(denoiser, scaled, t.expand(len(x)))

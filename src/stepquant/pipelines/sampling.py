@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -12,8 +13,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepquant.pipelines.conditioning import Conditioning, takes_prompts
+from stepquant.pipelines.step_bar import report_steps
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
+from stepquant.support.progress_task import Task
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -166,6 +169,11 @@ def with_own_tokenizers(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return pipeline
 
 
+def report_share(task: Task, count: int, share: float) -> None:
+    """Report that `share` of the steps of `count` images are done."""
+    task.within(count * share)
+
+
 @torch.no_grad()
 def sample_images(
     pipeline: DiffusionPipeline,
@@ -222,7 +230,6 @@ def sample_images(
     conditioning = conditioning or Conditioning()
     conditioning.check(pipeline)
     latent = not decode and takes_prompts(pipeline) and getattr(pipeline, "vae", None) is not None
-    pipeline.set_progress_bar_config(disable=True)
     images = []
     with reporter.task(f"sampling {num} images", total=num) as task:
         for start in range(0, num, batch):
@@ -230,6 +237,7 @@ def sample_images(
             generators = [
                 torch.Generator().manual_seed(seed + first + start + i) for i in range(count)
             ]
+            report_steps(pipeline, partial(report_share, task, count))
             result = pipeline(
                 generator=generators,
                 num_inference_steps=steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from stepquant.engines.captured_calls import recorded
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
 from stepquant.engines.slow_paths import slow_paths
 from stepquant.engines.target import Target
-from stepquant.evaluation import measure_latency
+from stepquant.evaluation.latency import WARMUP, measure_latency
 from stepquant.models.adapter import DenoiserAdapter, adapter_for
 from stepquant.models.calling import named_arguments, on_device
 from stepquant.pipelines.opening import open_pipeline
@@ -103,7 +104,9 @@ def bench(
     reporter = reporter or Reporter(quiet=True)
     for size in batch:
         check_count(size, "batch size")
-    ours, theirs = (ResolvedPipeline.of(open_pipeline(each)) for each in (model, against))
+    ours, theirs = (
+        ResolvedPipeline.of(open_pipeline(each, reporter=reporter)) for each in (model, against)
+    )
     candidate, reference = ours.denoiser, theirs.denoiser
     kind = kind_of(candidate)
     if kind is None:
@@ -125,7 +128,7 @@ def bench(
     openvino = None if device is None else OpenVinoDenoiser(candidate, device)
     adapter = adapter or adapter_of(theirs)
     rows, faster = [], {}
-    with reporter.task("timing", total=len(batch)) as task:
+    with reporter.task("timing", total=len(batch) * (WARMUP + repeats)) as task:
         for size in batch:
             calls = {
                 "float32": denoiser_call(reference, size, adapter=adapter),
@@ -138,7 +141,7 @@ def bench(
                     calls[f"{label} compiled"] = denoiser_call(
                         denoiser, size, compiled=True, adapter=adapter
                     )
-            timings = measure_latency(calls, repeats)
+            timings = measure_latency(calls, repeats, finished=task.advance)
             for name, timing in timings.items():
                 rows.append(
                     {
@@ -153,7 +156,6 @@ def bench(
             if openvino is not None:
                 both = ("quantized", "openvino")
                 faster[size] = min(both, key=lambda name: timings[name].median_ms)
-            task.advance()
     kernels: dict[str, int] = {}
     for module in candidate.modules():
         if isinstance(module, IntegerLayer):
@@ -181,3 +183,17 @@ def bench(
         "peak_memory_mb": peak_memory_mb(),
         "slow_paths": slow_paths(candidate),
     }
+
+
+def _old_set_backend(model: nn.Module, backend: str) -> None:
+    warnings.warn(
+        "stepquant.bench.set_backend is now stepquant.set_backend: call it there; the old name "
+        "goes with the next release",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    set_backend(model, backend)
+
+
+# `stepquant.bench` was a module with this function.
+bench.set_backend = _old_set_backend  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stepquant.engines.backend import with_captured_calls
-from stepquant.evaluation import measure_latency
+from stepquant.evaluation.latency import WARMUP, measure_latency
 from stepquant.evaluation.metric import METRICS
 from stepquant.pipelines.opening import (
     BUILTIN,
@@ -34,6 +34,7 @@ from stepquant.verbs.quantize import quantize
 PREFERRED = ("cifar10-ddpm", "fashion-ddpm")
 STEPS = 50
 TIMING_BATCH = 16
+REPEATS = 20
 GRID_COLUMNS = 12
 SHOWN = ("paired_psnr", "frechet_distance")  # metrics with a column of the table
 
@@ -108,7 +109,7 @@ def demo(
     name = demo_model()
     features = default_features(name)
     assert features is not None
-    float_pipeline = open_pipeline(name)
+    float_pipeline = open_pipeline(name, reporter=reporter)
     float_denoiser = denoiser_of(float_pipeline)
     reporter.line(f"{name}: {sum(p.numel() for p in float_denoiser.parameters()):,} parameters")
     float_images = sample_images(float_pipeline, images, STEPS, reporter=reporter)
@@ -170,7 +171,8 @@ def demo(
             "peak_memory_mb": None,
         },
     )
-    timings = measure_latency(calls, repeats=20)
+    with reporter.task("timing", total=WARMUP + REPEATS) as task:
+        timings = measure_latency(calls, REPEATS, finished=task.advance)
     for row in rows:
         row["ms_per_step"] = timings[row["model"]].median_ms
         row["times_faster"] = timings["float32"].median_ms / row["ms_per_step"]
@@ -181,7 +183,7 @@ def demo(
         "images": images,
         "sampler": f"ddim, {STEPS} steps",
         "timing": f"one denoiser call, batch {TIMING_BATCH}, eager, {torch.get_num_threads()} "
-        "threads, medians of 20 interleaved runs",
+        "threads, medians of {REPEATS} interleaved runs",
         "iterations": iterations,
         "table": rows,
         "grid": str(folder / "grid.png"),

@@ -73,7 +73,7 @@ def evaluate(
         StepQuantError: a model or an argument is not as described, or a metric lacks its inputs.
     """
     reporter = reporter or Reporter(quiet=True)
-    candidate, reference = open_pipeline(model), open_pipeline(against)
+    candidate, reference = (open_pipeline(each, reporter=reporter) for each in (model, against))
     name = features or default_features(against)
     if name is not None and num < 2:
         raise StepQuantError(

@@ -30,6 +30,7 @@ from stepquant.quantizers import StepContext
 from stepquant.reporting.plots import check_plots, write_plots
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.kinds import Kind, kind_of
+from stepquant.runtime.layers.layer_tensors import IN_CONFIG
 from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.simulation.scheme import Scheme
 from stepquant.simulation.simulate import simulate
@@ -83,7 +84,7 @@ def inspect(
     reporter = reporter or Reporter(quiet=True)
     if plots is not None:
         check_plots(plots)
-    source = ResolvedPipeline.of(open_pipeline(model))
+    source = ResolvedPipeline.of(open_pipeline(model, reporter=reporter))
     denoiser = source.denoiser
     kind = kind_of(denoiser)
     if kind is Kind.INTEGER:
@@ -100,7 +101,8 @@ def inspect(
         source = replace(source, adapter=adapter)
         record = inspect_float(source, steps, scheduler, num, seed, reporter, conditioning)
     if plots is not None:
-        record["plots"] = [str(path) for path in write_plots(record, plots)]
+        with reporter.task("drawing plots", total=None):
+            record["plots"] = [str(path) for path in write_plots(record, plots)]
     return record
 
 
@@ -109,6 +111,7 @@ def inspect_packed(denoiser: Any) -> dict[str, Any]:
     layers = []
     for name, module in denoiser.named_modules():
         if isinstance(module, IntegerLayer):
+            present = module.present()
             layers.append(
                 {
                     "layer": name,
@@ -119,7 +122,7 @@ def inspect_packed(denoiser: Any) -> dict[str, Any]:
                     "kernels": module.kernel_names(),
                     "act_scale": module.act_scale.tolist(),
                     "act_zero_point": module.act_zero_point.tolist(),
-                    "channel_scale": module.act_channel_scale is not None,
+                    **{key: tensor.name in present for key, tensor in IN_CONFIG.items()},
                 }
             )
     attention = [

@@ -122,32 +122,39 @@ def quantize(
     chosen = with_settings(loaded, weights, activations, steps, settings)
     target = check_output(out, resume)
     check_seed(seed)
-    source = open_float(model, adapter, components or {})
+    source = open_float(model, adapter, components or {}, reporter)
     conditioning = Conditioning.of(prompts, labels, guidance, call)
-    job = plan_job(source, chosen, settings, conditioning, seed, components or {}, memory, reporter)
+    with reporter.task("checking the model and the recipe", total=None):
+        job = plan_job(
+            source, chosen, settings, conditioning, seed, components or {}, memory, reporter
+        )
     reset_peak_memory()
     started = time.monotonic()
-    work = WorkFolder(None if target is None else work_path(target), job.description(), resume)
+    with reporter.task("reading the float weights", total=None):
+        description = job.description()
+    work = WorkFolder(None if target is None else work_path(target), description, resume)
     trajectories = calibration_trajectories(job, work, reporter)
     session = begin_session(job, trajectories, work, reporter)
-    for step in job.recipe.steps:
-        step.apply(session)
+    for number, step in enumerate(job.recipe.steps, 1):
+        with reporter.task(f"step {number} of {len(job.recipe.steps)}, {step.name}", total=None):
+            step.apply(session)
     session.ensure_ranges()
     seconds = time.monotonic() - started
-    packed = packed_denoiser(session.model, job)
+    packed = packed_denoiser(session.model, job, reporter)
     result = source.with_denoiser(packed).pipeline
-    others = quantize_components(result, job.components)
+    others = quantize_components(result, job.components, reporter)
     record = record_of(job, session, packed, others, seconds, resume)
     if target is not None:
-        save(result, source.name, target, record)
+        with reporter.task(f"saving {target}", total=None):
+            save(result, source.name, target, record)
         work.remove()
     return Quantized(result, session.model, record)
 
 
-def packed_denoiser(simulation: nn.Module, job: Job) -> nn.Module:
+def packed_denoiser(simulation: nn.Module, job: Job, reporter: Reporter) -> nn.Module:
     """Return a packed copy of `simulation`, with the config that `save_pretrained` writes."""
     layers = quant_layers(simulation).values()
-    packed = pack_model(copy_around(simulation, layers))
+    packed = pack_model(copy_around(simulation, layers), reporter)
     config = StepQuantConfig(
         scheme=job.recipe.scheme.model_dump(mode="json"),
         float_layers=job.left_float,

@@ -133,13 +133,14 @@ def open_float(
     model: str | Path | DiffusionPipeline,
     adapter: DenoiserAdapter | None,
     components: Mapping[str, str],
+    reporter: Reporter,
 ) -> ResolvedPipeline:
     """Open the float pipeline `model` and find its adapter.
 
     Raises:
         StepQuantError: the denoiser or one of `components` cannot be quantized.
     """
-    source = ResolvedPipeline.of(open_pipeline(model, map_large=True))
+    source = ResolvedPipeline.of(open_pipeline(model, map_large=True, reporter=reporter))
     check_no_lora(source.pipeline)
     check_components(source.pipeline, source.name, components)
     check_denoiser(source.denoiser, f"{source.name} of '{source.kind}'")

@@ -57,7 +57,7 @@ def sample(
         StepQuantError: a model or an argument is not as described.
     """
     conditioning = Conditioning.of(prompts, labels, guidance, {**(call or {}), **more})
-    pipeline = open_pipeline(model)
+    pipeline = open_pipeline(model, reporter=reporter)
     with settings_kept(denoiser_of(pipeline)):
         return sample_images(
             with_captured_calls(with_backend(pipeline, backend), conditioning.call),

@@ -13,6 +13,7 @@ from torch import nn
 from stepquant.pipelines.opening import float32_bytes, weight_file_bytes
 from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 from stepquant.weight_only.quantizers import quantize_weights
 
 WAYS = {"w8": 8, "w4": 4}
@@ -47,7 +48,7 @@ def check_components(
 
 
 def quantize_components(
-    pipeline: DiffusionPipeline, components: Mapping[str, str]
+    pipeline: DiffusionPipeline, components: Mapping[str, str], reporter: Reporter
 ) -> dict[str, dict[str, Any]]:
     """Replace components of `pipeline` by copies with 8-bit or 4-bit weights.
 
@@ -69,7 +70,8 @@ def quantize_components(
         size = float32_bytes(part)
         part = copy.deepcopy(part)
         grids = "minmax" if WAYS[way] < 8 else None
-        quantize_weights(part, f"the component '{name}'", WAYS[way], grids)
+        with reporter.task(f"packing the component '{name}'", total=None):
+            quantize_weights(part, f"the component '{name}'", WAYS[way], grids)
         pipeline.register_modules(**{name: part})
         layers = sum(isinstance(module, WeightOnly) for module in part.modules())
         records[name] = {"bits": way, "layers": layers, "float32_bytes": size}

@@ -116,7 +116,8 @@ def convert(
         def left_out(parent: str, names: list[str]) -> list[str]:
             return [name for name in names if str(Path(parent) / name) in chosen]
 
-        shutil.copytree(folder, partial_folder, ignore=left_out, dirs_exist_ok=True)
+        with reporter.task("copying the other components", total=None):
+            shutil.copytree(folder, partial_folder, ignore=left_out, dirs_exist_ok=True)
         for name, way in ways.items():
             kept = partial(_outer_layers, reporter) if name == denoiser else lambda _: ()
             records[name] = _quantize_one(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -14,6 +15,13 @@ from stepquant.quantizers.activation import TakesErrors
 from stepquant.quantizers.step_grid import StepContext
 from stepquant.runtime.kernels import Backend
 from stepquant.runtime.layers.input_part import InputPart
+from stepquant.runtime.layers.layer_tensors import (
+    LAYER_TENSORS,
+    LayerSizes,
+    Reader,
+    names_of,
+    not_read,
+)
 from stepquant.runtime.layers.packed_weight import FAST, PackedWeight, released
 from stepquant.runtime.layers.prepared_layer import PreparedLayer
 from stepquant.runtime.layers.released import Released, whole
@@ -35,13 +43,7 @@ class Branches(Protocol):
 class IntegerLayer(nn.Module):
     """The shared part of the integer linear and conv layers.
 
-    Buffers, for `P` input parts, `T` rows (1 or the length of the step grid):
-    `weight_packed` uint8 `[bytes]` (the parts one after another, `numerics.packing`'s bit order),
-    `weight_scale` float32 `[P, C_out]`, `weight_zero_point` uint8 `[P, C_out]` (twice the zero
-    point where the spec says `half_zero_points`), `channel_bits` uint8 `[C_out]` or absent,
-    `act_scale` float32 `[P, T]`, `act_zero_point` uint8 `[P, T]`, `bias` float32 `[C_out]` or
-    absent, `step_bias` float32 `[T, C_out]` or absent (added to `bias` at each step),
-    `act_channel_scale` float32 `[C_in]` or absent (the input is divided by it).
+    Its buffers are those of `layer_tensors.LAYER_TENSORS`; absent ones are None.
 
     `backend` and `memory` are read when the weight is laid out, by the first call after
     `drop_layout`: the kernel, see `kernels.choose`, and the memory mode, see `packed_weight`.
@@ -65,35 +67,36 @@ class IntegerLayer(nn.Module):
         splits: tuple[int, ...],
         steps: int,
         context: StepContext,
-        has_bias: bool,
-        has_channel_scale: bool,
-        has_step_bias: bool = False,
+        optional: Collection[str] = (),
     ) -> None:
-        """Empty buffers of the right shapes, for `load_state_dict` or `simulation.packing`."""
+        """Empty buffers of the right shapes, for `load_state_dict` or `simulation.packing`.
+
+        `optional`: names of the optional tensors that the layer has.
+        """
         super().__init__()
         check_bits(spec.weight_bits, "weight bits")
         check_bits(spec.activation_bits, "activation bits")
         self.spec, self.splits, self.steps, self.context = spec, splits, steps, context
         self.backend: str = Backend.AUTO.value
         self.memory = FAST
-        parts, out = len(splits), spec.out_channels
-        count = sum(part.packed_bytes for part in self.part_specs())
-        self.register_buffer("weight_packed", torch.zeros(count, dtype=torch.uint8))
-        self.register_buffer("weight_scale", torch.ones(parts, out))
-        self.register_buffer("weight_zero_point", torch.zeros(parts, out, dtype=torch.uint8))
-        mixed = spec.channel_counts is not None
-        bits = torch.full((out,), spec.weight_bits, dtype=torch.uint8) if mixed else None
-        self.register_buffer("channel_bits", bits)
-        self.register_buffer("act_scale", torch.ones(parts, steps))
-        self.register_buffer("act_zero_point", torch.zeros(parts, steps, dtype=torch.uint8))
-        self.register_buffer("bias", torch.zeros(out) if has_bias else None)
-        self.register_buffer("step_bias", torch.zeros(steps, out) if has_step_bias else None)
-        channel_scale = torch.ones(spec.in_channels) if has_channel_scale else None
-        self.register_buffer("act_channel_scale", channel_scale)
+        present = names_of(spec, optional)
+        for name, tensor in LAYER_TENSORS.items():
+            self.register_buffer(name, tensor.empty(self.sizes()) if name in present else None)
+        if self.channel_bits is not None:
+            self.channel_bits.fill_(spec.weight_bits)
+        self._not_for_codes = not_read(present, Reader.CODES)
         self._prepared: PreparedLayer | None = None
         self._prepared_on: torch.device | None = None
         self.bypass: TakesErrors | None = None  # gets the errors of the input
         self.lora = None  # a module where there are branches, see `runtime.layers.lora_branch`
+
+    def sizes(self) -> LayerSizes:
+        """What the shapes of the buffers depend on."""
+        return LayerSizes(self.spec, self.splits, self.steps)
+
+    def present(self) -> list[str]:
+        """The names of the tensors that the layer has."""
+        return [name for name in LAYER_TENSORS if self._buffers[name] is not None]
 
     def part_specs(self) -> list[LayerSpec]:
         """The spec of each input part."""
@@ -191,7 +194,7 @@ class IntegerLayer(nn.Module):
 
     def weight_tensors(self) -> list[Tensor]:
         """All tensors that are in memory for the weight now, without the biases."""
-        buffers = (self.weight_packed, self.weight_scale, self.weight_zero_point, self.channel_bits)
+        buffers = [self._buffers[name] for name, each in LAYER_TENSORS.items() if each.is_weight]
         held = [each for each in buffers if each is not None and not isinstance(each, Released)]
         # A kernel may take a row of a buffer as it is.
         own = {buffer.untyped_storage().data_ptr() for buffer in held}
@@ -211,6 +214,8 @@ class IntegerLayer(nn.Module):
         """Why the layer's result for codes is not that for floats now, or None."""
         if self.backend != Backend.AUTO:
             return Refusal(RefusalCode.BACKEND, f"the backend '{self.backend}'")
+        if self._not_for_codes:
+            return Refusal(RefusalCode.TENSOR, f"the layer's tensor {self._not_for_codes[0]}")
         return self.prepared().why_no_codes()
 
     def forward(self, x: Tensor) -> Tensor:
