@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from stepquant.support.errors import StepQuantError
 PRECISIONS = ("f32", "bf16", "f16")
 PRECISION = "INFERENCE_PRECISION_HINT"
 LOGGER = logging.getLogger(__name__)
+COMPILING = threading.RLock()  # one for all denoisers: no attribute, to be copyable
 
 
 def openvino_package() -> Any:
@@ -56,7 +58,8 @@ class OpenVinoDenoiser(StandIn):
     integer sums are those of the packed layers; what is float between them is OpenVINO's, so that
     results differ by float32's rounding. Every other attribute is that of `denoiser`, which stays
     as it is; changes to it after the first call are not seen. That call is traced: what its Python
-    reads out of a tensor's values stays.
+    reads out of a tensor's values stays. Several threads may call it: one of them compiles, and
+    each call has an inference request of its own.
     """
 
     def __init__(
@@ -118,9 +121,13 @@ class OpenVinoDenoiser(StandIn):
         context.set_timestep(arguments["timestep"].cpu())
         tensors = [context.rows, *tensors]
         key = (description(arguments), context.rows.shape)
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(arguments, tensors)
-        return self._compiled[key].run(tensors)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            with COMPILING:
+                if key not in self._compiled:
+                    self._compiled[key] = self._compile(arguments, tensors)
+                compiled = self._compiled[key]
+        return compiled.run(tensors)
 
     def _check(self, arguments: dict[str, Any], tensors: list[Tensor]) -> None:
         for tensor in tensors:
@@ -212,11 +219,17 @@ class _Compiled:
     model: Any
     template: Any  # what the denoiser returned, for the kind of it
     denoiser: nn.Module
+    idle: list[Any] = field(default_factory=list)  # requests that no call uses
 
     def run(self, tensors: list[Tensor]) -> Any:
         """What the denoiser returns for `tensors`, the rows first."""
         arrays = [tensor.contiguous().numpy() for tensor in tensors]
-        (found,) = self.model(arrays, share_inputs=True).values()
+        try:
+            request = self.idle.pop()
+        except IndexError:  # as many requests as calls at once
+            request = self.model.create_infer_request()
+        (found,) = request.infer(arrays, share_inputs=True).values()  # copies of its results
+        self.idle.append(request)
         prediction = prediction_in(self.template, self.denoiser)
         return with_prediction(self.template, torch.from_numpy(found).to(prediction.dtype))
 
