@@ -10,9 +10,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant.engines.captured_calls import recorded
+from stepquant.engines.captured_calls.state import PATCHES
 from stepquant.engines.fastest import FastestDenoiser
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
 from stepquant.engines.target import Engine, Target
+from stepquant.models.surgery import copy_around
 from stepquant.pipelines.resolved import ResolvedPipeline
 from stepquant.runtime.kernels.backend import Backend
 from stepquant.runtime.layers.integer import IntegerLayer, is_packed
@@ -51,10 +53,13 @@ def settings_kept(model: nn.Module) -> Iterator[None]:
 
 
 def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline:
-    """`pipeline` with its integer layers on `backend`, or a copy with another denoiser.
+    """A copy of `pipeline` whose denoiser runs on `backend`, or `pipeline` if it does so already.
 
     `backend`: as in `set_backend`, or `openvino`, `openvino:DEVICE` for another device than the
-    CPU, or "fastest", which times the two. "auto" leaves everything as it is.
+    CPU, or "fastest", which times the two. "auto" leaves everything as it is. The copy's layers
+    share their tensors with those of `pipeline` and lay their weights out for themselves, so that
+    other threads may use `pipeline`. Only a denoiser that accelerate or diffusers offload is
+    changed itself: it is for one thread at a time.
     """
     target = Target.parse(backend)
     if target.kernel == Backend.AUTO and target.engine is Engine.LAYERS:
@@ -67,8 +72,15 @@ def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline
                 f"{type(denoiser).__name__} has no packed layer: expected a model that stepquant "
                 f"quantize wrote for the backend '{backend}'"
             )
-        set_backend(denoiser, target.kernel)
-        return pipeline
+        layers = [module for module in denoiser.modules() if isinstance(module, IntegerLayer)]
+        if all(layer.backend == target.kernel for layer in layers):
+            return pipeline
+        if any(name in module.__dict__ for module in denoiser.modules() for name in PATCHES):
+            set_backend(denoiser, target.kernel)
+            return pipeline
+        twin = copy_around(denoiser, [denoiser])
+        set_backend(twin, target.kernel)
+        return resolved.with_denoiser(twin).pipeline
     other = (
         FastestDenoiser(denoiser)
         if target.device is None

@@ -39,6 +39,7 @@ def sample(
     over and over again; see `pipelines.sampling.sample_images`. `guidance`: scale of
     classifier-free guidance, else the pipeline's. `call`, and any other argument by name, goes to
     the pipeline. `backend`: what a packed model runs on, see `engines.backend.with_backend`.
+    Several threads may sample one pipeline at once.
     """
     conditioning = Conditioning.of(prompts, labels, guidance, {**(call or {}), **more})
     pipeline = open_pipeline(model)
