@@ -105,6 +105,14 @@ class StepContext:
             rows = rows[:1] if bool((rows == rows[0]).all()) else rows
         self._set(rows)
 
+    def ensure_rows(self) -> None:
+        """Give this thread row 0 where `rows` would be an error.
+
+        For asking layers how they would run, not for running them.
+        """
+        if self._shared and self._here.state.value is None:
+            self._here.state.value = torch.zeros(1, dtype=torch.int64)
+
     def attach(self, denoiser: nn.Module) -> Attachment:
         """Register forward hooks that read the `timestep` of every call of `denoiser`.
 
