@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 import packed_models
@@ -44,6 +46,25 @@ def test_threads_draw_the_images_that_each_draws_alone(name):
         assert_drawn_alone(unet2d(), times=5)
     else:
         assert_drawn_alone(packed_pipeline(name, TABLES), **ARCHITECTURES[name].arguments)
+
+
+def test_a_server_has_a_scheduler_for_each_thread():
+    """The recipe of diffusers: pipelines that share their models."""
+    shared = unet2d()
+    shared.set_progress_bar_config(disable=True)
+
+    def draw(seed: int, steps: int) -> Any:
+        pipeline = copy.copy(shared)
+        pipeline.scheduler = DDIMScheduler.from_config(shared.scheduler.config)
+        generator = torch.Generator().manual_seed(seed)
+        return pipeline(1, generator, num_inference_steps=steps, output_type="np").images
+
+    asked = [(seed, 3 + seed) for seed in range(3)]
+    alone = [draw(*each) for each in asked]
+    for _ in range(3):
+        found = at_once(*(lambda each=each: draw(*each) for each in asked))
+        for image, expected in zip(found, alone, strict=True):
+            assert (image == expected).all()
 
 
 @pytest.mark.skipif(not native.available(), reason="no native library")
