@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from architectures import ARCHITECTURES, build
-from fast_models import packed
+from concurrent_calls import at_once
+from fast_models import TABLES, packed, predictor
 from stepquant.api import quantize
 from stepquant.engines.backend import set_backend
 from stepquant.engines.slow_paths import slow_paths
@@ -92,3 +93,11 @@ def test_layers_that_lie_elsewhere_are_not_asked():
     """As between two calls under sequential offloading."""
     fast = packed("sd").to("meta")
     assert slow_paths(fast) == []
+
+
+def test_a_thread_that_never_called_the_model_may_ask():
+    fast = packed("sd", TABLES)
+    expected = slow_paths(fast)
+    predict = predictor(fast)
+    at_once(*[lambda: predict(fast)] * 2)
+    assert at_once(lambda: slow_paths(fast)) == [expected]

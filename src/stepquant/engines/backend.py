@@ -10,9 +10,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant.engines.captured_calls import recorded
+from stepquant.engines.captured_calls.state import PATCHES
 from stepquant.engines.fastest import FastestDenoiser
 from stepquant.engines.openvino_denoiser import OpenVinoDenoiser
 from stepquant.engines.target import Engine, Target
+from stepquant.models.surgery import copy_around
 from stepquant.pipelines.resolved import ResolvedPipeline
 from stepquant.runtime.kernels.backend import Backend
 from stepquant.runtime.layers.integer import IntegerLayer, is_packed
@@ -55,13 +57,17 @@ def settings_kept(model: nn.Module) -> Iterator[None]:
 
 
 def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline:
-    """Return a pipeline that runs on `backend`.
+    """Return a pipeline that runs on `backend`, without changing `pipeline`.
+
+    A copy's layers share their tensors with those of `pipeline` and lay their weights out for
+    themselves, so other threads may use `pipeline`. Only a denoiser that accelerate or diffusers
+    offload is changed itself, because it serves one thread at a time.
 
     Args:
         pipeline: a pipeline with a quantized denoiser.
-        backend: a kernel as in `set_backend`, which changes the layers of `pipeline`; or
-            `openvino`, `openvino:DEVICE` or "fastest" (the faster of auto and `openvino`), which
-            give a copy with another denoiser. "auto" returns `pipeline` unchanged.
+        backend: a kernel as in `set_backend`; or `openvino`, `openvino:DEVICE` or "fastest" (the
+            faster of auto and `openvino`). "auto", and the kernel that all layers have already,
+            return `pipeline` itself.
 
     Raises:
         StepQuantError: the denoiser has no packed layer, or the backend does not exist or cannot
@@ -78,8 +84,15 @@ def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline
                 f"{type(denoiser).__name__} has no packed layer: expected a model that stepquant "
                 f"quantize wrote for the backend '{backend}'"
             )
-        set_backend(denoiser, target.kernel)
-        return pipeline
+        layers = [module for module in denoiser.modules() if isinstance(module, IntegerLayer)]
+        if all(layer.backend == target.kernel for layer in layers):
+            return pipeline
+        if any(name in module.__dict__ for module in denoiser.modules() for name in PATCHES):
+            set_backend(denoiser, target.kernel)
+            return pipeline
+        twin = copy_around(denoiser, [denoiser])
+        set_backend(twin, target.kernel)
+        return resolved.with_denoiser(twin).pipeline
     other = (
         FastestDenoiser(denoiser)
         if target.device is None

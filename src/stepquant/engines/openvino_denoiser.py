@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from stepquant.support.errors import StepQuantError
 PRECISIONS = ("f32", "bf16", "f16")
 PRECISION = "INFERENCE_PRECISION_HINT"
 LOGGER = logging.getLogger(__name__)
+COMPILING = threading.RLock()  # one for all denoisers: no attribute, to be copyable
 
 
 def openvino_package() -> Any:
@@ -63,6 +65,9 @@ class OpenVinoDenoiser(StandIn):
     All other attributes are those of `denoiser`, which stays unchanged. Compilation traces a call,
     so later changes of `denoiser` have no effect, and values that its Python code reads from
     tensors become constants.
+
+    Several threads may call it: one of them compiles, and each call has an inference request of
+    its own.
     """
 
     def __init__(
@@ -123,9 +128,13 @@ class OpenVinoDenoiser(StandIn):
         context.set_timestep(arguments["timestep"].cpu())
         tensors = [context.rows, *tensors]
         key = (description(arguments), context.rows.shape)
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(arguments, tensors)
-        return self._compiled[key].run(tensors)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            with COMPILING:
+                if key not in self._compiled:
+                    self._compiled[key] = self._compile(arguments, tensors)
+                compiled = self._compiled[key]
+        return compiled.run(tensors)
 
     def _check(self, arguments: dict[str, Any], tensors: list[Tensor]) -> None:
         for tensor in tensors:
@@ -222,11 +231,17 @@ class _Compiled:
     model: Any
     template: Any  # the denoiser's output, for its type
     denoiser: nn.Module
+    idle: list[Any] = field(default_factory=list)  # requests that no call uses
 
     def run(self, tensors: list[Tensor]) -> Any:
         """Return the denoiser's output for `tensors`, of which the first are the rows."""
         arrays = [tensor.contiguous().numpy() for tensor in tensors]
-        (found,) = self.model(arrays, share_inputs=True).values()
+        try:
+            request = self.idle.pop()
+        except IndexError:  # as many requests as calls at once
+            request = self.model.create_infer_request()
+        (found,) = request.infer(arrays, share_inputs=True).values()  # copies of its results
+        self.idle.append(request)
         prediction = prediction_in(self.template, self.denoiser)
         return with_prediction(self.template, torch.from_numpy(found).to(prediction.dtype))
 

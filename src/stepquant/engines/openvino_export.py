@@ -157,9 +157,10 @@ def export_denoiser(denoiser: nn.Module, device: str = "CPU") -> tuple[nn.Module
         m.context for m in copied.modules() if isinstance(m, IntegerLayer | PackedAttention)
     }
     (context,) = contexts
-    for key, hook in list(copied._forward_pre_hooks.items()):
-        if isinstance(getattr(hook, "__self__", None), StepContext):
-            del copied._forward_pre_hooks[key]
+    for hooks in (copied._forward_pre_hooks, copied._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), StepContext):
+                del hooks[key]  # type: ignore[attr-defined]
 
     def replacement(_: str, module: nn.Module) -> nn.Module | None:
         return ExportLayer(module) if isinstance(module, IntegerLayer) else None

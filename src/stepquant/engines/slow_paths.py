@@ -45,6 +45,8 @@ def slow_paths(model: nn.Module | DiffusionPipeline) -> list[str]:
         for module in model.modules()
         if isinstance(module, IntegerLayer) and not module.weight_packed.is_meta
     ]
+    for layer in layers:
+        layer.context.ensure_rows()  # blocks ask for them, and this thread may not have called
     notes = [*_on_reference(layers)]
     if any(layer.weight_packed.is_cpu for layer in layers):
         notes += [*_without_vnni(layers), *_without_library(layers), *_plain_blocks(model)]

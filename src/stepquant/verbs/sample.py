@@ -35,6 +35,8 @@ def sample(
 ) -> Tensor:
     """Draw images with a float or a quantized model.
 
+    Several threads may sample one pipeline at once.
+
     Args:
         model: a pipeline, its folder, a safetensors file, a hub id, or "builtin:NAME".
         num: number of images.

@@ -50,6 +50,19 @@ def why_not(denoiser: nn.Module) -> Refusal | None:
     return None
 
 
+def lay_out(denoiser: nn.Module) -> None:
+    """Lay the weights of all packed layers out that are not yet."""
+    for module in denoiser.modules():
+        if isinstance(module, IntegerLayer):
+            module.prepared()
+
+
+def contexts_of(denoiser: nn.Module) -> list[StepContext]:
+    """The contexts that read the timestep of a call of `denoiser`."""
+    owners = [getattr(hook, "__self__", None) for hook in denoiser._forward_pre_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, StepContext)]
+
+
 class State:
     """Of a denoiser: its parts, its hooks, what its packed layers run on, and where tensors lie.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stepquant.numerics import scale_of
 from stepquant.runtime.kernels import Kernel, State, choose
+from stepquant.runtime.layers.packed_weight import PREPARING
 from stepquant.runtime.layers.weight_only import (
     LARGEST,
     WeightOnly,
@@ -49,24 +50,29 @@ class Dynamic(WeightOnly):
 
     def held(self) -> list[Tensor]:
         """Also the weight as it is laid out."""
-        return [*super().held(), *(self._prepared.state if self._prepared else ())]
+        prepared = self._prepared
+        return [*super().held(), *(prepared.state if prepared else ())]
 
     @torch.compiler.disable  # its result is a constant of the graph
-    def prepare(self) -> None:
-        """Choose a kernel and lay the weight out for it."""
-        device, spec = self.weight.device, self.spec()
-        kernel = choose(spec, device).kernel
-        state = kernel.prepare(self.weight.view(self.weight_shape), self.weight_scale, spec)
-        one = torch.ones(1, device=device)
-        zero_point = torch.full((1,), ZERO, dtype=torch.int32, device=device)
-        self._prepared = _Prepared(device, kernel, state, spec, one, zero_point)
+    def prepare(self) -> _Prepared:
+        """Choose a kernel and lay the weight out for it; another thread waits until it is done."""
+        with PREPARING:
+            device, spec = self.weight.device, self.spec()
+            found = self._prepared
+            if found is not None and found.device == device:
+                return found
+            kernel = choose(spec, device).kernel
+            state = kernel.prepare(self.weight.view(self.weight_shape), self.weight_scale, spec)
+            one = torch.ones(1, device=device)
+            zero_point = torch.full((1,), ZERO, dtype=torch.int32, device=device)
+            self._prepared = found = _Prepared(device, kernel, state, spec, one, zero_point)
+            return found
 
     def products(self, codes: Tensor) -> Tensor:
         """`weight_scale * sum((codes - 128) * weight)`, float32, without a bias."""
-        if self._prepared is None or self._prepared.device != self.weight.device:
-            self.prepare()
-        assert self._prepared is not None
         at = self._prepared
+        if at is None or at.device != self.weight.device:
+            at = self.prepare()
         return at.kernel.run(at.state, codes, at.one, at.zero_point, None, None, at.spec)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -33,7 +33,9 @@ class InputPart:
         self.spec: LayerSpec = weight.spec
         self.no_codes = why_no_codes(weight)
         """Why the part cannot be handed codes, or None."""
-        self._in_force: tuple[Grid, tuple[int, ...]] | None = None  # with its tensors' addresses
+        # The grid of the latest call in any thread, with its tensors' addresses. Calls of other
+        # threads replace it, and none uses one with the row of another call.
+        self._in_force: tuple[Grid, tuple[int, ...]] | None = None
 
     def grid_at(self, row: Tensor | None) -> Grid:
         """The activation grid at `row`, the same object while row and memory stay the same.
@@ -42,8 +44,9 @@ class InputPart:
         """
         if torch.compiler.is_compiling():  # traced tensors have no addresses
             return self.grid._replace(row=row)
-        if self._in_force is not None:
-            known, addresses = self._in_force
+        latest = self._in_force  # once: another thread may replace it
+        if latest is not None:
+            known, addresses = latest
             if known.row is row and addresses == grid_addresses(known):
                 return known
         grid = self.grid._replace(row=row)

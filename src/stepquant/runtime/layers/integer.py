@@ -22,7 +22,7 @@ from stepquant.runtime.layers.layer_tensors import (
     names_of,
     not_read,
 )
-from stepquant.runtime.layers.packed_weight import FAST, PackedWeight, released
+from stepquant.runtime.layers.packed_weight import FAST, PREPARING, PackedWeight, released
 from stepquant.runtime.layers.prepared_layer import PreparedLayer
 from stepquant.runtime.layers.released import Released, whole
 from stepquant.runtime.ops.grids import Grid
@@ -86,7 +86,6 @@ class IntegerLayer(nn.Module):
             self.channel_bits.fill_(spec.weight_bits)
         self._not_for_codes = not_read(present, Reader.CODES)
         self._prepared: PreparedLayer | None = None
-        self._prepared_on: torch.device | None = None
         self.bypass: TakesErrors | None = None  # gets the errors of the input
         self.lora = None  # a module where there are branches, see `runtime.layers.lora_branch`
 
@@ -104,8 +103,9 @@ class IntegerLayer(nn.Module):
 
     def packed_weights(self) -> list[PackedWeight]:
         """The weight of each input part: the prepared ones, or new ones over the buffers."""
-        if self._prepared is not None:
-            return [part.weight for part in self._prepared.parts]
+        prepared = self._prepared
+        if prepared is not None:
+            return [part.weight for part in prepared.parts]
         found, first = [], 0
         for index, spec in enumerate(self.part_specs()):
             found.append(PackedWeight(index, spec, first, self._buffers, self.memory))
@@ -138,43 +138,56 @@ class IntegerLayer(nn.Module):
         return torch.cat(parts, dim=1)
 
     @torch.compiler.disable  # its result is a constant of the graph
-    def prepare(self) -> None:
+    def prepare(self) -> PreparedLayer:
         """Choose kernels and lay the weight out for them. Otherwise the first call does it."""
-        device = self.weight_scale.device
-        self.drop_layout()
-        parts, start = [], 0
-        for weight in self.packed_weights():
-            weight.prepare(device, self.backend)
-            channels, factors = weight.spec.in_channels, None
-            if self.act_channel_scale is not None:
-                factors = 1.0 / self.act_channel_scale[start : start + channels]
-            scale, zero_point = self.act_scale[weight.index], self.act_zero_point[weight.index]
-            largest = max_code(self.spec.activation_bits)
-            parts.append(InputPart(weight, Grid(scale, zero_point, None, largest, factors), start))
-            start += channels
-        self._prepared = PreparedLayer(
-            *(parts, self.splits, self.channel_dim, self.steps != 1, self.context, self._buffers)
-        )
-        self._prepared_on = device
-        # Elsewhere, and under its hooks, accelerate moves the layer's tensors itself.
-        if self.weight_packed.is_cpu and not hasattr(self, "_hf_hook"):
-            self.weight_packed = released(self.packed_weights(), self._buffers)
+        with PREPARING:
+            device = self.weight_scale.device
+            self.drop_layout()
+            parts, start = [], 0
+            for weight in self.packed_weights():
+                weight.prepare(device, self.backend)
+                channels, factors = weight.spec.in_channels, None
+                if self.act_channel_scale is not None:
+                    factors = 1.0 / self.act_channel_scale[start : start + channels]
+                scale, zero_point = self.act_scale[weight.index], self.act_zero_point[weight.index]
+                largest = max_code(self.spec.activation_bits)
+                grid = Grid(scale, zero_point, None, largest, factors)
+                parts.append(InputPart(weight, grid, start))
+                start += channels
+            prepared = PreparedLayer(
+                *(parts, self.splits, self.channel_dim, self.steps != 1),
+                *(self.context, self._buffers, device),
+            )
+            # Elsewhere, and under its hooks, accelerate moves the layer's tensors itself.
+            if self.weight_packed.is_cpu and not hasattr(self, "_hf_hook"):
+                weights = [part.weight for part in parts]
+                self.weight_packed = released(weights, self._buffers)
+            self._prepared = prepared  # at last: other threads may take it from now on
+            return prepared
 
     def drop_layout(self) -> None:
         """Hold the packed bytes, and nothing that was made from them."""
-        self.weight_packed, self._prepared = self.packed_bytes(), None
+        with PREPARING:
+            self.weight_packed, self._prepared = self.packed_bytes(), None
 
     def prepared(self) -> PreparedLayer:
         """The layer with its weight laid out, on the device where the tensors are now.
 
-        accelerate's hooks put tensors on another device without asking the module.
+        accelerate's hooks put tensors on another device without asking the module. Of several
+        threads that ask for the first time, one prepares the layer, and the others wait for it.
         """
         scale = self._buffers["weight_scale"]  # asked at every call: quicker than the attribute
         assert scale is not None
-        if self._prepared is None or self._prepared_on != scale.device:
-            self.prepare()
-        assert self._prepared is not None
-        return self._prepared
+        found = self._prepared
+        return found if found is not None and found.device == scale.device else self._laid_out()
+
+    @torch.compiler.disable
+    def _laid_out(self) -> PreparedLayer:
+        with PREPARING:
+            found = self._prepared
+            if found is not None and found.device == self.weight_scale.device:
+                return found
+            return self.prepare()
 
     def prepared_parts(self) -> list[InputPart]:
         """The input parts, prepared as `prepared` says."""
@@ -198,7 +211,8 @@ class IntegerLayer(nn.Module):
         held = [each for each in buffers if each is not None and not isinstance(each, Released)]
         # A kernel may take a row of a buffer as it is.
         own = {buffer.untyped_storage().data_ptr() for buffer in held}
-        for part in [] if self._prepared is None else self._prepared.parts:
+        prepared = self._prepared
+        for part in [] if prepared is None else prepared.parts:
             weight = part.weight
             held += [] if weight.layout is None else [weight.layout.weight]
             held += [each for each in weight.rest if each.untyped_storage().data_ptr() not in own]
@@ -206,7 +220,8 @@ class IntegerLayer(nn.Module):
 
     def tensors_read(self) -> list[Tensor]:
         """The tensors that calls of the prepared layer read besides its buffers."""
-        parts = [] if self._prepared is None else self._prepared.parts
+        prepared = self._prepared
+        parts = [] if prepared is None else prepared.parts
         found = [tensor for part in parts for tensor in part.read()]
         return [each for each in found if each.layout == torch.strided]
 

@@ -53,8 +53,9 @@ class PackedAttention(nn.Module):
         `mask` broadcasts to `[B, H, N, M]` and is added to the scores. The result has the dtype of
         `query`.
         """
-        if self._any_log2 is None:
-            self._any_log2 = bool(self.probability_log2.any())
+        any_log2 = self._any_log2
+        if any_log2 is None:
+            any_log2 = self._any_log2 = bool(self.probability_log2.any())
         rows = self.context.rows.to(query.device)
         rows = torch.zeros_like(rows[:1]) if self.steps == 1 else spread_rows(rows, query.shape[0])
         scales = self.act_scale[:, rows].view(len(OPERANDS), -1, 1, 1, 1)
@@ -63,7 +64,7 @@ class PackedAttention(nn.Module):
             quantize(operand.to(torch.float32), scale, zero, self.bits) - zero
             for operand, scale, zero in zip((query, key, value), scales, zeros, strict=True)
         ]
-        log2 = self.probability_log2[rows].view(-1, 1, 1, 1).bool() if self._any_log2 else None
+        log2 = self.probability_log2[rows].view(-1, 1, 1, 1).bool() if any_log2 else None
         grids = AttentionGrids(
             query=scales[0],
             key=scales[1],

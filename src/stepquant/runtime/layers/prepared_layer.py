@@ -28,6 +28,9 @@ class PreparedLayer:
 
     `splits`: in-channels of each part. `has_tables`: whether each step has a row of its own.
     `buffers`: of the layer, for its biases; `run` and `run_to_codes` look them up at each call.
+    `device`: where the layer's tensors were when it was prepared.
+
+    Several threads may use it at once: it holds nothing of a call.
     """
 
     def __init__(
@@ -38,7 +41,9 @@ class PreparedLayer:
         has_tables: bool,
         context: StepContext,
         buffers: Mapping[str, Tensor | None],
+        device: torch.device,
     ) -> None:
+        self.device = device
         self.parts, self.splits = list(parts), tuple(splits)
         self._channel_dim, self._has_tables, self._context = channel_dim, has_tables, context
         self._is_linear = self.parts[0].spec.kind == "linear"
