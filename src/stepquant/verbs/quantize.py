@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ from stepquant.verbs.quantize_job import (
     open_float,
     plan_job,
     with_settings,
+    without_uncalled,
     work_path,
 )
-from stepquant.verbs.quantize_record import record_of
+from stepquant.verbs.quantize_record import denoisers_left, record_of
 from stepquant.verbs.quantize_weights import check_unused, quantize_weights
 from stepquant.verbs.quantized import Quantized
 from stepquant.weight_only.components import add_file_sizes, quantize_components
@@ -107,10 +109,17 @@ def quantize(
     source = open_float(model, adapter, components or {})
     conditioning = Conditioning.of(prompts, labels, guidance, call)
     job = plan_job(source, chosen, settings, conditioning, seed, components or {}, memory, reporter)
+    for name in denoisers_left(job):
+        warnings.warn(
+            f"the denoiser '{name}' of {source.kind} stays float: a calibrated recipe quantizes "
+            f"'{source.name}' only; components={{'{name}': 'w8'}} quantizes the other's weights",
+            stacklevel=2,
+        )
     reset_peak_memory()
     started = time.monotonic()
     work = WorkFolder(None if target is None else work_path(target), job.description(), resume)
     trajectories = calibration_trajectories(job, work, reporter)
+    job = without_uncalled(job, trajectories)
     session = begin_session(job, trajectories, work, reporter)
     for step in job.recipe.steps:
         step.apply(session)

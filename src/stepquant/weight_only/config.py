@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from stepquant.models.eligibility import why_float
+from stepquant.models.eligibility import check_patterns, why_float
 from stepquant.runtime.layers.dynamic import DynamicConv2d, DynamicLinear
 from stepquant.runtime.layers.weight_only import (
     WEIGHT_ONLY,
@@ -35,7 +35,11 @@ class WeightOnlyConfig(QuantizationConfigMixin):
     `layers`: names of the packed layers. None, for a float model that is quantized while it is
     loaded, stands for all linear and conv layers that do not share their weight. `bits`: of their
     weights, 8 or 4. `grids`: how the grids of 4 bits were found, "minmax" or "mse", None for 8
-    bits; loading what has codes does not depend on it.
+    bits; loading what has codes does not depend on it. `modules_to_not_convert`: names or patterns
+    of modules whose layers stay float in a float model (`models.eligibility.matches`).
+
+    Once a float model is loaded, its config names the packed layers, and `float_layers` says why
+    each other linear, conv or embedding layer stays float. `float_layers` is not saved.
 
     Raises StepQuantError for unknown keys, a newer format version and values of the wrong type.
     """
@@ -50,6 +54,7 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         bits: int = 8,
         grids: str | None = None,
+        modules_to_not_convert: list[str] | None = None,
         **more: Any,
     ) -> None:
         self.quant_method: Any = self.method
@@ -62,7 +67,7 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         if unknown:
             raise StepQuantError(
                 f"the config of a weight-only component has the unknown key '{min(unknown)}': "
-                "expected format_version, layers, bits and grids"
+                "expected format_version, layers, bits, grids and modules_to_not_convert"
             )
         named = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
         if layers is not None and not named:
@@ -74,11 +79,23 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         self.layers = None if layers is None else sorted(layers)
         self.bits = check_weight_only_bits(bits, "bits of the config of a weight-only component")
         self.grids = grids
+        self.modules_to_not_convert = list(
+            check_patterns(
+                modules_to_not_convert or [],
+                "modules_to_not_convert of the config of a weight-only component",
+            )
+        )
+        self.float_layers: dict[str, str] = {}
 
     @classmethod
-    def takes(cls, module: nn.Module, shared: Collection[int] = ()) -> bool:
-        """Whether a layer of these kinds can replace `module`; `shared`: see `why_float`."""
-        return why_float(module, any_conv=cls.any_conv, shared=shared) is None
+    def why_float(cls, module: nn.Module, shared: Collection[int] = ()) -> str | None:
+        """Why no layer of these kinds can replace `module`, or None; `shared`: see `why_float`."""
+        return why_float(module, any_conv=cls.any_conv, shared=shared)
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        """Whether a layer of these kinds can replace `module`."""
+        return cls.why_float(module) is None
 
     @property
     def names(self) -> list[str]:
@@ -99,10 +116,13 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values in a fixed order; `bits` and `grids`, new in the format, below 8 bits."""
+        """JSON values in a fixed order; those that are new in the format only where they matter."""
         few_bits = {"bits": self.bits, "grids": self.grids} if self.bits < 8 else {}
+        patterns = self.modules_to_not_convert
+        kept = {"modules_to_not_convert": patterns} if patterns else {}
         return {
             **few_bits,
+            **kept,
             "format_version": self.format_version,
             "layers": self.layers,
             "quant_method": self.quant_method.value,

@@ -18,7 +18,7 @@ from stepquant.checkpoint.load import is_single_file, local_folder
 from stepquant.checkpoint.save import new_checkpoint
 from stepquant.models.adapter import ADAPTERS
 from stepquant.pipelines.opening import resolve_builtin, weight_file_bytes
-from stepquant.pipelines.resolved import DENOISERS
+from stepquant.pipelines.resolved import DENOISERS, other_denoisers
 from stepquant.runtime.layers.weight_only import check_weight_only_bits
 from stepquant.support.atomic import remove_partial
 from stepquant.support.errors import StepQuantError
@@ -59,6 +59,7 @@ def convert(
     grids: str = "minmax",
     components: Mapping[str, str] | None = None,
     reporter: Reporter | None = None,
+    modules_to_not_convert: Collection[str] = (),
 ) -> dict[str, Any]:
     """Write `model` with weights of few bits, dequantized on use, as the new folder `out`.
 
@@ -66,8 +67,10 @@ def convert(
     safetensors of the folder or hub id `model` one layer at a time and written in shards, so that a
     model far larger than the memory can be quantized. `weights`: 8, or 4, of the denoiser, whose
     input and output layers stay float. `grids` of 4 bits: "minmax", or "mse" (the least
-    |error|^2.4 of the weights: many times slower, and not always better pictures). `components`:
-    others, models of diffusers, as `{"vae": "w8"}`; the rest is copied. Gives a record: bytes,
+    |error|^2.4 of the weights: many times slower, and not always better pictures). A pipeline's
+    other denoisers (`transformer_2`) are quantized like the first. `components`: others, models of
+    diffusers, as `{"vae": "w8"}`; the rest is copied. `modules_to_not_convert`:
+    names or patterns of the denoiser's modules whose layers stay float. Gives a record: bytes,
     seconds, peak memory, and each component's own.
 
     Raises StepQuantError for anything in the input that is not as expected.
@@ -93,7 +96,12 @@ def convert(
             f"'{folder}' has the components {', '.join(index)}: expected a denoiser called "
             f"{' or '.join(DENOISERS)}"
         )
-    ways = {denoiser: f"w{weights}", **_checked(folder, index, denoiser, components or {})}
+    kinds = {name: entry[1] for name, entry in index.items() if entry[1] is not None}
+    denoisers = [denoiser, *other_denoisers(denoiser, kinds)]
+    ways = {
+        **dict.fromkeys(denoisers, f"w{weights}"),
+        **_checked(folder, index, denoiser, components or {}),
+    }
     reset_peak_memory()
     started = time.monotonic()
     records: dict[str, Any] = {}
@@ -105,9 +113,11 @@ def convert(
 
         shutil.copytree(folder, partial_folder, ignore=left_out, dirs_exist_ok=True)
         for name, way in ways.items():
-            kept = partial(_outer_layers, reporter) if name == denoiser else lambda _: ()
+            of_denoiser = name in denoisers
+            kept = partial(_outer_layers, reporter) if of_denoiser else lambda _: ()
+            patterns = modules_to_not_convert if of_denoiser else ()
             records[name] = _pack_one(
-                folder / name, partial_folder / name, way, grids, kept, reporter
+                folder / name, partial_folder / name, way, grids, kept, patterns, reporter
             )
     return {
         "denoiser": denoiser,
@@ -145,7 +155,13 @@ def _checked(
 
 
 def _pack_one(
-    source: Path, target: Path, way: str, grids: str, kept: Any, reporter: Reporter
+    source: Path,
+    target: Path,
+    way: str,
+    grids: str,
+    kept: Any,
+    patterns: Collection[str],
+    reporter: Reporter,
 ) -> dict[str, Any]:
     """Pack the component in `source` and weigh it."""
     bits = WAYS[way]
@@ -158,6 +174,7 @@ def _pack_one(
         weight_search(grids),
         kept,
         reporter,
+        patterns=patterns,
     )
     return {
         "bits": way,

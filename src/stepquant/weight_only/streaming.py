@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -38,20 +39,22 @@ def stream_weights(
     kept: Callable[[nn.Module], Collection[str]],
     reporter: Reporter,
     shard_bytes: int = SHARD_BYTES,
-) -> dict[str, int]:
+    patterns: Collection[str] = (),
+) -> dict[str, Any]:
     """Pack the component in the folder `source` to weight-only layers in the new folder `target`.
 
-    `what` names it in errors; `bits`, `grids`, `find` are as in `quantize_weights`, and
-    `kept(model)` gives the layers that stay float. What stays float keeps its dtype. Gives the
-    numbers of `layers` and `parameters`. Peak memory is that of one output shard and what rounding
-    the largest layer takes.
+    `what` names it in errors; `bits`, `grids`, `find` are as in `quantize_weights`. The layers
+    `kept(model)` stay float, and those of the modules that `patterns` name; they keep their dtype.
+    Gives the numbers of `layers` and `parameters`, and the reason why each of `left_float` stays
+    float. Peak memory is that of one output shard and what rounding the largest layer takes.
 
     Raises StepQuantError for files that do not fit the config, and for weights that are no numbers.
     """
     files = WeightFiles(source)
     model = empty_model(source, what)
     check_files(model, files, what)
-    config = resolved(WeightOnlyConfig(bits=bits, grids=grids), model, what, kept(model))
+    asked = WeightOnlyConfig(bits=bits, grids=grids, modules_to_not_convert=list(patterns))
+    config = resolved(asked, model, what, kept(model))
     mark_weight_only(model, config, what)
     owned = put_layers(model, config, empty=True)
     shapes = {
@@ -79,6 +82,7 @@ def stream_weights(
     return {
         "layers": len(config.names),
         "parameters": files.parameters,
+        "left_float": config.float_layers,
     }
 
 

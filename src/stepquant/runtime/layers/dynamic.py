@@ -105,9 +105,9 @@ class DynamicLinear(Dynamic, WeightOnlyLinear):
         """What a kernel has to know of the layer."""
         return LayerSpec("linear", self.in_features, self.out_features, 8, 8)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As `nn.Linear`, in the dtype of `x [..., C_in]`."""
-        self.check_floating(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Linear`, in the dtype of `input [..., C_in]`."""
+        self.check_floating(x := input)
         codes, scale = dynamic_codes(x, (-1,))
         y = self.products(codes) * scale
         return (y if self.bias is None else y + self.bias).to(x.dtype)
@@ -130,9 +130,9 @@ class DynamicConv2d(Dynamic, WeightOnlyConv2d):
             self.dilation,  # type: ignore[arg-type]
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As `nn.Conv2d`, in the dtype of `x [B, C_in, H, W]`."""
-        self.check_floating(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Conv2d`, in the dtype of `input [B, C_in, H, W]`."""
+        self.check_floating(x := input)
         codes, scale = dynamic_codes(x, (1, 2, 3))
         y = self.products(codes) * scale
         return (y if self.bias is None else y + self.bias.view(1, -1, 1, 1)).to(x.dtype)

@@ -80,6 +80,7 @@ class WeightOnly(nn.Module):
     """
 
     weight: Tensor
+    bias: Tensor | None
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     weight_shape: tuple[int, ...]
@@ -107,6 +108,10 @@ class WeightOnly(nn.Module):
         codes = nibbles.view(self.weight_shape).to(torch.float32)
         return dequantize(codes, scale, self.weight_zero_point.view(shape)).to(dtype)
 
+    def bias_for(self, x: Tensor) -> Tensor | None:
+        """The bias in the dtype of `x`: blocks may hand float32 to the layers of a bf16 model."""
+        return None if self.bias is None else self.bias.to(x.dtype)
+
     def check_floating(self, x: Tensor) -> None:
         """An error where a model has cast its input to the dtype of `weight`, which are codes."""
         if not x.is_floating_point():
@@ -127,19 +132,19 @@ class WeightOnly(nn.Module):
 class WeightOnlyLinear(WeightOnly, nn.Linear):
     """`nn.Linear` whose weight is dequantized at each call."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As `nn.Linear`, in the dtype of `x`."""
-        self.check_floating(x)
-        return F.linear(x, self.float_weight(x.dtype), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Linear`, in the dtype of `input`."""
+        self.check_floating(input)
+        return F.linear(input, self.float_weight(input.dtype), self.bias_for(input))
 
 
 class WeightOnlyConv2d(WeightOnly, nn.Conv2d):
     """`nn.Conv2d` whose weight is dequantized at each call."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As `nn.Conv2d`, in the dtype of `x`."""
-        self.check_floating(x)
-        return self._conv_forward(x, self.float_weight(x.dtype), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Conv2d`, in the dtype of `input`."""
+        self.check_floating(input)
+        return self._conv_forward(input, self.float_weight(input.dtype), self.bias_for(input))
 
 
 def empty_tensors(weight_shape: tuple[int, ...], bits: int) -> dict[str, Tensor]:
