@@ -184,6 +184,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         if bypass is not None:
             bypass.read_slopes(model)
         use_fast_blocks(model)
+        model.requires_grad_(False)  # as after quantize: calls follow gradients where asked to
         self._loaded_keys, self._tensor_lines, self._owned = [], [], set()
         self._model = self._context = self._stored_checksum = None
 

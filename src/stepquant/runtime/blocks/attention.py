@@ -14,6 +14,7 @@ from torch.nn import functional
 from stepquant.runtime.blocks.eligibility import (
     A_HOOK,
     TRAINING,
+    follows_gradient,
     is_encodable,
     untouched,
     why_no_codes,
@@ -51,6 +52,7 @@ class FastAttention(Attention):
             or not fits(self, x, context)
             or (self.group_norm is not None and x.dim() != 4)
             or why_plain(self) is not None
+            or follows_gradient(self, x, context, attention_mask)
         ):
             return super().forward(x, context, attention_mask, **kwargs)
         if self.group_norm is not None:

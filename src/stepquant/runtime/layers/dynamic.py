@@ -13,6 +13,11 @@ from torch import Tensor
 
 from stepquant.numerics import scale_of
 from stepquant.runtime.kernels import Kernel, State, choose
+from stepquant.runtime.layers.straight_through import (
+    gradient_of_input,
+    straight_through,
+    wants_gradient,
+)
 from stepquant.runtime.layers.weight_only import (
     LARGEST,
     WeightOnly,
@@ -61,6 +66,24 @@ class Dynamic(WeightOnly):
         zero_point = torch.full((1,), ZERO, dtype=torch.int32, device=device)
         self._prepared = _Prepared(device, kernel, state, spec, one, zero_point)
 
+    def scaled_products(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        """The layer's result for `x` without the bias, float32; a scale for each slice over `dims`.
+
+        Its gradient is that of the float layer: scales cover every value, so nothing is clipped.
+        """
+
+        def compute(x: Tensor) -> Tensor:
+            codes, scale = dynamic_codes(x, dims)
+            return self.products(codes) * scale
+
+        if not wants_gradient(x):
+            return compute(x)
+
+        def gradient(grad: Tensor) -> Tensor:
+            return gradient_of_input(grad, self.float_weight(torch.float32), self.spec(), x.shape)
+
+        return straight_through(x, compute, gradient)
+
     def products(self, codes: Tensor) -> Tensor:
         """`weight_scale * sum((codes - 128) * weight)`, float32, without a bias."""
         if self._prepared is None or self._prepared.device != self.weight.device:
@@ -108,8 +131,7 @@ class DynamicLinear(Dynamic, WeightOnlyLinear):
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, in the dtype of `input [..., C_in]`."""
         self.check_floating(x := input)
-        codes, scale = dynamic_codes(x, (-1,))
-        y = self.products(codes) * scale
+        y = self.scaled_products(x, (-1,))
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
@@ -133,6 +155,5 @@ class DynamicConv2d(Dynamic, WeightOnlyConv2d):
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Conv2d`, in the dtype of `input [B, C_in, H, W]`."""
         self.check_floating(x := input)
-        codes, scale = dynamic_codes(x, (1, 2, 3))
-        y = self.products(codes) * scale
+        y = self.scaled_products(x, (1, 2, 3))
         return (y if self.bias is None else y + self.bias.view(1, -1, 1, 1)).to(x.dtype)

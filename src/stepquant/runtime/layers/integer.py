@@ -17,6 +17,12 @@ from stepquant.runtime.layers.input_part import InputPart
 from stepquant.runtime.layers.packed_weight import FAST, PackedWeight, released
 from stepquant.runtime.layers.prepared_layer import PreparedLayer
 from stepquant.runtime.layers.released import Released, whole
+from stepquant.runtime.layers.straight_through import (
+    gradient_of_input,
+    straight_through,
+    wants_gradient,
+    with_gradient_of,
+)
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.refusal import Refusal, RefusalCode
@@ -214,10 +220,13 @@ class IntegerLayer(nn.Module):
         return self.prepared().why_no_codes()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float in, float out, integers between; the result has the dtype of `x`."""
+        """Float in, float out, integers between; the result has the dtype of `x`.
+
+        The gradient passes straight through rounding; see `runtime.layers.straight_through`.
+        """
         if self.bypass is not None:
             self.bypass.take(self.input_error(x))
-        y = self._quantized(x)
+        y = self._quantized(x) if not wants_gradient(x) else self._differentiable(x)
         return y if self.lora is None else self.lora.add_to(y, x)
 
     def _quantized(self, x: Tensor) -> Tensor:
@@ -226,9 +235,28 @@ class IntegerLayer(nn.Module):
             return prepared.run(prepared.encode(x), dtype=x.dtype)
         return prepared.run_floats(x, self.bias, self.step_bias).to(x.dtype)
 
+    def _differentiable(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            slope = self.prepared().slope(x)
+
+        def gradient(grad: Tensor) -> Tensor:
+            weight = self.float_weight().to(grad.device)
+            return gradient_of_input(grad, weight, self.spec, slope.shape) * slope
+
+        return straight_through(x, self._quantized, gradient)
+
     def input_error(self, x: Tensor) -> Tensor:
-        """`x` minus its value on the activation grids, in its shape, float32."""
-        return self.prepared().input_error(x)
+        """`x` minus its value on the activation grids, in its shape, float32.
+
+        Its gradient by `x` is 0 on the grids, and 1 where they clip.
+        """
+        with torch.no_grad():
+            error = self.prepared().input_error(x)
+        if not wants_gradient(x):
+            return error
+        with torch.no_grad():
+            clipped = self.prepared().slope(x) == 0
+        return with_gradient_of(error, x.to(torch.float32) * clipped)
 
     def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
         self.drop_layout()  # the kernel's layout belongs to the old device
