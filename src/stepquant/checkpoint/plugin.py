@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -58,6 +59,10 @@ class StepQuantQuantizer(FrozenQuantizer):
         self._context: StepContext | None = None
         self._stored_checksum: bytes | None = None
         self._tensor_lines: list[str] = []
+        self.saved_names: frozenset[str] | None = None
+        """The tensors that a load of the model expects, once that is known."""
+        self.why_not_saved: str | None = None
+        """Why a load could not build the model again, or None."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a `device_map` that would leave packed tensors on the disk.
@@ -185,6 +190,7 @@ class StepQuantQuantizer(FrozenQuantizer):
             bypass.read_slopes(model)
         use_fast_blocks(model)
         model.requires_grad_(False)  # as after quantize: calls follow gradients where asked to
+        self.saved_names = frozenset(model.state_dict())
         self._loaded_keys, self._tensor_lines, self._owned = [], [], set()
         self._model = self._context = self._stored_checksum = None
 
@@ -194,16 +200,40 @@ class StepQuantQuantizer(FrozenQuantizer):
         """Return the tensors that `save_pretrained` writes, with the checksum, and no metadata.
 
         Raises:
-            StepQuantError: `safe_serialization` is False.
+            StepQuantError: `safe_serialization` is False, or a load would refuse the tensors.
         """
         if not safe_serialization:
             raise StepQuantError(
                 "save_pretrained was called with safe_serialization=False: pickle files are "
                 "refused, so leave it at True"
             )
+        self.check_saved(state_dict)
         lines = [tensor_line(name, tensor) for name, tensor in state_dict.items()]
         digest = checksum(self.quantization_config.layers_json(), lines)
         return {**state_dict, CHECKSUM_NAME: checksum_tensor(digest)}, {}
+
+    def check_saved(self, names: Iterable[str]) -> None:
+        """Check that a load would take tensors of these `names`.
+
+        Raises:
+            StepQuantError: the model has lost or gained tensors, or a module that its config does
+                not describe.
+        """
+        if self.why_not_saved is not None:
+            raise StepQuantError(self.why_not_saved)
+        if self.saved_names is None:
+            return
+        found = set(names)
+        for changed, what in (
+            (self.saved_names - found, "has lost the tensor"),
+            (found - self.saved_names, "has gained the tensor"),
+        ):
+            if changed:
+                raise StepQuantError(
+                    f"the quantized model {what} '{min(changed)}' since it was quantized or "
+                    "loaded: expected the same tensors, because a load refuses others; save the "
+                    "model as it was"
+                )
 
     def _dequantize(self, model: Any) -> Any:
         """Replace packed layers with float layers that hold the dequantized weights.
@@ -225,10 +255,10 @@ class StepQuantQuantizer(FrozenQuantizer):
                 float_layer(module, dtype) if isinstance(module, IntegerLayer) else None
             ),
         )
+        use_plain_blocks(model)  # whose attention lets go of its products
         for module in model.modules():
             if isinstance(getattr(module, "processor", None), ProductsProcessor):
                 module.set_processor(AttnProcessor2_0())
-        use_plain_blocks(model)
         delattr(model, validate.STEP_GRID_NAME)
         detach_bypass(model)
         kept = {key: value for key, value in model.config.items() if key != "quantization_config"}

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
 from torch import Tensor, nn
+
+from stepquant.support.errors import StepQuantError
 
 PRODUCTS = ".processor.products"  # name of the products inside an attention module
 PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0)
+# Processors that compute plain attention, each in its own way.
+OF_PLAIN_ATTENTION = (*PLAIN_PROCESSORS, SlicedAttnProcessor, XFormersAttnProcessor)
 
 
 class ProductsProcessor(nn.Module):
@@ -21,8 +32,10 @@ class ProductsProcessor(nn.Module):
     projections (which may be quantized layers), residual.
     """
 
-    def __init__(self, products: nn.Module) -> None:
+    def __init__(self, products: nn.Module | None = None) -> None:
         super().__init__()
+        if products is None:  # diffusers makes a processor like this one, for an IP-Adapter
+            raise _refused("another processor")
         self.products = products
 
     def __call__(
@@ -90,6 +103,35 @@ class ProductsProcessor(nn.Module):
         if module.residual_connection:
             y = y + hidden_states
         return y / module.rescale_output_factor
+
+
+def keeps_products(attention: Attention, processor: Any) -> bool:
+    """Whether the quantized products of `attention` stay in the place of `processor`.
+
+    They stay where `processor` computes plain attention in another way, which the user is warned
+    of: slices and xformers give the same numbers in less memory, the quantized products others.
+
+    Raises:
+        StepQuantError: `processor` computes something else.
+    """
+    if not isinstance(attention.processor, ProductsProcessor):
+        return False
+    if isinstance(processor, ProductsProcessor):
+        return False
+    if type(processor) not in OF_PLAIN_ATTENTION:
+        raise _refused(f"the processor {type(processor).__name__}")
+    warnings.warn(
+        f"attention's products are quantized, and stay so: {type(processor).__name__} is not used",
+        stacklevel=3,
+    )
+    return True
+
+
+def _refused(what: str) -> StepQuantError:
+    return StepQuantError(
+        f"an attention with quantized products got {what}: expected none, because it would drop "
+        "the products; quantize without attention_bits, or call dequantize() first"
+    )
 
 
 def why_products_stay_float(module: nn.Module) -> str | None:

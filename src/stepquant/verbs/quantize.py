@@ -13,6 +13,7 @@ from torch import nn
 
 from stepquant.calibration.observe import quant_layers
 from stepquant.checkpoint.config import StepQuantConfig
+from stepquant.checkpoint.rebuild import why_not_rebuilt
 from stepquant.checkpoint.save import attach_config, save_pipeline
 from stepquant.methods.recipe import Recipe, WeightOnlyRecipe, load_recipe
 from stepquant.models.adapter import DenoiserAdapter
@@ -22,6 +23,7 @@ from stepquant.pipelines.opening import weight_file_bytes
 from stepquant.pipelines.sampling import check_seed
 from stepquant.simulation.packing import pack_model
 from stepquant.support.atomic import remove_partial
+from stepquant.support.errors import StepQuantError
 from stepquant.support.process_memory import reset_peak_memory
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder
@@ -107,6 +109,9 @@ def quantize(
     target = check_output(out, resume)
     check_seed(seed)
     source = open_float(model, adapter, components or {})
+    reason = None if target is None else why_not_rebuilt(source.denoiser)
+    if reason is not None:
+        raise StepQuantError(reason)
     conditioning = Conditioning.of(prompts, labels, guidance, call)
     job = plan_job(source, chosen, settings, conditioning, seed, components or {}, memory, reporter)
     for name in denoisers_left(job):

@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stepquant.models.attention_processor import keeps_products
 from stepquant.runtime.blocks.eligibility import (
     A_HOOK,
     TRAINING,
@@ -23,6 +24,7 @@ from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.prepared_layer import PreparedLayer
 from stepquant.runtime.ops import fused
 from stepquant.runtime.ops.fused import Output
+from stepquant.support.errors import StepQuantError
 from stepquant.support.refusal import Refusal, RefusalCode
 
 MANY_SCORES = 128 * 128  # of a head; fewer are quicker in float32
@@ -66,6 +68,23 @@ class FastAttention(Attention):
         if x.dim() == 4:
             y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         return y if self.rescale_output_factor == 1.0 else y / self.rescale_output_factor
+
+    def set_processor(self, processor: Any) -> None:
+        """As `Attention`; quantized products stay, see `keeps_products`."""
+        if not keeps_products(self, processor):
+            super().set_processor(processor)
+
+    def fuse_projections(self, fuse: bool = True) -> None:
+        """As `Attention`.
+
+        Raises StepQuantError for packed projections, whose codes have grids of their own.
+        """
+        if fuse and isinstance(self.to_q, IntegerLayer):
+            raise StepQuantError(
+                "fuse_qkv_projections was called on a packed denoiser: expected a float one, "
+                "because packed projections have codes of their own; load the float denoiser"
+            )
+        super().fuse_projections(fuse)
 
     def why_plain(self) -> Refusal | None:
         """Why the block runs the code of diffusers whatever it is called with, or None."""
