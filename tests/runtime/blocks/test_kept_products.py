@@ -130,11 +130,8 @@ def test_packed_projections_are_not_fused(pipeline):
 def test_a_model_that_cannot_be_built_again_is_refused_before_the_work(tmp_path):
     pipeline, arguments = build("sd"), ARCHITECTURES["sd"].arguments
     pipeline.fuse_qkv_projections()
-    told = refused(
-        lambda: quantize(
-            pipeline, "minmax", out=tmp_path / "out", steps=2, settings=FEW, **arguments
-        )
-    )
+    run = functools.partial(quantize, pipeline, "minmax", steps=2, settings=FEW, **arguments)
+    told = refused(lambda: run(out=tmp_path / "out"))
     assert "to_qkv', which its config does not describe" in told
     assert list(tmp_path.iterdir()) == []
     result = run().pipeline
