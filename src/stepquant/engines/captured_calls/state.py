@@ -23,6 +23,7 @@ KINDS = (
 OWN_HOOKS = (StepContext, InputBypass)  # of which a replay does what they would
 # Attention processors, FreeU's factors, chunked feed-forward layers; `PackedAttention`'s own.
 ATTRIBUTES = ("processor", "s1", "s2", "b1", "b2", "_chunk_size", "_any_log2")
+ATTRIBUTES += ("attention_precision",)
 PATCHES = ("forward", "_hf_hook")  # of instances, by the hooks of accelerate and diffusers
 
 

@@ -11,7 +11,13 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepquant.models.attention_processor import keeps_products
+from stepquant.models.attention_processor import attention_with, keeps_products
+from stepquant.runtime.blocks.attention_precision import (
+    product_dtype,
+    rounded_products,
+    rounds_products,
+    takes_native,
+)
 from stepquant.runtime.blocks.eligibility import (
     A_HOOK,
     TRAINING,
@@ -27,7 +33,6 @@ from stepquant.runtime.ops.fused import Output
 from stepquant.support.errors import StepQuantError
 from stepquant.support.refusal import Refusal, RefusalCode
 
-MANY_SCORES = 128 * 128  # of a head; fewer are quicker in float32
 OTHER_KIND = Refusal(RefusalCode.BLOCK, "attention of another kind")
 OTHER_NORM = Refusal(RefusalCode.BLOCK, "another norm than group norm")
 
@@ -35,9 +40,12 @@ OTHER_NORM = Refusal(RefusalCode.BLOCK, "another norm than group norm")
 class FastAttention(Attention):
     """Norm and rounding for queries, keys and values in one pass over an image.
 
-    The products stay float, as in `AttnProcessor2_0`, which is the processor that this stands for.
-    With any other the code of diffusers runs.
+    The products stay float, as in `AttnProcessor2_0`, which is the processor that this stands for,
+    in the dtype that `attention_precision` says. With any other processor the code of diffusers
+    runs.
     """
+
+    attention_precision: str  # see `set_attention_precision`
 
     def forward(
         self,
@@ -56,7 +64,11 @@ class FastAttention(Attention):
             or why_plain(self) is not None
             or follows_gradient(self, x, context, attention_mask)
         ):
-            return super().forward(x, context, attention_mask, **kwargs)
+            dtype = rounds_products(self, x, context) if kwargs.keys() <= {"temb"} else None
+            if dtype is None:
+                return super().forward(x, context, attention_mask, **kwargs)
+            products = functools.partial(rounded_products, self, dtype)
+            return attention_with(products, self, x, context, attention_mask, **kwargs)
         if self.group_norm is not None:
             inputs = _normed_image(self, x)
         else:
@@ -160,19 +172,16 @@ def attend(
 
     `inputs`: codes for queries `[B, N, C]`, keys and values `[B, M, E]`. `mask`: as diffusers
     passes it. `dtype`: of the model and the result. `residual [B, N, C]`, `gate [B, C]`: float.
-    Where the CPU multiplies bfloat16 natively and there is much to multiply, the products are
-    computed in it: their result is rounded to fewer bits right after.
+    `product_dtype` says in which dtype the products are computed: their result is rounded to fewer
+    bits right after.
     """
-    inner = dtype
-    if inputs[0].shape[1] * inputs[1].shape[1] >= MANY_SCORES and multiplies_bfloat16():
-        inner = torch.bfloat16
+    inner = product_dtype(attn, inputs[0].shape[1] * inputs[1].shape[1], dtype)
     query, key, value = (
         layer.prepared().run([code], dtype=inner)
         for layer, code in zip(projections(attn), inputs, strict=True)
     )
     project: PreparedLayer = attn.to_out[0].prepared()
-    pairs = query.shape[-1] // attn.heads % 2 == 0
-    if mask is None and pairs and inner is torch.bfloat16 and fused.has_native_attention():
+    if takes_native(attn, inner, query.shape[-1], mask):
         code = fused.attention_codes(query, key, value, attn.heads, project.grid())
         return project.run([code], residual, dtype, gate=gate)
     query, key, value = (
@@ -186,14 +195,3 @@ def attend(
     y = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     y = y.transpose(1, 2).flatten(2)
     return project.run(project.encode(y), residual, dtype, gate=gate)
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot ask
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16, AMX)."""
-    return _multiplies_bfloat16()
-
-
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
