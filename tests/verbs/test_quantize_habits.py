@@ -15,7 +15,7 @@ from torch import nn
 
 from architectures import ARCHITECTURES, WAN_CALL, build, condition_unet, wan, with_weights
 from plain_denoiser import SHAPE, denoiser
-from quantize_runs import FAST_MINMAX
+from quantize_runs import FAST_MINMAX, refused
 from stepquant.api import load, quantize
 from stepquant.calibration.called_layers import REASON
 from stepquant.calibration.survey import general_adapter
@@ -166,3 +166,25 @@ def test_weight_only_quantizes_both_denoisers(wan_folder, tmp_path):
     assert set(record["components"]) == {"transformer", "transformer_2"}
     one, other = (record["components"][name]["layers"] for name in record["components"])
     assert one == other > 0
+
+
+class Fussy(nn.Module):
+    """Reads a tensor that quantized layers do not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = denoiser()
+
+    def forward(self, x, timestep):
+        stem = self.inner.stem
+        return self.inner(x, timestep) * (stem.weight.mean() if stem.weight is not None else 1)
+
+
+def test_a_packed_denoiser_that_cannot_be_called_is_not_written(tmp_path):
+    pipeline = DenoiserPipeline(Fussy().eval(), shape=SHAPE, scheduler=DDIMScheduler(1000))
+    told = refused(
+        lambda: quantize(pipeline, "minmax", out=tmp_path / "out", steps=2, settings=FAST_MINMAX)
+    )
+    assert "the quantized denoiser of 'DenoiserPipeline' cannot be called" in told
+    assert "'IntegerConv2d' object has no attribute 'weight'" in told
+    assert not (tmp_path / "out").exists()

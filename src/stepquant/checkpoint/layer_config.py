@@ -145,9 +145,11 @@ class LayerConfig:
         has_bias = module.bias is not None
         kind = IntegerLinear if self.kind == "linear" else IntegerConv2d
         with torch.device("meta"):
-            return kind(
+            packed = kind(
                 spec, splits, self.steps, context, has_bias, self.channel_scale, self.step_bias
             )
+        packed.mark(module.weight.dtype)
+        return packed
 
     def _spec(self, module: Any) -> LayerSpec:
         spec = self._shape(module)

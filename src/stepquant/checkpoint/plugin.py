@@ -24,6 +24,7 @@ from stepquant.models.input_bypass import InputBypass, bypass_of, detach_bypass
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.blocks import use_fast_blocks, use_plain_blocks
+from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.lora_branch import named_branches
 from stepquant.support.errors import StepQuantError
@@ -190,6 +191,8 @@ class StepQuantQuantizer(FrozenQuantizer):
             bypass.read_slopes(model)
         use_fast_blocks(model)
         model.requires_grad_(False)  # as after quantize: calls follow gradients where asked to
+        place_markers(model)
+        count_as_float(model)
         self.saved_names = frozenset(model.state_dict())
         self._loaded_keys, self._tensor_lines, self._owned = [], [], set()
         self._model = self._context = self._stored_checksum = None
@@ -260,6 +263,7 @@ class StepQuantQuantizer(FrozenQuantizer):
             if isinstance(getattr(module, "processor", None), ProductsProcessor):
                 module.set_processor(AttnProcessor2_0())
         delattr(model, validate.STEP_GRID_NAME)
+        vars(model).pop("num_parameters", None)
         detach_bypass(model)
         kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(kept)  # a config entry cannot be unregistered

@@ -28,6 +28,7 @@ from stepquant.checkpoint.validate import (
 from stepquant.models.attention_processor import PRODUCTS
 from stepquant.models.input_bypass import bypass_of
 from stepquant.quantizers import StepContext
+from stepquant.runtime.layers.dtype_marker import count_as_float
 from stepquant.support.atomic import atomic_folder
 from stepquant.support.errors import StepQuantError
 
@@ -72,6 +73,7 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     quantizer.why_not_saved = why_not_rebuilt(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
+    count_as_float(model)
     model.quantization_method = config.quant_method
     if hasattr(model, "register_to_config"):
         model.register_to_config(quantization_config=config)

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant.calibration.observe import quant_layers
+from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.checkpoint.config import StepQuantConfig
+from stepquant.checkpoint.folder import first_line
 from stepquant.checkpoint.rebuild import why_not_rebuilt
 from stepquant.checkpoint.save import attach_config, save_pipeline
 from stepquant.methods.recipe import Recipe, WeightOnlyRecipe, load_recipe
@@ -131,6 +134,7 @@ def quantize(
     session.ensure_ranges()
     seconds = time.monotonic() - started
     packed = pack(session.model, job)
+    check_runs(packed, trajectories, f"{source.name} of '{source.kind}'")
     result = source.with_denoiser(packed).pipeline
     others = quantize_components(result, job.components)
     record = record_of(job, session, packed, others, seconds, resume)
@@ -152,6 +156,24 @@ def pack(simulation: nn.Module, job: Job) -> nn.Module:
     )
     attach_config(packed, config)
     return packed.eval()
+
+
+@torch.no_grad()
+def check_runs(packed: nn.Module, trajectories: Trajectories, what: str) -> None:
+    """Call the `packed` denoiser, named `what`, with the first inputs of one image.
+
+    Raises StepQuantError for any error, before something is written that nobody can use.
+    """
+    try:
+        predict(packed, trajectories.step(0, 1))
+    except StepQuantError:
+        raise
+    except Exception as error:
+        raise StepQuantError(
+            f"the quantized {what} cannot be called ({type(error).__name__}: {first_line(error)}): "
+            "expected it to run like the float one; keep the modules float that the error comes "
+            "from (scheme.modules_to_not_convert)"
+        ) from error
 
 
 def save(result: DiffusionPipeline, component: str, target: Path, record: dict[str, Any]) -> None:

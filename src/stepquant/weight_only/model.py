@@ -128,9 +128,11 @@ def put_layer(model: nn.Module, name: str, weight: Tensor, config: WeightOnlyCon
     Grids of few bits cover the extremes. The bias stays what it is, and may be loaded afterwards.
     """
     layer = model.get_submodule(name)
+    dtype = layer.weight.dtype  # of the model, which the file's weight need not have
     layer.weight = nn.Parameter(weight, requires_grad=False)
     parent, _, child = name.rpartition(".")
     new = weight_only_in_place_of(layer, bits=config.bits, kinds=config.kinds)
+    new.mark(dtype)
     setattr(model.get_submodule(parent), child, new)
 
 

@@ -13,6 +13,7 @@ from stepquant.numerics import check_bits, max_code
 from stepquant.quantizers.activation import TakesErrors
 from stepquant.quantizers.step_grid import StepContext
 from stepquant.runtime.kernels import Backend
+from stepquant.runtime.layers.dtype_marker import MarksDtype, is_marker, values_of
 from stepquant.runtime.layers.input_part import InputPart
 from stepquant.runtime.layers.packed_weight import FAST, PackedWeight, released
 from stepquant.runtime.layers.prepared_layer import PreparedLayer
@@ -38,7 +39,7 @@ class Branches(Protocol):
         ...
 
 
-class IntegerLayer(nn.Module):
+class IntegerLayer(MarksDtype):
     """The shared part of the integer linear and conv layers.
 
     Buffers, for `P` input parts, `T` rows (1 or the length of the step grid):
@@ -99,11 +100,16 @@ class IntegerLayer(nn.Module):
         self._prepared: PreparedLayer | None = None
         self._prepared_on: torch.device | None = None
         self.bypass: TakesErrors | None = None  # gets the errors of the input
+        self.mark(torch.float32)
         self.lora = None  # a module where there are branches, see `runtime.layers.lora_branch`
 
     def part_specs(self) -> list[LayerSpec]:
         """The spec of each input part."""
         return [replace(self.spec, in_channels=channels) for channels in self.splits]
+
+    def float_parameters(self) -> int:
+        """How many parameters the float layer has."""
+        return values_of((self.spec.out_channels, self.spec.columns), self.bias)
 
     def packed_weights(self) -> list[PackedWeight]:
         """The weight of each input part: the prepared ones, or new ones over the buffers."""
@@ -263,6 +269,8 @@ class IntegerLayer(nn.Module):
 
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
+            if is_marker(self, tensor):
+                return moved
             # Scales and biases stay float32 in a bf16 or fp16 model.
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 

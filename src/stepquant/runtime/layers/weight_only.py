@@ -22,6 +22,7 @@ from stepquant.numerics import (
     unpack_nibbles,
 )
 from stepquant.quantizers.weight import GridSearch, minmax_weight_range
+from stepquant.runtime.layers.dtype_marker import MarksDtype, values_of
 from stepquant.support.errors import StepQuantError
 
 LARGEST = 127  # 8-bit codes are symmetric around zero
@@ -70,7 +71,7 @@ def weight_only_tensors(
     }
 
 
-class WeightOnly(nn.Module):
+class WeightOnly(MarksDtype):
     """What both kinds share: `weight` int8 `[n]`, `weight_scale` float32 `[C_out]`.
 
     With 4 bits also `weight_zero_point` uint8 `[C_out]`, and each byte of `weight` holds two codes,
@@ -91,6 +92,10 @@ class WeightOnly(nn.Module):
         self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
         self.register_buffer("weight_scale", tensors["weight_scale"])
         self.register_buffer("weight_zero_point", tensors.get("weight_zero_point"))
+
+    def float_parameters(self) -> int:
+        """How many parameters the float layer has."""
+        return values_of(self.weight_shape, self.bias)
 
     def held(self) -> list[Tensor]:
         """The tensors that stand for the weight in memory."""
@@ -207,6 +212,7 @@ def weight_only_in_place_of(
         empty_tensors(shape, bits) if empty else weight_only_tensors(module.weight, bits, find)
     )
     new.hold(shape, tensors)
+    new.mark(module.weight.dtype)
     if has_bias:
         new.bias = module.bias
     return new.train(module.training)
