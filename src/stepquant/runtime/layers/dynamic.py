@@ -35,10 +35,12 @@ def dynamic_codes(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """uint8 codes of `x` and float32 scales, one for each slice over `dims`, which are kept as 1.
 
     `x ~ (codes - 128) * scale`; the largest magnitude of a slice has the code 1 or 255, and a slice
-    of zeros the scale 1.
+    of zeros the scale 1. A slice with NaN or infinity has the scale NaN, which lets them through.
     """
     x = x.to(torch.float32)
-    scale = scale_of(x.abs().amax(dim=dims, keepdim=True), LARGEST, inverted=False)
+    largest = x.abs().amax(dim=dims, keepdim=True)
+    scale = scale_of(largest, LARGEST, inverted=False)
+    scale = scale.masked_fill(~torch.isfinite(largest), torch.nan)
     codes = torch.round(x / scale) + ZERO
     return codes.clamp(ZERO - LARGEST, ZERO + LARGEST).to(torch.uint8), scale
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from stepquant.models.non_finite import let_through
 from stepquant.numerics import check_bits, max_code
 from stepquant.quantizers.activation import TakesErrors
 from stepquant.quantizers.step_grid import StepContext
@@ -24,6 +25,7 @@ from stepquant.runtime.layers.straight_through import (
     wants_gradient,
     with_gradient_of,
 )
+from stepquant.runtime.ops import native
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.refusal import Refusal, RefusalCode
@@ -238,8 +240,10 @@ class IntegerLayer(MarksDtype):
     def _quantized(self, x: Tensor) -> Tensor:
         prepared = self.prepared()
         if x.dtype in FLOATS and self.why_no_codes() is None:
-            return prepared.run(prepared.encode(x), dtype=x.dtype)
-        return prepared.run_floats(x, self.bias, self.step_bias).to(x.dtype)
+            y = prepared.run(prepared.encode(x), dtype=x.dtype)
+            # A look costs as much as the native encoding.
+            return y if native.available() else let_through(y, x)
+        return let_through(prepared.run_floats(x, self.bias, self.step_bias).to(x.dtype), x)
 
     def _differentiable(self, x: Tensor) -> Tensor:
         with torch.no_grad():

@@ -73,8 +73,9 @@ class PackedAttention(nn.Module):
         )
         operands = (query, key, value)
         with torch.no_grad():
+            # Zero, or NaN where the operand is not finite, which codes would hide.
             differences = [
-                quantize(operand.to(torch.float32), scale, zero, self.bits) - zero
+                quantize(operand.to(torch.float32), scale, zero, self.bits) - zero + 0 * operand
                 for operand, scale, zero in zip(operands, scales, zeros, strict=True)
             ]
             y = attention_of_differences(
