@@ -148,7 +148,8 @@ class LayerConfig:
             packed = kind(
                 spec, splits, self.steps, context, has_bias, self.channel_scale, self.step_bias
             )
-        packed.mark(module.weight.dtype)
+        weight: Any = module.weight
+        packed.mark(weight.dtype)
         return packed
 
     def _spec(self, module: Any) -> LayerSpec:

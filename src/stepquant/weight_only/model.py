@@ -127,7 +127,7 @@ def put_layer(model: nn.Module, name: str, weight: Tensor, config: WeightOnlyCon
 
     Grids of few bits cover the extremes. The bias stays what it is, and may be loaded afterwards.
     """
-    layer = model.get_submodule(name)
+    layer: Any = model.get_submodule(name)
     dtype = layer.weight.dtype  # of the model, which the file's weight need not have
     layer.weight = nn.Parameter(weight, requires_grad=False)
     parent, _, child = name.rpartition(".")

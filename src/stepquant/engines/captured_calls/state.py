@@ -22,9 +22,12 @@ KINDS = (
     *("_forward_hooks", "_forward_pre_hooks"),
 )
 OWN_HOOKS = (StepContext, InputBypass, NonFiniteInputs)  # of which a replay does what they would
-# Attention processors, FreeU's factors, chunked feed-forward layers; `PackedAttention`'s own.
-ATTRIBUTES = ("processor", "s1", "s2", "b1", "b2", "_chunk_size", "_any_log2")
-ATTRIBUTES += ("attention_precision",)
+# Attention's processors and precision, FreeU's factors, chunked feed-forward layers;
+# `PackedAttention`'s own.
+ATTRIBUTES = (
+    *("processor", "attention_precision", "s1", "s2", "b1", "b2"),
+    *("_chunk_size", "_any_log2"),
+)
 PATCHES = ("forward", "_hf_hook")  # of instances, by the hooks of accelerate and diffusers
 
 

@@ -63,7 +63,7 @@ def place_markers(model: nn.Module) -> None:
     """Move each marker in `model` to the device of its layer, after a load."""
     for module in model.modules():
         if isinstance(module, MarksDtype):
-            tensors = [t for key, t in module.named_parameters(recurse=False)]
+            tensors: list[Tensor] = [each for _, each in module.named_parameters(recurse=False)]
             tensors += [t for t in module._buffers.values() if t is not None]
             marker = module._parameters[NAME]
             if tensors and marker is not None and not tensors[0].is_meta:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.grad import conv2d_input
 
 from stepquant.runtime.ops.layer_spec import LayerSpec
 
@@ -49,7 +50,7 @@ def gradient_of_input(grad: Tensor, weight: Tensor, spec: LayerSpec, shape: torc
     grad = grad.to(torch.float32)
     if spec.kind == "linear":
         return functional.linear(grad, weight.t())
-    return torch.nn.grad.conv2d_input(shape, weight, grad, spec.stride, spec.padding, spec.dilation)
+    return conv2d_input(shape, weight, grad, spec.stride, spec.padding, spec.dilation)
 
 
 class _StraightThrough(torch.autograd.Function):

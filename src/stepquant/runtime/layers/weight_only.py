@@ -81,7 +81,6 @@ class WeightOnly(MarksDtype):
     """
 
     weight: Tensor
-    bias: Tensor | None
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     weight_shape: tuple[int, ...]
@@ -95,7 +94,8 @@ class WeightOnly(MarksDtype):
 
     def float_parameters(self) -> int:
         """How many parameters the float layer has."""
-        return values_of(self.weight_shape, self.bias)
+        bias: Any = self.bias
+        return values_of(self.weight_shape, bias)
 
     def held(self) -> list[Tensor]:
         """The tensors that stand for the weight in memory."""
@@ -115,7 +115,8 @@ class WeightOnly(MarksDtype):
 
     def bias_for(self, x: Tensor) -> Tensor | None:
         """The bias in the dtype of `x`: blocks may hand float32 to the layers of a bf16 model."""
-        return None if self.bias is None else self.bias.to(x.dtype)
+        bias: Any = self.bias
+        return None if bias is None else bias.to(x.dtype)
 
     def check_floating(self, x: Tensor) -> None:
         """An error where a model has cast its input to the dtype of `weight`, which are codes."""
