@@ -69,6 +69,16 @@ def test_it_compiles_once_for_all_steps_and_again_for_other_shapes(
 
 
 @needs_openvino
+def test_gradients_are_refused(simulate: Any, context: StepContext) -> None:
+    run = OpenVinoDenoiser(around(pack_layer(simulate(seeded("linear"), 4)), context))
+    x = input_for("linear").requires_grad_()
+    with pytest.raises(StepQuantError, match="requires a gradient: expected none for the backend"):
+        run(x, 0)
+    with torch.no_grad():
+        assert run(x, 0).shape == (3, 5, 8)
+
+
+@needs_openvino
 @torch.no_grad()
 def test_precision_is_asked_for_on_every_device(simulate: Any, context: StepContext) -> None:
     packed, x = around(pack_layer(simulate(seeded("linear"), 4)), context), input_for("linear")

@@ -153,7 +153,10 @@ class LayerConfig:
         optional = self.tensors if module.bias is None else self.tensors | {"bias"}
         kind = IntegerLinear if self.kind == "linear" else IntegerConv2d
         with torch.device("meta"):
-            return kind(spec, splits, self.steps, context, optional)
+            packed = kind(spec, splits, self.steps, context, optional)
+        weight: Any = module.weight
+        packed.mark(weight.dtype)
+        return packed
 
     def _spec(self, module: Any) -> LayerSpec:
         spec = self._shape(module)

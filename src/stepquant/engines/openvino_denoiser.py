@@ -29,6 +29,7 @@ from stepquant.models.calling import (
 from stepquant.models.stand_in import StandIn
 from stepquant.quantizers.step_grid import StepContext, StepGrid
 from stepquant.runtime.layers.integer import IntegerLayer
+from stepquant.runtime.layers.straight_through import wants_gradient
 from stepquant.support.errors import StepQuantError
 
 PRECISIONS = ("f32", "bf16", "f16")
@@ -122,6 +123,12 @@ class OpenVinoDenoiser(StandIn):
             )
         arguments["timestep"] = torch.as_tensor(arguments["timestep"])
         check_no_lora_branch(self.denoiser)
+        if wants_gradient(*tensors_in(arguments)):
+            raise StepQuantError(
+                f"{type(self.denoiser).__name__} got a tensor that requires a gradient: "
+                "expected none for the backend openvino, which gives numbers only; call the "
+                "denoiser itself, or under torch.no_grad()"
+            )
         tensors = [tensor.detach() for tensor in tensors_in(arguments)]
         self._check(arguments, tensors)
         context = StepContext(self.grid)

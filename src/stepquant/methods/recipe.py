@@ -13,14 +13,18 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_serializer,
     field_validator,
+    model_serializer,
 )
 
 from stepquant.methods import STEPS, Step
+from stepquant.models.eligibility import check_patterns
 from stepquant.runtime.layers.weight_only import check_weight_only_bits
-from stepquant.simulation.scheme import Scheme
+from stepquant.simulation.scheme import ALL_KEYS, Scheme, without_empty_patterns
 from stepquant.support.errors import StepQuantError
 from stepquant.support.plugins import PlugIns
 
@@ -84,7 +88,7 @@ class NamedRecipe(BaseModel):
         Raises:
             StepQuantError: the recipe has no such setting, or does not accept the value.
         """
-        plain = self.to_dict()
+        plain = self.model_dump(mode="json", context=ALL_KEYS)
         for dotted, value in settings.items():
             section, _, key = dotted.partition(".")
             places = [plain[section]] if isinstance(plain.get(section), dict) else []
@@ -103,10 +107,25 @@ class NamedRecipe(BaseModel):
 
 
 class WeightScheme(BaseModel):
-    """Bits of the denoiser's weights in a weight-only recipe: 4 or 8."""
+    """Bits of the denoiser's weights in a weight-only recipe: 4 or 8.
+
+    `modules_to_not_convert`: names or patterns of modules whose layers stay float.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     weight_bits: int = 4
+    modules_to_not_convert: tuple[str, ...] = ()
+
+    @field_validator("modules_to_not_convert", mode="before")
+    @classmethod
+    def _patterns(cls, value: object) -> tuple[str, ...]:
+        return check_patterns(value, "modules_to_not_convert of a weight-only recipe")
+
+    @model_serializer(mode="wrap")
+    def _plain(
+        self, handler: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> dict[str, Any]:
+        return without_empty_patterns(handler(self), info)
 
     @field_validator("weight_bits", mode="before")
     @classmethod

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from stepquant.calibration.called_layers import never_called
 from stepquant.calibration.observe import observe
 from stepquant.calibration.survey import adapter_of
 from stepquant.calibration.trajectories import capture_trajectories
@@ -191,7 +192,10 @@ def inspect_float(
         source.pipeline, num, steps, seed, scheduler, reporter=reporter, conditioning=conditioning
     )
     context = StepContext(trajectories.grid())
-    simulation, left_float = simulate(source.denoiser, adapter_of(source), Scheme(), context)
+    uncalled = never_called(source.denoiser, trajectories)
+    simulation, left_float = simulate(
+        source.denoiser, adapter_of(source), Scheme(), context, uncalled
+    )
     seen = observe(simulation, trajectories, num, seed, reporter)
     layers = []
     for (name, part), observation in seen.items():

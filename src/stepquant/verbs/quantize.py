@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant.calibration.observe import quant_layers
+from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.checkpoint.config import StepQuantConfig
+from stepquant.checkpoint.folder import first_line
+from stepquant.checkpoint.rebuild import why_not_rebuilt
 from stepquant.checkpoint.save import attach_config, save_pipeline
 from stepquant.methods.recipe import Recipe, WeightOnlyRecipe, load_recipe
 from stepquant.models.adapter import DenoiserAdapter
@@ -21,6 +26,7 @@ from stepquant.pipelines.opening import weight_file_bytes
 from stepquant.pipelines.sampling import check_seed
 from stepquant.simulation.packing import pack_model
 from stepquant.support.atomic import remove_partial
+from stepquant.support.errors import StepQuantError
 from stepquant.support.process_memory import reset_peak_memory
 from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder
@@ -32,9 +38,10 @@ from stepquant.verbs.quantize_job import (
     open_float,
     plan_job,
     with_settings,
+    without_uncalled,
     work_path,
 )
-from stepquant.verbs.quantize_record import record_of
+from stepquant.verbs.quantize_record import denoisers_left, record_of
 from stepquant.verbs.quantize_weight_only import check_unused, quantize_weight_only
 from stepquant.verbs.quantized import Quantized
 from stepquant.weight_only.components import add_file_sizes, quantize_components
@@ -123,10 +130,19 @@ def quantize(
     target = check_output(out, resume)
     check_seed(seed)
     source = open_float(model, adapter, components or {}, reporter)
+    reason = None if target is None else why_not_rebuilt(source.denoiser)
+    if reason is not None:
+        raise StepQuantError(reason)
     conditioning = Conditioning.of(prompts, labels, guidance, call)
     with reporter.task("checking the model and the recipe", total=None):
         job = plan_job(
             source, chosen, settings, conditioning, seed, components or {}, memory, reporter
+        )
+    for name in denoisers_left(job):
+        warnings.warn(
+            f"the denoiser '{name}' of {source.kind} stays float: a calibrated recipe quantizes "
+            f"'{source.name}' only; components={{'{name}': 'w8'}} quantizes the other's weights",
+            stacklevel=2,
         )
     reset_peak_memory()
     started = time.monotonic()
@@ -134,6 +150,7 @@ def quantize(
         description = job.description()
     work = WorkFolder(None if target is None else work_path(target), description, resume)
     trajectories = calibration_trajectories(job, work, reporter)
+    job = without_uncalled(job, trajectories)
     session = begin_session(job, trajectories, work, reporter)
     for number, step in enumerate(job.recipe.steps, 1):
         with reporter.task(f"step {number} of {len(job.recipe.steps)}, {step.name}", total=None):
@@ -141,6 +158,7 @@ def quantize(
     session.ensure_ranges()
     seconds = time.monotonic() - started
     packed = packed_denoiser(session.model, job, reporter)
+    check_runs(packed, trajectories, f"{source.name} of '{source.kind}'")
     result = source.with_denoiser(packed).pipeline
     others = quantize_components(result, job.components, reporter)
     record = record_of(job, session, packed, others, seconds, resume)
@@ -163,6 +181,24 @@ def packed_denoiser(simulation: nn.Module, job: Job, reporter: Reporter) -> nn.M
     )
     attach_config(packed, config)
     return packed.eval()
+
+
+@torch.no_grad()
+def check_runs(packed: nn.Module, trajectories: Trajectories, what: str) -> None:
+    """Call the `packed` denoiser, named `what`, with the first inputs of one image.
+
+    Raises StepQuantError for any error, before something is written that nobody can use.
+    """
+    try:
+        predict(packed, trajectories.step(0, 1))
+    except StepQuantError:
+        raise
+    except Exception as error:
+        raise StepQuantError(
+            f"the quantized {what} cannot be called ({type(error).__name__}: {first_line(error)}): "
+            "expected it to run like the float one; keep the modules float that the error comes "
+            "from (scheme.modules_to_not_convert)"
+        ) from error
 
 
 def save(result: DiffusionPipeline, component: str, target: Path, record: dict[str, Any]) -> None:

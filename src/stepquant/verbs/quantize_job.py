@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from stepquant.calibration.called_layers import never_called
 from stepquant.calibration.spill import Spill
 from stepquant.calibration.survey import adapter_of
 from stepquant.calibration.trajectories import Trajectories, drawer, first_inputs
@@ -231,13 +232,22 @@ def with_own_scheduler(
     )
 
 
+def without_uncalled(job: Job, trajectories: Trajectories) -> Job:
+    """`job` with the layers that `trajectories` never reach among those that stay float."""
+    uncalled = never_called(job.float_model, trajectories)
+    new = {name: why for name, why in uncalled.items() if name not in job.left_float}
+    return replace(job, left_float={**job.left_float, **new})
+
+
 def begin_session(
     job: Job, trajectories: Trajectories, work: WorkFolder, reporter: Reporter
 ) -> Session:
     """Return a session with the simulation of the float model, ready for the recipe's steps."""
     recipe, calibration = job.recipe, job.recipe.calibration
     context = StepContext(trajectories.grid())
-    simulation, left_float = simulate(job.float_model, job.adapter, recipe.scheme, context)
+    simulation, left_float = simulate(
+        job.float_model, job.adapter, recipe.scheme, context, job.left_float
+    )
     for name, reason in left_float.items():
         reporter.line(f"layer '{name}' stays float: {reason}")
     if recipe.scheme.attention_bits is not None:

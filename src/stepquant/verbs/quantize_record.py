@@ -37,9 +37,15 @@ def record_of(
         "attention_float": [name for name in sites if name not in session.attention()],
         "reference_layers": reference_layers(packed),
         "components": components,
+        "denoisers_float": denoisers_left(job),
         "summary": session.summary,
         "provenance": job.provenance,
     }
+
+
+def denoisers_left(job: Job) -> list[str]:
+    """The pipeline's denoisers beside the quantized one that stay float."""
+    return [name for name in job.source.other_denoisers() if name not in job.components]
 
 
 def mean_weight_bits(model: nn.Module) -> float:

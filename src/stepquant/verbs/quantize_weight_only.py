@@ -25,8 +25,8 @@ def check_unused(recipe: WeightOnlyRecipe, unused: Mapping[str, Any]) -> None:
     if given:
         raise StepQuantError(
             f"the recipe '{recipe.name}' got {', '.join(given)}: expected weights, out, components "
-            "and the settings scheme.weight_bits and ranges.weights only, because a weight-only "
-            "recipe calibrates nothing; leave the others out"
+            "and the settings scheme.weight_bits, scheme.modules_to_not_convert and ranges.weights "
+            "only, because a weight-only recipe calibrates nothing; leave the others out"
         )
 
 
@@ -59,6 +59,12 @@ def quantize_weight_only(
             "writes layer by layer"
         )
     record = convert(
-        model, out, recipe.scheme.weight_bits, recipe.ranges.weights, components, reporter
+        model,
+        out,
+        recipe.scheme.weight_bits,
+        recipe.ranges.weights,
+        components,
+        reporter,
+        recipe.scheme.modules_to_not_convert,
     )
     return QuantizedFolder(Path(out), {"recipe": recipe.to_dict(), **record})

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from stepquant.models.eligibility import why_float
+from stepquant.models.eligibility import check_patterns, why_float
 from stepquant.runtime.layers.dynamic import DynamicConv2d, DynamicLinear
 from stepquant.runtime.layers.weight_only import (
     WEIGHT_ONLY,
@@ -32,6 +32,10 @@ class WeightOnlyMethod(str, Enum):
 class WeightOnlyConfig(QuantizationConfigMixin):
     """`quantization_config` of a model with 8-bit or 4-bit weights, dequantized on use.
 
+    Once a float model is loaded, its config names the packed layers, and the attribute
+    `float_layers`, which is not saved, says why each other linear, conv or embedding layer stays
+    float.
+
     Args:
         layers: names of the quantized layers. None, for a float model that is quantized while
             diffusers loads it, selects all linear and conv layers with a weight of their own.
@@ -39,6 +43,8 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         bits: bits of the weights, 8 or 4.
         grids: search for the grids of 4-bit weights, "minmax" or "mse"; None for 8 bits. Loading a
             quantized model does not depend on it.
+        modules_to_not_convert: names or patterns of modules whose layers stay float while a float
+            model is loaded; see `models.eligibility.matches`.
 
     Raises:
         StepQuantError: an unknown key, another format version, or a value of the wrong type.
@@ -54,6 +60,7 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         bits: int = 8,
         grids: str | None = None,
+        modules_to_not_convert: list[str] | None = None,
         **more: Any,
     ) -> None:
         self.quant_method: Any = self.method
@@ -66,7 +73,7 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         if unknown:
             raise StepQuantError(
                 f"the config of a weight-only component has the unknown key '{min(unknown)}': "
-                "expected format_version, layers, bits and grids"
+                "expected format_version, layers, bits, grids and modules_to_not_convert"
             )
         named = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
         if layers is not None and not named:
@@ -78,11 +85,23 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         self.layers = None if layers is None else sorted(layers)
         self.bits = check_weight_only_bits(bits, "bits of the config of a weight-only component")
         self.grids = grids
+        self.modules_to_not_convert = list(
+            check_patterns(
+                modules_to_not_convert or [],
+                "modules_to_not_convert of the config of a weight-only component",
+            )
+        )
+        self.float_layers: dict[str, str] = {}
 
     @classmethod
-    def takes(cls, module: nn.Module, shared: Collection[int] = ()) -> bool:
-        """Whether a layer of `kinds` can replace `module`; for `shared` see `why_float`."""
-        return why_float(module, any_conv=cls.any_conv, shared=shared) is None
+    def why_float(cls, module: nn.Module, shared: Collection[int] = ()) -> str | None:
+        """Why no layer of `kinds` can replace `module`, or None; for `shared` see `why_float`."""
+        return why_float(module, any_conv=cls.any_conv, shared=shared)
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        """Whether a layer of `kinds` can replace `module`."""
+        return cls.why_float(module) is None
 
     @property
     def names(self) -> list[str]:
@@ -110,11 +129,14 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         """Return the config as JSON values in a fixed order.
 
         `bits` and `grids` are left out at 8 bits, because the first files of this format had
-        neither.
+        neither, and so is an empty `modules_to_not_convert`.
         """
         few_bits = {"bits": self.bits, "grids": self.grids} if self.bits < 8 else {}
+        patterns = self.modules_to_not_convert
+        kept = {"modules_to_not_convert": patterns} if patterns else {}
         return {
             **few_bits,
+            **kept,
             "format_version": self.format_version,
             "layers": self.layers,
             "quant_method": self.quant_method.value,

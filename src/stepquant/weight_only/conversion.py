@@ -18,7 +18,7 @@ from stepquant.checkpoint.load import is_single_file, local_folder
 from stepquant.checkpoint.save import new_checkpoint
 from stepquant.models.adapter import ADAPTERS
 from stepquant.pipelines.opening import resolve_builtin, weight_file_bytes
-from stepquant.pipelines.resolved import DENOISERS
+from stepquant.pipelines.resolved import DENOISERS, other_denoisers
 from stepquant.runtime.layers.weight_only import check_weight_only_bits
 from stepquant.support.atomic import remove_partial
 from stepquant.support.errors import StepQuantError
@@ -59,12 +59,14 @@ def convert(
     grids: str = "minmax",
     components: Mapping[str, str] | None = None,
     reporter: Reporter | None = None,
+    modules_to_not_convert: Collection[str] = (),
 ) -> dict[str, Any]:
     """Quantize the weights of a pipeline without calibration and write it as a new folder.
 
     Activations stay float, so the model becomes smaller, not faster. The function reads the
     safetensors files one layer at a time and writes shards, so a model may be far larger than the
-    memory. The input and output layers of the denoiser stay float if its architecture is known.
+    memory. The input and output layers of the denoiser stay float if its architecture is known. A
+    pipeline's other denoisers (`transformer_2`) are quantized like the first.
 
     Args:
         model: a diffusers folder, a hub id or "builtin:NAME".
@@ -76,6 +78,7 @@ def convert(
         components: "w8" or "w4" for other models of diffusers in the pipeline, such as
             `{"vae": "w8"}`. The rest is copied.
         reporter: where progress is shown; silent by default.
+        modules_to_not_convert: names or patterns of the denoisers' modules whose layers stay float.
 
     Returns:
         A record of JSON values: sizes in bytes of the denoiser, seconds, peak memory in MB, and an
@@ -106,7 +109,12 @@ def convert(
             f"'{folder}' has the components {', '.join(index)}: expected a denoiser called "
             f"{' or '.join(DENOISERS)}"
         )
-    ways = {denoiser: f"w{weights}", **_checked(folder, index, denoiser, components or {})}
+    kinds = {name: entry[1] for name, entry in index.items() if entry[1] is not None}
+    denoisers = [denoiser, *other_denoisers(denoiser, kinds)]
+    ways = {
+        **dict.fromkeys(denoisers, f"w{weights}"),
+        **_checked(folder, index, denoiser, components or {}),
+    }
     reset_peak_memory()
     started = time.monotonic()
     records: dict[str, Any] = {}
@@ -119,9 +127,11 @@ def convert(
         with reporter.task("copying the other components", total=None):
             shutil.copytree(folder, partial_folder, ignore=left_out, dirs_exist_ok=True)
         for name, way in ways.items():
-            kept = partial(_outer_layers, reporter) if name == denoiser else lambda _: ()
+            of_denoiser = name in denoisers
+            kept = partial(_outer_layers, reporter) if of_denoiser else lambda _: ()
+            patterns = modules_to_not_convert if of_denoiser else ()
             records[name] = _quantize_one(
-                folder / name, partial_folder / name, way, grids, kept, reporter
+                folder / name, partial_folder / name, way, grids, kept, patterns, reporter
             )
     return {
         "denoiser": denoiser,
@@ -159,7 +169,13 @@ def _checked(
 
 
 def _quantize_one(
-    source: Path, target: Path, way: str, grids: str, kept: Any, reporter: Reporter
+    source: Path,
+    target: Path,
+    way: str,
+    grids: str,
+    kept: Any,
+    patterns: Collection[str],
+    reporter: Reporter,
 ) -> dict[str, Any]:
     """Quantize the component in `source` into `target`, and return its record."""
     bits = WAYS[way]
@@ -172,6 +188,7 @@ def _quantize_one(
         weight_search(grids),
         kept,
         reporter,
+        patterns=patterns,
     )
     return {
         "bits": way,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from stepquant.models.eligibility import shared_weights
+from stepquant.models.eligibility import LAYERS, modules_kept_float, shared_weights, unmatched
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers.weight import GridSearch, minmax_weight_range
 from stepquant.runtime.layers.weight_only import WeightOnly, weight_only_in_place_of
@@ -27,25 +29,41 @@ MINMAX = "minmax"  # value of `grids` in configs: the grid covers the smallest a
 def resolved(config: Config, model: nn.Module, what: str, kept: Collection[str] = ()) -> Config:
     """Return a copy of `config` that names the layers of the float `model` to quantize.
 
-    If `config` names no layers, these are all linear and conv layers except those in `kept`, those
-    that share their weight with another module, and instances of subclasses.
+    `float_layers` of the copy lists the layers that stay float, each with the reason:
+
+    - those in `kept`, and those of `modules_to_not_convert`;
+    - those that the model's class keeps in float32;
+    - if `config` names no layers itself, those that share their weight with another module, and
+      instances of other classes than `nn.Linear` and `nn.Conv2d`.
 
     Raises:
         StepQuantError: no layer is left, or `config` names a layer that `model` does not have. The
             message calls the model `what`.
     """
+    asked = modules_kept_float(model, config.modules_to_not_convert)
+    for pattern in unmatched(model, config.modules_to_not_convert):
+        warnings.warn(
+            f"modules_to_not_convert has '{pattern}', which names no module of {what}", stacklevel=2
+        )
+    asked |= {name: "input or output layer of the denoiser" for name in kept}
     if config.layers is not None:
         check_names(model, config)
-        return _with_layers(config, config.layers)
-    shared = shared_weights(model)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if config.takes(module, shared) and name not in kept
-    ]
+        names = [name for name in config.layers if name not in asked]
+        float_layers = {name: asked[name] for name in config.layers if name in asked}
+    else:
+        shared = shared_weights(model)
+        reasons = {
+            name: config.why_float(module, shared) or asked.get(name)
+            for name, module in model.named_modules()
+            if isinstance(module, (*LAYERS, _ConvNd, nn.Embedding))
+        }
+        names = [name for name, reason in reasons.items() if reason is None]
+        float_layers = {name: reason for name, reason in reasons.items() if reason is not None}
     if not names:
         raise StepQuantError(f"{what} has no linear or conv layer: expected some to quantize")
-    return _with_layers(config, names)
+    found = type(config)(names, bits=config.bits, grids=config.grids)
+    found.float_layers = float_layers
+    return found
 
 
 def resolved_at_load(config: Config, model: nn.Module) -> Config:
@@ -65,10 +83,6 @@ def resolved_at_load(config: Config, model: nn.Module) -> Config:
     found = resolved(config, model, type(model).__name__)
     found.grids = MINMAX if config.bits < 8 else None
     return found
-
-
-def _with_layers(config: Config, layers: list[str]) -> Config:
-    return type(config)(layers, bits=config.bits, grids=config.grids)
 
 
 def check_names(model: nn.Module, config: WeightOnlyConfig) -> None:
@@ -133,10 +147,12 @@ def put_layer(model: nn.Module, name: str, weight: Tensor, config: WeightOnlyCon
     Grids of less than 8 bits cover the smallest and largest weight. The bias is kept, and may be
     loaded later.
     """
-    layer = model.get_submodule(name)
+    layer: Any = model.get_submodule(name)
+    dtype = layer.weight.dtype  # of the model, which the file's weight need not have
     layer.weight = nn.Parameter(weight, requires_grad=False)
     parent, _, child = name.rpartition(".")
     new = weight_only_in_place_of(layer, bits=config.bits, kinds=config.kinds)
+    new.mark(dtype)
     setattr(model.get_submodule(parent), child, new)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
 from stepquant.quantizers.weight import GridSearch, minmax_weight_range
+from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
 from stepquant.support.errors import StepQuantError
 from stepquant.weight_only.config import WeightOnlyConfig
 from stepquant.weight_only.model import (
@@ -81,6 +82,8 @@ class WeightOnlyQuantizer(FrozenQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         check_loaded(model, self.quantization_config)
+        place_markers(model)
+        count_as_float(model)
         model.register_to_config(quantization_config=self.quantization_config)
 
 
@@ -131,6 +134,7 @@ def mark_weight_only(model: Any, config: WeightOnlyConfig, what: str) -> None:
         model.config.quantization_config = config
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = config.quant_method
+    count_as_float(model)
 
 
 def _text_quantizer(model: Any, config: WeightOnlyConfig, what: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -38,7 +39,8 @@ def stream_weights(
     kept: Callable[[nn.Module], Collection[str]],
     reporter: Reporter,
     shard_bytes: int = SHARD_BYTES,
-) -> dict[str, int]:
+    patterns: Collection[str] = (),
+) -> dict[str, Any]:
     """Quantize the weights of the component in `source` and write it to the new folder `target`.
 
     Tensors that stay float keep their dtype. Peak memory is one output shard plus the rounding of
@@ -54,9 +56,11 @@ def stream_weights(
         kept: returns the names of the layers of the empty model that stay float.
         reporter: where progress is shown.
         shard_bytes: largest size of a shard, in bytes.
+        patterns: names or patterns of modules whose layers stay float.
 
     Returns:
-        The number of quantized `layers`, and of `parameters` in the component.
+        The number of quantized `layers`, and of `parameters` in the component, and
+        `left_float`, the reason why each other layer stays float.
 
     Raises:
         StepQuantError: the files do not match the config, or a weight is not finite.
@@ -64,7 +68,8 @@ def stream_weights(
     files = WeightFiles(source)
     model = empty_model(source, what)
     check_files(model, files, what)
-    config = resolved(WeightOnlyConfig(bits=bits, grids=grids), model, what, kept(model))
+    asked = WeightOnlyConfig(bits=bits, grids=grids, modules_to_not_convert=list(patterns))
+    config = resolved(asked, model, what, kept(model))
     mark_weight_only(model, config, what)
     owned = put_layers(model, config, empty=True)
     shapes = {
@@ -92,6 +97,7 @@ def stream_weights(
     return {
         "layers": len(config.names),
         "parameters": files.parameters,
+        "left_float": config.float_layers,
     }
 
 

@@ -13,6 +13,7 @@ from diffusers.utils import is_transformers_version
 from safetensors import safe_open
 from transformers.quantizers.base import HfQuantizer
 
+from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
 from stepquant.support.errors import StepQuantError
 from stepquant.weight_only.config import WeightOnlyConfig
 from stepquant.weight_only.model import check_loaded, put_layers, resolved_at_load
@@ -87,6 +88,8 @@ class TextWeightOnlyQuantizer(HfQuantizer):
             put_layers(model, config)
             self.quantization_config = model.config.quantization_config = config
         check_loaded(model, self.quantization_config)
+        place_markers(model)
+        count_as_float(model)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the requested `dtype`, that of activations and float parameters."""

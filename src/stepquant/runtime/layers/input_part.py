@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stepquant.numerics import max_code
 from stepquant.runtime.kernels import State, TakesCodes
 from stepquant.runtime.layers.packed_weight import PackedWeight
 from stepquant.runtime.ops import fused, native
@@ -82,15 +83,29 @@ class InputPart:
 
     def input_error(self, x: Tensor, rows: Tensor, channel_dim: int) -> Tensor:
         """`x` minus its value on the grid, float32; `x` is float32, `rows [B]`."""
-        scale, zero_point = (
-            table.index_select(0, rows).view(-1, *(1,) * (x.dim() - 1))
-            for table in (self.grid.scale, self.grid.zero_point)
-        )
+        scale, zero_point = self._at_rows(x, rows)
         factors = self.grid.factors_for(x, channel_dim)
         scaled = x if factors is None else x * factors
         codes = encode(scaled, scale, zero_point, self.spec.activation_bits)
         error = scaled - (codes.to(torch.float32) - zero_point) * scale
         return error if factors is None else error / factors
+
+    def slope(self, x: Tensor, rows: Tensor, channel_dim: int) -> Tensor:
+        """The gradient of the values that the weight multiplies, by `x`; arguments as above.
+
+        That is the factor of each in-channel, or 0 where the grid clips `x`.
+        """
+        scale, zero_point = self._at_rows(x, rows)
+        free = torch.round(self.grid.scaled(x, channel_dim) * (1.0 / scale)) + zero_point
+        inside = (free >= 0) & (free <= max_code(self.spec.activation_bits))
+        return self.grid.scaled(inside.to(torch.float32), channel_dim)
+
+    def _at_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of `rows`, in a shape that broadcasts over `x`."""
+        tables = (self.grid.scale, self.grid.zero_point)
+        scale, zero_point = (table.index_select(0, rows) for table in tables)
+        shape = (-1, *(1,) * (x.dim() - 1))
+        return scale.view(shape), zero_point.view(shape)
 
     def read(self) -> list[Tensor]:
         """The tensors that calls read, apart from the step tables, which are buffers."""

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from stepquant.models.non_finite import let_through
 from stepquant.numerics import check_bits, max_code
 from stepquant.quantizers.activation import TakesErrors
 from stepquant.quantizers.step_grid import StepContext
 from stepquant.runtime.kernels import Backend
+from stepquant.runtime.layers.dtype_marker import MarksDtype, is_marker, values_of
 from stepquant.runtime.layers.input_part import InputPart
 from stepquant.runtime.layers.layer_tensors import (
     LAYER_TENSORS,
@@ -25,6 +27,13 @@ from stepquant.runtime.layers.layer_tensors import (
 from stepquant.runtime.layers.packed_weight import FAST, PREPARING, PackedWeight, released
 from stepquant.runtime.layers.prepared_layer import PreparedLayer
 from stepquant.runtime.layers.released import Released, whole
+from stepquant.runtime.layers.straight_through import (
+    gradient_of_input,
+    straight_through,
+    wants_gradient,
+    with_gradient_of,
+)
+from stepquant.runtime.ops import native
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.refusal import Refusal, RefusalCode
@@ -40,7 +49,7 @@ class Branches(Protocol):
         ...
 
 
-class IntegerLayer(nn.Module):
+class IntegerLayer(MarksDtype):
     """The shared part of the integer linear and conv layers.
 
     Its buffers are those of `layer_tensors.LAYER_TENSORS`; absent ones are None.
@@ -87,6 +96,7 @@ class IntegerLayer(nn.Module):
         self._not_for_codes = not_read(present, Reader.CODES)
         self._prepared: PreparedLayer | None = None
         self.bypass: TakesErrors | None = None  # gets the errors of the input
+        self.mark(torch.float32)
         self.lora = None  # a module where there are branches, see `runtime.layers.lora_branch`
 
     def sizes(self) -> LayerSizes:
@@ -100,6 +110,10 @@ class IntegerLayer(nn.Module):
     def part_specs(self) -> list[LayerSpec]:
         """The spec of each input part."""
         return [replace(self.spec, in_channels=channels) for channels in self.splits]
+
+    def float_parameters(self) -> int:
+        """How many parameters the float layer has."""
+        return values_of((self.spec.out_channels, self.spec.columns), self.bias)
 
     def packed_weights(self) -> list[PackedWeight]:
         """The weight of each input part: the prepared ones, or new ones over the buffers."""
@@ -234,27 +248,53 @@ class IntegerLayer(nn.Module):
         return self.prepared().why_no_codes()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float in, float out, integers between; the result has the dtype of `x`."""
+        """Float in, float out, integers between; the result has the dtype of `x`.
+
+        The gradient passes straight through rounding; see `runtime.layers.straight_through`.
+        """
         if self.bypass is not None:
             self.bypass.take(self.input_error(x))
-        y = self._quantized(x)
+        y = self._quantized(x) if not wants_gradient(x) else self._differentiable(x)
         return y if self.lora is None else self.lora.add_to(y, x)
 
     def _quantized(self, x: Tensor) -> Tensor:
         prepared = self.prepared()
         if x.dtype in FLOATS and self.why_no_codes() is None:
-            return prepared.run(prepared.encode(x), dtype=x.dtype)
-        return prepared.run_floats(x, self.bias, self.step_bias).to(x.dtype)
+            y = prepared.run(prepared.encode(x), dtype=x.dtype)
+            # A look costs as much as the native encoding.
+            return y if native.available() else let_through(y, x)
+        return let_through(prepared.run_floats(x, self.bias, self.step_bias).to(x.dtype), x)
+
+    def _differentiable(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            slope = self.prepared().slope(x)
+
+        def gradient(grad: Tensor) -> Tensor:
+            weight = self.float_weight().to(grad.device)
+            return gradient_of_input(grad, weight, self.spec, slope.shape) * slope
+
+        return straight_through(x, self._quantized, gradient)
 
     def input_error(self, x: Tensor) -> Tensor:
-        """`x` minus its value on the activation grids, in its shape, float32."""
-        return self.prepared().input_error(x)
+        """`x` minus its value on the activation grids, in its shape, float32.
+
+        Its gradient by `x` is 0 on the grids, and 1 where they clip.
+        """
+        with torch.no_grad():
+            error = self.prepared().input_error(x)
+        if not wants_gradient(x):
+            return error
+        with torch.no_grad():
+            clipped = self.prepared().slope(x) == 0
+        return with_gradient_of(error, x.to(torch.float32) * clipped)
 
     def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
         self.drop_layout()  # the kernel's layout belongs to the old device
 
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
+            if is_marker(self, tensor):
+                return moved
             # Scales and biases stay float32 in a bf16 or fp16 model.
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 

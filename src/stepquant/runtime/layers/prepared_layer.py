@@ -194,11 +194,22 @@ class PreparedLayer:
 
     def input_error(self, x: Tensor) -> Tensor:
         """`x` minus its value on the activation grids, in its shape, float32."""
-        rows = self._context.rows if self._has_tables else torch.zeros_like(self._context.rows[:1])
-        rows = spread_rows(rows.to(x.device), x.shape[0])
+        rows = self._rows_of(x)
         pairs = zip(self._split(x.to(torch.float32)), self.parts, strict=True)
         errors = [part.input_error(each, rows, self._channel_dim) for each, part in pairs]
         return torch.cat(errors, dim=self._channel_dim)
+
+    def slope(self, x: Tensor) -> Tensor:
+        """The gradient of what the weights multiply, by `x`, in its shape, float32."""
+        rows = self._rows_of(x)
+        pairs = zip(self._split(x.to(torch.float32)), self.parts, strict=True)
+        slopes = [part.slope(each, rows, self._channel_dim) for each, part in pairs]
+        return torch.cat(slopes, dim=self._channel_dim)
+
+    def _rows_of(self, x: Tensor) -> Tensor:
+        """The row of each sample of `x`, `[B]`."""
+        rows = self._context.rows if self._has_tables else torch.zeros_like(self._context.rows[:1])
+        return spread_rows(rows.to(x.device), x.shape[0])
 
     def _row(self) -> Tensor | None:
         return self._context.rows if self._has_tables else None
