@@ -175,7 +175,7 @@ def test_influence_with_guidance_is_refused_before_anything_is_trained(recipe, s
         )
     )
     assert "expected no classifier-free guidance" in message
-    assert {stage.split()[0] for stage in stages} == {"sampling"}
+    assert {stage.split()[0] for stage in stages} == {"checking", "reading", "sampling"}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -187,7 +187,7 @@ def test_a_class_embedding_that_drops_labels_is_refused():
 
 def test_a_text_pipeline_asks_for_prompts():
     message = refused(lambda: quantize(build("sd"), "minmax"))
-    assert "StableDiffusionPipeline draws images of prompts and got none" in message
+    assert "StableDiffusionPipeline needs prompts and got none" in message
     assert "--prompt" in message
 
 
@@ -221,8 +221,8 @@ class Interrupting(Reporter):
         with super().task(description, total) as task:
             advance = task.advance
 
-            def press(count=1, note=""):
-                advance(count, note)
+            def press(*count, **note):
+                advance(*count, **note)
                 self.after -= description == "distilling blocks"
                 if self.after == 0 and description == "distilling blocks":
                     raise KeyboardInterrupt

@@ -34,7 +34,7 @@ assert found["summary"]["sigma_delta_rounding"]["moved_share"] > 0.1, found["sum
 
 class Interrupting(Reporter):
     def task(self, description, total):
-        if "trajectories" not in description and "sampling" not in description:
+        if description == "observing activations":
             raise KeyboardInterrupt
         return super().task(description, total)
 

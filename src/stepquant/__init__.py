@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepquant.support.late_registration import register_late
 from stepquant.support.moved_modules import keep_old_names
+from stepquant.support.old_module_names import OLD_MODULE_NAMES
 from stepquant.support.version import __version__
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         register_metric,
         register_step,
         sample,
+        set_attention_precision,
         set_backend,
         set_lora_scales,
         set_memory_mode,
@@ -91,6 +93,7 @@ _HOMES = {
     "register_metric": "evaluation.metric",
     "register_step": "methods.step",
     "sample": "verbs.sample",
+    "set_attention_precision": "runtime.blocks.attention_precision",
     "set_backend": "engines.backend",
     "set_lora_scales": "lora.pipeline",
     "set_memory_mode": "runtime.layers.resident",
@@ -131,6 +134,7 @@ __all__ = [
     "register_metric",
     "register_step",
     "sample",
+    "set_attention_precision",
     "set_backend",
     "set_lora_scales",
     "set_memory_mode",
@@ -185,11 +189,7 @@ register_late(
 )
 keep_old_names(
     {
-        "stepquant.errors": "stepquant.support.errors",
-        "stepquant.progress": "stepquant.support.progress",
-        "stepquant.recipe": "stepquant.methods.recipe",
-        "stepquant.scheme": "stepquant.simulation.scheme",
-        "stepquant.sources": "stepquant.pipelines.opening",
-        "stepquant.runtime.openvino_backend": "stepquant.engines.openvino_denoiser",
+        f"stepquant.{old}": tuple(f"stepquant.{name}" for name in new.split())
+        for old, new in OLD_MODULE_NAMES.items()
     }
 )

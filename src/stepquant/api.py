@@ -17,6 +17,7 @@ from stepquant.models.adapter import DenoiserAdapter, register_adapter
 from stepquant.models.base import DiffusersAdapter
 from stepquant.pipelines.denoiser_pipeline import DenoiserPipeline
 from stepquant.pipelines.opening import open_pipeline as load
+from stepquant.runtime.blocks.attention_precision import set_attention_precision
 from stepquant.runtime.kernels import register_kernel
 from stepquant.runtime.layers.resident import WeightBytes, set_memory_mode, weight_bytes_resident
 from stepquant.support.errors import StepQuantError
@@ -62,6 +63,7 @@ __all__ = [
     "register_metric",
     "register_step",
     "sample",
+    "set_attention_precision",
     "set_backend",
     "set_lora_scales",
     "set_memory_mode",

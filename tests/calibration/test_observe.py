@@ -7,6 +7,7 @@ from torch import nn
 from stepquant.calibration.observe import (
     TAIL_PER_STEP,
     VALUES_PER_STEP,
+    Observation,
     observe,
     outermost,
     quant_layers,
@@ -180,3 +181,43 @@ def test_a_module_that_gives_nan_at_one_step_is_told_by_layer_and_step(session):
             seen(session)
     finally:
         handle.remove()
+
+
+def test_steps_with_fewer_values_end_with_values_that_weigh_nothing():
+    lengths, steps = (5, 9, 2), 3
+    rows = [torch.arange(1.0, n + 1) for n in lengths]
+    found = Observation()
+    for row in rows:
+        found.add(steps, low=row[:1], high=row[-1:], values=row, weights=torch.ones(len(row)))
+    values, weights = torch.stack(found.values), torch.stack(found.weights)
+    assert values.shape == weights.shape == (steps, max(lengths))
+    for row, of_step, weight in zip(rows, values, weights, strict=True):
+        assert torch.equal(of_step[: len(row)], row)
+        assert (of_step[len(row) :] == row[-1]).all()
+        assert weight.tolist() == [1.0] * len(row) + [0.0] * (max(lengths) - len(row))
+
+
+@pytest.mark.parametrize(
+    ("called", "taken"),
+    [((1, 1, 1), (0, 1, 2)), ((0, 1, 0), (1, 1, 1)), ((1, 0, 1), (0, 0, 2)), ((0, 0, 1), (2,) * 3)],
+)
+def test_a_step_without_a_call_has_the_statistics_of_the_nearest_one_before(
+    session, monkeypatch, called, taken
+):
+    """Or of the first step with a call."""
+    name = "mid_block.resnets.0.conv1"
+    layer = session.model.get_submodule(name)
+    everywhere = seen(session)[name, 0]
+    step, original = iter(called), nn.Module.__call__
+
+    def sometimes(module, *args, **kwargs):
+        if module is layer and not next(step):
+            return torch.zeros_like(args[0])
+        return original(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__call__", sometimes)
+    found = seen(session)[name, 0]
+    assert len(found.low) == len(called)
+    for row, source in enumerate(taken):
+        assert torch.equal(found.low[row], everywhere.low[source])
+        assert torch.equal(found.high[row], everywhere.high[source])

@@ -8,9 +8,12 @@ from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.layer_config import LayerConfig
 from stepquant.support.errors import StepQuantError
 
+SCALE = frozenset({"act_channel_scale"})
 LAYERS = {
     "b": LayerConfig("conv2d", 4, 8, steps=5),
-    "a": LayerConfig("linear", 4, 8, steps=5, splits=(3, 1), channel_scale=True),
+    "a": LayerConfig(
+        "linear", 4, 8, steps=5, splits=(3, 1), tensors=frozenset({"act_channel_scale"})
+    ),
     "c": LayerConfig("conv2d", 8, 8),
 }
 
@@ -77,8 +80,8 @@ def test_repr_is_one_line():
         ({"steps": 0}, "steps of the quantization config is 0: expected the length"),
         ({"steps": 7}, "steps of layer 'b' .* is 5: expected 7"),
         ({"scheme": [4]}, r"scheme of the quantization config is \[4\]: expected an object"),
-        ({"recipe": {"a": object()}}, "recipe .* holds something that JSON cannot"),
-        ({"provenance": {"a": float("nan")}}, "provenance .* holds something that JSON cannot"),
+        ({"recipe": {"a": object()}}, "recipe .* has a value that JSON cannot express"),
+        ({"provenance": {"a": float("nan")}}, "provenance .* has a value that JSON cannot express"),
         ({"layers": ["a"]}, r"layers of the quantization config is \['a'\]"),
         ({"layers": {"a": {"weight_bits": 4}}}, "layer 'a' .* has no key 'activation_bits'"),
         ({"layers": {"a": {"bits": 4}}}, "layer 'a' .* has the unknown key 'bits'"),
@@ -117,3 +120,13 @@ def test_half_zero_points_of_many_bits_are_refused():
     values = {**LAYERS["a"].to_dict(), "weight_bits": 7, "half_zero_points": True}
     with pytest.raises(StepQuantError, match=r"half_zero_points .* expected false for more than 6"):
         config(layers={"a": values})
+
+
+def test_the_keys_of_a_layer_keep_their_order():
+    """`config.json` of a module is written in this order."""
+    first = ["kind", "weight_bits", "activation_bits", "steps", "splits", "channel_scale"]
+    first += ["channel_counts", "half_zero_points"]
+    assert list(LayerConfig("linear", 4, 8).to_dict()) == first
+    biased = LayerConfig("linear", 4, 8, tensors=frozenset({"step_bias"}))
+    assert list(biased.to_dict()) == [*first, "step_bias"]
+    assert biased.to_dict()["channel_scale"] is False

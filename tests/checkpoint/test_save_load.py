@@ -72,7 +72,7 @@ def test_loaded_model_gives_equal_bits(pipeline, folder, load):
 def test_the_model_under_test_has_every_kind_of_layer(folder):
     layers = describe_layers(load_pipeline(folder).unet)
     assert layers[SPLIT].splits == (16, 16)
-    assert layers[SCALED].channel_scale
+    assert layers[SCALED].tensors == {"act_channel_scale"}
     assert (layers[STATIC].steps, layers[STATIC].weight_bits) == (1, 8)
     assert (layers[SPLIT].steps, layers[SPLIT].weight_bits) == (STEPS, 4)
 

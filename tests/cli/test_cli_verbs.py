@@ -80,12 +80,20 @@ def test_pack_is_the_old_name_of_that_and_says_the_new_one(float_folder, tmp_pat
     assert result.exit_code == 0, result.stderr
     told = f"run stepquant quantize {float_folder} --recipe weight-only --weights 4 --set ranges"
     assert told in result.stderr and "deprecated" in result.stderr
+    assert "--component" not in result.stderr
     arguments, results = checked(tmp_path / "record.json", "pack")
     assert (arguments["weights"], arguments["grids"]) == (4, "mse")
     assert results["out"] == str(out) and "recipe" not in results
     same = ("--recipe=weight-only", "--set=ranges.weights=mse", "--out", new, "-q")
     assert run("quantize", float_folder, *same).exit_code == 0
     assert tree(out) == tree(new)
+
+
+def test_the_hint_of_pack_repeats_its_components(float_folder, tmp_path):
+    result = run("pack", float_folder, "--out", tmp_path / "w4", "--component=scheduler=w8")
+    assert result.exit_code == 2
+    hint = f"--weights 4 --component scheduler=w8 --out {tmp_path / 'w4'}"
+    assert hint in result.stderr
 
 
 def test_quantize_takes_a_recipe_file_that_show_printed(float_folder, tmp_path):
@@ -213,7 +221,7 @@ def test_bench_times_both_models(float_folder, packed_folder, tmp_path):
     assert results["weights"]["resident_bytes"] < results["weights"]["float32_bytes"]
     assert "weights in memory" in result.stdout
     assert "times faster" in result.stdout
-    assert "the reference kernel: the backend 'reference' was asked for" in results["slow_paths"][0]
+    assert "the reference kernel: the backend 'reference' was chosen" in results["slow_paths"][0]
     for note in results["slow_paths"]:
         assert f"slower than it could be: {note}\n" in result.stdout
 
@@ -239,7 +247,7 @@ def test_sample_and_bench_take_openvino(float_folder, packed_folder, tmp_path, m
     assert "faster at batch 1 on this machine: " in result.stdout
     monkeypatch.setattr(openvino_export, "_saturates", lambda spec: True)
     told = refused("sample", packed_folder, "--grid", grid, "--backend=openvino")
-    assert told.startswith("the layer 'conv_in' has w8a8 and this CPU no VNNI")
+    assert told.startswith("the layer 'conv_in' is w8a8 and this CPU has no VNNI")
 
 
 def test_inspect_shows_a_float_model(float_folder, tmp_path):

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from architectures import ARCHITECTURES, build
-from fast_models import packed
+from concurrent_calls import at_once
+from fast_models import TABLES, packed, predictor
 from stepquant.api import quantize
 from stepquant.engines.backend import set_backend
 from stepquant.engines.slow_paths import slow_paths
@@ -57,7 +58,7 @@ def test_blocks_by_reason():
     assert told(fast) == [
         "1 of 25 blocks run the code of diffusers layer by layer: a hook",
         "2 of 25 blocks run the code of diffusers layer by layer: training mode",
-        "calls run their Python anew each time, as they are not recorded: a hook",
+        "each call runs its Python code, because calls are not recorded: a hook",
     ]
 
 
@@ -66,7 +67,7 @@ def test_a_backend_that_was_asked_for():
     fast = packed("sd")
     set_backend(fast, "reference")
     assert told(fast) == [
-        "91 layer inputs run on the reference kernel: the backend 'reference' was asked for",
+        "91 layer inputs run on the reference kernel: the backend 'reference' was chosen",
         "25 of 25 blocks run the code of diffusers layer by layer: the backend 'reference'",
     ]
 
@@ -75,7 +76,7 @@ def test_float16():
     fast = packed("sd")
     nn.Module.to(fast, torch.float16)
     assert any(
-        note.startswith("what is torch.float16 is rounded in several") for note in told(fast)
+        note.startswith("torch.float16 activations are rounded in several") for note in told(fast)
     )
 
 
@@ -92,3 +93,11 @@ def test_layers_that_lie_elsewhere_are_not_asked():
     """As between two calls under sequential offloading."""
     fast = packed("sd").to("meta")
     assert slow_paths(fast) == []
+
+
+def test_a_thread_that_never_called_the_model_may_ask():
+    fast = packed("sd", TABLES)
+    expected = slow_paths(fast)
+    predict = predictor(fast)
+    at_once(*[lambda: predict(fast)] * 2)
+    assert at_once(lambda: slow_paths(fast)) == [expected]

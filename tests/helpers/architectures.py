@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     DiffusionPipeline,
     DiTPipeline,
@@ -24,6 +25,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from torch import nn
 from transformers import (
@@ -258,6 +262,48 @@ def flux() -> DiffusionPipeline:
         tokenizer_2=t5_tokenizer(),
         transformer=with_weights(transformer),
     )
+
+
+def wan_transformer() -> WanTransformer3DModel:
+    """Of a class that keeps modules in float32, with a convolution in three dimensions."""
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=WIDTH,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    ).eval()
+
+
+WAN_CALL = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 8}
+
+
+def wan() -> DiffusionPipeline:
+    """A pipeline with two denoisers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return WanPipeline(
+            tokenizer=t5_tokenizer(),
+            text_encoder=t5_encoder(),
+            vae=AutoencoderKLWan(
+                base_dim=3,
+                z_dim=16,
+                dim_mult=[1, 1, 1, 1],
+                num_res_blocks=1,
+                temperal_downsample=[False, True, True],
+            ).eval(),
+            scheduler=UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+            ),
+            transformer=wan_transformer(),
+            transformer_2=wan_transformer(),
+            boundary_ratio=0.9,
+        )
 
 
 def with_weights(denoiser: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from stepquant.methods.block_reconstruction import (
 from stepquant.methods.recipe import load_recipe, parse_step
 from stepquant.simulation.packing import pack_layer
 from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder
 
 TINY = {"iterations": 8, "batch": 8, "samples": 32}
@@ -90,6 +91,7 @@ def correlated(simulate, context):
         float_model=None,
         adapter=SimpleNamespace(time_embedding_layers=lambda _: set()),
         layers=lambda: {"layer": layer},
+        reporter=Reporter(quiet=True),
     )
     return layer, BlockData((x,), {}, target, torch.zeros(512)), session
 

@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from stepquant.models.eligibility import shared_weights, why_float
+from architectures import condition_unet, wan_transformer
+from stepquant.models.eligibility import (
+    check_patterns,
+    matches,
+    modules_kept_float,
+    shared_weights,
+    unmatched,
+    why_float,
+)
+from stepquant.support.errors import StepQuantError
 from stepquant.weight_only.config import DynamicConfig, WeightOnlyConfig
 
 
@@ -63,3 +72,44 @@ def test_a_weight_of_two_modules_is_no_layers_own():
     shared = shared_weights(model)
     reasons = [why_float(module, shared=shared) for module in list(model)[:3]]
     assert reasons == ["layer that shares its weight"] * 2 + [None]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        ("time_embedder", True),
+        ("blocks.0", True),
+        ("blocks.0.time_embedder.to_q", True),
+        ("blocks.*.to_q", True),
+        ("to_?", True),
+        ("0.time_embedder", True),
+        ("time", False),
+        ("blocks.1", False),
+        ("locks.0", False),
+        ("to_k", False),
+    ],
+)
+def test_a_pattern_names_whole_parts_of_a_name(pattern, matched):
+    assert matches("blocks.0.time_embedder.to_q", pattern) == matched
+
+
+def test_what_a_class_keeps_in_float32_is_kept_float():
+    found = modules_kept_float(wan_transformer())
+    embedder = "condition_embedder.time_embedder"
+    assert set(found) == {f"{embedder}.linear_1", f"{embedder}.linear_2"}
+    assert set(found.values()) == {"WanTransformer3DModel keeps 'time_embedder' in float32"}
+    assert modules_kept_float(condition_unet()) == {}
+
+
+def test_what_a_user_keeps_is_listed_with_the_pattern():
+    found = modules_kept_float(condition_unet(), ["conv_out", "mid_block.*.conv?"])
+    assert found["conv_out"] == "modules_to_not_convert has 'conv_out'"
+    names = {f"mid_block.resnets.{i}.conv{j}" for i in (0, 1) for j in (1, 2)}
+    assert set(found) == {"conv_out", *names}
+    assert unmatched(condition_unet(), ["conv_out", "encoder", "mid_block"]) == ["encoder"]
+
+
+@pytest.mark.parametrize("bad", ["conv_out", 3, [""], [None], {"a": 1}])
+def test_patterns_are_a_list_of_texts(bad):
+    with pytest.raises(StepQuantError, match="expected a list of names or patterns of modules"):
+        check_patterns(bad, "it")

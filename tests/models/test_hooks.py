@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from concurrent_calls import at_once
 from stepquant.models.hooks import hooked
 
 
@@ -57,3 +58,11 @@ def test_hooks_are_removed_after_an_error(error):
         model(torch.zeros(1))
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_calls_of_other_threads_are_left_alone():
+    model, seen = Twice(), []
+    with hooked({"": model}, lambda *call: seen.append(call), lambda *_: "other"):
+        (found,) = at_once(lambda: model(torch.ones(1)))
+        assert model(torch.ones(1)) == "other"
+    assert found.item() == 2.0 and len(seen) == 1

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
+from stages import Stages
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import (
     SCHEDULERS,
@@ -25,7 +25,6 @@ from stepquant.pipelines.sampling import (
     set_scheduler,
 )
 from stepquant.support.errors import StepQuantError
-from stepquant.support.progress import Reporter
 
 SAMPLERS = ["ddim", "ddpm", "dpm-solver++"]
 
@@ -178,21 +177,10 @@ def test_a_ddim_scheduler_that_clips_is_remarked_on(pipeline):
 
 
 def test_progress_counts_the_images(pipeline):
-    counted = []
-
-    class Counter(Reporter):
-        @contextmanager
-        def task(self, description, total):
-            counted.append((description, total))
-
-            class Bar:
-                def advance(self, count=1, note=""):
-                    counted.append(count)
-
-            yield Bar()
-
-    sample_images(pipeline, 5, 1, batch=2, reporter=Counter(quiet=True))
-    assert counted == [("sampling 5 images", 5), 2, 2, 1]
+    stages = Stages()
+    sample_images(pipeline, 5, 1, batch=2, reporter=stages)
+    assert stages.totals == {"sampling 5 images": 5}
+    assert sorted(set(stages.seen["sampling 5 images"])) == [2, 4, 5]
 
 
 class Scaling(DDPMPipeline):
@@ -222,7 +210,7 @@ def test_a_solver_that_was_told_to_match_flow_is_the_pipelines_own(tiny_pipeline
     assert pipeline.scheduler.config.flow_shift == 3.0
     with pytest.raises(StepQuantError, match="'ddim' is for a model that predicts noise"):
         set_scheduler(pipeline, "ddim")
-    with pytest.raises(StepQuantError, match="'flow-euler' was asked for in the place of DPM"):
+    with pytest.raises(StepQuantError, match="'flow-euler' was named instead of DPM"):
         set_scheduler(pipeline, "flow-euler")
     images = sample_images(pipeline, 1, 3)
     assert bool(images.isfinite().all())

@@ -117,13 +117,13 @@ def test_products_of_attention_stay_float_unless_said():
 
 
 def test_bits_of_probabilities_that_stay_float_are_refused():
-    sentence = "probability bits of the scheme is 4 where attention_bits leaves"
+    sentence = "probability_bits of the scheme is 4, but attention_bits leaves"
     with pytest.raises(ValidationError, match=sentence):
         Scheme(probability_bits=4)
 
 
 def test_a_protocol_whose_products_stay_float_takes_no_bits_for_them():
-    sentence = "attention bits of the scheme is 8 under the protocol paper:mpq-dm, which leaves"
+    sentence = "attention_bits of the scheme is 8 under the protocol paper:mpq-dm, which leaves"
     with pytest.raises(ValidationError, match=sentence):
         Scheme(protocol="paper:mpq-dm", attention_bits=8)
     for protocol, description in PROTOCOLS.items():
@@ -174,3 +174,27 @@ def test_layers_that_cannot_be_quantized_stay_float_with_the_reason(tiny_unet):
     assert not set(bits) & set(left_float)
     with pytest.raises(StepQuantError, match="matches no layer"):
         resolved(unet, overrides=(override("conv_act.0"),))
+
+
+def test_modules_to_not_convert_stay_float_and_are_listed(tiny_unet):
+    unet = tiny_unet()
+    bits, left_float = resolved(unet, modules_to_not_convert=["mid_block", "conv_out"])
+    inside = {
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and (name.startswith("mid_block.") or name == "conv_out")
+    }
+    assert set(left_float) == inside and not inside & set(bits)
+    assert left_float["conv_out"] == "modules_to_not_convert has 'conv_out'"
+
+
+def test_modules_that_are_not_there_are_told(tiny_unet):
+    with pytest.raises(StepQuantError, match="'encoder', which names no module of UNet2DModel"):
+        resolved(tiny_unet(), modules_to_not_convert=["encoder"])
+
+
+def test_a_scheme_without_kept_modules_is_stored_as_before():
+    assert "modules_to_not_convert" not in Scheme().model_dump(mode="json")
+    scheme = Scheme(modules_to_not_convert=["conv_in"])
+    assert Scheme(**scheme.model_dump(mode="json")) == scheme

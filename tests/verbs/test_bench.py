@@ -100,9 +100,11 @@ def test_a_layer_does_not_run_on_openvino_by_itself(packed):
 
 def test_a_pipeline_is_given_a_backend(packed, pipeline):
     assert with_backend(pipeline, "auto") is pipeline
-    assert with_backend(packed, "reference") is packed
-    assert {name for m in layers_of(packed) for name in m.kernel_names()} == {"reference"}
-    set_backend(packed.unet, "auto")
+    other = with_backend(packed, "reference")
+    assert {layer.backend for layer in layers_of(other)} == {"reference"}
+    assert {layer.backend for layer in layers_of(packed)} == {"auto"}
+    assert with_backend(other, "reference") is other
+    assert {name for m in layers_of(other) for name in m.kernel_names()} == {"reference"}
     with pytest.raises(StepQuantError, match="UNet2DModel has no packed layer: expected a model"):
         with_backend(pipeline, "onednn")
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from torch import nn
 
-from architectures import ARCHITECTURES, build
+from architectures import ARCHITECTURES, build, wan_transformer
 from quantize_runs import refused, tree
 from stepquant.api import DynamicConfig, WeightOnlyConfig, inspect, quantize, sample
 from stepquant.checkpoint.config import StepQuantConfig
@@ -143,3 +143,59 @@ def test_a_half_precision_load_computes_in_it(folders):
     y = unet(x.bfloat16(), 10, text.bfloat16()).sample
     wanted = build("sd").unet(x, 10, text).sample
     assert float((y.float() - wanted).square().mean() / wanted.square().mean()) < 0.01
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_modules_to_not_convert_stay_float(folders, tmp_path, kind):
+    config = CONFIGS[kind](modules_to_not_convert=["mid_block", "time_embedding.linear_?"])
+    pipeline = load(folders / "sd", unet=config)
+    unet = pipeline.unet
+    names = {name for name, module in unet.named_modules() if isinstance(module, WeightOnly)}
+    assert names and not [n for n in names if n.startswith(("mid_block", "time_embedding"))]
+    resolved = unet.hf_quantizer.quantization_config
+    assert {"mid_block.resnets.0.conv1", "time_embedding.linear_1"} <= set(resolved.float_layers)
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved").unet
+    assert {n for n, m in again.named_modules() if isinstance(m, WeightOnly)} == names
+
+
+def test_modules_that_are_not_there_are_warned_of(folders):
+    with pytest.warns(UserWarning, match="'encoder', which names no module of UNet2DCondition"):
+        load(folders / "sd", unet=WeightOnlyConfig(modules_to_not_convert=["encoder"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_must_stay_float_does_so_by_itself_and_is_listed(tmp_path, kind, dtype):
+    """Wan keeps modules in float32, and has a convolution in three dimensions."""
+    model = wan_transformer()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(
+        tmp_path, quantization_config=CONFIGS[kind](), torch_dtype=dtype
+    )
+    listed = loaded.hf_quantizer.quantization_config.float_layers
+    assert listed["patch_embedding"] == "layer of the class Conv3d"
+    embedder = loaded.condition_embedder.time_embedder
+    assert embedder.linear_1.weight.dtype == embedder.linear_2.weight.dtype == torch.float32
+    assert "condition_embedder.time_embedder.linear_1" in listed
+    x, text = torch.randn(1, 16, 2, 8, 8), torch.randn(1, 6, 16)
+    with torch.no_grad():
+        wanted = model(x, torch.tensor([5]), text, return_dict=False)[0]
+        found = loaded(x.to(dtype), torch.tensor([5]), text.to(dtype), return_dict=False)[0]
+    assert found.dtype == dtype
+    bound = 0.15 if kind == "weight-only-4" else 0.02
+    assert float((found - wanted).norm() / wanted.norm()) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("make", [partial(nn.Linear, 6, 4), partial(nn.Conv2d, 6, 4, 1)])
+def test_a_float32_activation_may_reach_a_layer_of_half_precision(kind, dtype, make):
+    layer = make().to(dtype)
+    config = CONFIGS[kind]()
+    packed = weight_only_in_place_of(layer, bits=config.bits, kinds=config.kinds)
+    x = torch.randn(2, 6) if isinstance(layer, nn.Linear) else torch.randn(2, 6, 3, 3)
+    wanted = layer.float()(x)
+    found = packed(input=x)
+    assert found.dtype == torch.float32
+    assert float((found - wanted).norm() / wanted.norm()) < 0.15

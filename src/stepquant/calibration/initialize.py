@@ -104,7 +104,8 @@ def initialize_ranges(
     """
     layers = quant_layers(model)
     observations = observe(model, trajectories, per_step, seed, reporter)
-    with reporter.task("searching ranges", total=len(layers)) as task:
+    attentions = quant_attention(model)
+    with reporter.task("searching ranges", total=len(layers) + len(attentions)) as task:
         for name, layer in layers.items():
             initialize_weights(layer, weights)
             for index, quantizer in enumerate(layer.activation_quantizers):
@@ -112,10 +113,11 @@ def initialize_ranges(
                 initialize_activations(quantizer, observations[name, index], activations, common)
             layer.quantizing = True
             task.advance(note=name)
-    for name, attention in quant_attention(model).items():
-        for index, quantizer in enumerate(attention.activation_quantizers):
-            assert isinstance(quantizer, ActivationQuantizer)
-            initialize_activations(quantizer, observations[name, index], activations, common)
-        seen = observations[name, 3]
-        initialize_probabilities(attention.probabilities, seen, activations, common)
-        attention.quantizing = True
+        for name, attention in attentions.items():
+            for index, quantizer in enumerate(attention.activation_quantizers):
+                assert isinstance(quantizer, ActivationQuantizer)
+                initialize_activations(quantizer, observations[name, index], activations, common)
+            seen = observations[name, 3]
+            initialize_probabilities(attention.probabilities, seen, activations, common)
+            attention.quantizing = True
+            task.advance(note=name)

@@ -18,6 +18,9 @@ VALUES_PER_STEP = 2048  # values drawn at random
 TAIL_PER_STEP = 64  # exact values at each end: a random draw has too few to judge clipping
 ROW = 64  # values in each row that `outermost` compares by its extreme first
 
+# Of each quantizer's calls at one step: low and high by channel, values and their weights.
+_Calls = dict[tuple[str, int], list[tuple[Tensor, Tensor, Tensor, Tensor]]]
+
 
 @dataclass
 class Observation:
@@ -37,14 +40,33 @@ class Observation:
     def add(self, steps: int, **rows: Tensor) -> None:
         """Append the next of `steps` rows to each list.
 
+        Steps may differ in their number of values. The shorter rows then end with values of weight
+        0, copies of their last value, so that rows stack.
+
         All rows of a list are views of one tensor. Many small tensors between the large ones of the
         forward passes would keep the heap from shrinking, at several times the memory.
         """
         for name, row in rows.items():
             room = self._room.setdefault(name, row.new_empty(steps, *row.shape))
             kept = getattr(self, name)
-            room[len(kept)] = row
+            if len(row) > room.shape[1]:
+                room = self._room[name] = _longer(room, len(row), name)
+                kept[:] = room[: len(kept)]
+            room[len(kept)] = _longer(row[None], room.shape[1], name)[0]
             kept.append(room[len(kept)])
+
+    def repeat_last(self, steps: int) -> None:
+        """Append a copy of the last row, for a step without a call."""
+        lists = {name: getattr(self, name) for name in ("low", "high", "values", "weights")}
+        self.add(steps, **{name: kept[-1].clone() for name, kept in lists.items()})
+
+
+def _longer(rows: Tensor, length: int, name: str) -> Tensor:
+    """`rows [n, m]` as `[n, length]`: repeats each row's last value, or 0 for `weights`."""
+    if rows.shape[1] == length:
+        return rows
+    last = torch.zeros_like(rows[:, -1:]) if name == "weights" else rows[:, -1:]
+    return torch.cat([rows, last.expand(-1, length - rows.shape[1])], dim=1)
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
@@ -111,15 +133,17 @@ def observe_probabilities(
     in its current state: if the model quantizes, they follow from quantized queries and keys. Each
     step runs `per_step` images of `trajectories`.
     """
-    seen = {name: Observation() for name in attention}
+    seen = {(name, 0): Observation() for name in attention}
     generator = torch.Generator().manual_seed(seed)
     steps = len(trajectories.timesteps)
+    now: _Calls = {}
 
     def look(name: str, args: tuple[Any, ...], _: dict[str, Any]) -> None:
         flat = attention[name].float_probabilities(args[0], args[1], args[3]).flatten()
         values, weights = tails_and_draw(flat, generator)
-        low, high = flat.amin().view(1), flat.amax().view(1)
-        seen[name].add(steps, low=low, high=high, values=values, weights=weights)
+        now.setdefault((name, 0), []).append(
+            (flat.amin().view(1), flat.amax().view(1), values, weights)
+        )
 
     with (
         hooked(attention, before=look),
@@ -127,8 +151,9 @@ def observe_probabilities(
     ):
         for step in range(steps):
             predict(model, trajectories.step(step, per_step))
+            _end_step(seen, now, step, steps)
             task.advance()
-    return seen
+    return {name: seen[name, 0] for name in attention}
 
 
 @torch.no_grad()
@@ -145,7 +170,9 @@ def observe(
     Returns one `Observation` for each (layer name, input part). The inputs are those of the model
     in its current state, after scaling; a layer that is not `quantizing` computes in float. The
     parts of an attention with quantized products are queries, keys, values and probabilities, in
-    this order. Their extremes are those of the whole tensor (`C = 1`).
+    this order. Their extremes are those of the whole tensor (`C = 1`). A step at which the model
+    does not call a layer has the statistics of the nearest step before it that does, or else of the
+    first one. A layer that is never called has no entries.
 
     Raises:
         StepQuantError: an input holds NaN or infinity.
@@ -156,7 +183,7 @@ def observe(
     seen |= {(name, i): Observation() for name in attention for i in range(4)}
     generator = torch.Generator().manual_seed(seed)
     step = 0
-    now: dict[tuple[str, int], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+    now: _Calls = {}
 
     def add(name: str, index: int, tensor: Tensor, channels: Tensor) -> None:
         """Record `tensor` for this step; `channels [*, C]` holds the same values."""
@@ -186,17 +213,27 @@ def observe(
         hooked(attention, before=look_at_attention),
         reporter.task(description, total=len(trajectories.timesteps)) as task,
     ):
-        for step in range(len(trajectories.timesteps)):
+        steps = len(trajectories.timesteps)
+        for step in range(steps):
             predict(model, trajectories.step(step, per_step))
-            for key, calls in now.items():  # several calls if the model uses a layer twice
-                lows, highs, values, weights = zip(*calls, strict=True)
-                seen[key].add(
-                    len(trajectories.timesteps),
-                    low=torch.stack(lows).amin(dim=0),
-                    high=torch.stack(highs).amax(dim=0),
-                    values=torch.cat(values),
-                    weights=torch.cat(weights),
-                )
-            now.clear()
+            _end_step(seen, now, step, steps)
             task.advance()
     return seen
+
+
+def _end_step(seen: dict[tuple[str, int], Observation], now: _Calls, step: int, steps: int) -> None:
+    """Move the calls of one step from `now` to `seen`, which then has rows up to this step."""
+    for key, calls in now.items():  # several calls if the model uses a layer twice
+        lows, highs, values, weights = zip(*calls, strict=True)
+        row = {
+            "low": torch.stack(lows).amin(dim=0),
+            "high": torch.stack(highs).amax(dim=0),
+            "values": torch.cat(values),
+            "weights": torch.cat(weights),
+        }
+        for _ in range(step + 1 - len(seen[key].low)):  # also for the steps before the first call
+            seen[key].add(steps, **row)
+    for observation in seen.values():
+        if observation.low and len(observation.low) <= step:
+            observation.repeat_last(steps)
+    now.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from stepquant.models.eligibility import why_float
 from stepquant.numerics import check_bits
 from stepquant.quantizers import StepContext
 from stepquant.runtime.layers.integer import IntegerConv2d, IntegerLayer, IntegerLinear
+from stepquant.runtime.layers.layer_tensors import IN_CONFIG
 from stepquant.runtime.ops.layer_spec import MOST_BITS_WITH_HALVES, LayerSpec
 from stepquant.support.errors import StepQuantError
 
@@ -27,11 +28,11 @@ class LayerConfig:
     - `activation_bits`: bits of the input.
     - `steps`: rows of the step tables; 1 for a static layer.
     - `splits`: in-channels of each input part; None for one part.
-    - `channel_scale`: whether the layer divides its input by a scale per in-channel.
     - `channel_counts`: `(bits, out-channels)` pairs, fewest bits first, if out-channels differ in
       bits; None otherwise.
     - `half_zero_points`: whether weight zero points count half steps.
-    - `step_bias`: whether the layer adds another bias at each step.
+    - `tensors`: names of the optional tensors that the layer has, among those of
+      `layer_tensors.IN_CONFIG`. In JSON, each is a key of its own, true or false.
     """
 
     kind: str
@@ -39,10 +40,9 @@ class LayerConfig:
     activation_bits: int
     steps: int = 1
     splits: tuple[int, ...] | None = None
-    channel_scale: bool = False
     channel_counts: tuple[tuple[int, int], ...] | None = None
     half_zero_points: bool = False
-    step_bias: bool = False
+    tensors: frozenset[str] = frozenset()
 
     @classmethod
     def from_dict(cls, name: str, values: dict[str, Any]) -> LayerConfig:
@@ -51,7 +51,7 @@ class LayerConfig:
         Raises:
             StepQuantError: a value is unknown, missing, of the wrong type or out of range.
         """
-        known = [field.name for field in fields(cls)]
+        known = [*(field.name for field in fields(cls) if field.name != "tensors"), *IN_CONFIG]
         unknown = sorted(set(values) - set(known))
         missing = sorted({"kind", "weight_bits", "activation_bits"} - set(values))
         if unknown or missing:
@@ -66,7 +66,7 @@ class LayerConfig:
         steps = values.get("steps", 1)
         if not _is_count(steps):
             raise _bad_value(name, "steps", steps, "a whole number of at least 1")
-        for key in ("channel_scale", "half_zero_points", "step_bias"):
+        for key in ("half_zero_points", *IN_CONFIG):
             if not isinstance(values.get(key, False), bool):
                 raise _bad_value(name, key, values[key], "true or false")
         if values.get("half_zero_points") and values["weight_bits"] > MOST_BITS_WITH_HALVES:
@@ -78,7 +78,11 @@ class LayerConfig:
             if not isinstance(splits, (list, tuple)) or not all(map(_is_count, splits)):
                 raise _bad_value(name, "splits", splits, "a list of channel counts, or null")
             splits = tuple(splits)
-        return cls(**{**values, "splits": splits, "channel_counts": counts})
+        tensors = {tensor.name for key, tensor in IN_CONFIG.items() if values.get(key)}
+        own = {key: value for key, value in values.items() if key not in IN_CONFIG}
+        return cls(
+            **{**own, "splits": splits, "channel_counts": counts, "tensors": frozenset(tensors)}
+        )
 
     @classmethod
     def of(cls, layer: IntegerLayer) -> LayerConfig:
@@ -89,23 +93,27 @@ class LayerConfig:
             activation_bits=layer.spec.activation_bits,
             steps=layer.steps,
             splits=layer.splits if len(layer.splits) > 1 else None,
-            channel_scale=layer.act_channel_scale is not None,
             channel_counts=layer.spec.channel_counts,
             half_zero_points=layer.spec.half_zero_points,
-            step_bias=layer.step_bias is not None,
+            tensors=frozenset(layer.present()) & {tensor.name for tensor in IN_CONFIG.values()},
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as a JSON object.
-
-        `step_bias` is newer than the format, so it is left out if false.
-        """
+        """Return the config as a JSON object, whose order is part of the checkpoint's bytes."""
         counts = None if self.channel_counts is None else [list(c) for c in self.channel_counts]
-        splits = None if self.splits is None else list(self.splits)
-        values = {**asdict(self), "splits": splits, "channel_counts": counts}
-        if not self.step_bias:
-            del values["step_bias"]
-        return values
+        has = {key: tensor.name in self.tensors for key, tensor in IN_CONFIG.items()}
+        first = {key: has[key] for key, tensor in IN_CONFIG.items() if tensor.since_format_1}
+        return {
+            "kind": self.kind,
+            "weight_bits": self.weight_bits,
+            "activation_bits": self.activation_bits,
+            "steps": self.steps,
+            "splits": None if self.splits is None else list(self.splits),
+            **first,
+            "channel_counts": counts,
+            "half_zero_points": self.half_zero_points,
+            **{key: True for key, present in has.items() if present and key not in first},
+        }
 
     def packed_in_place_of(
         self, name: str, module: nn.Module, context: StepContext
@@ -126,8 +134,8 @@ class LayerConfig:
         reason = why_float(module, subclasses=True)
         if reason is not None:
             raise StepQuantError(
-                f"layer '{name}' in the model is one that stays float ({reason}): expected a plain "
-                "layer, of a conv one group and zero padding given in pixels"
+                f"layer '{name}' in the model is one that stays float ({reason}): expected a "
+                "linear layer, or a conv with one group and zero padding given in pixels"
             )
         spec = self._spec(module)
         splits = self.splits or (spec.in_channels,)
@@ -142,12 +150,13 @@ class LayerConfig:
                 f"channel_counts of layer '{name}' add up to {counted} channels: expected "
                 f"{spec.out_channels}, the out-channels of the model's layer"
             )
-        has_bias = module.bias is not None
+        optional = self.tensors if module.bias is None else self.tensors | {"bias"}
         kind = IntegerLinear if self.kind == "linear" else IntegerConv2d
         with torch.device("meta"):
-            return kind(
-                spec, splits, self.steps, context, has_bias, self.channel_scale, self.step_bias
-            )
+            packed = kind(spec, splits, self.steps, context, optional)
+        weight: Any = module.weight
+        packed.mark(weight.dtype)
+        return packed
 
     def _spec(self, module: Any) -> LayerSpec:
         spec = self._shape(module)

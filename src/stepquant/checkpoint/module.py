@@ -32,8 +32,9 @@ def write_module(model: nn.Module, folder: Path) -> None:
     quantizer: Any = model.hf_quantizer
     config: StepQuantConfig = quantizer.quantization_config
     part = folder / COMPONENT
-    part.mkdir()
     tensors = apart(model.state_dict())
+    quantizer.check_saved(tensors)
+    part.mkdir()
     lines = [tensor_line(name, tensor) for name, tensor in tensors.items()]
     tensors[CHECKSUM_NAME] = checksum_tensor(checksum(config.layers_json(), lines))
     save_file(tensors, part / WEIGHTS_NAME)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,10 +22,13 @@ from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
 from stepquant.models.attention_processor import ProductsProcessor
 from stepquant.models.input_bypass import InputBypass, bypass_of, detach_bypass
+from stepquant.models.non_finite import NonFiniteInputs
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.blocks import use_fast_blocks, use_plain_blocks
+from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
 from stepquant.runtime.layers.integer import IntegerLayer
+from stepquant.runtime.layers.layer_tensors import Reader, not_read
 from stepquant.runtime.layers.lora_branch import named_branches
 from stepquant.support.errors import StepQuantError
 
@@ -58,6 +62,10 @@ class StepQuantQuantizer(FrozenQuantizer):
         self._model: nn.Module | None = None  # only while it is loaded
         self._context: StepContext | None = None
         self._checksum = FileChecksum()
+        self.saved_names: frozenset[str] | None = None
+        """The tensors that a load of the model expects, once that is known."""
+        self.why_not_saved: str | None = None
+        """Why a load could not build the model again, or None."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a `device_map` that would leave packed tensors on the disk.
@@ -168,8 +176,8 @@ class StepQuantQuantizer(FrozenQuantizer):
             tensor = model.get_buffer(name)
             if tensor.is_meta or tensor.dtype not in (torch.float32, torch.uint8):
                 raise StepQuantError(
-                    f"tensor '{name}' was loaded as {tensor.dtype} on {tensor.device}: expected "
-                    "it as it is in the file; load without offload_folder and offload_state_dict"
+                    f"tensor '{name}' was loaded as {tensor.dtype} on {tensor.device}: expected it "
+                    "unchanged from the file; load without offload_folder and offload_state_dict"
                 )
         validate.check_channel_bits(model)
         self._checksum.check(self.quantization_config.layers_json(), validate.REMEDY)
@@ -179,7 +187,12 @@ class StepQuantQuantizer(FrozenQuantizer):
         bypass = bypass_of(model)
         if bypass is not None:
             bypass.read_slopes(model)
+        NonFiniteInputs.attach(model)
         use_fast_blocks(model)
+        model.requires_grad_(False)  # as after quantize: calls follow gradients where asked to
+        place_markers(model)
+        count_as_float(model)
+        self.saved_names = frozenset(model.state_dict())
         self._loaded_keys, self._checksum, self._owned = [], FileChecksum(), set()
         self._model = self._context = None
 
@@ -189,16 +202,40 @@ class StepQuantQuantizer(FrozenQuantizer):
         """Return the tensors that `save_pretrained` writes, with the checksum, and no metadata.
 
         Raises:
-            StepQuantError: `safe_serialization` is False.
+            StepQuantError: `safe_serialization` is False, or a load would refuse the tensors.
         """
         if not safe_serialization:
             raise StepQuantError(
                 "save_pretrained was called with safe_serialization=False: pickle files are "
                 "refused, so leave it at True"
             )
+        self.check_saved(state_dict)
         lines = [tensor_line(name, tensor) for name, tensor in state_dict.items()]
         digest = checksum(self.quantization_config.layers_json(), lines)
         return {**state_dict, CHECKSUM_NAME: checksum_tensor(digest)}, {}
+
+    def check_saved(self, names: Iterable[str]) -> None:
+        """Check that a load would take tensors of these `names`.
+
+        Raises:
+            StepQuantError: the model has lost or gained tensors, or a module that its config does
+                not describe.
+        """
+        if self.why_not_saved is not None:
+            raise StepQuantError(self.why_not_saved)
+        if self.saved_names is None:
+            return
+        found = set(names)
+        for changed, what in (
+            (self.saved_names - found, "has lost the tensor"),
+            (found - self.saved_names, "has gained the tensor"),
+        ):
+            if changed:
+                raise StepQuantError(
+                    f"the quantized model {what} '{min(changed)}' since it was quantized or "
+                    "loaded: expected the same tensors, because a load refuses others; save the "
+                    "model as it was"
+                )
 
     def _dequantize(self, model: Any) -> Any:
         """Replace packed layers with float layers that hold the dequantized weights.
@@ -206,7 +243,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         Activations are no longer quantized.
 
         Raises:
-            StepQuantError: a LoRA is loaded.
+            StepQuantError: a LoRA is loaded, or a layer has a tensor that no float layer can use.
         """
         dtype = model.dtype
         for name, _, lora, _ in named_branches(model):
@@ -214,18 +251,27 @@ class StepQuantQuantizer(FrozenQuantizer):
                 f"the layer '{name}' has a branch of the LoRA '{lora}', which a dequantized layer "
                 "would lose: expected a model without LoRA; call unload_lora first"
             )
+        for name, layer in validate.packed_layers(model).items():
+            unread = not_read(layer.present(), Reader.DEQUANTIZED)
+            if unread:
+                raise StepQuantError(
+                    f"the layer '{name}' has the tensor '{unread[0]}': expected a layer without "
+                    "it, because float layers cannot compute with it; keep the quantized model"
+                )
         replace_modules(
             model,
             lambda _, module: (
                 float_layer(module, dtype) if isinstance(module, IntegerLayer) else None
             ),
         )
+        use_plain_blocks(model)  # whose attention lets go of its products
         for module in model.modules():
             if isinstance(getattr(module, "processor", None), ProductsProcessor):
                 module.set_processor(AttnProcessor2_0())
-        use_plain_blocks(model)
         delattr(model, validate.STEP_GRID_NAME)
+        vars(model).pop("num_parameters", None)
         detach_bypass(model)
+        NonFiniteInputs.detach(model)
         kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(kept)  # a config entry cannot be unregistered
         return model

@@ -19,6 +19,7 @@ from stepquant.checkpoint.file_sums import write_sums
 from stepquant.checkpoint.layer_config import LayerConfig
 from stepquant.checkpoint.module import write_module
 from stepquant.checkpoint.plugin import StepQuantQuantizer
+from stepquant.checkpoint.rebuild import why_not_rebuilt
 from stepquant.checkpoint.validate import (
     STEP_GRID_NAME,
     check_model,
@@ -29,6 +30,7 @@ from stepquant.checkpoint.validate import (
 from stepquant.models.attention_processor import PRODUCTS
 from stepquant.models.input_bypass import bypass_of
 from stepquant.quantizers import StepContext
+from stepquant.runtime.layers.dtype_marker import count_as_float
 from stepquant.support.atomic import atomic_folder, user_path
 from stepquant.support.errors import StepQuantError
 
@@ -69,8 +71,12 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     device = next(model.buffers()).device
     model.register_buffer(STEP_GRID_NAME, grid.timesteps.clone().to(device))
     check_model(model)
-    model.hf_quantizer = StepQuantQuantizer(config)
+    quantizer = StepQuantQuantizer(config)
+    quantizer.saved_names = frozenset(model.state_dict())
+    quantizer.why_not_saved = why_not_rebuilt(model)
+    model.hf_quantizer = quantizer
     model.is_quantized = True
+    count_as_float(model)
     model.quantization_method = config.quant_method
     if hasattr(model, "register_to_config"):
         model.register_to_config(quantization_config=config)
@@ -139,8 +145,8 @@ def _shared_context(model: nn.Module) -> StepContext:
     if len(contexts) != 1:
         found = "layers of several step contexts" if contexts else "no packed layer"
         raise StepQuantError(
-            f"{type(model).__name__} has {found}: expected packed layers (runtime.pack.pack_model) "
-            "that share one step context"
+            f"{type(model).__name__} has {found}: expected packed layers "
+            "(simulation.packing.pack_model) that share one step context"
         )
     return next(iter(contexts.values()))
 

@@ -16,10 +16,17 @@ from stepquant.models.input_bypass import SLOPES_NAME
 from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code, max_codes
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.integer_attention import PackedAttention
+from stepquant.runtime.layers.layer_tensors import LAYER_TENSORS, Values
 from stepquant.support.errors import StepQuantError
 
 STEP_GRID_NAME = "step_grid"
 OF_STEPS = (STEP_GRID_NAME, SLOPES_NAME)  # tensors of the denoiser, float32 [T]
+ATTENTION_VALUES = {
+    "act_scale": Values.SCALES,
+    "act_zero_point": Values.ACTIVATION_CODES,
+    "probability_scale": Values.SCALES,
+    "probability_log2": Values.SWITCHES,
+}
 REMEDY = "the file is damaged or belongs to another config, so fetch or write the checkpoint again"
 
 
@@ -118,7 +125,9 @@ def check_tensor(name: str, tensor: Tensor, expected: nn.Module) -> None:
     if packed is not None:
         _check_values(name, key, tensor, packed)
     if name == SLOPES_NAME and not bool(torch.isfinite(tensor).all()):
-        raise StepQuantError(f"tensor '{name}' holds NaN or infinity: expected numbers; {REMEDY}")
+        raise StepQuantError(
+            f"tensor '{name}' holds NaN or infinity: expected finite numbers; {REMEDY}"
+        )
 
 
 def check_model(model: nn.Module) -> None:
@@ -168,31 +177,27 @@ def check_channel_bits(model: nn.Module) -> None:
 def _why_shape(layer: IntegerLayer | PackedAttention, key: str) -> str:
     if isinstance(layer, PackedAttention):
         return f", for tables of {layer.steps} rows"
-    spec = layer.spec
-    if key == "weight_packed":
-        codes = spec.out_channels * spec.columns
-        return f" bytes, which {codes} codes of {spec.mean_weight_bits:g} bits take"
-    if key.startswith("act_") and key != "act_channel_scale":
-        return f", that is, input parts x rows of the step table ({layer.steps})"
-    return ""
+    return LAYER_TENSORS[key].why_shape(layer.sizes())
 
 
 def _check_values(
     name: str, key: str, tensor: Tensor, layer: IntegerLayer | PackedAttention
 ) -> None:
-    if key in ("weight_scale", "act_scale", "act_channel_scale", "probability_scale"):
+    attention = isinstance(layer, PackedAttention)
+    values = ATTENTION_VALUES[key] if attention else LAYER_TENSORS[key].values
+    if values is Values.SCALES:
         # The runtime multiplies by the inverse, which must be finite as well.
         good = (tensor > 0) & torch.isfinite(tensor) & torch.isfinite(1.0 / tensor)
         expected = "finite positive scales"
-    elif key in ("bias", "step_bias"):
+    elif values is Values.NUMBERS:
         good, expected = torch.isfinite(tensor), "finite numbers"
-    elif key == "act_zero_point":
+    elif values is Values.ACTIVATION_CODES:
         bits = layer.bits if isinstance(layer, PackedAttention) else layer.spec.activation_bits
         good = tensor <= max_code(bits)
         expected = f"at most {max_code(bits)}, the largest code of {bits} bits"
-    elif key == "probability_log2":
+    elif values is Values.SWITCHES:
         good, expected = tensor <= 1, "0 for the uniform grid or 1 for the log2 grid"
-    elif key == "weight_zero_point" and isinstance(layer, IntegerLayer):
+    elif values is Values.WEIGHT_CODES and isinstance(layer, IntegerLayer):
         good, expected = _good_weight_zero_points(tensor, layer)
     else:
         return

@@ -1,8 +1,9 @@
-"""A packed denoiser on the packed kernels or on OpenVINO: what is faster on this machine."""
+"""A packed denoiser on the faster of the packed kernels and OpenVINO."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,20 +16,21 @@ from stepquant.engines.openvino_denoiser import OpenVinoDenoiser, description
 
 TIMED_CALLS = 3
 LOGGER = logging.getLogger(__name__)
+TIMING = threading.RLock()  # one for all denoisers: timings at once would slow each other down
 
 
 class FastestDenoiser(OpenVinoDenoiser):
-    """Times both ways at the first call of each shape, and stays with the faster one.
+    """Times both engines at the first call of each shape, and keeps the faster one.
 
-    The two differ by float32's rounding between integer sums. Which one was taken is a matter of
-    the machine and its load, so results are the same bit by bit only where `choices` are: what has
-    to be reproduced names its backend. The first call takes the time that OpenVINO compiles.
+    The engines differ by float32 rounding between integer sums, and the choice depends on the
+    machine and its load. Results are bit-identical only for equal `choices`, so name a backend if
+    they have to be reproducible. The first call includes OpenVINO's compilation.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
-        """As `OpenVinoDenoiser` on the CPU in float32; the same errors."""
+        """Prepare both engines; arguments and errors are those of `OpenVinoDenoiser`."""
         super().__init__(denoiser)
-        # No submodule: its parameters are those of `denoiser`.
+        # Not a submodule, because its parameters are those of `denoiser`.
         self.__dict__["packed"] = recorded(denoiser)
         self.choices: dict[str, str] = {}  # by the shapes of a call: "packed" or "openvino"
 
@@ -41,21 +43,27 @@ class FastestDenoiser(OpenVinoDenoiser):
         arguments["timestep"] = torch.as_tensor(arguments.get("timestep", 0))
         shapes = description(arguments)
         if shapes not in self.choices:
-            seconds = {name: seconds_of(way) for name, way in ways.items()}
-            self.choices[shapes] = min(seconds, key=lambda name: seconds[name])
-            LOGGER.warning(
-                "%s runs on %s from now on: packed kernels take %.1f ms a call here, OpenVINO %.1f",
-                type(self.denoiser).__name__,
-                self.choices[shapes],
-                seconds["packed"] * 1e3,
-                seconds["openvino"] * 1e3,
-            )
+            with TIMING:
+                if shapes not in self.choices:
+                    self.choices[shapes] = self._faster(ways)
         return ways[self.choices[shapes]]()
+
+    def _faster(self, ways: dict[str, Callable[[], Any]]) -> str:
+        seconds = {name: seconds_of(way) for name, way in ways.items()}
+        choice = min(seconds, key=lambda name: seconds[name])
+        LOGGER.warning(
+            "%s runs on %s from now on: packed kernels take %.1f ms a call here, OpenVINO %.1f",
+            type(self.denoiser).__name__,
+            choice,
+            seconds["packed"] * 1e3,
+            seconds["openvino"] * 1e3,
+        )
+        return choice
 
 
 @torch.no_grad()
 def seconds_of(way: Callable[[], object]) -> float:
-    """The quickest of a few calls after a first one, which prepares what later ones find ready."""
+    """Return the shortest time of a few calls in seconds, after a warm-up call."""
     way()
     found = []
     for _ in range(TIMED_CALLS):

@@ -180,6 +180,7 @@ class AdaptiveSoftmax(Step):
         """Set the grid of the steps `rows` of `quantizer`, and return the record of the group."""
         values = torch.cat([observed.values[row] for row in rows.tolist()])
         weights = torch.cat([observed.weights[row] for row in rows.tolist()])
+        values, weights = values[weights > 0], weights[weights > 0]  # without what fills short rows
         ratio = likelihood_ratio(tail_of(values, weights, self.x_min_quantile), self.alternative)
         uniform, log2 = grid_fits(values, weights, quantizer.bits)
         lower_error = log2.error < uniform.error

@@ -170,7 +170,7 @@ class AffineDistillation(Step):
             training.load(stored, 1)
         saved = time.monotonic()
         with session.reporter.task("distilling biases and norms", total=self.iterations) as task:
-            task.advance(training.rounds, f"loss {training.losses[-1]:.2e}")
+            task.advance(training.rounds, f"loss {training.losses[-1]:.2e}", resumed=True)
             for number in range(training.rounds, self.iterations):
                 loss = self._loss(session, inputs(order[number]), together, mixing)
                 if not torch.isfinite(loss):

@@ -93,7 +93,8 @@ class BlockDistillation(Step):
         if self.steps_together > 1 and self.step_order != "mixed":
             raise StepQuantError(
                 f"step '{self.name}' has step_order {self.step_order} and steps_together "
-                f"{self.steps_together}: expected mixed batches for several steps together"
+                f"{self.steps_together}: expected step_order mixed, because several steps together "
+                "need mixed batches"
             )
 
     def apply(self, session: Session) -> None:
@@ -140,7 +141,7 @@ class BlockDistillation(Step):
             order = guarded.batches(self.batch, self.iterations, generator)
         else:
             order = self._one_step_each(data.timestep[guarded.train], guarded.train, generator)
-        for iteration, index in enumerate(order):
+        for iteration, index in enumerate(session.reporter.within(order)):
             loss = guarded.loss(index)
             optimizer.zero_grad()
             loss.backward()

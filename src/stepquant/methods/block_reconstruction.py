@@ -60,6 +60,7 @@ from stepquant.methods.training.steps_together import check_together
 from stepquant.quantizers import QuantLayer
 from stepquant.quantizers.rounding import rectified_sigmoid
 from stepquant.simulation.scheme import Scheme
+from stepquant.support.progress import Reporter
 
 FIRST_BETA, LAST_BETA = 20.0, 2.0
 # For `Step.not_after`: a rounded weight no longer tells between which two codes the float one lay.
@@ -203,23 +204,26 @@ class BlockReconstruction(Step):
             logits = [rounding.logits for layer in layers for rounding in layer.roundings]
             return strength * torch.stack([rounding_penalty(v, beta) for v in logits]).sum()
 
-        optimize = partial(self._optimize, guarded, layers, generator)
+        optimize = partial(self._optimize, session.reporter, guarded, layers, generator)
         for layer in layers:
             layer.attach_roundings(weights[layer])
         try:
             together = self.activations == "together"
+            weights_end = 1.0 if together else 0.8  # the activations get a quarter as many steps
             rate = self.activation_rate if together else 0.0
-            optimize(self.iterations, self.rounding_rate, rate, penalty)
+            optimize(self.iterations, self.rounding_rate, rate, penalty, (0.0, weights_end))
         finally:
             for layer in layers:
                 layer.detach_roundings()
         if not together:
             guarded.restore()
-            optimize(self.iterations // 4, 0.0, self.activation_rate, lambda _: 0.0)
+            rate, span = self.activation_rate, (weights_end, 1.0)
+            optimize(self.iterations // 4, 0.0, rate, lambda _: 0.0, span)
         return guarded.finish()
 
     def _optimize(
         self,
+        reporter: Reporter,
         guarded: GuardedBlock,
         layers: list[QuantLayer],
         generator: torch.Generator,
@@ -227,13 +231,17 @@ class BlockReconstruction(Step):
         rounding_rate: float,
         activation_rate: float,
         penalty: Callable[[int], Tensor | float],
+        span: tuple[float, float],
     ) -> None:
-        """Train what `layers` have attached, and check the hard rounding at intervals."""
+        """Train what `layers` have attached, and check the hard rounding at intervals.
+
+        `span`: which part of the block's training this is, from 0 to 1, for progress.
+        """
         if iterations == 0:
             return
         optimizer = LayerOptimizer(layers, rounding_rate, 0.0, activation_rate, iterations)
         order = guarded.batches(self.batch, iterations, generator)
-        for iteration, index in enumerate(order):
+        for iteration, index in enumerate(reporter.within(order, span)):
             loss = guarded.loss(index) + penalty(iteration)
             optimizer.zero_grad()
             loss.backward()

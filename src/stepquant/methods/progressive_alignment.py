@@ -80,7 +80,7 @@ class ProgressiveAlignment(BlockReconstruction):
             return Trajectories.from_tensors(kept)
         images = int(session.trajectories.trajectory.max()) + 1
         seed = session.seed + FIRST_SEED + (number - 1) * images
-        drawn = session.draw(images, seed, session.model)
+        drawn = session.draw(images, seed, session.model, session.reporter)
         drawn = training_inputs(session, self.name, self.samples, self.steps_together, drawn)
         tensors = drawn.to_tensors()
         session.work.save(key, tensors)

@@ -130,7 +130,7 @@ class TrajectoryDistillation(Step):
         every = max(1, self.rounds // CHECKS)
         saved = time.monotonic()
         with session.reporter.task("distilling trajectories", total=self.rounds) as task:
-            task.advance(training.rounds, f"loss {training.losses[-1]:.2e}")
+            task.advance(training.rounds, f"loss {training.losses[-1]:.2e}", resumed=True)
             while training.rounds < self.rounds:
                 own = training.rounds >= turn
                 if training.rounds == turn:  # from here on, other inputs are held out

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stepquant.models.calling import channel_dim, prediction_in, with_prediction
 from stepquant.quantizers.activation import spread_rows
+from stepquant.quantizers.call_state import PerThread
 from stepquant.quantizers.step_grid import StepContext
 
 SLOPES_NAME = "input_error_slope"  # buffer of the denoiser, float32 [T]
@@ -42,7 +43,8 @@ class InputBypass:
         # float32 [T], a copy: the denoiser's saved buffer may be cast to another dtype
         self.slopes = torch.zeros(1)
         self._context: StepContext | None = None
-        self._error: Tensor | None = None  # of the current forward pass
+        # Of the calls in each thread: the error, float32 [B, ...], with the rows of its samples
+        self._here = PerThread()
 
     def attach(self, denoiser: nn.Module, slopes: Tensor) -> None:
         """Add the input error to every prediction of `denoiser` from now on.
@@ -58,7 +60,7 @@ class InputBypass:
             self.read_slopes(denoiser)
         # Bound methods: a deep copy of the denoiser then gets a bypass of its own.
         denoiser.register_forward_pre_hook(self._begin)
-        denoiser.register_forward_hook(self._add)
+        denoiser.register_forward_hook(self._add, always_call=True)
 
     def read_slopes(self, denoiser: nn.Module) -> None:
         """Copy the slopes from the buffer of `denoiser`, after a checkpoint is loaded."""
@@ -66,19 +68,27 @@ class InputBypass:
 
     def take(self, error: Tensor) -> None:
         """Keep the layer's input error `[B, ...]`, float32, until the denoiser has predicted."""
-        self._error = error
+        assert self._context is not None
+        self._here.state.value = error, self._context.rows
 
     def _begin(self, denoiser: nn.Module, args: tuple[Any, ...]) -> None:
-        self._error = None  # left over from a call of the layer alone or from a failed forward pass
+        state = self._here.state
+        state.begin()
+        state.value = None  # left over from a call of the layer alone
 
     def _add(self, denoiser: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        error, self._error = self._error, None
-        if error is None:  # the layer did not run, or is not quantizing
+        state = self._here.state
+        taken = state.end()
+        if taken is None:  # the layer did not run, or is not quantizing
             return output
-        assert self._context is not None
+        if state.value is taken:  # the outermost call has ended
+            state.value = None
+        if output is None:  # the denoiser failed
+            return None
+        error, rows = taken
         prediction = prediction_in(output, denoiser)
         slopes = self.slopes.to(error.device)
-        slope = slopes[spread_rows(self._context.rows.to(error.device), len(error))]
+        slope = slopes[spread_rows(rows.to(error.device), len(error))]
         passed = slope.view(-1, *(1,) * (error.dim() - 1)) * error
         return with_prediction(output, added(prediction, passed.to(prediction.device)))
 

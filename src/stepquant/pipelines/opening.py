@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -17,6 +18,7 @@ from stepquant.models.weight_files import WeightFiles
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.resolved import DENOISERS, denoiser_of
 from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 BUILTIN = "builtin:"
 MAP_FROM = 200_000_000  # parameters; smaller models are loaded into memory
@@ -79,6 +81,7 @@ def open_pipeline(
     device: str | torch.device = "cpu",
     config: str | Path | None = None,
     map_large: bool = False,
+    reporter: Reporter | None = None,
 ) -> DiffusionPipeline:
     """Open the pipeline that `model` names, in float32 and ready to sample.
 
@@ -92,6 +95,7 @@ def open_pipeline(
             its config comes from the hub.
         map_large: leave the weights of a denoiser with more than `MAP_FROM` parameters in their
             files, on the CPU; see `models.mapped`. Single files are always loaded into memory.
+        reporter: shows progress; None shows none.
 
     Raises:
         StepQuantError: the model cannot be found, fetched or loaded, or `config` is given for
@@ -100,8 +104,8 @@ def open_pipeline(
     if isinstance(model, DiffusionPipeline):
         if config is not None:
             raise StepQuantError(
-                f"a config, '{config}', was given for a {type(model).__name__} that is open "
-                "already: expected none, or the name of a single safetensors file as the model"
+                f"the config '{config}' was given for an open {type(model).__name__}: expected no "
+                "config, or the path of a single safetensors file as the model"
             )
         return model
     if not isinstance(model, str | Path):
@@ -111,11 +115,24 @@ def open_pipeline(
         )
     source = resolve_builtin(model)
     mapped = map_large and not is_single_file(source)
-    parts = _mapped_denoiser(local_folder(source)) if mapped else {}
-    pipeline = load_pipeline(source, dtype=torch.float32, config=config, parts=parts).to(device)
+    with _opening(model, source, reporter):
+        parts = _mapped_denoiser(local_folder(source)) if mapped else {}
+        pipeline = load_pipeline(source, dtype=torch.float32, config=config, parts=parts).to(device)
     denoiser = denoiser_of(pipeline).eval()
     denoiser.requires_grad_(False)
     return pipeline
+
+
+def _opening(
+    model: str | Path, source: str, reporter: Reporter | None
+) -> AbstractContextManager[object]:
+    """Report that `model` is being opened.
+
+    On a terminal the hub's own bars show a download; ours would overwrite them.
+    """
+    if reporter is None or (reporter.shows_bars and not Path(source).exists()):
+        return nullcontext()
+    return reporter.task(f"opening {model}", total=None)
 
 
 def _mapped_denoiser(folder: Path) -> dict[str, nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +51,12 @@ class ResolvedPipeline:
                 return cls(pipeline, name, denoiser)
         return None
 
+    def other_denoisers(self) -> list[str]:
+        """Names of the components that predict noise beside this one."""
+        parts = self.pipeline.components.items()
+        kinds = {name: type(part).__name__ for name, part in parts if isinstance(part, nn.Module)}
+        return other_denoisers(self.name, kinds)
+
     @property
     def kind(self) -> str:
         """The name of the pipeline's class."""
@@ -80,3 +87,17 @@ class ResolvedPipeline:
 def denoiser_of(pipeline: DiffusionPipeline) -> nn.Module:
     """The module that predicts the noise."""
     return ResolvedPipeline.of(pipeline).denoiser
+
+
+def other_denoisers(denoiser: str, kinds: Mapping[str, str]) -> list[str]:
+    """Names of the components that predict noise beside `denoiser`, such as `transformer_2`.
+
+    `kinds`: the name of each component's class. A denoiser beside the first has its class, or its
+    name and a number.
+    """
+    same = kinds.get(denoiser)
+    return [
+        name
+        for name, kind in kinds.items()
+        if name != denoiser and (kind == same or name.removeprefix(f"{denoiser}_").isdecimal())
+    ]

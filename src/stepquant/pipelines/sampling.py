@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -12,8 +13,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepquant.pipelines.conditioning import Conditioning, takes_prompts
+from stepquant.pipelines.step_bar import report_steps
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
+from stepquant.support.progress_task import Task
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -70,8 +73,8 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
         raise StepQuantError(f"unknown scheduler '{name}': expected one of {', '.join(SCHEDULERS)}")
     if getattr(pipeline.scheduler, "owns_sampling", False):
         raise StepQuantError(
-            f"scheduler '{name}' was asked for where the user's own function draws: expected own, "
-            "or a DenoiserPipeline without draw"
+            f"scheduler '{name}' was named for a DenoiserPipeline that draws with its own "
+            "function: expected own, or a DenoiserPipeline without draw"
         )
     kind = getattr(diffusers, SCHEDULERS[name])
     flow, own = matches_flow(pipeline.scheduler), type(pipeline.scheduler).__name__
@@ -84,8 +87,9 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
         )
     if kind.__name__ != own and flow and not own.startswith(FLOW):
         raise StepQuantError(
-            f"scheduler '{name}' was asked for in the place of {own}, which was set to match flow: "
-            "expected own, the pipeline's; no other class takes its settings over"
+            f"scheduler '{name}' was named instead of {own}, which is set up for flow matching: "
+            "expected own, the pipeline's scheduler, because no other class takes over its "
+            "settings"
         )
     pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
 
@@ -165,6 +169,11 @@ def with_own_tokenizers(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return pipeline
 
 
+def report_share(task: Task, count: int, share: float) -> None:
+    """Report that `share` of the steps of `count` images are done."""
+    task.within(count * share)
+
+
 @torch.no_grad()
 def sample_images(
     pipeline: DiffusionPipeline,
@@ -221,7 +230,6 @@ def sample_images(
     conditioning = conditioning or Conditioning()
     conditioning.check(pipeline)
     latent = not decode and takes_prompts(pipeline) and getattr(pipeline, "vae", None) is not None
-    pipeline.set_progress_bar_config(disable=True)
     images = []
     with reporter.task(f"sampling {num} images", total=num) as task:
         for start in range(0, num, batch):
@@ -229,6 +237,7 @@ def sample_images(
             generators = [
                 torch.Generator().manual_seed(seed + first + start + i) for i in range(count)
             ]
+            report_steps(pipeline, partial(report_share, task, count))
             result = pipeline(
                 generator=generators,
                 num_inference_steps=steps,

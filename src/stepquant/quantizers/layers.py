@@ -138,6 +138,16 @@ class QuantLayer(nn.Module):
             if quantizer.steps == 1:
                 quantizer.resize(len(step_bias))
 
+    def optional_tensors(self) -> dict[str, Tensor]:
+        """What the layer computes with besides codes and grids, by the names of a packed layer.
+
+        See `runtime.layers.layer_tensors`.
+        """
+        found = {"bias": self.bias, "step_bias": self.step_bias}
+        if self.scales_input:
+            found["act_channel_scale"] = 1.0 / self.inverse_channel_scale
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     def fit_weights(self, find: GridSearch) -> None:
         """Fit the weight grids of every part with `find`."""
         for _, quantizer, weight in self.parts():

@@ -1,18 +1,24 @@
 """Mapping of a scheduler's timestep to a row of the step tables.
 
-The timestep is always an argument of the denoiser, and one forward pre-hook reads it. Nothing
-counts calls, and nothing is global. Samples of one batch may be at different steps.
+The timestep is always an argument of the denoiser, and a forward pre-hook reads it. Nothing counts
+calls. Samples of one batch may be at different steps, and so may calls of one denoiser in several
+threads.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from stepquant.quantizers.call_state import PerThread
 from stepquant.support.errors import StepQuantError
+
+_OWNERS = threading.Lock()  # guards the change of a context's owner; no attribute, to be copyable
 
 
 class StepGrid:
@@ -53,15 +59,41 @@ class StepGrid:
 
 
 class StepContext:
-    """Table rows of the current forward pass, shared by a denoiser and its quantized layers."""
+    """Table rows of the forward pass that runs in this thread.
+
+    A denoiser and its quantized layers share one context. Each thread has rows of its own, and so
+    has each call inside another call. A deep copy takes over the rows of the thread that makes it.
+    """
 
     def __init__(self, grid: StepGrid) -> None:
         self.grid = grid
-        self.rows = torch.zeros(1, dtype=torch.int64)  # [1] or [B]
         self._position = 0  # of `timestep` among the denoiser's positional arguments
+        self._here = PerThread()
+        # For threads that have no rows, such as those in which autograd runs a checkpointed block
+        # again: the rows set last, and the only thread that set any.
+        self._latest = torch.zeros(1, dtype=torch.int64)
+        self._owner: int | None = None
+        self._shared = False  # whether several threads set rows
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows of the innermost call in this thread, int64 `[1]` or `[B]`.
+
+        Outside of a call they are those of the thread's last call, or the last that were set. In a
+        thread without any they are those of the only thread that has some, or row 0.
+
+        Raises:
+            StepQuantError: this thread has no rows, and several others have.
+        """
+        rows = self._here.state.value
+        return self._rows_of_owner() if rows is None else rows
+
+    @rows.setter
+    def rows(self, rows: Tensor) -> None:
+        self._set(rows)
 
     def set_timestep(self, timestep: Tensor | float) -> None:
-        """Choose the rows for `timestep` (a scalar, or one per sample, `[B]`).
+        """Choose this thread's rows for `timestep` (a scalar, or one per sample, `[B]`).
 
         If all samples agree, `rows` is `[1]`. The exception is a compiled graph that gets `[B]`
         separately stored timesteps: it cannot branch on their values, so `rows` stays `[B]`.
@@ -71,22 +103,34 @@ class StepContext:
         rows = self.grid.rows(timestep)
         if rows.numel() > 1 and not torch.compiler.is_compiling():
             rows = rows[:1] if bool((rows == rows[0]).all()) else rows
-        self.rows = rows
+        self._set(rows)
 
-    def attach(self, denoiser: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        """Register a forward pre-hook that reads the `timestep` of every call of `denoiser`.
+    def ensure_rows(self) -> None:
+        """Give this thread row 0 where `rows` would be an error.
 
-        Returns the handle that removes the hook. The hook raises StepQuantError for a call without
-        a timestep.
+        For asking layers how they would run, not for running them.
+        """
+        if self._shared and self._here.state.value is None:
+            self._here.state.value = torch.zeros(1, dtype=torch.int64)
+
+    def attach(self, denoiser: nn.Module) -> Attachment:
+        """Register forward hooks that read the `timestep` of every call of `denoiser`.
+
+        Returns what removes the hooks. The pre-hook raises StepQuantError for a call without a
+        timestep.
 
         Raises:
             StepQuantError: `denoiser.forward` has no argument named `timestep`.
         """
         self._position = timestep_position(denoiser)
-        # A bound method: the hook of a deep-copied denoiser then writes to the copied context.
-        return denoiser.register_forward_pre_hook(self._read_timestep, with_kwargs=True)
+        # Bound methods: the hooks of a deep-copied denoiser then use the copied context.
+        return Attachment(
+            denoiser.register_forward_pre_hook(self._begin, with_kwargs=True),
+            denoiser.register_forward_hook(self._end, always_call=True),
+        )
 
-    def _read_timestep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._here.state.begin()
         timestep = kwargs.get("timestep")
         if timestep is None and self._position < len(args):
             timestep = args[self._position]
@@ -96,6 +140,50 @@ class StepContext:
                 "for each sample; the scales of a quantized model depend on it"
             )
         self.set_timestep(timestep)
+
+    def _end(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._here.state.end()
+
+    def _set(self, rows: Tensor) -> None:
+        self._here.state.value = rows
+        if torch.compiler.is_compiling() or self._shared:
+            return
+        if self._owner != threading.get_ident():
+            with _OWNERS:
+                self._shared = self._owner is not None
+                self._owner = threading.get_ident()
+        self._latest = rows
+
+    def _rows_of_owner(self) -> Tensor:
+        if self._shared:
+            raise StepQuantError(
+                "a quantized layer was called in a thread that has no timestep, while several "
+                "others use its denoiser: expected a call of the denoiser, or "
+                "`context.set_timestep`, in the same thread"
+            )
+        return self._latest
+
+    def __getstate__(self) -> dict[str, Any]:
+        rows = self._here.state.value
+        return {"grid": self.grid, "position": self._position, "rows": rows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["grid"])  # type: ignore[misc]
+        self._position = state["position"]
+        if state["rows"] is not None:
+            self._set(state["rows"])
+
+
+class Attachment:
+    """The hooks of a context on a denoiser."""
+
+    def __init__(self, *handles: RemovableHandle) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Remove them."""
+        for handle in self._handles:
+            handle.remove()
 
 
 def timestep_position(denoiser: nn.Module) -> int:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from stepquant.models.non_finite import NonFiniteInputs
 from stepquant.models.surgery import replace_modules
 from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code, max_codes, pack_channels
 from stepquant.quantizers import (
@@ -26,6 +27,7 @@ from stepquant.runtime.layers.integer import IntegerConv2d, IntegerLayer, Intege
 from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.runtime.ops.layer_spec import MOST_BITS_WITH_HALVES, LayerSpec
 from stepquant.support.errors import StepQuantError
+from stepquant.support.progress import Reporter
 
 
 def layer_spec(layer: QuantLayer) -> LayerSpec:
@@ -70,15 +72,8 @@ def pack_layer(layer: QuantLayer) -> IntegerLayer:
     spec = layer_spec(layer)
     kind = IntegerLinear if spec.kind == "linear" else IntegerConv2d
     steps = max(inputs.steps for inputs, _, _ in layer.parts())
-    packed = kind(
-        spec,
-        layer.splits,
-        steps,
-        layer.context,
-        layer.bias is not None,
-        layer.scales_input,
-        layer.step_bias is not None,
-    )
+    optional = layer.optional_tensors()
+    packed = kind(spec, layer.splits, steps, layer.context, optional)
     packed.bypass = layer.bypass
     streams = []
     for index, (inputs, weights, weight) in enumerate(layer.parts()):
@@ -91,15 +86,8 @@ def pack_layer(layer: QuantLayer) -> IntegerLayer:
     packed.weight_packed.copy_(torch.cat(streams))
     if packed.channel_bits is not None:
         packed.channel_bits.copy_(layer.channel_bits)
-    if layer.bias is not None:
-        assert packed.bias is not None
-        packed.bias.copy_(layer.bias)
-    if layer.step_bias is not None:
-        assert packed.step_bias is not None
-        packed.step_bias.copy_(layer.step_bias)
-    if layer.scales_input:
-        assert packed.act_channel_scale is not None
-        packed.act_channel_scale.copy_(1.0 / layer.inverse_channel_scale)
+    for name, tensor in optional.items():
+        packed.get_buffer(name).copy_(tensor)
     return packed
 
 
@@ -171,18 +159,30 @@ def _off_grid(what: str, found: Tensor, expected: str) -> StepQuantError:
     )
 
 
-def pack_model(model: nn.Module) -> nn.Module:
+def pack_model(model: nn.Module, reporter: Reporter | None = None) -> nn.Module:
     """Replace every simulated layer and attention of `model` by its packed one, in place.
 
-    From then on, blocks hand codes to their layers where they can.
+    From then on, blocks hand codes to their layers where they can. `reporter` shows progress.
 
     Raises:
         StepQuantError: See `pack_layer`.
     """
+    reporter = reporter or Reporter(quiet=True)
+    count = sum(isinstance(module, QuantAttention | QuantLayer) for module in model.modules())
+    with reporter.task("packing layers", total=count) as task:
 
-    def packed(_: str, module: nn.Module) -> nn.Module | None:
-        if isinstance(module, QuantAttention):
-            return pack_attention(module)
-        return pack_layer(module) if isinstance(module, QuantLayer) else None
+        def packed(name: str, module: nn.Module) -> nn.Module | None:
+            found: nn.Module
+            if isinstance(module, QuantAttention):
+                found = pack_attention(module)
+            elif isinstance(module, QuantLayer):
+                found = pack_layer(module)
+            else:
+                return None
+            task.advance(note=name)
+            return found
 
-    return use_fast_blocks(replace_modules(model, packed))
+        replace_modules(model, packed)
+    if model._forward_pre_hooks:  # a denoiser, which its step context is attached to
+        NonFiniteInputs.attach(model)
+    return use_fast_blocks(model)

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from stepquant.models.adapter import DenoiserAdapter
-from stepquant.models.eligibility import why_float
+from stepquant.models.eligibility import (
+    check_patterns,
+    modules_kept_float,
+    unmatched,
+    why_float,
+)
 from stepquant.numerics import check_bits
 from stepquant.support.errors import StepQuantError
 
@@ -48,6 +62,17 @@ class Override(BaseModel):
         return check_bits(value, "bits of an override")
 
 
+PATTERNS = "modules_to_not_convert"
+ALL_KEYS = {"all keys": True}  # context of `model_dump` that keeps empty patterns
+
+
+def without_empty_patterns(plain: dict[str, Any], info: SerializationInfo) -> dict[str, Any]:
+    """A dumped scheme without empty patterns, which checkpoints of before they existed lack."""
+    if plain[PATTERNS] or info.context == ALL_KEYS:
+        return plain
+    return {key: value for key, value in plain.items() if key != PATTERNS}
+
+
 class Scheme(BaseModel):
     """Bits of weights and activations, the protocol, and exceptions by layer name.
 
@@ -61,6 +86,8 @@ class Scheme(BaseModel):
             its products float.
         probability_bits: Bits of attention's probabilities.
         overrides: Other bits for layers by name.
+        modules_to_not_convert: Names or shell-style patterns of modules whose layers stay float;
+            see `models.eligibility.matches`.
 
     Raises:
         StepQuantError: Bits are out of range, the protocol is unknown or leaves attention's
@@ -75,6 +102,18 @@ class Scheme(BaseModel):
     attention_bits: int | None = None
     probability_bits: int = 8
     overrides: tuple[Override, ...] = ()
+    modules_to_not_convert: tuple[str, ...] = ()
+
+    @field_validator("modules_to_not_convert", mode="before")
+    @classmethod
+    def _patterns(cls, value: object) -> tuple[str, ...]:
+        return check_patterns(value, "modules_to_not_convert of the scheme")
+
+    @model_serializer(mode="wrap")
+    def _plain(
+        self, handler: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> dict[str, Any]:
+        return without_empty_patterns(handler(self), info)
 
     @field_validator("weight_bits", "activation_bits", "probability_bits", mode="before")
     @classmethod
@@ -90,7 +129,7 @@ class Scheme(BaseModel):
     def _probabilities_with_attention(self) -> Scheme:
         if self.attention_bits is None and self.probability_bits != 8:
             raise StepQuantError(
-                f"probability bits of the scheme is {self.probability_bits} where attention_bits "
+                f"probability_bits of the scheme is {self.probability_bits}, but attention_bits "
                 "leaves attention's products float: expected both; set attention_bits too"
             )
         return self
@@ -99,7 +138,7 @@ class Scheme(BaseModel):
     def _products_of_the_protocol(self) -> Scheme:
         if self.attention_bits is not None and self.protocol == "paper:mpq-dm":
             raise StepQuantError(
-                f"attention bits of the scheme is {self.attention_bits} under the protocol "
+                f"attention_bits of the scheme is {self.attention_bits} under the protocol "
                 f"{self.protocol}, which leaves attention's products float: expected none; leave "
                 "attention_bits out or take the protocol strict"
             )
@@ -130,13 +169,21 @@ class Scheme(BaseModel):
             `({layer: (weight bits, activation bits)}, {layer left float: reason})`.
 
         Raises:
-            StepQuantError: An override matches no quantized layer.
+            StepQuantError: An override matches no quantized layer, or an entry of
+                `modules_to_not_convert` no module.
         """
         bits: dict[str, tuple[int, int]] = {}
         left_float: dict[str, str] = {}
         outer = adapter.input_output_layers(model)
         exempt: set[str] = set()
-        kept = adapter.float_layers(model)
+        asked = modules_kept_float(model, self.modules_to_not_convert)
+        kept = {**adapter.float_layers(model), **asked}
+        for pattern in unmatched(model, self.modules_to_not_convert):
+            raise StepQuantError(
+                f"modules_to_not_convert has '{pattern}', which names no module of "
+                f"{type(model).__name__}: expected names or patterns of modules such as "
+                f"'{next((name for name, _ in model.named_children()), 'conv_in')}'"
+            )
         if self.protocol == "paper:mpq-dm":
             outer = outer | adapter.time_embedding_layers(model)
             exempt = adapter.shortcut_and_downsampling_layers(model)

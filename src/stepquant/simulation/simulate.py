@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import nn
 
@@ -16,11 +19,20 @@ from stepquant.support.errors import StepQuantError
 
 
 def simulate(
-    float_model: nn.Module, adapter: DenoiserAdapter, scheme: Scheme, context: StepContext
+    float_model: nn.Module,
+    adapter: DenoiserAdapter,
+    scheme: Scheme,
+    context: StepContext,
+    kept: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[nn.Module, dict[str, str]]:
-    """A copy of `float_model` with simulated layers, not quantizing yet, and what stays float."""
+    """A copy of `float_model` with simulated layers, not quantizing yet, and what stays float.
+
+    `kept`: layers that stay float besides those of scheme and adapter, each with its reason.
+    """
     check_finite_weights(float_model)
     bits, left_float = scheme.layer_bits(float_model, adapter)
+    bits = {name: value for name, value in bits.items() if name not in kept}
+    left_float = {**left_float, **kept}
     splits = adapter.skip_splits(float_model)
     replaced = [module for name, module in float_model.named_modules() if name in bits]
     model = copy_around(float_model, replaced)

@@ -1,28 +1,31 @@
-"""Old names of moved modules that the documentation mentioned, kept for one release."""
+"""Old names of moved modules, importable and runnable for one release."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.abc
+import importlib.util
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
+from typing import Any
 
 
-def keep_old_names(moved: Mapping[str, str]) -> None:
-    """Keep old module names importable, with a DeprecationWarning that gives the new name.
+def keep_old_names(moved: Mapping[str, Sequence[str]]) -> None:
+    """Keep old module names importable, with a DeprecationWarning that gives the new names.
 
-    `moved` maps old to new names, both absolute. An old module has the attributes of the new one.
+    `moved` maps old names to new ones, all absolute. An old module has the attributes of all its
+    new ones; among equal names, the first module's counts. `python -m OLD` runs the first.
     """
     sys.meta_path.append(_MovedModules(moved))
 
 
-class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     """Import finder and loader for old names; asked last, so that existing modules win."""
 
-    def __init__(self, moved: Mapping[str, str]) -> None:
+    def __init__(self, moved: Mapping[str, Sequence[str]]) -> None:
         self._moved = moved
 
     def find_spec(
@@ -30,17 +33,61 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     ) -> ModuleSpec | None:
         """Return a spec for a moved module, or None for other modules."""
         del path, target
-        return ModuleSpec(fullname, self) if fullname in self._moved else None
+        if fullname not in self._moved:
+            return None
+        return ModuleSpec(fullname, self, is_package=self.is_package(fullname))
+
+    def is_package(self, fullname: str) -> bool:
+        """Whether the old module had submodules."""
+        return any(name.startswith(f"{fullname}.") for name in self._moved)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Return a module that can be called: some old names are functions of the package now."""
+        return _OldModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Warn, and make `module` return the attributes of the new module."""
+        """Warn, and make `module` return the attributes of the new modules."""
         old, new = module.__name__, self._moved[module.__name__]
-        warnings.warn(
-            f"the module {old} is now {new}: import it from there; the old name goes with the next "
-            "release",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        found = importlib.import_module(new)
+        self._warn(old)
+        homes = [importlib.import_module(name) for name in new]
+
+        def attribute(name: str) -> Any:
+            for home in homes:
+                try:
+                    return getattr(home, name)
+                except AttributeError:
+                    continue
+            raise AttributeError(f"module '{old}', now {' and '.join(new)}, has no '{name}'")
+
         # PEP 562: Python calls a module's `__getattr__` for attributes that the module lacks.
-        module.__getattr__ = found.__getattribute__  # type: ignore[method-assign]
+        module.__getattr__ = attribute  # type: ignore[method-assign]
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """Return the new module's code, for `python -m`."""
+        self._warn(fullname)
+        new = self._moved[fullname][0]
+        spec = importlib.util.find_spec(new)
+        assert spec is not None and isinstance(spec.loader, importlib.abc.InspectLoader)
+        return spec.loader.get_code(new)
+
+    def get_source(self, fullname: str) -> str | None:
+        """Return None: an old module has no source of its own."""
+        del fullname
+        return None
+
+    def _warn(self, old: str) -> None:
+        new = " and ".join(self._moved[old])
+        warnings.warn(
+            f"the module {old} is now {new}: import it from there; the old name will be removed in "
+            "the next release",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+
+
+class _OldModule(ModuleType):
+    """An old module. Importing `stepquant.bench` puts it in the place of the function `bench`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function that has the module's name."""
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)

@@ -37,6 +37,8 @@ class RefusalCode(str, Enum):
     """A layer of another class, or with several input parts."""
     BLOCK = "block"
     """The block computes something else: another norm, activation or kind of attention."""
+    TENSOR = "tensor"
+    """The layer computes with a tensor that fast code does not read."""
     MODEL = "model"
     """The model has no integer layers."""
 

@@ -20,7 +20,7 @@ from stepquant.support.errors import StepQuantError
 JOB = "job.json"
 RESULT = "result.json"  # names the files of the finished result with their digests
 DIGEST = "sha256"  # in the header of each piece
-AGAIN = "delete it and resume, and its piece is computed again"
+AGAIN = "delete it and continue with --resume, which computes it again"
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -73,8 +73,8 @@ class WorkFolder:
             if _read(record) != text:
                 raise StepQuantError(
                     f"'{path}' holds the work of another job: expected the same model, sampler, "
-                    "recipe, bits, seed, threads and versions as in its job.json; repeat the first "
-                    "command, or delete the folder to start anew"
+                    "recipe, bits, seed, threads and versions as in its job.json; repeat the "
+                    "first command, or delete the folder to start again"
                 )
             _remove_partial(path)
             return
@@ -85,8 +85,8 @@ class WorkFolder:
             )
         if record.exists():
             raise StepQuantError(
-                f"'{path}' holds an unfinished job: go on with --resume (resume=True), or delete "
-                "the folder to start anew"
+                f"'{path}' holds an unfinished job: continue with --resume (resume=True), or "
+                "delete the folder to start again"
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -94,8 +94,8 @@ class WorkFolder:
             atomic_write(record, lambda partial: partial.write_text(text))
         except OSError as error:
             raise StepQuantError(
-                f"the work folder '{path}' cannot be made ({error.strerror}): expected a place "
-                "that can be written to, with room; name another output"
+                f"the work folder '{path}' cannot be created ({error.strerror}): expected a "
+                "writable folder with free space; name another output"
             ) from error
 
     def _file(self, key: str) -> Path:
@@ -118,8 +118,8 @@ class WorkFolder:
             atomic_write(file, lambda partial: save_file(whole, partial, header))
         except (OSError, SafetensorError) as error:
             raise StepQuantError(
-                f"'{file}' cannot be written ({error}): expected room on the disk; free some and "
-                "go on with --resume"
+                f"'{file}' cannot be written ({error}): expected free space on the disk; free some "
+                "and continue with --resume"
             ) from error
 
     def load(self, key: str) -> dict[str, Tensor] | None:
@@ -162,7 +162,7 @@ class WorkFolder:
         except OSError as error:
             raise StepQuantError(
                 f"'{note}' cannot be written ({error.strerror}): expected room on the disk; free "
-                "some and go on with --resume"
+                "some and continue with --resume"
             ) from error
 
     def is_result(self, files: Mapping[str, str]) -> bool:

@@ -1,4 +1,4 @@
-"""The main job on an embedded model: quantize four ways, compare, draw."""
+"""The demo: quantize an embedded model in four ways, compare them, and draw images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stepquant.engines.backend import with_captured_calls
-from stepquant.evaluation import measure_latency
+from stepquant.evaluation.latency import WARMUP, measure_latency
 from stepquant.evaluation.metric import METRICS
 from stepquant.pipelines.opening import (
     BUILTIN,
@@ -34,13 +34,14 @@ from stepquant.verbs.quantize import quantize
 PREFERRED = ("cifar10-ddpm", "fashion-ddpm")
 STEPS = 50
 TIMING_BATCH = 16
+REPEATS = 20
 GRID_COLUMNS = 12
 SHOWN = ("paired_psnr", "frechet_distance")  # metrics with a column of the table
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the demo."""
+    """Recipe and bits of one quantized model of the demo."""
 
     recipe: str
     weights: int
@@ -48,7 +49,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """As "dilatequant w4a8"."""
+        """Name in the table, such as "dilatequant w4a8"."""
         return f"{self.recipe} w{self.weights}a{self.activations}"
 
 
@@ -61,7 +62,11 @@ SETTINGS = (
 
 
 def demo_model() -> str:
-    """The embedded model that the demo runs on."""
+    """Return the name of the embedded model for the demo.
+
+    Raises:
+        StepQuantError: this installation has none of the demo's models.
+    """
     for name in PREFERRED:
         if name in builtin_names():
             return BUILTIN + name
@@ -80,11 +85,23 @@ def demo(
 ) -> dict[str, Any]:
     """Quantize an embedded model by two recipes, and compare quality, speed and size.
 
-    Writes to the new folder `out`: the four packed pipelines, `grid.png` (float above quantized,
-    column by column from the same noise) and `demo.json`, the record that is returned; its `table`
-    has one row for each model. `images`: how many are sampled of each. `iterations` of block
-    distillation, fewer than the recipe's own so that the demo ends within minutes. `metrics` names
-    further columns of the table.
+    The new folder `out` gets the four quantized pipelines, `grid.png` (the float model's images
+    above those of the quantized models, each column from the same noise) and `demo.json`, the
+    returned record.
+
+    Args:
+        out: the new folder.
+        images: number of images sampled with each model.
+        iterations: iterations of block distillation. The recipe's own number is larger; with this
+            one the demo takes minutes.
+        reporter: where progress is shown; silent by default.
+        metrics: names of metrics that get a column of their own in the table.
+
+    Returns:
+        The record, JSON values; its `table` has one row per model.
+
+    Raises:
+        StepQuantError: `out` exists, or a metric is unknown.
     """
     reporter = reporter or Reporter(quiet=True)
     shown = [METRICS.find(metric) for metric in dict.fromkeys((*SHOWN, *metrics))]
@@ -92,7 +109,7 @@ def demo(
     name = demo_model()
     features = default_features(name)
     assert features is not None
-    float_pipeline = open_pipeline(name)
+    float_pipeline = open_pipeline(name, reporter=reporter)
     float_denoiser = denoiser_of(float_pipeline)
     reporter.line(f"{name}: {sum(p.numel() for p in float_denoiser.parameters()):,} parameters")
     float_images = sample_images(float_pipeline, images, STEPS, reporter=reporter)
@@ -144,7 +161,7 @@ def demo(
         0,
         {
             "model": "float32",
-            # Each record says the same of the float model.
+            # All records have the same values of the float model.
             **{metric.cell(quality)[0]: metric.cell_of_float(quality) for metric in shown},
             "ms_per_step": None,
             "times_faster": 1.0,
@@ -154,7 +171,8 @@ def demo(
             "peak_memory_mb": None,
         },
     )
-    timings = measure_latency(calls, repeats=20)
+    with reporter.task("timing", total=WARMUP + REPEATS) as task:
+        timings = measure_latency(calls, REPEATS, finished=task.advance)
     for row in rows:
         row["ms_per_step"] = timings[row["model"]].median_ms
         row["times_faster"] = timings["float32"].median_ms / row["ms_per_step"]
@@ -165,7 +183,7 @@ def demo(
         "images": images,
         "sampler": f"ddim, {STEPS} steps",
         "timing": f"one denoiser call, batch {TIMING_BATCH}, eager, {torch.get_num_threads()} "
-        "threads, medians of 20 interleaved runs",
+        "threads, medians of {REPEATS} interleaved runs",
         "iterations": iterations,
         "table": rows,
         "grid": str(folder / "grid.png"),

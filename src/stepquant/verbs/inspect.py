@@ -1,4 +1,4 @@
-"""What is inside a model: ranges at each step, unsaturated channels, kurtosis, bits and bytes."""
+"""Layer statistics of a float or a quantized model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from stepquant.calibration.called_layers import never_called
 from stepquant.calibration.observe import observe
 from stepquant.calibration.survey import adapter_of
 from stepquant.calibration.trajectories import capture_trajectories
@@ -30,6 +31,7 @@ from stepquant.quantizers import StepContext
 from stepquant.reporting.plots import check_plots, write_plots
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.kinds import Kind, kind_of
+from stepquant.runtime.layers.layer_tensors import IN_CONFIG
 from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.simulation.scheme import Scheme
 from stepquant.simulation.simulate import simulate
@@ -52,19 +54,38 @@ def inspect(
     call: Mapping[str, Any] | None = None,
     adapter: DenoiserAdapter | None = None,
 ) -> dict[str, Any]:
-    """Layer by layer, what makes a denoiser hard to quantize, or how it was quantized.
+    """Return statistics of a denoiser's layers.
 
-    A float model is sampled (`num` images): each layer's activation range at every step, the share
-    of in-channels that Weight Dilation can scale, and the kurtosis of its weights. A packed model
-    shows bits, bytes, kernels and its step tables; one that was quantized without calibration, bits
-    and bytes, and no pictures. With `plots`, pictures go to that new folder
-    (needs the extra [evaluate]). `prompts`, `labels`, `guidance`, `call`: what the float model's
-    images are drawn of, and `adapter`, as in `quantize`.
+    - Float model: samples `num` images, and reports each layer's activation range at every step,
+      the share of in-channels that Weight Dilation can scale, and the kurtosis of its weights.
+    - Calibrated model: bits, bytes, kernels and step tables.
+    - Model quantized without calibration: bits and bytes.
+
+    Args:
+        model: a pipeline, its folder, a hub id, or "builtin:NAME".
+        plots: new folder for plots, which need the extra [evaluate]; None draws none.
+        steps: sampling steps of a float model.
+        scheduler: its scheduler; "auto" chooses one, None keeps the pipeline's own.
+        num: number of images.
+        seed: seed of the first image.
+        reporter: where progress is shown; silent by default.
+        prompts: prompts of the images, as in `quantize`.
+        labels: class labels of the images, as in `quantize`.
+        guidance: scale of classifier-free guidance, as in `quantize`.
+        call: further arguments of the pipeline, as in `quantize`.
+        adapter: adapter of an architecture that stepquant does not know, as in `quantize`.
+
+    Returns:
+        JSON values: `packed`, whether the model is quantized; `layers` with a dictionary for each
+        layer; and `plots`, the files drawn.
+
+    Raises:
+        StepQuantError: a model or an argument is not as described, or the model has no plots.
     """
     reporter = reporter or Reporter(quiet=True)
     if plots is not None:
         check_plots(plots)
-    source = ResolvedPipeline.of(open_pipeline(model))
+    source = ResolvedPipeline.of(open_pipeline(model, reporter=reporter))
     denoiser = source.denoiser
     kind = kind_of(denoiser)
     if kind is Kind.INTEGER:
@@ -72,9 +93,8 @@ def inspect(
     elif kind is not None:
         if plots is not None:
             raise StepQuantError(
-                f"the denoiser of {source.kind} was quantized without calibration, and has no "
-                "tables to draw: expected a float model, or one that was calibrated; leave the "
-                "plots out"
+                f"the denoiser of {source.kind} was quantized without calibration and has no step "
+                "tables to plot: expected a float or a calibrated model; leave the plots out"
             )
         record = inspect_weight_only(denoiser, kind)
     else:
@@ -82,15 +102,17 @@ def inspect(
         source = replace(source, adapter=adapter)
         record = inspect_float(source, steps, scheduler, num, seed, reporter, conditioning)
     if plots is not None:
-        record["plots"] = [str(path) for path in write_plots(record, plots)]
+        with reporter.task("drawing plots", total=None):
+            record["plots"] = [str(path) for path in write_plots(record, plots)]
     return record
 
 
 def inspect_packed(denoiser: Any) -> dict[str, Any]:
-    """Bits, bytes, kernels and step tables of a packed denoiser's layers and attention products."""
+    """Return bits, bytes, kernels and step tables of a packed denoiser's layers and attention."""
     layers = []
     for name, module in denoiser.named_modules():
         if isinstance(module, IntegerLayer):
+            present = module.present()
             layers.append(
                 {
                     "layer": name,
@@ -101,7 +123,7 @@ def inspect_packed(denoiser: Any) -> dict[str, Any]:
                     "kernels": module.kernel_names(),
                     "act_scale": module.act_scale.tolist(),
                     "act_zero_point": module.act_zero_point.tolist(),
-                    "channel_scale": module.act_channel_scale is not None,
+                    **{key: tensor.name in present for key, tensor in IN_CONFIG.items()},
                 }
             )
     attention = [
@@ -129,7 +151,7 @@ def inspect_packed(denoiser: Any) -> dict[str, Any]:
 
 
 def inspect_weight_only(denoiser: nn.Module, kind: Kind) -> dict[str, Any]:
-    """Bits and bytes of the layers of a denoiser that was quantized without calibration."""
+    """Return bits and bytes of the layers of a denoiser quantized without calibration."""
     layers = [
         {
             "layer": name,
@@ -165,12 +187,15 @@ def inspect_float(
     reporter: Reporter,
     conditioning: Conditioning | None = None,
 ) -> dict[str, Any]:
-    """Ranges by step, unsaturated share and kurtosis of a float denoiser."""
+    """Return ranges by step, unsaturated share and kurtosis for each layer of a float denoiser."""
     trajectories = capture_trajectories(
         source.pipeline, num, steps, seed, scheduler, reporter=reporter, conditioning=conditioning
     )
     context = StepContext(trajectories.grid())
-    simulation, left_float = simulate(source.denoiser, adapter_of(source), Scheme(), context)
+    uncalled = never_called(source.denoiser, trajectories)
+    simulation, left_float = simulate(
+        source.denoiser, adapter_of(source), Scheme(), context, uncalled
+    )
     seen = observe(simulation, trajectories, num, seed, reporter)
     layers = []
     for (name, part), observation in seen.items():

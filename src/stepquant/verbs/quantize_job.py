@@ -1,4 +1,4 @@
-"""One run of `quantize`: all that decides its result, checked before anything is computed."""
+"""A run of `quantize`: everything that its result depends on, checked before it computes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from stepquant.calibration.called_layers import never_called
 from stepquant.calibration.spill import Spill
 from stepquant.calibration.survey import adapter_of
 from stepquant.calibration.trajectories import Trajectories, drawer, first_inputs
@@ -42,12 +43,17 @@ AnyRecipe = TypeVar("AnyRecipe", Recipe, WeightOnlyRecipe)
 
 @dataclass(frozen=True)
 class Job:
-    """A float pipeline, and how to quantize it.
+    """A float pipeline and how to quantize it.
 
-    `source`: the float pipeline. `sampler`: the same pipeline with the scheduler that calibration
-    uses. `blocks`: names of the denoiser's blocks. `left_float`: each layer that stays float, and
-    why. `memory`: how the calibration fits. `provenance`: for the checkpoint. The other fields are
-    arguments of `quantize`.
+    Fields not listed here are arguments of `quantize`.
+
+    Attributes:
+        source: the float pipeline.
+        sampler: the same pipeline with the scheduler of the calibration.
+        blocks: names of the denoiser's blocks.
+        left_float: reasons by name of the layers that stay float.
+        memory: predicted memory of the calibration.
+        provenance: JSON values for the checkpoint.
     """
 
     source: ResolvedPipeline
@@ -68,7 +74,7 @@ class Job:
         return self.source.denoiser
 
     def description(self) -> dict[str, Any]:
-        """JSON values that are equal for equal jobs: they identify unfinished work."""
+        """Return JSON values that are equal for equal jobs; they identify unfinished work."""
         return {
             "recipe": self.recipe.to_dict(),
             "provenance": self.provenance,
@@ -78,7 +84,7 @@ class Job:
             "blocks": self.blocks,
             "left_float": self.left_float,
             "skip_splits": self.adapter.skip_splits(self.float_model),
-            # Of a sample, where the user's code says it.
+            # Shape of a sample, if the user's pipeline states it.
             "shape": getattr(self.source.pipeline, "shape", None),
         }
 
@@ -90,7 +96,11 @@ def with_settings(
     steps: int | None,
     settings: Mapping[str, Any] | None,
 ) -> AnyRecipe:
-    """The recipe with the caller's bits, sampler steps and settings."""
+    """Return the recipe with the caller's bits, sampling steps and settings.
+
+    Raises:
+        StepQuantError: the recipe has no such setting, or does not accept a value.
+    """
     overrides = dict(settings or {})
     if weights is not None:
         overrides["scheme.weight_bits"] = weights
@@ -102,13 +112,17 @@ def with_settings(
 
 
 def check_output(out: str | Path | None, resume: bool) -> Path | None:
-    """The folder `out`; an error where it cannot become the result."""
+    """Return the output folder, or None for no output.
+
+    Raises:
+        StepQuantError: `out` exists or is not the name of a folder.
+    """
     if out is None:
         return None
     target = user_path(out)
     if target.name in ("", ".."):
         raise StepQuantError(f"output folder is '{out}': expected the name of a new folder")
-    # A kill between the rename of a finished checkpoint and the end leaves both folders.
+    # A run killed after it renamed the finished checkpoint leaves both folders.
     if not (resume and work_path(target).exists()):
         check_new_folder(target)
     return target
@@ -125,13 +139,13 @@ def is_saved(target: Path | None, work: WorkFolder) -> bool:
         return True
     raise StepQuantError(
         f"output folder '{target}' exists and is not the result of the unfinished work in "
-        f"'{work.path}': expected no such folder; move it away or delete it, and go on with "
+        f"'{work.path}': expected no such folder; move it away or delete it, and continue with "
         "--resume"
     )
 
 
 def work_path(target: Path) -> Path:
-    """The folder for the unfinished work of `target`."""
+    """Return the folder for the unfinished work of `target`."""
     return target.with_name(target.name + ".work")
 
 
@@ -139,12 +153,14 @@ def open_float(
     model: str | Path | DiffusionPipeline,
     adapter: DenoiserAdapter | None,
     components: Mapping[str, str],
+    reporter: Reporter,
 ) -> ResolvedPipeline:
-    """The float pipeline `model` with an adapter, ready to be quantized.
+    """Open the float pipeline `model` and find its adapter.
 
-    Raises StepQuantError where its denoiser or one of `components` cannot be.
+    Raises:
+        StepQuantError: the denoiser or one of `components` cannot be quantized.
     """
-    source = ResolvedPipeline.of(open_pipeline(model, map_large=True))
+    source = ResolvedPipeline.of(open_pipeline(model, map_large=True, reporter=reporter))
     check_no_lora(source.pipeline)
     check_components(source.pipeline, source.name, components)
     check_denoiser(source.denoiser, f"{source.name} of '{source.kind}'")
@@ -162,10 +178,11 @@ def plan_job(
     memory: float | None,
     reporter: Reporter,
 ) -> Job:
-    """The job that the arguments of `quantize` describe.
+    """Return the job for the arguments of `quantize`.
 
-    Raises StepQuantError where scheme, steps, sampler, weights or conditions do not fit one
-    another, and where the calibration would not fit in memory.
+    Raises:
+        StepQuantError: scheme, steps, sampler, weights or conditions contradict each other, or the
+            calibration would not fit in memory.
     """
     model, adapter = source.denoiser, adapter_of(source)
     check_finite_weights(model)
@@ -216,10 +233,13 @@ def plan_job(
 def with_own_scheduler(
     pipeline: DiffusionPipeline, recipe: Recipe, settings: Mapping[str, Any] | None
 ) -> tuple[Recipe, str | None]:
-    """The recipe with the pipeline's scheduler where its ddim cannot be meant, and a remark.
+    """Replace the recipe's default scheduler, ddim, by the pipeline's own if ddim does not apply.
 
-    DDIM is for models that predict noise; a recipe has it for want of anything better. What the
-    caller asks for by name is left, and refused later.
+    DDIM is for models that predict noise. A scheduler that the caller named is kept, and refused
+    later.
+
+    Returns:
+        The recipe, and a remark for the user, or None if nothing changed.
     """
     key = "calibration.scheduler"
     asked = key in (settings or {}) or recipe.calibration.scheduler != "ddim"
@@ -231,13 +251,22 @@ def with_own_scheduler(
     )
 
 
+def without_uncalled(job: Job, trajectories: Trajectories) -> Job:
+    """`job` with the layers that `trajectories` never reach among those that stay float."""
+    uncalled = never_called(job.float_model, trajectories)
+    new = {name: why for name, why in uncalled.items() if name not in job.left_float}
+    return replace(job, left_float={**job.left_float, **new})
+
+
 def begin_session(
     job: Job, trajectories: Trajectories, work: WorkFolder, reporter: Reporter
 ) -> Session:
-    """The simulation of the float model, and all else that the recipe's steps work on."""
+    """Return a session with the simulation of the float model, ready for the recipe's steps."""
     recipe, calibration = job.recipe, job.recipe.calibration
     context = StepContext(trajectories.grid())
-    simulation, left_float = simulate(job.float_model, job.adapter, recipe.scheme, context)
+    simulation, left_float = simulate(
+        job.float_model, job.adapter, recipe.scheme, context, job.left_float
+    )
     for name, reason in left_float.items():
         reporter.line(f"layer '{name}' stays float: {reason}")
     if recipe.scheme.attention_bits is not None:

@@ -1,14 +1,16 @@
-"""Putting weight-only layers into a model, and checking what was loaded into them."""
+"""Replacing layers of a model by weight-only ones, and checks of their loaded tensors."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from stepquant.models.eligibility import shared_weights
+from stepquant.models.eligibility import LAYERS, modules_kept_float, shared_weights, unmatched
 from stepquant.models.surgery import replace_modules
 from stepquant.numerics.finite import all_finite
 from stepquant.quantizers.weight import GridSearch, minmax_weight_range
@@ -20,54 +22,76 @@ Config = TypeVar("Config", bound=WeightOnlyConfig)
 TENSORS = {
     "weight": torch.int8,
     "weight_scale": torch.float32,
-    "weight_zero_point": torch.uint8,  # below 8 bits
+    "weight_zero_point": torch.uint8,  # only with less than 8 bits
 }
-MINMAX = "minmax"  # what a config calls grids that cover the extremes
+MINMAX = "minmax"  # value of `grids` in configs: the grid covers the smallest and largest weight
 
 
 def resolved(config: Config, model: nn.Module, what: str, kept: Collection[str] = ()) -> Config:
-    """`config` with the names of the layers of the float `model` that it stands for.
+    """Return a copy of `config` that names the layers of the float `model` to quantize.
 
-    If it names none itself, the layers `kept`, those that share their weight with another module,
-    and subclasses of both kinds, stay float.
-    Raises StepQuantError if nothing is left, or for a name that the model does not have.
+    `float_layers` of the copy lists the layers that stay float, each with the reason:
+
+    - those in `kept`, and those of `modules_to_not_convert`;
+    - those that the model's class keeps in float32;
+    - if `config` names no layers itself, those that share their weight with another module, and
+      instances of other classes than `nn.Linear` and `nn.Conv2d`.
+
+    Raises:
+        StepQuantError: no layer is left, or `config` names a layer that `model` does not have. The
+            message calls the model `what`.
     """
+    asked = modules_kept_float(model, config.modules_to_not_convert)
+    for pattern in unmatched(model, config.modules_to_not_convert):
+        warnings.warn(
+            f"modules_to_not_convert has '{pattern}', which names no module of {what}", stacklevel=2
+        )
+    asked |= {name: "input or output layer of the denoiser" for name in kept}
     if config.layers is not None:
         check_names(model, config)
-        return _with_layers(config, config.layers)
-    shared = shared_weights(model)
-    names = [
-        name
-        for name, module in model.named_modules()
-        if config.takes(module, shared) and name not in kept
-    ]
+        names = [name for name in config.layers if name not in asked]
+        float_layers = {name: asked[name] for name in config.layers if name in asked}
+    else:
+        shared = shared_weights(model)
+        reasons = {
+            name: config.why_float(module, shared) or asked.get(name)
+            for name, module in model.named_modules()
+            if isinstance(module, (*LAYERS, _ConvNd, nn.Embedding))
+        }
+        names = [name for name, reason in reasons.items() if reason is None]
+        float_layers = {name: reason for name, reason in reasons.items() if reason is not None}
     if not names:
         raise StepQuantError(f"{what} has no linear or conv layer: expected some to quantize")
-    return _with_layers(config, names)
+    found = type(config)(names, bits=config.bits, grids=config.grids)
+    found.float_layers = float_layers
+    return found
 
 
 def resolved_at_load(config: Config, model: nn.Module) -> Config:
-    """`resolved`, for a float model that is quantized while it is loaded; `config` stays as it is.
+    """Return the resolved config of a float model that is quantized while it is loaded.
 
-    Raises StepQuantError for grids that only packing searches, besides.
+    `config` itself stays unchanged.
+
+    Raises:
+        StepQuantError: as in `resolved`, or `grids` asks for a search, which loading does not do.
     """
     if config.grids not in (None, MINMAX):
         raise StepQuantError(
             f"grids of a {type(config).__name__} for a float model is {config.grids!r}: expected "
-            f"'{MINMAX}', the only ones that are found while a model is loaded; stepquant quantize "
-            "--recipe weight-only finds others"
+            f"'{MINMAX}', the only search at load; run stepquant quantize --recipe weight-only for "
+            "another"
         )
     found = resolved(config, model, type(model).__name__)
     found.grids = MINMAX if config.bits < 8 else None
     return found
 
 
-def _with_layers(config: Config, layers: list[str]) -> Config:
-    return type(config)(layers, bits=config.bits, grids=config.grids)
-
-
 def check_names(model: nn.Module, config: WeightOnlyConfig) -> None:
-    """An error for a name in `config` that is not one of a layer in the float `model`."""
+    """Check that each name in `config` is that of a layer that can be quantized.
+
+    Raises:
+        StepQuantError: `model`, a float model, has no such layer, or it has to stay float.
+    """
     modules = dict(model.named_modules())
     for name in config.names:
         if name not in modules or not config.takes(modules[name]):
@@ -80,7 +104,7 @@ def check_names(model: nn.Module, config: WeightOnlyConfig) -> None:
 
 
 def tensor_keys(bits: int) -> tuple[str, ...]:
-    """What a weight-only layer of `bits` bits holds beside its bias."""
+    """Return the names of a weight-only layer's tensors other than its bias."""
     return tuple(TENSORS)[: 3 if bits < 8 else 2]
 
 
@@ -90,10 +114,20 @@ def put_layers(
     empty: bool = False,
     find: GridSearch = minmax_weight_range,
 ) -> set[str]:
-    """Weight-only layers where the config names them; names of their codes and scales.
+    """Replace the layers that `config` names by weight-only ones, in place.
 
-    `empty`: on the meta device, to be loaded into; else with the weights rounded, below 8 bits on
-    the grids that `find` chooses.
+    Args:
+        model: the float model.
+        config: names of layers, and bits.
+        empty: make the new layers on the meta device, for tensors from a file. By default they hold
+            the rounded weights.
+        find: search for the grids of weights with less than 8 bits.
+
+    Returns:
+        Names of the new layers' codes, scales and zero points in the state dict.
+
+    Raises:
+        StepQuantError: see `check_names`.
     """
     check_names(model, config)
     chosen = set(config.names)
@@ -109,21 +143,27 @@ def put_layers(
 
 
 def put_layer(model: nn.Module, name: str, weight: Tensor, config: WeightOnlyConfig) -> None:
-    """One weight-only layer in the place of the float layer `name`, for its `weight [C_out, ...]`.
+    """Replace the float layer `name` by a weight-only one with the float `weight [C_out, ...]`.
 
-    Grids of few bits cover the extremes. The bias stays what it is, and may be loaded afterwards.
+    Grids of less than 8 bits cover the smallest and largest weight. The bias is kept, and may be
+    loaded later.
     """
-    layer = model.get_submodule(name)
+    layer: Any = model.get_submodule(name)
+    dtype = layer.weight.dtype  # of the model, which the file's weight need not have
     layer.weight = nn.Parameter(weight, requires_grad=False)
     parent, _, child = name.rpartition(".")
     new = weight_only_in_place_of(layer, bits=config.bits, kinds=config.kinds)
+    new.mark(dtype)
     setattr(model.get_submodule(parent), child, new)
 
 
 def check_tensor(name: str, tensor: Tensor, wanted: Tensor) -> None:
-    """Dtype and shape, before a tensor is put in place; floats must be numbers.
+    """Check a loaded tensor against the one that it replaces.
 
     Scales are float32. Other floats may have another floating-point dtype than `wanted`.
+
+    Raises:
+        StepQuantError: dtype or shape differ, or a float is NaN or infinite.
     """
     exact = not wanted.is_floating_point() or name.endswith(".weight_scale")
     same = tensor.dtype == wanted.dtype if exact else tensor.is_floating_point()
@@ -147,7 +187,12 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def check_loaded(model: nn.Module, config: WeightOnlyConfig) -> None:
-    """Every layer that `config` names has its codes, positive finite scales, and zero points."""
+    """Check that all layers named in `config` have valid codes, scales and zero points.
+
+    Raises:
+        StepQuantError: a tensor is missing or of another dtype, a scale is not positive and finite,
+            or a zero point exceeds 15.
+    """
     for name in config.names:
         layer: Any = model.get_submodule(name)
         if not isinstance(layer, WeightOnly):
@@ -160,13 +205,13 @@ def check_loaded(model: nn.Module, config: WeightOnlyConfig) -> None:
             if tensor.is_meta or tensor.dtype != TENSORS[key]:
                 raise StepQuantError(
                     f"tensor '{name}.{key}' was loaded as {tensor.dtype} on {tensor.device}: "
-                    "expected it as a weight-only component has it; the file is incomplete"
+                    f"expected {TENSORS[key]} on a device with memory; the file is incomplete"
                 )
         scale = layer.weight_scale
         if not bool(((scale > 0) & torch.isfinite(scale)).all()):
             raise StepQuantError(
-                f"tensor '{name}.weight_scale' holds numbers that are no scales: expected finite "
-                "positive ones; the file is damaged"
+                f"tensor '{name}.weight_scale' holds values that are not scales: expected finite "
+                "positive numbers; the file is damaged"
             )
         zero_point = layer.weight_zero_point
         if zero_point is not None and bool((zero_point > 15).any()):

@@ -18,7 +18,7 @@ from fast_models import (
     plain_copy,
     predictor,
 )
-from stepquant.runtime.blocks import attention, use_fast_blocks
+from stepquant.runtime.blocks import attention, attention_precision, use_fast_blocks
 from stepquant.runtime.blocks.attention import FastAttention
 from stepquant.runtime.kernels import onednn
 from stepquant.runtime.ops import fused, native
@@ -87,8 +87,8 @@ def test_attention_in_bfloat16_is_as_near_as_bfloat16_is(masked, monkeypatch):
     mask = torch.zeros(2, 64).masked_fill(torch.arange(64) > 40, -1e4) if masked else None
     inputs = attention.encoded(block, x, None)
     exact = attention.attend(block, inputs, mask, torch.float32)
-    monkeypatch.setattr(attention, "MANY_SCORES", 1)
-    monkeypatch.setattr(attention, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(attention_precision, "MANY_SCORES", 1)
+    monkeypatch.setattr(attention_precision, "multiplies_bfloat16", lambda: True)
     ours = []
     native_form = fused.attention_codes
     monkeypatch.setattr(

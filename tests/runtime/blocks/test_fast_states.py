@@ -180,7 +180,7 @@ def test_a_default_device_does_not_reach_the_kernels():
 @pytest.mark.parametrize("shape", [(0, 12), (0, 5, 12), (2, 0, 12), (2, 0, 3, 12)])
 @pytest.mark.parametrize("parts", [(12,), (4, 8)])
 def test_nothing_in_a_batch(context, shape, parts):
-    layer = IntegerLinear(LayerSpec("linear", 12, 8, 8, 8), parts, 1, context, True, False)
+    layer = IntegerLinear(LayerSpec("linear", 12, 8, 8, 8), parts, 1, context, ("bias",))
     y = layer(torch.empty(shape))
     assert y.shape == (*shape[:-1], 8) and y.dtype == torch.float32
 

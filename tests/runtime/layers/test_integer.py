@@ -97,7 +97,7 @@ def test_each_timestep_serves_its_samples_neighbours(simulate: Any) -> None:
     assert_agrees(together, layer(x))
     layer.context.set_timestep(10)
     assert_agrees(together[3:], packed(x[3:]), 1e-6)
-    with pytest.raises(StepQuantError, match="leading dimension of 5 with 2 timesteps"):
+    with pytest.raises(StepQuantError, match="batch dimension of 5 with 2 timesteps"):
         layer.context.set_timestep(torch.tensor([40, 10]))
         packed(x[:5])
 
@@ -208,9 +208,8 @@ def test_a_loaded_state_dict_gives_the_same_bits(kind: str, simulate: Any) -> No
     layer = simulate(seeded(kind), 3, 8, (7, 5))
     layer.multiply_channel_scale(torch.linspace(0.3, 3, 12))
     packed, x = pack_layer(layer), input_for(kind)
-    empty = type(packed)(
-        packed.spec, packed.splits, packed.steps, layer.context, layer.bias is not None, True
-    )
+    optional = ["act_channel_scale"] if layer.bias is None else ["bias", "act_channel_scale"]
+    empty = type(packed)(packed.spec, packed.splits, packed.steps, layer.context, optional)
     assert {name: (value.shape, value.dtype) for name, value in empty.state_dict().items()} == {
         name: (value.shape, value.dtype) for name, value in packed.state_dict().items()
     }
@@ -270,7 +269,7 @@ def test_an_unknown_backend_is_refused_until_it_is_put_right(simulate: Any) -> N
 @pytest.mark.parametrize(("bits", "what"), [((0, 8), "weight"), ((4, 9), "activation")])
 def test_bits_are_checked(bits: tuple[int, int], what: str, context: StepContext) -> None:
     with pytest.raises(StepQuantError, match=f"{what} bits is"):
-        IntegerLinear(LayerSpec("linear", 12, 8, *bits), (12,), 1, context, True, False)
+        IntegerLinear(LayerSpec("linear", 12, 8, *bits), (12,), 1, context, ("bias",))
 
 
 def test_print_and_the_names_of_nn_linear(simulate: Any) -> None:

@@ -15,6 +15,7 @@ from fused_paths import ACTIVATIONS, TABLE, assert_codes
 from kernel_cases import CASES, Case, int64_reference
 from stepquant.runtime.kernels import native as kernel
 from stepquant.runtime.kernels.native import NATIVE
+from stepquant.runtime.ops import native
 from stepquant.runtime.ops.encoding import pad
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
@@ -42,6 +43,19 @@ LARGE = [
     Case("even-tokens", LayerSpec("linear", 320, 64, 4, 4), (3, 64), 7),
     Case("wide", LayerSpec("linear", 4096, 2000, 8, 8), (2, 3), 128, extreme=True),
 ]
+# By minimal filtering where there is AVX2 only: whole and parted runs of tiles, one and several
+# blocks of runs, and the most channels whose sums fit.
+LARGE += [
+    Case("filtered-smallest", conv(32, 5, padding=(1, 1)), (1, 8, 8), 17),
+    Case("filtered-wide-rows", conv(32, 16, padding=(1, 1)), (2, 4, 70), 128),
+    Case("filtered-no-padding", conv(64, 33), (3, 8, 12), 0),
+    Case("filtered-many-blocks", conv(96, 20, padding=(1, 1)), (2, 32, 32), 255),
+    Case("filtered-extreme", conv(320, 24, padding=(1, 1)), (1, 8, 16), 0, extreme=True),
+    Case("filtered-deepest", conv(1792, 16, padding=(1, 1)), (1, 8, 8), 255, extreme=True),
+    Case("too-deep-to-filter", conv(1824, 16, padding=(1, 1)), (1, 8, 8), 255, extreme=True),
+    Case("odd-height", conv(32, 16, padding=(1, 1)), (1, 9, 8), 40),
+    Case("odd-width", conv(32, 16, padding=(1, 1)), (1, 8, 9), 40),
+]
 # The same with weights of four bits or less, which are unpacked.
 FOUR_BITS = [
     replace(
@@ -54,6 +68,27 @@ FOUR_BITS = [
 ]
 LARGE += FOUR_BITS
 THREADS = (1, 2, 5)
+# Neighbouring weights whose products with the largest codes just fit in 16 bits, once, eight and
+# sixteen times, and those that just do not: (largest code, weight, other weight).
+PAIRS = [
+    (255, 64, 64),
+    (255, 65, 64),
+    (255, -64, -64),
+    (255, -128, 0),
+    (255, -128, -1),
+    (255, 127, 127),
+    (255, 127, -128),
+    (255, 8, 8),
+    (255, 9, 8),
+    (255, 4, 4),
+    (255, 5, 4),
+    (127, 127, 127),
+    (127, -128, -128),
+    (15, 8, 8),
+    (15, -128, -8),
+    (15, -128, -9),
+    (1, 127, 127),
+]
 
 
 @functools.cache
@@ -101,6 +136,25 @@ def run(
 def sums_of(case: Case) -> Tensor:
     inputs = case.inputs()
     return int64_reference(inputs["codes"], inputs["weight"], case.act_zero_point, case.spec)
+
+
+@pytest.mark.parametrize(("largest", "first", "second"), PAIRS)
+@pytest.mark.parametrize("rows", [1, 6, 16, 33])
+def test_pairs_at_the_edge_of_16_bits_are_exact(
+    loaded: Library, largest: int, first: int, second: int, rows: int
+) -> None:
+    """A level that adds pairs of products in 16 bits must know when they do not fit."""
+    spec = LayerSpec("linear", 256, 40, 8, 8)
+    weight = torch.zeros(40, 256, dtype=torch.int8)
+    weight[:, 0::2], weight[:, 1::2] = first, second
+    weight[20:] = torch.randint(-2, 3, (20, 256))  # tiles of one product may differ
+    weight[20, 130:132] = torch.tensor([first, second])
+    codes = torch.full((rows, 256), largest, dtype=torch.uint8)
+    codes[1::2] = torch.randint(0, largest + 1, codes[1::2].shape, dtype=torch.uint8)
+    held = tiled_weight.weight_of(*NATIVE.prepare(weight, torch.ones(40), spec), None, None)
+    grid = Grid(torch.ones(1), torch.zeros(1, dtype=torch.uint8), None, largest)
+    y = products.products(loaded, codes, grid, held, spec, None, False, torch.float32)
+    assert torch.equal(y.double(), codes.double() @ weight.double().T)
 
 
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=lambda case: case.name)
@@ -301,30 +355,39 @@ def test_columns_that_overflow_are_left_to_other_kernels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cap", "expected"),
+    ("cap", "expected", "passes"),
     [
-        ("", LEVELS),
-        ("ALL", LEVELS),
-        ("AVX512_CORE_AMX", LEVELS),
-        ("avx10_1_512_amx", LEVELS),
-        ("AVX512_CORE_BF16", LEVELS[:1]),
-        ("AVX512_CORE_VNNI", LEVELS[:1]),
-        ("AVX512_CORE", ()),
-        ("AVX2_VNNI", ()),
-        ("SSE41", ()),
+        ("", LEVELS, "avx512"),
+        ("ALL", LEVELS, "avx512"),
+        ("default", LEVELS, "avx512"),
+        ("AVX512_CORE_AMX", LEVELS, "avx512"),
+        ("avx10_1_512_amx", LEVELS, "avx512"),
+        ("AVX512_CORE_BF16", ("avx2", "avx_vnni", "vnni"), "avx512"),
+        ("AVX512_CORE_VNNI", ("avx2", "avx_vnni", "vnni"), "avx512"),
+        ("AVX512_CORE", ("avx2", "avx_vnni"), "avx512"),
+        ("AVX2_VNNI_2", ("avx2", "avx_vnni"), "avx2"),
+        ("AVX2_VNNI", ("avx2", "avx_vnni"), "avx2"),
+        ("AVX2", ("avx2",), "avx2"),
+        ("AVX", (), "base"),
+        ("SSE41", (), "base"),
     ],
 )
 def test_a_cap_of_onednn_is_one_of_ours(
-    cap: str, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    cap: str, expected: tuple[str, ...], passes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    monkeypatch.setenv("DNNL_MAX_CPU_ISA", cap)
     uncapped = {name: isinstance(library(name), Library) for name in LEVELS}
+    if not native.available():
+        pytest.skip(str(native.why_not()))
+    best = Library().level
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", cap)
     for level in LEVELS:
         found = library.__wrapped__(level)
         assert isinstance(found, Library) == (level in expected and uncapped[level])
         assert isinstance(found, Library) or "no integer products of" in found
+    names = list(build.LEVELS)
+    assert Library().level == min(best, passes, key=names.index)
 
 
 @pytest.mark.parametrize(

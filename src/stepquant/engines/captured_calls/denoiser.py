@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from stepquant.engines.captured_calls.recorder import NotRecordable, Recorder
-from stepquant.engines.captured_calls.state import State, why_not
+from stepquant.engines.captured_calls.state import State, contexts_of, lay_out, why_not
 from stepquant.models.calling import (
     prediction_in,
     tensors_in,
@@ -45,7 +45,8 @@ class RecordedDenoiser(StandIn):
     modules are not seen: `forget` after changing them.
 
     Every other attribute is that of `denoiser`, which stays as it is, and which is to be saved.
-    Calls from several threads run one after another.
+    Several threads may call it: a recording has one memory, so recording and replays run one after
+    another, and calls that run as ever run side by side.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -91,11 +92,13 @@ class RecordedDenoiser(StandIn):
                 return plain()
             self._busy = True
             try:
-                return self._run(arguments, plain)
+                output = self._captured(arguments, plain)
             finally:
                 self._busy = False
+        return plain() if output is AS_EVER else output
 
-    def _run(self, arguments: dict[str, Any], plain: Callable[[], Any]) -> Any:
+    def _captured(self, arguments: dict[str, Any], plain: Callable[[], Any]) -> Any:
+        """The output of a call that is recorded, compared or replayed, or AS_EVER."""
         if self._known.state is not None and not self._known.state.unchanged():
             self.forget()
         known, key = self._known, _description(arguments)  # `forget` in between drops all of it
@@ -104,21 +107,22 @@ class RecordedDenoiser(StandIn):
         if found is NEW:
             if len(known.shapes) > MOST_SHAPES:
                 del known.shapes[next(iter(known.shapes))]
-            return plain()
+            return AS_EVER
         if found is None:
-            return self._record(known, key, arguments, plain)
+            return self._record(known, key, arguments)
         if isinstance(found, str):
-            return plain()
+            return AS_EVER
         tensors = tensors_in(arguments)
         if found.compared or found.holds(tensors):
             return found.replay(tensors)
         return self._compare(known, key, arguments, plain)
 
-    def _record(
-        self, known: _Known, key: Any, arguments: dict[str, Any], plain: Callable[[], Any]
-    ) -> Any:
-        refusal, state = why_not(self.denoiser), State(self.denoiser)
+    def _record(self, known: _Known, key: Any, arguments: dict[str, Any]) -> Any:
+        refusal = why_not(self.denoiser)
         reason = str(refusal)
+        if refusal is None:  # weights that are laid out while it records would lie in its memory
+            lay_out(self.denoiser)
+        state = State(self.denoiser)
         if refusal is None:
             try:
                 recording, output = _record(self.denoiser, arguments, state)
@@ -130,7 +134,7 @@ class RecordedDenoiser(StandIn):
                 reason = f"{type(error).__name__} while it was recorded"
         known.state = known.state or state
         self._stay(known, key, reason)
-        return plain()
+        return AS_EVER
 
     def _compare(
         self, known: _Known, key: Any, arguments: dict[str, Any], plain: Callable[[], Any]
@@ -163,6 +167,7 @@ class RecordedDenoiser(StandIn):
 
 
 NEW = object()  # a shape of which nothing is known
+AS_EVER = object()  # the call is left to the denoiser
 
 
 class _Known:
@@ -230,8 +235,13 @@ def _record(denoiser: nn.Module, arguments: dict[str, Any], state: State) -> tup
     inputs = [_distinct(tensor).clone() for tensor in given]
     expanded = [own.expand(tensor.shape) for own, tensor in zip(inputs, given, strict=True)]
     recorder = Recorder()
-    with recorder.listening():
-        output = denoiser(**with_tensors(arguments, iter(expanded)))
+    try:
+        with recorder.listening():
+            output = denoiser(**with_tensors(arguments, iter(expanded)))
+    finally:
+        # Rows outlast the call, and those that it made lie where replays write theirs.
+        for context in contexts_of(denoiser):
+            context.rows = context.rows.clone()
     result = _only_result(output, denoiser)
     recorder.check_addresses([*state.tensors, *inputs])
     recording = _Recording(inputs, arguments["timestep"], recorder, output, result)

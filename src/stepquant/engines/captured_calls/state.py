@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from stepquant.models.input_bypass import InputBypass
+from stepquant.models.non_finite import NonFiniteInputs
 from stepquant.quantizers.step_grid import StepContext
 from stepquant.runtime.layers.integer import IntegerLayer, is_packed
 from stepquant.runtime.ops import native
@@ -20,9 +21,13 @@ KINDS = (
     *("_modules", "_parameters", "_buffers"),
     *("_forward_hooks", "_forward_pre_hooks"),
 )
-OWN_HOOKS = (StepContext, InputBypass)  # of which a replay does what they would
-# Attention processors, FreeU's factors, chunked feed-forward layers; `PackedAttention`'s own.
-ATTRIBUTES = ("processor", "s1", "s2", "b1", "b2", "_chunk_size", "_any_log2")
+OWN_HOOKS = (StepContext, InputBypass, NonFiniteInputs)  # of which a replay does what they would
+# Attention's processors and precision, FreeU's factors, chunked feed-forward layers;
+# `PackedAttention`'s own.
+ATTRIBUTES = (
+    *("processor", "attention_precision", "s1", "s2", "b1", "b2"),
+    *("_chunk_size", "_any_log2"),
+)
 PATCHES = ("forward", "_hf_hook")  # of instances, by the hooks of accelerate and diffusers
 
 
@@ -48,6 +53,19 @@ def why_not(denoiser: nn.Module) -> Refusal | None:
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
         return Refusal(RefusalCode.HOOK, "a global hook")
     return None
+
+
+def lay_out(denoiser: nn.Module) -> None:
+    """Lay the weights of all packed layers out that are not yet."""
+    for module in denoiser.modules():
+        if isinstance(module, IntegerLayer):
+            module.prepared()
+
+
+def contexts_of(denoiser: nn.Module) -> list[StepContext]:
+    """The contexts that read the timestep of a call of `denoiser`."""
+    owners = [getattr(hook, "__self__", None) for hook in denoiser._forward_pre_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, StepContext)]
 
 
 class State:

@@ -114,7 +114,7 @@ def train_blocks(
         session: Gives the models; `session.model` changes in place.
         key: Prefix of the pieces in the work folder. It keeps finished blocks, which a resumed run
             loads from there.
-        doing: Label of the progress bar.
+        doing: Name of the stage in progress output.
         data: Calibration inputs.
         batch: Batch size of training; captures run `2 * batch` samples at once.
         train: Trains one block and returns its held-out losses.
@@ -163,7 +163,8 @@ def train_blocks(
                 if replayable[done].last <= index:  # from here on, only its shape is read
                     outputs[done] = _forgotten(y, len(data))
             records.append({"block": name, "loss_before": losses[0], "loss_after": losses[1]})
-            task.advance(note=f"{name} loss {losses[0]:.2e} -> {losses[1]:.2e}")
+            note = f"{name} loss {losses[0]:.2e} -> {losses[1]:.2e}"
+            task.advance(note=note, resumed=kept is not None)
     return records
 
 

@@ -16,6 +16,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from stepquant.runtime.blocks.attention import FastAttention
+from stepquant.runtime.blocks.attention_precision import AUTO
 from stepquant.runtime.blocks.decoder import (
     FastAttnUpBlock2D,
     FastCrossAttnUpBlock2D,
@@ -46,6 +47,8 @@ def use_fast_blocks(model: nn.Module) -> nn.Module:
         fast = FAST_CLASSES.get(type(module))
         if fast is not None and module is not model:  # whose class is written to its config
             module.__class__ = fast
+            if isinstance(module, FastAttention):
+                module.attention_precision = AUTO
     for names in ("_repeated_blocks", "_no_split_modules"):  # diffusers finds blocks by them
         known = getattr(model, names, None)
         if known:

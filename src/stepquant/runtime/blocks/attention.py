@@ -11,9 +11,17 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stepquant.models.attention_processor import attention_with, keeps_products
+from stepquant.runtime.blocks.attention_precision import (
+    product_dtype,
+    rounded_products,
+    rounds_products,
+    takes_native,
+)
 from stepquant.runtime.blocks.eligibility import (
     A_HOOK,
     TRAINING,
+    follows_gradient,
     is_encodable,
     untouched,
     why_no_codes,
@@ -22,9 +30,9 @@ from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.prepared_layer import PreparedLayer
 from stepquant.runtime.ops import fused
 from stepquant.runtime.ops.fused import Output
+from stepquant.support.errors import StepQuantError
 from stepquant.support.refusal import Refusal, RefusalCode
 
-MANY_SCORES = 128 * 128  # of a head; fewer are quicker in float32
 OTHER_KIND = Refusal(RefusalCode.BLOCK, "attention of another kind")
 OTHER_NORM = Refusal(RefusalCode.BLOCK, "another norm than group norm")
 
@@ -32,9 +40,12 @@ OTHER_NORM = Refusal(RefusalCode.BLOCK, "another norm than group norm")
 class FastAttention(Attention):
     """Norm and rounding for queries, keys and values in one pass over an image.
 
-    The products stay float, as in `AttnProcessor2_0`, which is the processor that this stands for.
-    With any other the code of diffusers runs.
+    The products stay float, as in `AttnProcessor2_0`, which is the processor that this stands for,
+    in the dtype that `attention_precision` says. With any other processor the code of diffusers
+    runs.
     """
+
+    attention_precision: str  # see `set_attention_precision`
 
     def forward(
         self,
@@ -51,8 +62,13 @@ class FastAttention(Attention):
             or not fits(self, x, context)
             or (self.group_norm is not None and x.dim() != 4)
             or why_plain(self) is not None
+            or follows_gradient(self, x, context, attention_mask)
         ):
-            return super().forward(x, context, attention_mask, **kwargs)
+            dtype = rounds_products(self, x, context) if kwargs.keys() <= {"temb"} else None
+            if dtype is None:
+                return super().forward(x, context, attention_mask, **kwargs)
+            products = functools.partial(rounded_products, self, dtype)
+            return attention_with(products, self, x, context, attention_mask, **kwargs)
         if self.group_norm is not None:
             inputs = _normed_image(self, x)
         else:
@@ -64,6 +80,23 @@ class FastAttention(Attention):
         if x.dim() == 4:
             y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         return y if self.rescale_output_factor == 1.0 else y / self.rescale_output_factor
+
+    def set_processor(self, processor: Any) -> None:
+        """As `Attention`; quantized products stay, see `keeps_products`."""
+        if not keeps_products(self, processor):
+            super().set_processor(processor)
+
+    def fuse_projections(self, fuse: bool = True) -> None:
+        """As `Attention`.
+
+        Raises StepQuantError for packed projections, whose codes have grids of their own.
+        """
+        if fuse and isinstance(self.to_q, IntegerLayer):
+            raise StepQuantError(
+                "fuse_qkv_projections was called on a packed denoiser: expected a float one, "
+                "because packed projections have codes of their own; load the float denoiser"
+            )
+        super().fuse_projections(fuse)
 
     def why_plain(self) -> Refusal | None:
         """Why the block runs the code of diffusers whatever it is called with, or None."""
@@ -139,19 +172,16 @@ def attend(
 
     `inputs`: codes for queries `[B, N, C]`, keys and values `[B, M, E]`. `mask`: as diffusers
     passes it. `dtype`: of the model and the result. `residual [B, N, C]`, `gate [B, C]`: float.
-    Where the CPU multiplies bfloat16 natively and there is much to multiply, the products are
-    computed in it: their result is rounded to fewer bits right after.
+    `product_dtype` says in which dtype the products are computed: their result is rounded to fewer
+    bits right after.
     """
-    inner = dtype
-    if inputs[0].shape[1] * inputs[1].shape[1] >= MANY_SCORES and multiplies_bfloat16():
-        inner = torch.bfloat16
+    inner = product_dtype(attn, inputs[0].shape[1] * inputs[1].shape[1], dtype)
     query, key, value = (
         layer.prepared().run([code], dtype=inner)
         for layer, code in zip(projections(attn), inputs, strict=True)
     )
     project: PreparedLayer = attn.to_out[0].prepared()
-    pairs = query.shape[-1] // attn.heads % 2 == 0
-    if mask is None and pairs and inner is torch.bfloat16 and fused.has_native_attention():
+    if takes_native(attn, inner, query.shape[-1], mask):
         code = fused.attention_codes(query, key, value, attn.heads, project.grid())
         return project.run([code], residual, dtype, gate=gate)
     query, key, value = (
@@ -165,14 +195,3 @@ def attend(
     y = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     y = y.transpose(1, 2).flatten(2)
     return project.run(project.encode(y), residual, dtype, gate=gate)
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot ask
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16, AMX)."""
-    return _multiplies_bfloat16()
-
-
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from stepquant.runtime.layers.integer import FLOATS, IntegerLayer
+from stepquant.runtime.layers.straight_through import wants_gradient
 from stepquant.support.refusal import Refusal, RefusalCode
 
 A_HOOK = Refusal(RefusalCode.HOOK, "a hook")
@@ -18,6 +20,17 @@ _SEVERAL_PARTS = Refusal(RefusalCode.LAYER, "a layer with several input parts")
 def is_encodable(x: Tensor) -> bool:
     """Whether the fused passes take `x`: on the CPU, in float32 or bfloat16."""
     return x.device.type == "cpu" and x.dtype in FLOATS
+
+
+def follows_gradient(block: nn.Module, *inputs: Tensor | None) -> bool:
+    """Whether autograd follows one of `inputs` or trains a part of `block`.
+
+    Codes have no gradient. A block then runs layer by layer, because a layer that is called with
+    floats passes gradients on.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    return wants_gradient(*inputs) or any(each.requires_grad for each in block.parameters())
 
 
 def untouched(module: nn.Module) -> bool:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from stepquant.runtime.blocks.eligibility import is_encodable, untouched, why_no_codes
+from stepquant.runtime.blocks.eligibility import (
+    follows_gradient,
+    is_encodable,
+    untouched,
+    why_no_codes,
+)
+from stepquant.runtime.layers.straight_through import wants_gradient
 from stepquant.runtime.ops import fused
 from stepquant.runtime.ops.grids import Output
 from stepquant.support.refusal import Refusal
@@ -18,7 +24,7 @@ class FastTransformer2DModel(Transformer2DModel):
         """`[B, C, H, W]` to `[B, H * W, inner_dim]`, and the channels to come back to."""
         x, norm, project = hidden_states, self.norm, self.proj_in
         plain = isinstance(norm, nn.GroupNorm) and untouched(norm)
-        if not (_on_codes(project, x) and plain):
+        if not (_on_codes(project, x) and plain) or follows_gradient(norm, x):
             return super()._operate_on_continuous_inputs(x)
         prepared = project.prepared()
         outputs = [Output(0, x.shape[1], prepared.grid(), (0, 0))]
@@ -42,7 +48,7 @@ class FastTransformer2DModel(Transformer2DModel):
     ) -> Tensor:
         """`[B, H * W, inner_dim]` and the block's input to `[B, C, H, W]`."""
         x, project = hidden_states, self.proj_out
-        if not _on_codes(project, x):
+        if not _on_codes(project, x) or wants_gradient(x, residual):
             return super()._get_output_for_continuous_inputs(
                 x, residual, batch_size, height, width, inner_dim
             )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stepquant.runtime.blocks.eligibility import (
     A_HOOK,
     TRAINING,
+    follows_gradient,
     is_encodable,
     untouched,
     why_no_codes,
@@ -35,14 +36,20 @@ class FastResnetBlock2D(ResnetBlock2D):
         self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """As `ResnetBlock2D`: `input_tensor [B, C_in, H, W]`, `temb [B, E]`: `[B, C_out, H, W]`."""
-        if not self._runs_on_codes(input_tensor, temb):
+        inputs = (input_tensor, temb)
+        if not self._runs_on_codes(*inputs) or follows_gradient(self, *inputs):
             return super().forward(input_tensor, temb, *args, **kwargs)
         return self._of_parts((input_tensor,), temb)
 
     def joined(self, parts: Sequence[Tensor], temb: Tensor | None) -> Tensor:
         """What calling the block with `parts [B, C_i, H, W]`, joined over channels, gives."""
         alike = all([part.dtype == parts[0].dtype for part in parts])
-        if alike and untouched(self) and self._runs_on_codes(parts[0], temb):
+        if (
+            alike
+            and untouched(self)
+            and self._runs_on_codes(parts[0], temb)
+            and not follows_gradient(self, *parts, temb)
+        ):
             return self._of_parts(parts, temb)
         return self(torch.cat(list(parts), dim=1), temb)
 

@@ -19,7 +19,13 @@ from stepquant.runtime.blocks.attention import (
     projections,
     why_plain,
 )
-from stepquant.runtime.blocks.eligibility import A_HOOK, TRAINING, untouched, why_no_codes
+from stepquant.runtime.blocks.eligibility import (
+    A_HOOK,
+    TRAINING,
+    follows_gradient,
+    untouched,
+    why_no_codes,
+)
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.ops import fused
 from stepquant.support.refusal import Refusal, RefusalCode
@@ -47,25 +53,30 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
     ) -> Tensor:
         """As `BasicTransformerBlock`: `hidden_states [B, N, C]`, and so the result."""
         x, context = hidden_states, encoder_hidden_states
-        if cross_attention_kwargs or not self._runs_on_codes(x, context):
+        inputs = (x, context, timestep, attention_mask, encoder_attention_mask)
+        if (
+            cross_attention_kwargs
+            or not self._runs_on_codes(x, context)
+            or follows_gradient(self, *inputs)
+        ):
             return super().forward(
                 x, attention_mask, context, encoder_attention_mask, timestep,
                 cross_attention_kwargs, class_labels, added_cond_kwargs,
             )  # fmt: skip
         first, second = self._modulations(x, timestep, class_labels)
         norm = self.norm1.norm if isinstance(self.norm1, AdaLayerNormZero) else self.norm1
-        inputs = _normed(norm, x, first, projections(self.attn1))
+        codes = _normed(norm, x, first, projections(self.attn1))
         gate = None if first is None else first[2]
-        x = attend(self.attn1, inputs, attention_mask, x.dtype, x, gate)
+        x = attend(self.attn1, codes, attention_mask, x.dtype, x, gate)
         if self.attn2 is not None:
             if self.norm_type == "ada_norm_single":  # PixArt has no norm here
-                inputs = encoded(self.attn2, x, context)
+                codes = encoded(self.attn2, x, context)
             elif context is None:
-                inputs = _normed(self.norm2, x, None, projections(self.attn2))
+                codes = _normed(self.norm2, x, None, projections(self.attn2))
             else:
                 (query,) = _normed(self.norm2, x, None, [self.attn2.to_q])
-                inputs = [query, *encoded_sources(self.attn2, context)]
-            x = attend(self.attn2, inputs, encoder_attention_mask, x.dtype, x)
+                codes = [query, *encoded_sources(self.attn2, context)]
+            x = attend(self.attn2, codes, encoder_attention_mask, x.dtype, x)
         norm = self.norm2 if self.norm_type == "ada_norm_single" else self.norm3
         widen, _, narrow = self.ff.net[:3]
         (code,) = _normed(norm, x, second, [widen.proj])

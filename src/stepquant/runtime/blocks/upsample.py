@@ -8,7 +8,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 from torch.nn import functional
 
-from stepquant.runtime.blocks.eligibility import is_encodable, why_no_codes
+from stepquant.runtime.blocks.eligibility import follows_gradient, is_encodable, why_no_codes
 from stepquant.runtime.layers.integer import IntegerConv2d
 from stepquant.runtime.ops import fused
 from stepquant.runtime.ops.encoding import pad
@@ -26,7 +26,7 @@ class FastUpsample2D(Upsample2D):
     ) -> Tensor:
         """As `Upsample2D`: `[B, C, H, W]`, twice as high and wide or `output_size`."""
         x = hidden_states
-        if not self._runs_on_codes(x):
+        if not self._runs_on_codes(x) or follows_gradient(self, x):
             return super().forward(x, output_size, *args, **kwargs)
         conv = self.conv.prepared()
         grid = conv.grid()

@@ -1,4 +1,4 @@
-"""Our own u8 x s8 products for x86 CPUs with AVX-512 VNNI or AMX (`runtime.ops.native`).
+"""Our own u8 x s8 products for x86 CPUs with AVX2 and later (`runtime.ops.native`).
 
 Compared with oneDNN's kernels through torch: calls set nothing up, and a denoiser makes a hundred
 of them, most on small images; scale, zero point and bias are read from the step table in place; the

@@ -13,6 +13,12 @@ from torch import Tensor
 
 from stepquant.numerics import scale_of
 from stepquant.runtime.kernels import Kernel, State, choose
+from stepquant.runtime.layers.packed_weight import PREPARING
+from stepquant.runtime.layers.straight_through import (
+    gradient_of_input,
+    straight_through,
+    wants_gradient,
+)
 from stepquant.runtime.layers.weight_only import (
     LARGEST,
     WeightOnly,
@@ -30,10 +36,12 @@ def dynamic_codes(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """uint8 codes of `x` and float32 scales, one for each slice over `dims`, which are kept as 1.
 
     `x ~ (codes - 128) * scale`; the largest magnitude of a slice has the code 1 or 255, and a slice
-    of zeros the scale 1.
+    of zeros the scale 1. A slice with NaN or infinity has the scale NaN, which lets them through.
     """
     x = x.to(torch.float32)
-    scale = scale_of(x.abs().amax(dim=dims, keepdim=True), LARGEST, inverted=False)
+    largest = x.abs().amax(dim=dims, keepdim=True)
+    scale = scale_of(largest, LARGEST, inverted=False)
+    scale = scale.masked_fill(~torch.isfinite(largest), torch.nan)
     codes = torch.round(x / scale) + ZERO
     return codes.clamp(ZERO - LARGEST, ZERO + LARGEST).to(torch.uint8), scale
 
@@ -49,24 +57,47 @@ class Dynamic(WeightOnly):
 
     def held(self) -> list[Tensor]:
         """Also the weight as it is laid out."""
-        return [*super().held(), *(self._prepared.state if self._prepared else ())]
+        prepared = self._prepared
+        return [*super().held(), *(prepared.state if prepared else ())]
 
     @torch.compiler.disable  # its result is a constant of the graph
-    def prepare(self) -> None:
-        """Choose a kernel and lay the weight out for it."""
-        device, spec = self.weight.device, self.spec()
-        kernel = choose(spec, device).kernel
-        state = kernel.prepare(self.weight.view(self.weight_shape), self.weight_scale, spec)
-        one = torch.ones(1, device=device)
-        zero_point = torch.full((1,), ZERO, dtype=torch.int32, device=device)
-        self._prepared = _Prepared(device, kernel, state, spec, one, zero_point)
+    def prepare(self) -> _Prepared:
+        """Choose a kernel and lay the weight out for it; another thread waits until it is done."""
+        with PREPARING:
+            device, spec = self.weight.device, self.spec()
+            found = self._prepared
+            if found is not None and found.device == device:
+                return found
+            kernel = choose(spec, device).kernel
+            state = kernel.prepare(self.weight.view(self.weight_shape), self.weight_scale, spec)
+            one = torch.ones(1, device=device)
+            zero_point = torch.full((1,), ZERO, dtype=torch.int32, device=device)
+            self._prepared = found = _Prepared(device, kernel, state, spec, one, zero_point)
+            return found
+
+    def scaled_products(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        """The layer's result for `x` without the bias, float32; a scale for each slice over `dims`.
+
+        Its gradient is that of the float layer: scales cover every value, so nothing is clipped.
+        """
+
+        def compute(x: Tensor) -> Tensor:
+            codes, scale = dynamic_codes(x, dims)
+            return self.products(codes) * scale
+
+        if not wants_gradient(x):
+            return compute(x)
+
+        def gradient(grad: Tensor) -> Tensor:
+            return gradient_of_input(grad, self.float_weight(torch.float32), self.spec(), x.shape)
+
+        return straight_through(x, compute, gradient)
 
     def products(self, codes: Tensor) -> Tensor:
         """`weight_scale * sum((codes - 128) * weight)`, float32, without a bias."""
-        if self._prepared is None or self._prepared.device != self.weight.device:
-            self.prepare()
-        assert self._prepared is not None
         at = self._prepared
+        if at is None or at.device != self.weight.device:
+            at = self.prepare()
         return at.kernel.run(at.state, codes, at.one, at.zero_point, None, None, at.spec)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -105,11 +136,10 @@ class DynamicLinear(Dynamic, WeightOnlyLinear):
         """What a kernel has to know of the layer."""
         return LayerSpec("linear", self.in_features, self.out_features, 8, 8)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As `nn.Linear`, in the dtype of `x [..., C_in]`."""
-        self.check_floating(x)
-        codes, scale = dynamic_codes(x, (-1,))
-        y = self.products(codes) * scale
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Linear`, in the dtype of `input [..., C_in]`."""
+        self.check_floating(x := input)
+        y = self.scaled_products(x, (-1,))
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
@@ -130,9 +160,8 @@ class DynamicConv2d(Dynamic, WeightOnlyConv2d):
             self.dilation,  # type: ignore[arg-type]
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As `nn.Conv2d`, in the dtype of `x [B, C_in, H, W]`."""
-        self.check_floating(x)
-        codes, scale = dynamic_codes(x, (1, 2, 3))
-        y = self.products(codes) * scale
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Conv2d`, in the dtype of `input [B, C_in, H, W]`."""
+        self.check_floating(x := input)
+        y = self.scaled_products(x, (1, 2, 3))
         return (y if self.bias is None else y + self.bias.view(1, -1, 1, 1)).to(x.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stepquant.numerics import max_code
 from stepquant.runtime.kernels import State, TakesCodes
 from stepquant.runtime.layers.packed_weight import PackedWeight
 from stepquant.runtime.ops import fused, native
@@ -33,7 +34,9 @@ class InputPart:
         self.spec: LayerSpec = weight.spec
         self.no_codes = why_no_codes(weight)
         """Why the part cannot be handed codes, or None."""
-        self._in_force: tuple[Grid, tuple[int, ...]] | None = None  # with its tensors' addresses
+        # The grid of the latest call in any thread, with its tensors' addresses. Calls of other
+        # threads replace it, and none uses one with the row of another call.
+        self._in_force: tuple[Grid, tuple[int, ...]] | None = None
 
     def grid_at(self, row: Tensor | None) -> Grid:
         """The activation grid at `row`, the same object while row and memory stay the same.
@@ -42,8 +45,9 @@ class InputPart:
         """
         if torch.compiler.is_compiling():  # traced tensors have no addresses
             return self.grid._replace(row=row)
-        if self._in_force is not None:
-            known, addresses = self._in_force
+        latest = self._in_force  # once: another thread may replace it
+        if latest is not None:
+            known, addresses = latest
             if known.row is row and addresses == grid_addresses(known):
                 return known
         grid = self.grid._replace(row=row)
@@ -79,15 +83,29 @@ class InputPart:
 
     def input_error(self, x: Tensor, rows: Tensor, channel_dim: int) -> Tensor:
         """`x` minus its value on the grid, float32; `x` is float32, `rows [B]`."""
-        scale, zero_point = (
-            table.index_select(0, rows).view(-1, *(1,) * (x.dim() - 1))
-            for table in (self.grid.scale, self.grid.zero_point)
-        )
+        scale, zero_point = self._at_rows(x, rows)
         factors = self.grid.factors_for(x, channel_dim)
         scaled = x if factors is None else x * factors
         codes = encode(scaled, scale, zero_point, self.spec.activation_bits)
         error = scaled - (codes.to(torch.float32) - zero_point) * scale
         return error if factors is None else error / factors
+
+    def slope(self, x: Tensor, rows: Tensor, channel_dim: int) -> Tensor:
+        """The gradient of the values that the weight multiplies, by `x`; arguments as above.
+
+        That is the factor of each in-channel, or 0 where the grid clips `x`.
+        """
+        scale, zero_point = self._at_rows(x, rows)
+        free = torch.round(self.grid.scaled(x, channel_dim) * (1.0 / scale)) + zero_point
+        inside = (free >= 0) & (free <= max_code(self.spec.activation_bits))
+        return self.grid.scaled(inside.to(torch.float32), channel_dim)
+
+    def _at_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of `rows`, in a shape that broadcasts over `x`."""
+        tables = (self.grid.scale, self.grid.zero_point)
+        scale, zero_point = (table.index_select(0, rows) for table in tables)
+        shape = (-1, *(1,) * (x.dim() - 1))
+        return scale.view(shape), zero_point.view(shape)
 
     def read(self) -> list[Tensor]:
         """The tensors that calls read, apart from the step tables, which are buffers."""

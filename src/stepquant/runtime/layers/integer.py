@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from stepquant.models.non_finite import let_through
 from stepquant.numerics import check_bits, max_code
 from stepquant.quantizers.activation import TakesErrors
 from stepquant.quantizers.step_grid import StepContext
 from stepquant.runtime.kernels import Backend
+from stepquant.runtime.layers.dtype_marker import MarksDtype, is_marker, values_of
 from stepquant.runtime.layers.input_part import InputPart
-from stepquant.runtime.layers.packed_weight import FAST, PackedWeight, released
+from stepquant.runtime.layers.layer_tensors import (
+    LAYER_TENSORS,
+    LayerSizes,
+    Reader,
+    names_of,
+    not_read,
+)
+from stepquant.runtime.layers.packed_weight import FAST, PREPARING, PackedWeight, released
 from stepquant.runtime.layers.prepared_layer import PreparedLayer
 from stepquant.runtime.layers.released import Released, whole
+from stepquant.runtime.layers.straight_through import (
+    gradient_of_input,
+    straight_through,
+    wants_gradient,
+    with_gradient_of,
+)
+from stepquant.runtime.ops import native
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.refusal import Refusal, RefusalCode
@@ -32,16 +49,10 @@ class Branches(Protocol):
         ...
 
 
-class IntegerLayer(nn.Module):
+class IntegerLayer(MarksDtype):
     """The shared part of the integer linear and conv layers.
 
-    Buffers, for `P` input parts, `T` rows (1 or the length of the step grid):
-    `weight_packed` uint8 `[bytes]` (the parts one after another, `numerics.packing`'s bit order),
-    `weight_scale` float32 `[P, C_out]`, `weight_zero_point` uint8 `[P, C_out]` (twice the zero
-    point where the spec says `half_zero_points`), `channel_bits` uint8 `[C_out]` or absent,
-    `act_scale` float32 `[P, T]`, `act_zero_point` uint8 `[P, T]`, `bias` float32 `[C_out]` or
-    absent, `step_bias` float32 `[T, C_out]` or absent (added to `bias` at each step),
-    `act_channel_scale` float32 `[C_in]` or absent (the input is divided by it).
+    Its buffers are those of `layer_tensors.LAYER_TENSORS`; absent ones are None.
 
     `backend` and `memory` are read when the weight is laid out, by the first call after
     `drop_layout`: the kernel, see `kernels.choose`, and the memory mode, see `packed_weight`.
@@ -65,44 +76,50 @@ class IntegerLayer(nn.Module):
         splits: tuple[int, ...],
         steps: int,
         context: StepContext,
-        has_bias: bool,
-        has_channel_scale: bool,
-        has_step_bias: bool = False,
+        optional: Collection[str] = (),
     ) -> None:
-        """Empty buffers of the right shapes, for `load_state_dict` or `simulation.packing`."""
+        """Empty buffers of the right shapes, for `load_state_dict` or `simulation.packing`.
+
+        `optional`: names of the optional tensors that the layer has.
+        """
         super().__init__()
         check_bits(spec.weight_bits, "weight bits")
         check_bits(spec.activation_bits, "activation bits")
         self.spec, self.splits, self.steps, self.context = spec, splits, steps, context
         self.backend: str = Backend.AUTO.value
         self.memory = FAST
-        parts, out = len(splits), spec.out_channels
-        count = sum(part.packed_bytes for part in self.part_specs())
-        self.register_buffer("weight_packed", torch.zeros(count, dtype=torch.uint8))
-        self.register_buffer("weight_scale", torch.ones(parts, out))
-        self.register_buffer("weight_zero_point", torch.zeros(parts, out, dtype=torch.uint8))
-        mixed = spec.channel_counts is not None
-        bits = torch.full((out,), spec.weight_bits, dtype=torch.uint8) if mixed else None
-        self.register_buffer("channel_bits", bits)
-        self.register_buffer("act_scale", torch.ones(parts, steps))
-        self.register_buffer("act_zero_point", torch.zeros(parts, steps, dtype=torch.uint8))
-        self.register_buffer("bias", torch.zeros(out) if has_bias else None)
-        self.register_buffer("step_bias", torch.zeros(steps, out) if has_step_bias else None)
-        channel_scale = torch.ones(spec.in_channels) if has_channel_scale else None
-        self.register_buffer("act_channel_scale", channel_scale)
+        present = names_of(spec, optional)
+        for name, tensor in LAYER_TENSORS.items():
+            self.register_buffer(name, tensor.empty(self.sizes()) if name in present else None)
+        if self.channel_bits is not None:
+            self.channel_bits.fill_(spec.weight_bits)
+        self._not_for_codes = not_read(present, Reader.CODES)
         self._prepared: PreparedLayer | None = None
-        self._prepared_on: torch.device | None = None
         self.bypass: TakesErrors | None = None  # gets the errors of the input
+        self.mark(torch.float32)
         self.lora = None  # a module where there are branches, see `runtime.layers.lora_branch`
+
+    def sizes(self) -> LayerSizes:
+        """What the shapes of the buffers depend on."""
+        return LayerSizes(self.spec, self.splits, self.steps)
+
+    def present(self) -> list[str]:
+        """The names of the tensors that the layer has."""
+        return [name for name in LAYER_TENSORS if self._buffers[name] is not None]
 
     def part_specs(self) -> list[LayerSpec]:
         """The spec of each input part."""
         return [replace(self.spec, in_channels=channels) for channels in self.splits]
 
+    def float_parameters(self) -> int:
+        """How many parameters the float layer has."""
+        return values_of((self.spec.out_channels, self.spec.columns), self.bias)
+
     def packed_weights(self) -> list[PackedWeight]:
         """The weight of each input part: the prepared ones, or new ones over the buffers."""
-        if self._prepared is not None:
-            return [part.weight for part in self._prepared.parts]
+        prepared = self._prepared
+        if prepared is not None:
+            return [part.weight for part in prepared.parts]
         found, first = [], 0
         for index, spec in enumerate(self.part_specs()):
             found.append(PackedWeight(index, spec, first, self._buffers, self.memory))
@@ -135,50 +152,63 @@ class IntegerLayer(nn.Module):
         return torch.cat(parts, dim=1)
 
     @torch.compiler.disable  # its result is a constant of the graph
-    def prepare(self) -> None:
+    def prepare(self) -> PreparedLayer:
         """Choose kernels and lay the weight out for them. Otherwise the first call does it."""
-        device = self.weight_scale.device
-        self.drop_layout()
-        parts, start = [], 0
-        for weight in self.packed_weights():
-            weight.prepare(device, self.backend)
-            channels, factors = weight.spec.in_channels, None
-            if self.act_channel_scale is not None:
-                factors = 1.0 / self.act_channel_scale[start : start + channels]
-            scale, zero_point = self.act_scale[weight.index], self.act_zero_point[weight.index]
-            largest = max_code(self.spec.activation_bits)
-            parts.append(InputPart(weight, Grid(scale, zero_point, None, largest, factors), start))
-            start += channels
-        self._prepared = PreparedLayer(
-            *(parts, self.splits, self.channel_dim, self.steps != 1, self.context, self._buffers)
-        )
-        self._prepared_on = device
-        # Elsewhere, and under its hooks, accelerate moves the layer's tensors itself.
-        if self.weight_packed.is_cpu and not hasattr(self, "_hf_hook"):
-            self.weight_packed = released(self.packed_weights(), self._buffers)
+        with PREPARING:
+            device = self.weight_scale.device
+            self.drop_layout()
+            parts, start = [], 0
+            for weight in self.packed_weights():
+                weight.prepare(device, self.backend)
+                channels, factors = weight.spec.in_channels, None
+                if self.act_channel_scale is not None:
+                    factors = 1.0 / self.act_channel_scale[start : start + channels]
+                scale, zero_point = self.act_scale[weight.index], self.act_zero_point[weight.index]
+                largest = max_code(self.spec.activation_bits)
+                grid = Grid(scale, zero_point, None, largest, factors)
+                parts.append(InputPart(weight, grid, start))
+                start += channels
+            prepared = PreparedLayer(
+                *(parts, self.splits, self.channel_dim, self.steps != 1),
+                *(self.context, self._buffers, device),
+            )
+            # Elsewhere, and under its hooks, accelerate moves the layer's tensors itself.
+            if self.weight_packed.is_cpu and not hasattr(self, "_hf_hook"):
+                weights = [part.weight for part in parts]
+                self.weight_packed = released(weights, self._buffers)
+            self._prepared = prepared  # at last: other threads may take it from now on
+            return prepared
 
     def drop_layout(self) -> None:
         """Hold the packed bytes, and nothing that was made from them."""
-        self.weight_packed, self._prepared = self.packed_bytes(), None
+        with PREPARING:
+            self.weight_packed, self._prepared = self.packed_bytes(), None
 
     def prepared(self) -> PreparedLayer:
         """The layer with its weight laid out, on the device where the tensors are now.
 
         accelerate's hooks put tensors on another device without asking the module. A weight whose
-        scales or zero points were changed in place is laid out anew.
+        scales or zero points were changed in place is laid out anew. Of several threads that ask
+        for the first time, one prepares the layer, and the others wait for it.
         """
         scale = self._buffers["weight_scale"]  # asked at every call: quicker than the attribute
         assert scale is not None
-        known = self._prepared
-        fresh = known is not None and self._prepared_on == scale.device
+        found = self._prepared
+        if found is None or found.device != scale.device:
+            return self._laid_out()
         # A graph takes the layout for a constant.
-        if fresh and not torch.compiler.is_compiling():
-            assert known is not None
-            fresh = not known.is_outdated()
-        if not fresh:
-            self.prepare()
-        assert self._prepared is not None
-        return self._prepared
+        if not torch.compiler.is_compiling() and found.is_outdated():
+            return self._laid_out()
+        return found
+
+    @torch.compiler.disable
+    def _laid_out(self) -> PreparedLayer:
+        with PREPARING:
+            found = self._prepared
+            fits = found is not None and found.device == self.weight_scale.device
+            if found is not None and fits and not found.is_outdated():
+                return found
+            return self.prepare()
 
     def prepared_parts(self) -> list[InputPart]:
         """The input parts, prepared as `prepared` says."""
@@ -198,11 +228,12 @@ class IntegerLayer(nn.Module):
 
     def weight_tensors(self) -> list[Tensor]:
         """All tensors that are in memory for the weight now, without the biases."""
-        buffers = (self.weight_packed, self.weight_scale, self.weight_zero_point, self.channel_bits)
+        buffers = [self._buffers[name] for name, each in LAYER_TENSORS.items() if each.is_weight]
         held = [each for each in buffers if each is not None and not isinstance(each, Released)]
         # A kernel may take a row of a buffer as it is.
         own = {buffer.untyped_storage().data_ptr() for buffer in held}
-        for part in [] if self._prepared is None else self._prepared.parts:
+        prepared = self._prepared
+        for part in [] if prepared is None else prepared.parts:
             weight = part.weight
             held += [] if weight.layout is None else [weight.layout.weight]
             held += [each for each in weight.rest if each.untyped_storage().data_ptr() not in own]
@@ -210,7 +241,8 @@ class IntegerLayer(nn.Module):
 
     def tensors_read(self) -> list[Tensor]:
         """The tensors that calls of the prepared layer read besides its buffers."""
-        parts = [] if self._prepared is None else self._prepared.parts
+        prepared = self._prepared
+        parts = [] if prepared is None else prepared.parts
         found = [tensor for part in parts for tensor in part.read()]
         return [each for each in found if each.layout == torch.strided]
 
@@ -218,30 +250,58 @@ class IntegerLayer(nn.Module):
         """Why the layer's result for codes is not that for floats now, or None."""
         if self.backend != Backend.AUTO:
             return Refusal(RefusalCode.BACKEND, f"the backend '{self.backend}'")
+        if self._not_for_codes:
+            return Refusal(RefusalCode.TENSOR, f"the layer's tensor {self._not_for_codes[0]}")
         return self.prepared().why_no_codes()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float in, float out, integers between; the result has the dtype of `x`."""
+        """Float in, float out, integers between; the result has the dtype of `x`.
+
+        The gradient passes straight through rounding; see `runtime.layers.straight_through`.
+        """
         if self.bypass is not None:
             self.bypass.take(self.input_error(x))
-        y = self._quantized(x)
+        y = self._quantized(x) if not wants_gradient(x) else self._differentiable(x)
         return y if self.lora is None else self.lora.add_to(y, x)
 
     def _quantized(self, x: Tensor) -> Tensor:
         prepared = self.prepared()
         if x.dtype in FLOATS and self.why_no_codes() is None:
-            return prepared.run(prepared.encode(x), dtype=x.dtype)
-        return prepared.run_floats(x, self.bias, self.step_bias).to(x.dtype)
+            y = prepared.run(prepared.encode(x), dtype=x.dtype)
+            # A look costs as much as the native encoding.
+            return y if native.available() else let_through(y, x)
+        return let_through(prepared.run_floats(x, self.bias, self.step_bias).to(x.dtype), x)
+
+    def _differentiable(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            slope = self.prepared().slope(x)
+
+        def gradient(grad: Tensor) -> Tensor:
+            weight = self.float_weight().to(grad.device)
+            return gradient_of_input(grad, weight, self.spec, slope.shape) * slope
+
+        return straight_through(x, self._quantized, gradient)
 
     def input_error(self, x: Tensor) -> Tensor:
-        """`x` minus its value on the activation grids, in its shape, float32."""
-        return self.prepared().input_error(x)
+        """`x` minus its value on the activation grids, in its shape, float32.
+
+        Its gradient by `x` is 0 on the grids, and 1 where they clip.
+        """
+        with torch.no_grad():
+            error = self.prepared().input_error(x)
+        if not wants_gradient(x):
+            return error
+        with torch.no_grad():
+            clipped = self.prepared().slope(x) == 0
+        return with_gradient_of(error, x.to(torch.float32) * clipped)
 
     def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
         self.drop_layout()  # the kernel's layout belongs to the old device
 
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
+            if is_marker(self, tensor):
+                return moved
             # Scales and biases stay float32 in a bf16 or fp16 model.
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 

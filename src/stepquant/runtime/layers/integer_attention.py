@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepquant.numerics import check_bits, quantize
+from stepquant.numerics import check_bits, fake_quantize, quantize
 from stepquant.numerics.attention_products import AttentionGrids, attention_of_differences
+from stepquant.numerics.log2 import fake_quantize_log2
 from stepquant.quantizers.activation import spread_rows
 from stepquant.quantizers.step_grid import StepContext
+from stepquant.runtime.layers.straight_through import wants_gradient, with_gradient_of
 
 OPERANDS = ("query", "key", "value")
 
@@ -51,19 +53,16 @@ class PackedAttention(nn.Module):
         """Attention of `query [B, H, N, D]` to `key` and `value [B, H, M, D]`: `[B, H, N, D]`.
 
         `mask` broadcasts to `[B, H, N, M]` and is added to the scores. The result has the dtype of
-        `query`.
+        `query`. Its gradient passes straight through the roundings.
         """
-        if self._any_log2 is None:
-            self._any_log2 = bool(self.probability_log2.any())
+        any_log2 = self._any_log2
+        if any_log2 is None:
+            any_log2 = self._any_log2 = bool(self.probability_log2.any())
         rows = self.context.rows.to(query.device)
         rows = torch.zeros_like(rows[:1]) if self.steps == 1 else spread_rows(rows, query.shape[0])
         scales = self.act_scale[:, rows].view(len(OPERANDS), -1, 1, 1, 1)
         zeros = self.act_zero_point[:, rows].view(len(OPERANDS), -1, 1, 1, 1).to(torch.float32)
-        differences = [
-            quantize(operand.to(torch.float32), scale, zero, self.bits) - zero
-            for operand, scale, zero in zip((query, key, value), scales, zeros, strict=True)
-        ]
-        log2 = self.probability_log2[rows].view(-1, 1, 1, 1).bool() if self._any_log2 else None
+        log2 = self.probability_log2[rows].view(-1, 1, 1, 1).bool() if any_log2 else None
         grids = AttentionGrids(
             query=scales[0],
             key=scales[1],
@@ -73,9 +72,19 @@ class PackedAttention(nn.Module):
             bits=self.bits,
             probability_bits=self.probability_bits,
         )
-        return attention_of_differences(
-            differences[0], differences[1], differences[2], grids, mask
-        ).to(query.dtype)
+        operands = (query, key, value)
+        with torch.no_grad():
+            # Zero, or NaN where the operand is not finite, which codes would hide.
+            differences = [
+                quantize(operand.to(torch.float32), scale, zero, self.bits) - zero + 0 * operand
+                for operand, scale, zero in zip(operands, scales, zeros, strict=True)
+            ]
+            y = attention_of_differences(
+                differences[0], differences[1], differences[2], grids, mask
+            ).to(query.dtype)
+        if not wants_gradient(*operands, mask):
+            return y
+        return with_gradient_of(y, differentiable_attention(operands, zeros, grids, mask))
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedAttention:
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -91,3 +100,27 @@ class PackedAttention(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"bits={self.bits}, probability_bits={self.probability_bits}, steps={self.steps}"
+
+
+def differentiable_attention(
+    operands: tuple[Tensor, Tensor, Tensor],
+    zeros: Tensor,
+    grids: AttentionGrids,
+    mask: Tensor | None,
+) -> Tensor:
+    """Attention of fake-quantized operands, whose gradient passes straight through the roundings.
+
+    `operands` are queries, keys and values, `zeros [3, B or 1, 1, 1, 1]` their zero points.
+    """
+    scales = (grids.query, grids.key, grids.value)
+    query, key, value = (
+        fake_quantize(operand.to(torch.float32), scale, zero, grids.bits)
+        for operand, scale, zero in zip(operands, scales, zeros, strict=True)
+    )
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    probabilities = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+    scale, bits = grids.probability, grids.probability_bits
+    levels = fake_quantize(probabilities, scale, torch.zeros_like(scale), bits)
+    if grids.log2 is not None:
+        levels = torch.where(grids.log2, fake_quantize_log2(probabilities, scale, bits), levels)
+    return (levels @ value).to(operands[0].dtype)

@@ -9,6 +9,7 @@ weight out, input part by input part, and drops the layout.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.refusal import Refusal
 
 FAST, LOW = MODES = ("fast", "low")
+PREPARING = threading.RLock()
+"""Held while a layer is laid out. One for all layers: a lock cannot be copied with its layer."""
 
 
 class Layout(NamedTuple):

@@ -30,6 +30,9 @@ class PreparedLayer:
 
     `splits`: in-channels of each part. `has_tables`: whether each step has a row of its own.
     `buffers`: of the layer, for its biases; `run` and `run_to_codes` look them up at each call.
+    `device`: where the layer's tensors were when it was prepared.
+
+    Several threads may use it at once: it holds nothing of a call.
     """
 
     def __init__(
@@ -40,7 +43,9 @@ class PreparedLayer:
         has_tables: bool,
         context: StepContext,
         buffers: Mapping[str, Tensor | None],
+        device: torch.device,
     ) -> None:
+        self.device = device
         self.parts, self.splits = list(parts), tuple(splits)
         self._channel_dim, self._has_tables, self._context = channel_dim, has_tables, context
         self._is_linear = self.parts[0].spec.kind == "linear"
@@ -202,11 +207,22 @@ class PreparedLayer:
 
     def input_error(self, x: Tensor) -> Tensor:
         """`x` minus its value on the activation grids, in its shape, float32."""
-        rows = self._context.rows if self._has_tables else torch.zeros_like(self._context.rows[:1])
-        rows = spread_rows(rows.to(x.device), x.shape[0])
+        rows = self._rows_of(x)
         pairs = zip(self._split(x.to(torch.float32)), self.parts, strict=True)
         errors = [part.input_error(each, rows, self._channel_dim) for each, part in pairs]
         return torch.cat(errors, dim=self._channel_dim)
+
+    def slope(self, x: Tensor) -> Tensor:
+        """The gradient of what the weights multiply, by `x`, in its shape, float32."""
+        rows = self._rows_of(x)
+        pairs = zip(self._split(x.to(torch.float32)), self.parts, strict=True)
+        slopes = [part.slope(each, rows, self._channel_dim) for each, part in pairs]
+        return torch.cat(slopes, dim=self._channel_dim)
+
+    def _rows_of(self, x: Tensor) -> Tensor:
+        """The row of each sample of `x`, `[B]`."""
+        rows = self._context.rows if self._has_tables else torch.zeros_like(self._context.rows[:1])
+        return spread_rows(rows.to(x.device), x.shape[0])
 
     def _row(self) -> Tensor | None:
         return self._context.rows if self._has_tables else None

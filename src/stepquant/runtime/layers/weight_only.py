@@ -22,6 +22,7 @@ from stepquant.numerics import (
     unpack_nibbles,
 )
 from stepquant.quantizers.weight import GridSearch, minmax_weight_range
+from stepquant.runtime.layers.dtype_marker import MarksDtype, values_of
 from stepquant.support.errors import StepQuantError
 
 LARGEST = 127  # 8-bit codes are symmetric around zero
@@ -70,7 +71,7 @@ def weight_only_tensors(
     }
 
 
-class WeightOnly(nn.Module):
+class WeightOnly(MarksDtype):
     """What both kinds share: `weight` int8 `[n]`, `weight_scale` float32 `[C_out]`.
 
     With 4 bits also `weight_zero_point` uint8 `[C_out]`, and each byte of `weight` holds two codes,
@@ -91,6 +92,11 @@ class WeightOnly(nn.Module):
         self.register_buffer("weight_scale", tensors["weight_scale"])
         self.register_buffer("weight_zero_point", tensors.get("weight_zero_point"))
 
+    def float_parameters(self) -> int:
+        """How many parameters the float layer has."""
+        bias: Any = self.bias
+        return values_of(self.weight_shape, bias)
+
     def held(self) -> list[Tensor]:
         """The tensors that stand for the weight in memory."""
         tensors = [self.weight, self.weight_scale, self.weight_zero_point]
@@ -107,12 +113,17 @@ class WeightOnly(nn.Module):
         codes = nibbles.view(self.weight_shape).to(torch.float32)
         return dequantize(codes, scale, self.weight_zero_point.view(shape)).to(dtype)
 
+    def bias_for(self, x: Tensor) -> Tensor | None:
+        """The bias in the dtype of `x`: blocks may hand float32 to the layers of a bf16 model."""
+        bias: Any = self.bias
+        return None if bias is None else bias.to(x.dtype)
+
     def check_floating(self, x: Tensor) -> None:
         """An error where a model has cast its input to the dtype of `weight`, which are codes."""
         if not x.is_floating_point():
             raise StepQuantError(
-                f"a layer with weights of few bits got {x.dtype}: expected floating-point numbers; "
-                "the model casts them to the dtype of the weight, so it cannot have such layers"
+                f"a weight-only layer got an input of {x.dtype}: expected floating point; the "
+                "model casts inputs to the dtype of the weight, so it cannot have such layers"
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -127,19 +138,19 @@ class WeightOnly(nn.Module):
 class WeightOnlyLinear(WeightOnly, nn.Linear):
     """`nn.Linear` whose weight is dequantized at each call."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As `nn.Linear`, in the dtype of `x`."""
-        self.check_floating(x)
-        return F.linear(x, self.float_weight(x.dtype), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Linear`, in the dtype of `input`."""
+        self.check_floating(input)
+        return F.linear(input, self.float_weight(input.dtype), self.bias_for(input))
 
 
 class WeightOnlyConv2d(WeightOnly, nn.Conv2d):
     """`nn.Conv2d` whose weight is dequantized at each call."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As `nn.Conv2d`, in the dtype of `x`."""
-        self.check_floating(x)
-        return self._conv_forward(x, self.float_weight(x.dtype), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Conv2d`, in the dtype of `input`."""
+        self.check_floating(input)
+        return self._conv_forward(input, self.float_weight(input.dtype), self.bias_for(input))
 
 
 def empty_tensors(weight_shape: tuple[int, ...], bits: int) -> dict[str, Tensor]:
@@ -202,6 +213,7 @@ def weight_only_in_place_of(
         empty_tensors(shape, bits) if empty else weight_only_tensors(module.weight, bits, find)
     )
     new.hold(shape, tensors)
+    new.mark(module.weight.dtype)
     if has_bias:
         new.bias = module.bias
     return new.train(module.training)

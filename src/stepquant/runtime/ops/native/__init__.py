@@ -3,7 +3,8 @@
 The library is compiled when the package is built or installed (`hatch_build.py`), or by
 `python -m stepquant.runtime.ops.native`. Where there is none, or `STEPQUANT_NATIVE` is 0,
 `ops.fused` and oneDNN's kernels compute the same with torch, only slower. Integer products are
-there for CPUs with AVX-512 VNNI, and with AMX; what caps oneDNN's instruction set caps them.
+there for CPUs with AVX2, AVX-VNNI, AVX-512 VNNI and AMX; what caps oneDNN's instruction set caps
+them, and the fused passes, too.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class Library:
         if differs is not None:
             raise OSError(f"the library at {path} does not fit this package: {differs}")
         best, names = loaded.best_level(), list(build.LEVELS)
-        self.level = names[best] if level is None else level
+        allowed = [name for name in names[: best + 1] if not _forbids(name)]
+        self.level = allowed[-1] if level is None else level
         if names.index(self.level) > best:
             raise OSError(f"this machine has no {self.level}, its best is {names[best]}")
         for name, arguments in _ARGUMENTS.items():
@@ -108,23 +110,39 @@ class Library:
 
 
 def _product_levels(loaded: ctypes.CDLL) -> dict[str, Any]:
-    """The functions that this machine can run, the fastest first."""
-    found = {}
-    names = list(build.PRODUCT_LEVELS)[: loaded.best_products()]
-    cap = next((os.environ[name].upper() for name in ISA_CAPS if os.environ.get(name)), "ALL")
-    for name in reversed(names):
-        if _forbids(cap, name) or not hasattr(loaded, f"products_{name}"):
+    """The functions that this machine can run and that the cap allows, the fastest first."""
+    found, runs = {}, loaded.product_levels()
+    for place, name in reversed(list(enumerate(build.PRODUCT_LEVELS))):
+        if not runs >> place & 1 or _forbids(name) or not hasattr(loaded, f"products_{name}"):
             continue
         found[name] = getattr(loaded, f"products_{name}")
         found[name].argtypes, found[name].restype = _PRODUCT_ARGUMENTS, c_int32
     return found
 
 
-def _forbids(cap: str, level: str) -> bool:
-    """Whether oneDNN, with its instruction set capped to `cap`, would not use `level`'s."""
-    if cap in ("ALL", "DEFAULT") or "AMX" in cap:
+def cap() -> str:
+    """The instruction set that oneDNN is capped to, in capitals; "ALL" without a cap."""
+    found = next((os.environ[name].upper() for name in ISA_CAPS if os.environ.get(name)), "ALL")
+    return "ALL" if found == "DEFAULT" else found
+
+
+def _forbids(level: str) -> bool:
+    """Whether oneDNN, capped as it is, would not use the instructions of `level`.
+
+    `level` is a key of `build.LEVELS` or of `build.PRODUCT_LEVELS`.
+    """
+    capped = cap()
+    if capped == "ALL" or level == "base":
         return False
-    return level == "amx" or not cap.startswith(("AVX512_CORE_", "AVX10"))
+    if level == "amx":
+        return "AMX" not in capped
+    if level == "avx2":
+        return capped in ("SSE41", "AVX")
+    if level == "avx_vnni":
+        return capped in ("SSE41", "AVX", "AVX2")
+    if level == "avx512":
+        return not capped.startswith(("AVX512_", "AVX10"))
+    return not capped.startswith(("AVX512_CORE_", "AVX10"))
 
 
 @functools.cache
@@ -173,8 +191,7 @@ def why_no_products() -> Refusal | None:
         return None
     return Refusal(
         RefusalCode.NO_PRODUCTS,
-        "this machine has no AVX-512 VNNI, the compiler that made the library does not know it, or "
-        "a cap of oneDNN's instruction set leaves it out",
+        "this machine has no AVX2, or a cap of oneDNN's instruction set leaves it out",
     )
 
 

@@ -18,10 +18,11 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "_kernels.so"
-HEADERS = ("abi.h", "elementwise.h", "results.h", "tiles.h", "weights.h")
+TILES = ("tiles.h", "tiles_amx.h", "tiles_avx2.h", "tiles_avx512.h", "tiles_avx_vnni.h")
+HEADERS = ("abi.h", "elementwise.h", "results.h", *TILES, "weights.h", "winograd.h")
 KERNELS = ("images.cpp", "rows.cpp")  # compiled once for each of LEVELS
 PRODUCTS = "products.cpp"  # compiled once for each of PRODUCT_LEVELS
-ATTENTION = "attention.cpp"  # compiled for the last of them
+ATTENTION = "attention.cpp"  # compiled for AMX
 LEVEL = "level.cpp"
 
 # Names of instruction sets in the order of `best_level`, and the flags that it checks for.
@@ -33,9 +34,13 @@ LEVELS: dict[str, tuple[str, ...]] = {
         "-mprefer-vector-width=512",
     ),
 }
-# The same for integer products, in the order of `best_products`. A compiler that does not know one
-# leaves it out.
-PRODUCT_LEVELS: dict[str, tuple[str, ...]] = {"vnni": (*LEVELS["avx512"], "-mavx512vnni")}
+# The same for integer products: place i stands for bit i of `product_levels`, and later ones are
+# faster. A compiler that does not know one leaves it out.
+PRODUCT_LEVELS: dict[str, tuple[str, ...]] = {
+    "avx2": LEVELS["avx2"],
+    "avx_vnni": (*LEVELS["avx2"], "-mavxvnni"),
+    "vnni": (*LEVELS["avx512"], "-mavx512vnni"),
+}
 PRODUCT_LEVELS["amx"] = (
     *(*PRODUCT_LEVELS["vnni"], "-mavx512bf16"),
     *("-mamx-tile", "-mamx-int8", "-mamx-bf16"),
@@ -87,12 +92,15 @@ def _build(target: Path) -> str | None:
                 reason = _run([*compiling, source, "-o", objects[-1], *options, f"-DISA={level}"])
                 if reason is not None:
                     return reason
-        optional = [(PRODUCTS, level) for level in PRODUCT_LEVELS]
-        for source, level in (*optional, (ATTENTION, list(PRODUCT_LEVELS)[-1])):
-            made = str(Path(folder, f"{Path(source).stem}_{level}.o"))
+        known = [level for level in PRODUCT_LEVELS if _takes(command, PRODUCT_LEVELS[level])]
+        optional = [(PRODUCTS, level) for level in known]
+        optional += [(ATTENTION, level) for level in known if level == "amx"]
+        for source, level in optional:
+            objects.append(str(Path(folder, f"{Path(source).stem}_{level}.o")))
             options = (*PRODUCT_LEVELS[level], f"-DISA={level}")
-            if _run([*compiling, source, "-o", made, *options]) is None:
-                objects.append(made)
+            reason = _run([*compiling, source, "-o", objects[-1], *options])
+            if reason is not None:
+                return reason
         objects.append(str(Path(folder, "level.o")))
         reason = _run([*compiling, LEVEL, "-o", objects[-1], f'-DSOURCES="{digest()}"'])
         if reason is not None:
@@ -105,6 +113,12 @@ def _build(target: Path) -> str | None:
             return reason
         os.replace(library, target)
     return None
+
+
+def _takes(command: list[str], options: tuple[str, ...]) -> bool:
+    """Whether the compiler knows the options."""
+    nothing = [*command, "-x", "c++", "-c", os.devnull, "-o", os.devnull]
+    return _run([*nothing, *options]) is None
 
 
 def _run(command: list[str]) -> str | None:

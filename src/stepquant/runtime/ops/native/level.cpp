@@ -23,16 +23,27 @@ extern "C" __attribute__((visibility("default"))) int best_level() {
     return avx512 ? 2 : 1;
 }
 
-// 2: AMX's tiles, which Linux lends a process that asks; 1: AVX-512 VNNI; 0: neither.
-extern "C" __attribute__((visibility("default"))) int best_products() {
+namespace {
+
+unsigned bit(unsigned word, int place) { return word >> place & 1; }
+
+}  // namespace
+
+// Bit i: the machine runs the products of number i of PRODUCT_LEVELS in native/build.py, that is
+// 0: AVX2, 1: AVX-VNNI, 2: AVX-512 VNNI, 3: AMX's tiles, which Linux lends a process that asks.
+extern "C" __attribute__((visibility("default"))) int product_levels() {
     __builtin_cpu_init();
-    if (best_level() < 2 || !__builtin_cpu_supports("avx512vnni")) return 0;
-    unsigned a = 0, b = 0, c = 0, d = 0;
+    const int best = best_level();
+    if (best < 1) return 0;
+    unsigned a = 0, b = 0, c = 0, d = 0, a1 = 0, b1 = 0, c1 = 0, d1 = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 1;
+    if (a >= 1) __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1);
+    const bool vnni = best == 2 && __builtin_cpu_supports("avx512vnni");
     // Tiles, products of 8-bit integers and of bfloat16 in them, and AVX-512's bfloat16.
-    const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1) &&
-                     (d >> 22 & 1) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    const bool amx = vnni && bit(d, 24) && bit(d, 25) && bit(d, 22) && bit(a1, 5);
     const long ask_for_state = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return amx && syscall(SYS_arch_prctl, ask_for_state, tile_data) == 0 ? 2 : 1;
+    const bool lent = amx && syscall(SYS_arch_prctl, ask_for_state, tile_data) == 0;
+    return 1 | int(bit(a1, 4)) << 1 | int(vnni) << 2 | int(lent) << 3;
 }
 
 // The digest of the sources, so that a library that is older than they are is not used.

@@ -6,6 +6,9 @@
 #include <omp.h>
 
 #include "weights.h"
+#ifdef WINOGRAD
+#include "winograd.h"
+#endif
 
 namespace {
 
@@ -21,6 +24,7 @@ struct Scratch {  // of a thread
     Piece* pieces;
     uint8_t* panel;
     int8_t* weight;
+    int64_t* together;
 };
 
 const uint8_t* codes_of(const Codes& x, int64_t pixel) {
@@ -89,12 +93,13 @@ void add_pass(const Product& product, const Order& order, const Tiles& tiles, co
     const int64_t tile = tile_of(product, pair);
     const int64_t skipped = product.chunks * pass / order.passes;
     const int64_t chunks = product.chunks * (pass + 1) / order.passes - skipped;
-    const bool two = tile + product.second < product.column_tiles, tall = piece.rows > kTileRows;
-    const auto add = tall ? (two ? add_products<2, 2> : add_products<2, 1>)
-                          : (two ? add_products<1, 2> : add_products<1, 1>);
-    add(piece.codes, product.stride, product.offsets + skipped, chunks,
-        tiles.of(pair) + skipped * kTileBytes, tiles.second_stride, pass == 0, sums);
-    if (pass == order.passes - 1) finish(product, sums, piece, tile, two ? 2 : 1);
+    const int64_t count = tile + product.second < product.column_tiles ? 2 : 1;
+    const CodeRows rows = {piece.codes, piece.rows, product.stride, product.offsets + skipped,
+                           chunks};
+    ColumnTile of_pair[2];
+    for (int64_t t = 0; t < count; ++t) of_pair[t] = tiles.of(pair, t, skipped);
+    add_products(rows, of_pair, count, pass == 0, sums);
+    if (pass == order.passes - 1) finish(product, sums, piece, tile, count);
 }
 
 // All pieces with the pairs of column tiles `from` to `to`.
@@ -103,7 +108,7 @@ void multiply(const Product& product, const Scratch& own, int64_t count, int64_t
     const int64_t block = order.passes == 1 ? 0 : kBlockRows * kBlockColumns;
     for (int64_t start = from; start < to; start += order.pairs) {
         const int64_t end = least(start + order.pairs, to);
-        const Tiles tiles = tiles_of(product, start, end, own.weight);
+        const Tiles tiles(product, start, end, own.weight, own.together);
         if (order.pairs_first) {
             for (int64_t pass = 0; pass < order.passes; ++pass)
                 for (int64_t i = 0; i < count; ++i)
@@ -142,7 +147,7 @@ Shares share_out(const Product& product, int64_t threads) {
 
 // Bytes of `Scratch`, and where its parts begin.
 struct Room {
-    int64_t pieces, panel, weight, all;
+    int64_t pieces, panel, weight, together, all;
 
     Room(const Product& product, const Shares& shares) {
         const int64_t most = shares.rows / kTileRows;
@@ -151,7 +156,8 @@ struct Room {
         panel = pieces + parts_of(most * sizeof(Piece), 64) * 64;
         weight = panel + (product.gathered ? shares.rows * product.stride : 0);
         const int64_t unpacked = 2 * order.pairs * product.chunks * kTileBytes;
-        all = weight + (product.weight->four_bits ? unpacked : 0);
+        together = weight + (product.weight->four_bits ? unpacked : 0);
+        all = together + parts_of(2 * order.pairs * sizeof(int64_t), 64) * 64;
     }
 };
 
@@ -163,7 +169,8 @@ void run(const Product& product, const Shares& shares, int threads, char* memory
         const Scratch own = {reinterpret_cast<int32_t*>(at),
                              reinterpret_cast<Piece*>(at + room.pieces),
                              reinterpret_cast<uint8_t*>(at + room.panel),
-                             reinterpret_cast<int8_t*>(at + room.weight)};
+                             reinterpret_cast<int8_t*>(at + room.weight),
+                             reinterpret_cast<int64_t*>(at + room.together)};
         int64_t ready = -1, count = 0;
         begin_tiles();
 #pragma omp for schedule(static)
@@ -228,6 +235,7 @@ void set_offsets(const Product& product, int64_t* offsets) {
 EXPORT int32_t NAME(products)(const Codes* x, const Weight* weight, const Grid* grid,
                               const Result* y, const Encoded* encoded, int32_t threads) {
     Product product = {x, weight, y, encoded};
+    product.most = INT16_MAX / (grid->largest > 0 ? grid->largest : 1);
     Levels levels;
     if (!levels_of(*grid, &levels)) return kRowOutside;
     if (encoded && !levels_of(encoded->grid, &product.levels)) return kRowOutside;
@@ -236,9 +244,14 @@ EXPORT int32_t NAME(products)(const Codes* x, const Weight* weight, const Grid* 
     if (product.pixels * product.chunks * product.column_tiles * kTileBytes < kSmallProduct)
         threads = 1;
     const Shares shares = share_out(product, threads);
+    int64_t room = Room(product, shares).all;
+#ifdef WINOGRAD
+    const bool minimal = suits(product);
+    if (minimal) room = winograd_room(product, threads);
+#endif
     const int64_t columns = product.column_tiles * kTileColumns;
     const int64_t own = parts_of(columns * 12 + product.chunks * 8, 64) * 64;
-    char* memory = static_cast<char*>(malloc(64 + own + threads * Room(product, shares).all));
+    char* memory = static_cast<char*>(malloc(64 + own + threads * room));
     if (!memory) return kNoMemory;
     char* at = memory + 64 - reinterpret_cast<uintptr_t>(memory) % 64;
     int64_t* offsets = reinterpret_cast<int64_t*>(at);
@@ -251,7 +264,12 @@ EXPORT int32_t NAME(products)(const Codes* x, const Weight* weight, const Grid* 
     product.biases = biases;
     product.shares = zero_shares;
     product.offsets = offsets;
-    run(product, shares, threads, at + own);
+#ifdef WINOGRAD
+    if (minimal)
+        run_winograd(product, threads, at + own);
+    else
+#endif
+        run(product, shares, threads, at + own);
     free(memory);
     return kDone;
 }

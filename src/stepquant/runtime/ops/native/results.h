@@ -28,42 +28,50 @@ struct Product {
     int64_t chunks, column_tiles;
     int64_t pairs, second;    // of column tiles; how many tiles after the first the other one comes
     int64_t stride;           // bytes between rows
+    int64_t most;             // of two weights' magnitudes, whose products with codes 16 bits hold
     bool gathered, even;      // even: all rows of the image lie equally far apart
 };
 
-INLINE __m512 added_to(const Result& y, int64_t at, __mmask16 mask) {
-    if (!y.added_bf16)
-        return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(y.added) + at);
-    const __m256i halves =
-        _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(y.added) + at);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+// To the nearest, ties to even. Rounding could carry a NaN's bits over to a number, so those are cut.
+INLINE uint16_t bf16_of(float y) {
+    const uint32_t bits = bits_of(y), rounded = bits + (bits >> 16 & 1) + 0x7fff;
+    return uint16_t((y == y ? rounded : bits | 0x400000) >> 16);
 }
 
-// To the nearest, ties to even.
-INLINE __m256i bf16_of(__m512 y) {
-    const __m512i bits = _mm512_castps_si512(y);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(bits, half), 16));
+// The values of a column tile in a row, from their sums.
+INLINE void values_of(const Product& product, const int32_t* sums, int64_t tile, float* values) {
+    const float *scales = product.scales + tile * kTileColumns,
+                *biases = product.biases + tile * kTileColumns;
+    const int32_t* shares = product.shares + tile * kTileColumns;
+#pragma omp simd
+    for (int64_t c = 0; c < kTileColumns; ++c)
+        values[c] = madd(float(sums[c] - shares[c]), scales[c], biases[c]);
 }
 
-// What turns the sums of a column tile into values.
-struct Column {
-    __m512 scale, bias;
-    __m512i share;
-
-    Column(const Product& product, int64_t tile) {
-        const int64_t c = tile * kTileColumns;
-        scale = _mm512_loadu_ps(product.scales + c);
-        bias = _mm512_loadu_ps(product.biases + c);
-        share = _mm512_loadu_si512(product.shares + c);
+// The first `count` values of a column tile in a row; `at` is the number of the first.
+INLINE void write_row(const Result& y, int64_t at, int64_t count, const float* gate, float* values) {
+    if (gate)
+#pragma omp simd
+        for (int64_t c = 0; c < count; ++c) values[c] *= gate[c];
+    if (y.added && y.added_bf16) {
+        const uint16_t* added = static_cast<const uint16_t*>(y.added) + at;
+#pragma omp simd
+        for (int64_t c = 0; c < count; ++c) values[c] += load(added, c);
+    } else if (y.added) {
+        const float* added = static_cast<const float*>(y.added) + at;
+#pragma omp simd
+        for (int64_t c = 0; c < count; ++c) values[c] += added[c];
     }
-
-    __m512 values(const int32_t* sums) const {
-        const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(sums), share);
-        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, bias);
+    if (y.bf16) {
+        uint16_t* to = static_cast<uint16_t*>(y.data) + at;
+#pragma omp simd
+        for (int64_t c = 0; c < count; ++c) to[c] = bf16_of(values[c]);
+    } else {
+        float* to = static_cast<float*>(y.data) + at;
+#pragma omp simd
+        for (int64_t c = 0; c < count; ++c) to[c] = values[c];
     }
-};
+}
 
 void write_floats(const Product& product, const int32_t* sums, const Piece& piece, int64_t tile,
                   int64_t tiles) {
@@ -71,20 +79,17 @@ void write_floats(const Product& product, const int32_t* sums, const Piece& piec
     const int64_t channels = product.weight->out_channels;
     for (int64_t t = 0; t < tiles; ++t) {
         const int64_t c = (tile + t) * kTileColumns, left = channels - c;
-        const __mmask16 mask = left >= kTileColumns ? 0xffff : __mmask16((1u << left) - 1);
-        const Column column(product, tile + t);
         for (int64_t r = 0; r < piece.rows; ++r) {
-            __m512 value = column.values(sums + r * kBlockColumns + t * kTileColumns);
+            float values[kTileColumns];
+            values_of(product, sums + r * kBlockColumns + t * kTileColumns, tile + t, values);
             const int64_t at = (piece.first + r) * channels + c;
-            if (y.gate) {
-                const float* gate = y.gate + (piece.first + r) / product.image * y.gate_stride + c;
-                value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, gate));
-            }
-            if (y.added) value = _mm512_add_ps(value, added_to(y, at, mask));
-            if (y.bf16)
-                _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y.data) + at, mask, bf16_of(value));
+            const int64_t sample = (piece.first + r) / product.image;
+            const float* gate = y.gate ? y.gate + sample * y.gate_stride + c : nullptr;
+            // A whole tile is a number that the compiler knows.
+            if (left >= kTileColumns)
+                write_row(y, at, kTileColumns, gate, values);
             else
-                _mm512_mask_storeu_ps(static_cast<float*>(y.data) + at, mask, value);
+                write_row(y, at, left, gate, values);
         }
     }
 }
@@ -98,11 +103,11 @@ void write_codes(const Product& product, const int32_t* sums, const Piece& piece
     uint8_t codes[kBlockRows * kBlockColumns];
     const bool gated = product.encoded->gated;
     const int64_t width = gated ? kTileColumns : tiles * kTileColumns, count = piece.rows * width;
-    const Column first(product, tile), second(product, tile + (tiles > 1 ? product.second : 0));
     for (int64_t r = 0; r < piece.rows; ++r, sums += kBlockColumns) {
-        _mm512_storeu_ps(values + r * width, first.values(sums));
+        values_of(product, sums, tile, values + r * width);
         float* other = gated ? gates + r * width : values + r * width + kTileColumns;
-        if (tiles > 1) _mm512_storeu_ps(other, second.values(sums + kTileColumns));
+        if (tiles > 1)
+            values_of(product, sums + kTileColumns, tile + product.second, other);
     }
     if (gated) {
 #pragma omp simd
