@@ -9,13 +9,14 @@ NATIVE := src/stepquant/runtime/ops/native
 KERNELS := $(NATIVE)/_kernels.so
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-wheel lint format docs clean
+.PHONY: help demo test test-slow test-wheel fuzz lint format docs clean
 
 help:
 	@echo "make demo       quantize the embedded model, sample it, compare it with the float model"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-slow  the slow tests"
 	@echo "make test-wheel  build the wheel, install it into an empty environment, quantize and sample"
+	@echo "make fuzz       damaged and hostile files of every kind that stepquant reads, about a minute"
 	@echo "make lint       ruff, mypy, and the order of the rooms"
 	@echo "make format     let ruff sort imports and format"
 	@echo "make docs       draw the figures, fill the tables in, and build the site in site/"
@@ -51,6 +52,10 @@ test: $(STAMP) $(KERNELS)
 
 test-slow: $(STAMP) $(KERNELS)
 	$(BIN)/pytest -m slow
+
+# Each case ends with the sound result or with one sentence. FUZZ="--seed 1 --times 20" for more.
+fuzz: $(STAMP) $(KERNELS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz $(FUZZ)
 
 # What a user gets: no checkout, no development packages. The folder of the run is empty, too.
 test-wheel: $(STAMP)

@@ -14,7 +14,7 @@ from stepquant.checkpoint.folder import check_folder
 from stepquant.checkpoint.save import save_pipeline
 from stepquant.support.errors import StepQuantError
 
-NO_SPACE = "no space left on the disk while writing '.*out': nothing was kept"
+NO_SPACE = "no space left on the disk while writing '.*out': no part of that folder was kept"
 
 
 @pytest.fixture(scope="module")

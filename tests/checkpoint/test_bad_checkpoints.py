@@ -202,6 +202,10 @@ CASES = {
         in_config(lambda config: config.update(format_version=2)),
         "has format version 2: expected at most 1.*upgrade stepquant",
     ),
+    "kind that is an object": (
+        in_config(lambda config: config["layers"]["conv_in"].update(kind={})),
+        "kind of layer 'conv_in' in the quantization config is .*: expected one of linear, conv2d",
+    ),
     "unknown key": (
         in_config(lambda config: config.update(group_size=64)),
         "unknown key 'group_size'",

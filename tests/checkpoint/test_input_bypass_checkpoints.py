@@ -80,6 +80,7 @@ def test_the_file_is_what_the_format_document_says(folder):
     default = config["layer_default"]
     entries = {name: {**default, **layer} for name, layer in config["layers"].items()}
     entries["/input_error_bypass"] = config["input_error_bypass"]
+    entries["/architecture"] = config["architecture"]
     text = json.dumps(entries, sort_keys=True, separators=(",", ":")) + "\n"
     for name, tensor in sorted(tensors.items()):
         digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()

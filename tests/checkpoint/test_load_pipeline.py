@@ -104,12 +104,14 @@ def test_index_without_a_class_is_refused(copy):
 def test_unknown_pipeline_class_is_refused(copy):
     index = (copy / "model_index.json").read_text().replace("DDPMPipeline", "NoSuchPipeline")
     (copy / "model_index.json").write_text(index)
-    refused(copy, "cannot be loaded .*NoSuchPipeline")
+    refused(copy, r"model_index\.json' has the SHA-256 .*: expected .*one of the two is damaged")
+    (copy / "stepquant_sha256.json").unlink()
+    refused(copy, "is of the pipeline class 'NoSuchPipeline', which the installed diffusers does")
 
 
 def test_unreadable_config_is_refused(copy):
     (copy / "unet" / "config.json").write_text("{")
-    refused(copy, "cannot be loaded .*config.json")
+    refused(copy, r"config\.json' is not readable as JSON .*: expected the config of 'unet'")
 
 
 def test_component_folder_is_refused(copy):
@@ -176,3 +178,10 @@ def test_a_text_pipeline_without_transformers_says_what_to_install(copy, monkeyp
     index.write_text(json.dumps({**values, "tokenizer": ["transformers", "CLIPTokenizer"]}))
     monkeypatch.setattr("stepquant.checkpoint.folder.find_spec", lambda name: None)
     refused(copy, r"has the CLIPTokenizer 'tokenizer' of the package .*'stepquant\[text\]'")
+
+
+@pytest.mark.parametrize(
+    "name", ["~no-such-user/x", "n" * 300, "a\0b"], ids=["user", "long", "null"]
+)
+def test_a_path_that_the_system_does_not_take_is_named(name):
+    refused(name, "begins with the home folder|cannot be looked at")

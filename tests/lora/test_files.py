@@ -54,7 +54,9 @@ def test_the_settings_of_peft_beside_the_file_and_in_its_header(tmp_path):
 def test_settings_that_are_no_json_are_told(tmp_path):
     save_file(PAIR, tmp_path / USUAL)
     (tmp_path / "adapter_config.json").write_text("{")
-    assert "adapter_config.json' cannot be read" in refused(lambda: read_lora_file(tmp_path))
+    assert "adapter_config.json' is not readable as JSON" in refused(
+        lambda: read_lora_file(tmp_path)
+    )
 
 
 def test_what_is_not_there(tmp_path, monkeypatch):

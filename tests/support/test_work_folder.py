@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from stepquant.support.errors import StepQuantError
 from stepquant.support.work_folder import WorkFolder, apart, fingerprint
@@ -117,12 +118,69 @@ def test_a_truncated_piece_is_named(path, keep):
     assert "delete it and continue with --resume" in sentence
 
 
+def test_any_flipped_bit_of_a_piece_is_refused_or_changes_nothing(path):
+    work = WorkFolder(path, JOB, resume=False)
+    work.save("piece", PIECE)
+    file = path / "piece.safetensors"
+    whole = file.read_bytes()
+    refusals = 0
+    for place in range(8, len(whole)):
+        file.write_bytes(
+            whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :]
+        )
+        try:
+            found = work.load("piece")
+        except StepQuantError as error:
+            assert "delete it and resume" in str(error)
+            refusals += 1
+        else:
+            assert all(torch.equal(found[name], tensor) for name, tensor in PIECE.items())
+    assert refusals > 0.8 * (len(whole) - 8)
+
+
+def test_a_piece_under_the_name_of_another_is_refused(path):
+    work = WorkFolder(path, JOB, resume=False)
+    work.save("blocks/000", PIECE)
+    work.save("blocks/001", PIECE)
+    (path / "blocks" / "000.safetensors").replace(path / "blocks" / "001.safetensors")
+    assert "as its header says, so it is damaged" in refused(lambda: work.load("blocks/001"))
+
+
+def test_a_piece_without_a_digest_is_refused(path):
+    work = WorkFolder(path, JOB, resume=False)
+    save_file(PIECE, path / "piece.safetensors")
+    assert "expected None, as its header says" in refused(lambda: work.load("piece"))
+
+
+def test_a_result_is_known_by_all_of_its_files(path):
+    work = WorkFolder(path, JOB, resume=False)
+    files = {"config.json": "ab", "unet/weights": "cd"}
+    assert not work.is_result(files)
+    work.note_result(files)
+    for folder in (work, WorkFolder(path, JOB, resume=True)):
+        assert folder.is_result(dict(reversed(files.items())))
+        assert not folder.is_result({})
+        assert not folder.is_result({**files, "more": "ef"})
+        assert not folder.is_result({**files, "unet/weights": "c0"})
+    assert not WorkFolder(None, {}, True).is_result({})
+
+
+def test_a_folder_with_pieces_is_not_removed_as_empty(path):
+    work = WorkFolder(path, JOB, resume=False)
+    work.save("piece", PIECE)
+    work.remove_if_empty()
+    assert work.load("piece") is not None
+    (path / "piece.safetensors").unlink()
+    work.remove_if_empty()
+    assert not path.exists()
+
+
 def test_a_half_written_piece_does_not_count(path):
     work = WorkFolder(path, JOB, resume=False)
     work.save("piece", PIECE)
     (path / "piece.safetensors").rename(path / "piece.safetensors.partial")
     assert work.load("piece") is None
-    work.save("piece", PIECE)
+    WorkFolder(path, JOB, resume=True).save("piece", PIECE)
     assert sorted(os.listdir(path)) == ["job.json", "piece.safetensors"]
 
 
@@ -130,7 +188,7 @@ def test_a_full_disk_is_told_and_the_rest_is_kept(path, monkeypatch):
     work = WorkFolder(path, JOB, resume=False)
     work.save("first", PIECE)
 
-    def full(tensors, file):
+    def full(tensors, file, header):
         file.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 

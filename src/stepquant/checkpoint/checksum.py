@@ -33,6 +33,38 @@ def checksum(layers_json: str, tensor_lines: list[str]) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
+class FileChecksum:
+    """The checksum of a component, gathered from its files while they are loaded."""
+
+    def __init__(self) -> None:
+        self.stored: bytes | None = None
+        self._lines: list[str] = []
+
+    def take(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor as it is in the file.
+
+        Raises:
+            StepQuantError: it is the checksum, but not uint8 `[32]`.
+        """
+        if name == CHECKSUM_NAME:
+            self.stored = read_checksum(tensor)
+        else:
+            self._lines.append(tensor_line(name, tensor))
+
+    def check(self, layers_json: str, remedy: str) -> None:
+        """Compare the stored checksum with that of the tensors taken and of `layers_json`.
+
+        Raises:
+            StepQuantError: they differ, or none is stored.
+        """
+        expected = checksum(layers_json, self._lines)
+        if self.stored != expected:
+            raise StepQuantError(
+                f"the tensors and layers of the checkpoint have the SHA-256 {expected.hex()}: "
+                f"expected {(self.stored or b'').hex()}, as '{CHECKSUM_NAME}' says; {remedy}"
+            )
+
+
 def checksum_tensor(digest: bytes) -> Tensor:
     """Return `digest` as a tensor, uint8 `[32]`."""
     return torch.tensor(list(digest), dtype=torch.uint8)

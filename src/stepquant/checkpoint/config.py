@@ -33,13 +33,15 @@ class StepQuantConfig(QuantizationConfigMixin):
     - `input_error_bypass`: name of the layer that reads the sample, if a bypass adds its
       quantization error back to the prediction; None otherwise.
     - `float_layers`: for each layer left in float, the reason.
+    - `architecture`: the values of the model's config that its results depend on, which a load
+      compares with those of the model; None in checkpoints from before there was a copy.
     - `scheme`: the requested bits and protocol.
     - `recipe`: the resolved recipe.
     - `provenance`: seed, scheduler and versions.
 
-    Loading does not depend on the last four, which are kept unchanged. They hold JSON values, but
-    none that differ between two runs of one command, such as times and paths: both runs must write
-    the same bytes.
+    Loading does not depend on `float_layers`, `scheme`, `recipe` and `provenance`, which are kept
+    unchanged. They hold JSON values, but none that differ between two runs of one command, such as
+    times and paths: both runs must write the same bytes.
 
     Raises:
         StepQuantError: a key is unknown, the format version is newer than this stepquant, or a
@@ -58,6 +60,7 @@ class StepQuantConfig(QuantizationConfigMixin):
         attention: dict[str, AttentionConfig | dict[str, Any]] | None = None,
         input_error_bypass: str | None = None,
         format_version: int = FORMAT_VERSION,
+        architecture: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method: Any = StepQuantMethod.STEPQUANT  # not a member of diffusers' enum
@@ -67,12 +70,15 @@ class StepQuantConfig(QuantizationConfigMixin):
             raise StepQuantError(
                 f"the quantization config has the unknown key '{min(unknown)}': expected "
                 "format_version, scheme, steps, layer_default, layers, attention, "
-                "input_error_bypass, float_layers, recipe and provenance"
+                "input_error_bypass, architecture, float_layers, recipe and provenance"
             )
         self.scheme = _json_object("scheme", scheme)
         self.float_layers = _json_object("float_layers", float_layers)
         self.recipe = _json_object("recipe", recipe)
         self.provenance = _json_object("provenance", provenance)
+        self.architecture = (
+            None if architecture is None else _json_object("architecture", architecture)
+        )
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise StepQuantError(
                 f"steps of the quantization config is {steps!r}: expected the length of the step "
@@ -109,7 +115,9 @@ class StepQuantConfig(QuantizationConfigMixin):
         layers = {name: layer.to_dict() for name, layer in sorted(self.layers.items())}
         default = _commonest_values(list(layers.values()))
         attention = {name: entry.to_dict() for name, entry in sorted(self.attention.items())}
+        known = self.architecture is not None
         return {
+            **({"architecture": _sorted(self.architecture or {})} if known else {}),
             **({"attention": attention} if attention else {}),
             "float_layers": _sorted(self.float_layers),
             "format_version": self.format_version,
@@ -131,11 +139,13 @@ class StepQuantConfig(QuantizationConfigMixin):
         }
 
     def layers_json(self) -> str:
-        """Return layers, attention and bypass as canonical JSON, which the checksum covers."""
+        """Return layers, attention, bypass and architecture as canonical JSON, for the checksum."""
         layers: dict[str, Any] = {name: layer.to_dict() for name, layer in self.layers.items()}
         layers |= {name: entry.to_dict() for name, entry in self.attention.items()}
         if self.input_error_bypass is not None:
             layers["/input_error_bypass"] = self.input_error_bypass
+        if self.architecture is not None:
+            layers["/architecture"] = self.architecture
         return json.dumps(layers, sort_keys=True, separators=(",", ":"))
 
     def to_json_string(self, use_diff: bool = True) -> str:

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from stepquant.checkpoint.architecture import check_written
+from stepquant.models.weight_files import shard_names, variants_of
 from stepquant.support.errors import StepQuantError
+from stepquant.support.json_text import read_json
+from stepquant.support.safetensors_file import opened
 
 INDEX_NAME = "model_index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Exceptions that diffusers was seen to raise for broken folders.
-DIFFUSERS_ERRORS = (
-    AttributeError,
-    ImportError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    SafetensorError,
-)
+MOST_STEPS = 1_000_000  # of a scheduler's training, which it makes tables for; usual are 1000
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -34,7 +25,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         StepQuantError: the index is missing or unreadable, a component's folder is missing, the
             package transformers is needed but not installed, a component has weights only as a
-            pickle, or a safetensors file is cut short or damaged.
+            pickle, or one of its files is cut short or damaged.
     """
     index = folder / INDEX_NAME
     if not index.is_file():
@@ -61,7 +52,7 @@ def check_folder(folder: Path) -> None:
                 f"'{folder}' has no folder '{name}': expected the {entry[1]} that its "
                 f"{INDEX_NAME} names; fetch or write the folder again"
             )
-        check_weights(part)
+        check_part(part)
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -70,12 +61,7 @@ def read_index(path: Path) -> dict[str, Any]:
     Raises:
         StepQuantError: the file is not JSON, or names no pipeline class.
     """
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StepQuantError(
-            f"'{path}' is not readable as JSON ({error}): fetch or write the folder again"
-        ) from error
+    index = read_json(path, "the index of a pipeline")
     if not isinstance(index, dict) or "_class_name" not in index:
         raise StepQuantError(
             f"'{path}' names no pipeline class: expected an object with '_class_name', as "
@@ -103,6 +89,68 @@ def _is_component(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
 
 
+def absent_components(folder: Path) -> list[str]:
+    """Return the components that the index of `folder` lists as None.
+
+    Raises:
+        StepQuantError: the index is not JSON, or names no pipeline class.
+    """
+    index = read_index(folder / INDEX_NAME)
+    return [name for name, entry in index.items() if entry == [None, None] and name[:1] != "_"]
+
+
+def variant_of(folder: Path) -> str | None:
+    """Return the variant, such as "fp16", that the pipeline in `folder` is there in.
+
+    The result is None if each component has weights without a variant, or none at all.
+
+    Raises:
+        StepQuantError: components are there only in different variants.
+    """
+    needed = {
+        name: variants
+        for name in read_components(folder)
+        if (folder / name).is_dir() and (variants := variants_of(folder / name))
+    }
+    if not needed:
+        return None
+    common = set.intersection(*needed.values())
+    if len(common) != 1:
+        found = "; ".join(f"{name}: {', '.join(sorted(v))}" for name, v in needed.items())
+        raise StepQuantError(
+            f"'{folder}' has weights only in variants ({found}): expected one variant that all "
+            "these components have; delete the others"
+        )
+    return common.pop()
+
+
+def check_part(part: Path) -> None:
+    """Check the files in a component's folder `part` before a model is built from them.
+
+    Raises:
+        StepQuantError: the weights or a config are damaged, or the config would take far more
+            memory than its values need.
+    """
+    check_weights(part)
+    for name in ("config.json", "scheduler_config.json"):
+        path = part / name
+        if not path.is_file():
+            continue
+        config = read_json(path, f"the config of '{part.name}'")
+        if not isinstance(config, dict):
+            raise StepQuantError(
+                f"'{path}' holds a {type(config).__name__}: expected an object with named values; "
+                "fetch or write the folder again"
+            )
+        steps = config.get("num_train_timesteps")
+        if isinstance(steps, int | float) and not steps <= MOST_STEPS:
+            raise StepQuantError(
+                f"num_train_timesteps in '{path}' is {steps!r}: expected at most {MOST_STEPS}; "
+                "fetch or write the folder again"
+            )
+        check_written(path, config)
+
+
 def check_weights(part: Path) -> None:
     """Check the weight files in a component's folder `part`; a component may have none.
 
@@ -110,7 +158,13 @@ def check_weights(part: Path) -> None:
         StepQuantError: the weights are there only as a pickle, or a safetensors file is cut short
             or damaged.
     """
-    files = sorted(path for path in part.iterdir() if path.is_file())
+    try:
+        files = sorted(path for path in part.iterdir() if path.is_file())
+    except OSError as error:
+        raise StepQuantError(
+            f"'{part}' cannot be read ({error.strerror}): expected the folder of a component; "
+            "check its permissions"
+        ) from error
     weights = [path for path in files if path.suffix == ".safetensors"]
     pickles = [path for path in files if path.suffix in PICKLE_SUFFIXES]
     if pickles and not weights:
@@ -120,24 +174,16 @@ def check_weights(part: Path) -> None:
         )
     for path in weights:
         check_weight_file(path)
+    for path in files:
+        if ".safetensors.index." in path.name and path.suffix == ".json":
+            shard_names(path)
 
 
 def check_weight_file(path: Path) -> None:
     """Check that `path` is a whole safetensors file, by its header and its size.
 
     Raises:
-        StepQuantError: the file is cut short, damaged or not in that format.
+        StepQuantError: the file is cut short, damaged, not in that format, or cannot be read.
     """
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise StepQuantError(
-            f"'{path}' is not a whole safetensors file ({first_line(error)}): it is cut "
-            "short or damaged, so fetch or write it again"
-        ) from error
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of another library's error message, without its period."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+    with opened(path):
+        pass

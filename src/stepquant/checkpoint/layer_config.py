@@ -59,7 +59,7 @@ class LayerConfig:
             raise StepQuantError(
                 f"layer '{name}' of the quantization config has {what}: expected {', '.join(known)}"
             )
-        if values["kind"] not in KINDS:
+        if values["kind"] not in tuple(KINDS):  # also if it cannot be hashed
             raise _bad_value(name, "kind", values["kind"], f"one of {', '.join(KINDS)}")
         for key in ("weight_bits", "activation_bits"):
             check_bits(values[key], f"{key} of layer '{name}' in the quantization config")

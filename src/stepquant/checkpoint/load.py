@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+from stepquant.checkpoint.file_sums import check_sums
 from stepquant.checkpoint.folder import (
-    DIFFUSERS_ERRORS,
     HUB_ID,
+    INDEX_NAME,
     PICKLE_SUFFIXES,
+    absent_components,
     check_folder,
-    first_line,
+    read_index,
+    variant_of,
 )
 from stepquant.checkpoint.single_file import load_single_file
+from stepquant.support.atomic import user_path
 from stepquant.support.errors import StepQuantError
+from stepquant.support.safetensors_file import first_line
 
 if TYPE_CHECKING:  # slow to import; load_pipeline imports it
     import torch
@@ -52,10 +57,9 @@ def load_pipeline(
             message names the file or tensor.
     """
     # Imported here: diffusers is slow to import, and not every command loads a pipeline.
-    from diffusers import DiffusionPipeline
 
     if is_single_file(source):
-        pipeline = load_single_file(Path(source).expanduser(), dtype=dtype, config=config)
+        pipeline = load_single_file(user_path(source), dtype=dtype, config=config)
         _check_complete(str(source), pipeline)
         return pipeline
     if config is not None:
@@ -65,16 +69,25 @@ def load_pipeline(
         )
     folder = local_folder(source, revision)
     check_folder(folder)
+    check_sums(folder)
+    kind = _pipeline_class(folder)
+    # diffusers wants to be told of components that the pipeline goes without.
+    given = {**dict.fromkeys(absent_components(folder)), **(parts or {})}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, **(parts or {})
+        pipeline = kind.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            variant=variant_of(folder),
+            **given,
         )
     except StepQuantError as error:
         raise StepQuantError(f"'{source}' cannot be loaded: {error}") from error
-    except DIFFUSERS_ERRORS as error:
+    except Exception as error:  # whatever the libraries make of values that they do not expect
         raise StepQuantError(
-            f"'{source}' cannot be loaded ({first_line(error)}): expected a complete diffusers "
-            "pipeline folder"
+            f"'{source}' cannot be loaded ({type(error).__name__}: {first_line(error)}): expected "
+            "a complete diffusers pipeline folder"
         ) from error
     _check_complete(str(source), pipeline)
     return pipeline
@@ -88,13 +101,39 @@ def local_folder(source: str | os.PathLike[str], revision: str | None = None) ->
     """
     from diffusers import DiffusionPipeline
 
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     return folder if folder.is_dir() else _fetch(str(source), revision, DiffusionPipeline)
+
+
+def _pipeline_class(folder: Path) -> Any:
+    """Return the class that loads the pipeline in `folder`.
+
+    diffusers finds its own classes. A class of the user's is found if it has been imported.
+
+    Raises:
+        StepQuantError: neither has a class of the name in the index.
+    """
+    import diffusers
+
+    name = read_index(folder / INDEX_NAME)["_class_name"]
+    if not isinstance(name, str) or name in dir(diffusers):
+        return diffusers.DiffusionPipeline
+    known = [diffusers.DiffusionPipeline]
+    for kind in known:  # grows
+        known += [sub for sub in kind.__subclasses__() if sub not in known]
+    own = [kind for kind in known if kind.__name__ == name]
+    if not own:
+        raise StepQuantError(
+            f"'{folder}' is of the pipeline class '{name}', which the installed diffusers does not "
+            "have: expected a class that is imported; import the module that defines it, and load "
+            "the folder in the same program"
+        )
+    return own[-1]
 
 
 def is_single_file(source: str | os.PathLike[str]) -> bool:
     """Whether `source` is a file that `load_pipeline` opens as one, or refuses as a pickle."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     return path.is_file() and path.suffix in (SINGLE_FILE, *PICKLE_SUFFIXES)
 
 

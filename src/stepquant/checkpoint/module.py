@@ -10,14 +10,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stepquant.checkpoint.checksum import CHECKSUM_NAME, checksum, checksum_tensor, tensor_line
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.plugin import StepQuantQuantizer
+from stepquant.support.atomic import user_path
 from stepquant.support.errors import StepQuantError
+from stepquant.support.json_text import read_json
+from stepquant.support.safetensors_file import opened
 from stepquant.support.work_folder import apart
 
 COMPONENT = "denoiser"
@@ -51,18 +53,13 @@ def load_module(model: nn.Module, folder: str | Path) -> nn.Module:
         StepQuantError: the folder is absent, damaged or of another module. The message names the
             file, layer or tensor.
     """
-    part = Path(folder).expanduser() / COMPONENT
+    part = user_path(folder) / COMPONENT
     config = _read_config(part / CONFIG_NAME)
     path = part / WEIGHTS_NAME
     quantizer = StepQuantQuantizer(config)
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise StepQuantError(
-            f"'{path}' is not a whole safetensors file ({error}): fetch or write it again"
-        ) from error
+    with opened(path, "the tensors of a packed module") as file:
+        names = list(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names}
     quantizer.maybe_update_loaded_keys(names, [str(path)])
     quantizer._process_model_before_weight_loading(model)
     quantizer.maybe_update_state_dict(tensors)
@@ -89,11 +86,17 @@ def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _read_config(path: Path) -> StepQuantConfig:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))["quantization_config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    values = read_json(path, "the config of a packed module")
+    config = values.get("quantization_config") if isinstance(values, dict) else None
+    if not isinstance(config, dict):
         raise StepQuantError(
-            f"'{path}' cannot be read as the config of a packed module ({error!r}): expected a "
-            "folder that quantize wrote of a DenoiserPipeline"
+            f"'{path}' cannot be read as the config of a packed module: expected a folder that "
+            "quantize wrote of a DenoiserPipeline"
+        )
+    try:
+        return StepQuantConfig.from_dict(config)
+    except TypeError as error:  # a key that is no argument, such as "self"
+        raise StepQuantError(
+            f"the quantization_config in '{path}' cannot be read ({error}): expected the keys that "
+            "quantize writes"
         ) from error
-    return StepQuantConfig.from_dict(values)

@@ -10,11 +10,12 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from stepquant.checkpoint import validate
+from stepquant.checkpoint.architecture import check_architecture
 from stepquant.checkpoint.checksum import (
     CHECKSUM_NAME,
+    FileChecksum,
     checksum,
     checksum_tensor,
-    read_checksum,
     tensor_line,
 )
 from stepquant.checkpoint.config import StepQuantConfig
@@ -60,8 +61,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         self._loaded_keys: list[str] = []
         self._model: nn.Module | None = None  # only while it is loaded
         self._context: StepContext | None = None
-        self._stored_checksum: bytes | None = None
-        self._tensor_lines: list[str] = []
+        self._checksum = FileChecksum()
         self.saved_names: frozenset[str] | None = None
         """The tensors that a load of the model expects, once that is known."""
         self.why_not_saved: str | None = None
@@ -86,7 +86,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         """Refuse pickles, keep the names for the check, and hide the checksum from diffusers.
 
         Raises:
-            StepQuantError: a file is not a safetensors file.
+            StepQuantError: a file is not a safetensors file, or has a step grid of another length.
         """
         for file in checkpoint_files:
             if not str(file).endswith(".safetensors"):
@@ -94,6 +94,7 @@ class StepQuantQuantizer(FrozenQuantizer):
                     f"the checkpoint file '{file}' is not a safetensors file: pickle files are "
                     "refused, so save the model with safe_serialization=True"
                 )
+        validate.check_grid_length(checkpoint_files, self.quantization_config.steps)
         self._loaded_keys = list(loaded_keys)
         return [key for key in loaded_keys if key != CHECKSUM_NAME]
 
@@ -105,6 +106,7 @@ class StepQuantQuantizer(FrozenQuantizer):
                 checkpoint lacks a tensor or has one too many.
         """
         config = self.quantization_config
+        check_architecture(model, config.architecture)
         modules = dict(model.named_modules())
         unknown = sorted((set(config.layers) | set(config.attention)) - set(modules))
         if unknown:
@@ -141,12 +143,12 @@ class StepQuantQuantizer(FrozenQuantizer):
             StepQuantError: a tensor has another dtype, shape or range of values than expected.
         """
         assert self._model is not None
+        # A shard may hold tensors that the index of shards does not name.
+        validate.check_names(self._loaded_keys, {*self._loaded_keys, *state_dict})
         for name, tensor in state_dict.items():
-            if name == CHECKSUM_NAME:
-                self._stored_checksum = read_checksum(tensor)
-            else:
+            if name != CHECKSUM_NAME:
                 validate.check_tensor(name, tensor, self._model)
-                self._tensor_lines.append(tensor_line(name, tensor))
+            self._checksum.take(name, tensor)
         return state_dict
 
     def create_quantized_param(  # type: ignore[override]
@@ -178,13 +180,7 @@ class StepQuantQuantizer(FrozenQuantizer):
                     "unchanged from the file; load without offload_folder and offload_state_dict"
                 )
         validate.check_channel_bits(model)
-        expected = checksum(self.quantization_config.layers_json(), self._tensor_lines)
-        if self._stored_checksum != expected:
-            raise StepQuantError(
-                f"the tensors and layers of the checkpoint have the SHA-256 {expected.hex()}: "
-                f"expected {(self._stored_checksum or b'').hex()}, as '{CHECKSUM_NAME}' says; "
-                f"{validate.REMEDY}"
-            )
+        self._checksum.check(self.quantization_config.layers_json(), validate.REMEDY)
         leave_files(model)
         assert self._context is not None
         self._context.grid = StepGrid(model.get_buffer(validate.STEP_GRID_NAME))
@@ -197,8 +193,8 @@ class StepQuantQuantizer(FrozenQuantizer):
         place_markers(model)
         count_as_float(model)
         self.saved_names = frozenset(model.state_dict())
-        self._loaded_keys, self._tensor_lines, self._owned = [], [], set()
-        self._model = self._context = self._stored_checksum = None
+        self._loaded_keys, self._checksum, self._owned = [], FileChecksum(), set()
+        self._model = self._context = None
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 from diffusers import ModelMixin
 from torch import nn
 
+from stepquant.checkpoint.architecture import architecture_of
 from stepquant.checkpoint.attention_config import AttentionConfig
 from stepquant.checkpoint.config import StepQuantConfig
+from stepquant.checkpoint.file_sums import write_sums
 from stepquant.checkpoint.layer_config import LayerConfig
 from stepquant.checkpoint.module import write_module
 from stepquant.checkpoint.plugin import StepQuantQuantizer
@@ -29,7 +31,7 @@ from stepquant.models.attention_processor import PRODUCTS
 from stepquant.models.input_bypass import bypass_of
 from stepquant.quantizers import StepContext
 from stepquant.runtime.layers.dtype_marker import count_as_float
-from stepquant.support.atomic import atomic_folder
+from stepquant.support.atomic import atomic_folder, user_path
 from stepquant.support.errors import StepQuantError
 
 
@@ -50,10 +52,10 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     """Attach `config` to the packed `model` so that it can be saved, and return `model`.
 
     Afterwards `save_pretrained` of a diffusers `ModelMixin` writes a checkpoint; `save_pipeline`
-    does so for other modules. The function sets `config.layers`, `config.attention`, `config.steps`
-    and `config.input_error_bypass` from the model. The caller sets the rest. The model's step
-    context must be attached already (`StepContext.attach`). From here on diffusers treats the model
-    as quantized: it moves between devices, but not to another dtype.
+    does so for other modules. The function sets `layers`, `attention`, `steps`,
+    `input_error_bypass` and `architecture` of `config` from the model. The caller sets the rest.
+    The model's step context must be attached already (`StepContext.attach`). From here on diffusers
+    treats the model as quantized: it moves between devices, but not to another dtype.
 
     Raises:
         StepQuantError: `model` has no packed layer, layers of several step contexts, or tensors
@@ -64,6 +66,7 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     config.attention = describe_attention(model)
     bypass = bypass_of(model)
     config.input_error_bypass = None if bypass is None else bypass.layer
+    config.architecture = architecture_of(model)
     StepQuantConfig.from_dict(config.to_dict())  # the check that a load makes
     device = next(model.buffers()).device
     model.register_buffer(STEP_GRID_NAME, grid.timesteps.clone().to(device))
@@ -80,10 +83,16 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     return model
 
 
-def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[str]) -> Path:
+def save_pipeline(
+    pipeline: Any,
+    component_name: str,
+    folder: str | os.PathLike[str],
+    before: Callable[[Path], object] | None = None,
+) -> Path:
     """Write `pipeline`, whose component `component_name` is packed, to the new `folder`.
 
-    Returns the path of the folder. If the component is not a diffusers model, or the pipeline is a
+    Returns the path of the folder. `before` is called with the complete folder before it gets its
+    name. If the component is not a diffusers model, or the pipeline is a
     `DenoiserPipeline`, only that component is written; see `checkpoint.module`.
 
     The function writes to a hidden folder beside `folder`, flushes it to the disk and renames it,
@@ -94,7 +103,7 @@ def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[
             component has tensors that a load would refuse, or the disk is full or refuses the
             write.
     """
-    folder = Path(folder)
+    folder = user_path(os.fspath(folder))
     component: Any = getattr(pipeline, component_name, None)
     if not isinstance(getattr(component, "hf_quantizer", None), StepQuantQuantizer):
         raise StepQuantError(
@@ -103,7 +112,7 @@ def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[
             "call attach_config on it first"
         )
     check_model(component)
-    with new_checkpoint(folder) as partial:
+    with new_checkpoint(folder, before=before) as partial:
         # diffusers could not load the folder of a pipeline that only the user's code can build.
         if getattr(pipeline, "saves_denoiser_only", False) or not isinstance(component, ModelMixin):
             write_module(component, partial)
@@ -113,14 +122,22 @@ def save_pipeline(pipeline: Any, component_name: str, folder: str | os.PathLike[
 
 
 @contextmanager
-def new_checkpoint(folder: Path) -> Iterator[Path]:
+def new_checkpoint(
+    folder: Path,
+    modes: Mapping[str, int] | None = None,
+    before: Callable[[Path], object] | None = None,
+) -> Iterator[Path]:
     """Yield a hidden folder to write a pipeline to; it becomes `folder` at the end.
 
-    See `atomic_folder` for the errors.
+    The folder gets the digests of its files (`checkpoint.file_sums`). `modes` is as in
+    `atomic_folder`, `before` as in `save_pipeline`. See `atomic_folder` for the errors.
     """
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, modes) as partial:
         yield partial
         _forget_origin(partial)
+        write_sums(partial)
+        if before is not None:
+            before(partial)
 
 
 def _shared_context(model: nn.Module) -> StepContext:
@@ -137,6 +154,9 @@ def _shared_context(model: nn.Module) -> StepContext:
 def _forget_origin(folder: Path) -> None:
     """Drop the path that each component was loaded from: it differs between equal checkpoints."""
     for path in folder.rglob("*.json"):
-        values = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            continue  # a file that lay in the folder and is of no component
         if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from stepquant.models.input_bypass import SLOPES_NAME
@@ -59,6 +60,24 @@ def packed_names(model: nn.Module) -> set[str]:
     for name, layer in packed_modules(model).items():
         names.update(f"{name}.{key}" for key in layer.state_dict())
     return names
+
+
+def check_grid_length(files: Iterable[str], steps: int) -> None:
+    """Check the step grid in the headers of `files` before anything of `steps` rows is made.
+
+    Raises:
+        StepQuantError: a file has a step grid of another length.
+    """
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            if STEP_GRID_NAME not in file.keys():  # noqa: SIM118
+                continue
+            shape = tuple(file.get_slice(STEP_GRID_NAME).get_shape())
+        if shape != (steps,):
+            raise StepQuantError(
+                f"tensor '{STEP_GRID_NAME}' has shape {shape}: expected ({steps},), the steps of "
+                f"the quantization config; {REMEDY}"
+            )
 
 
 def check_names(expected: Iterable[str], found: Iterable[str]) -> None:

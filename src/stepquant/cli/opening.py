@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stepquant.support.atomic import user_path
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 
@@ -40,7 +41,7 @@ def opened(config: str | None, reporter: Reporter, *models: str) -> list[str | D
     """
     if config is None:
         return list(models)
-    files = [name for name in models if Path(name).expanduser().is_file()]
+    files = [name for name in models if user_path(name).is_file()]
     if not files:
         raise StepQuantError(
             f"--config '{config}' was given for {' and '.join(repr(name) for name in models)}: "

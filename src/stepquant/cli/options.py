@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from stepquant.support.errors import StepQuantError
 from stepquant.support.version import __version__
+from stepquant.support.yaml_text import parse_yaml
 
 OWN_SCHEDULER = "own"
 
@@ -147,8 +147,8 @@ def parse_settings(
                 f"{'step.' if option == '--set' else ''}key=value, such as {example}"
             )
         try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            settings[key] = parse_yaml(value, "the value")
+        except StepQuantError as error:
             raise StepQuantError(
                 f"{option} '{text}' has a value that is not YAML: expected a number, a word or a "
                 "list such as [1, 2]"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -20,8 +19,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from stepquant.support.atomic import atomic_write
-from stepquant.support.errors import StepQuantError
+from stepquant.support.atomic import atomic_write, is_full_disk, user_path
+from stepquant.support.errors import StepQuantError, shown
 from stepquant.support.progress import Reporter
 from stepquant.support.version import __version__
 
@@ -116,15 +115,13 @@ def one_sentence(kept: str) -> Iterator[None]:
         sentence = refusal
     else:
         return
-    typer.echo(" ".join(sentence.splitlines()), err=True)
+    typer.echo(shown(sentence), err=True)
     raise typer.Exit(NOT_DONE)
 
 
 def sentence_of(error: Exception, kept: str) -> str | None:
     """Return a sentence for an error of the operating system, or None for other errors."""
-    number = getattr(error, "errno", None)
-    # safetensors reports the operating system's errors as text only.
-    if number in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error):
+    if is_full_disk(error):
         return FULL_DISK + kept
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return (
@@ -168,6 +165,7 @@ def check_json_path(path: Path) -> None:
     Raises:
         StepQuantError: `path` is a folder, or its parent folder does not exist.
     """
+    path = user_path(path)
     if path.is_dir():
         raise StepQuantError(f"--json '{path}' is a folder: expected the name of a file")
     if not path.parent.is_dir():

@@ -181,7 +181,7 @@ def _build(path: Path) -> FeatureNetwork:
     """The network described by `sizes` in a `config.json`, without its weights."""
     try:
         config: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StepQuantError(
             f"{path} could not be read as JSON ({error}): expected the configuration that "
             "training/train_features.py writes"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stepquant.checkpoint.folder import HUB_ID, PICKLE_SUFFIXES
+from stepquant.numerics.finite import all_finite
+from stepquant.support.atomic import user_path
 from stepquant.support.errors import StepQuantError
+from stepquant.support.json_text import parse_json, read_json
+from stepquant.support.safetensors_file import opened
 
 USUAL_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PEFT_CONFIG = "adapter_config.json"  # beside the tensors, if peft itself wrote them
@@ -80,7 +81,7 @@ def read_lora_file(
             raise StepQuantError(
                 f"{label} has {found} under '{key}': expected a floating-point tensor"
             )
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise StepQuantError(
                 f"{label} has numbers that are not finite in '{key}': the file is damaged or its "
                 "training diverged, so use another file"
@@ -89,7 +90,7 @@ def read_lora_file(
 
 
 def _find(source: str | os.PathLike[str], weight_name: str | None) -> Path:
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         path = path / (weight_name or _only_weights(path))
     elif "/" in str(source) and not path.exists() and HUB_ID.fullmatch(str(source)):
@@ -132,30 +133,30 @@ def _fetch(source: str, weight_name: str | None) -> Path:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise StepQuantError(
-            f"'{path}' is not a whole safetensors file ({error}): fetch or write it again"
-        ) from error
+    with opened(path, "a LoRA") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def _configs(path: Path, header: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Return peft's settings by component, from the file's header or the JSON file beside it."""
-    where, text = f"the header of '{path}'", header.get(HEADER_KEY)
     beside = path.parent / PEFT_CONFIG
-    try:
-        if text is None and beside.is_file():
-            where, text = f"'{beside}'", beside.read_text(encoding="utf-8")
-            return {"": dict(json.loads(text))}
-        configs: dict[str, dict[str, Any]] = {}
-        for key, value in dict(json.loads(text or "{}")).items():
-            component, _, setting = key.partition(".")
-            configs.setdefault(component, {})[setting] = value
-        return configs
-    except (OSError, ValueError, TypeError) as error:
+    text = header.get(HEADER_KEY)
+    what = "the settings of a LoRA, an object as peft writes it"
+    if text is None and beside.is_file():
+        return {"": _object(read_json(beside, what), f"'{beside}'", what)}
+    configs: dict[str, dict[str, Any]] = {}
+    where = f"the header of '{path}'"
+    found = _object(parse_json(text or "{}", where, what), where, what)
+    for key, value in found.items():
+        component, _, setting = key.partition(".")
+        configs.setdefault(component, {})[setting] = value
+    return configs
+
+
+def _object(value: Any, where: str, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
         raise StepQuantError(
-            f"{where} cannot be read as the settings of a LoRA ({error}): expected JSON as peft "
-            "writes it"
-        ) from error
+            f"{where} holds a {type(value).__name__}: expected {what}; fetch or write the file "
+            "again"
+        )
+    return value

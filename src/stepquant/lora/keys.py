@@ -22,10 +22,11 @@ from stepquant.models.stand_in import original
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.lora_branch import Layer
 from stepquant.support.errors import StepQuantError
+from stepquant.support.safetensors_file import first_line
 
 PEFT_PREFIX = "base_model.model."
 MATRIX = re.compile(r"(?P<layer>.+)\.lora_(?P<which>[AB])(\.[^.]+)?\.weight")
-CONVERSION_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+MOST_REPEATS = 2  # of a pattern in a LoRA's settings: more may take forever to match
 
 
 @dataclass(frozen=True)
@@ -121,19 +122,17 @@ def _converted(
         return tensors, {}
     more = {"unet_config": pipeline.unet.config} if denoiser == "unet" else {}
     try:
-        found = pipeline.lora_state_dict(
+        converted, *rest, _ = pipeline.lora_state_dict(
             tensors, return_alphas=True, return_lora_metadata=True, **more
         )
-    except CONVERSION_ERRORS as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
+        alphas = {key: float(value) for key, value in (rest[0] or {}).items()} if rest else {}
+        return dict(converted), alphas
+    except Exception as error:  # whatever the conversion makes of names that it does not expect
         raise StepQuantError(
             f"{file.label}, with keys like '{next(iter(file.tensors))}', cannot be read for "
-            f"{type(pipeline).__name__} ({first}): expected a LoRA that was trained for this "
-            "kind of pipeline"
+            f"{type(pipeline).__name__} ({first_line(error)}): expected a LoRA that was trained "
+            "for this kind of pipeline"
         ) from error
-    converted, *rest, _ = found
-    alphas = {key: float(value) for key, value in (rest[0] or {}).items()} if rest else {}
-    return dict(converted), alphas
 
 
 def _component(
@@ -235,11 +234,39 @@ def _factor(
                 "of two matrices for each layer"
             )
     if alpha is None and "lora_alpha" in config:
-        alpha = float(config["lora_alpha"])
-        for pattern, value in (config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
-                alpha = float(value)
+        alpha = _number(label, "lora_alpha", config["lora_alpha"])
+        patterns = config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise StepQuantError(
+                f"{label} has the setting alpha_pattern={patterns!r}: expected an alpha for each "
+                "pattern of layer names, as peft writes it"
+            )
+        for pattern, value in patterns.items():
+            if _matches(label, pattern, layer):
+                alpha = _number(label, f"alpha_pattern['{pattern}']", value)
                 break
     if alpha is None:
         return 1.0
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _number(label: str, setting: str, value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(value) < 1e30:
+        raise StepQuantError(f"{label} has the setting {setting}={value!r}: expected a number")
+    return float(value)
+
+
+def _matches(label: str, pattern: str, layer: str) -> bool:
+    """Whether `layer`, or the end of its name, is the pattern of a LoRA's settings."""
+    if "(" in pattern or sum(map(pattern.count, "*+{")) > MOST_REPEATS or len(pattern) > 500:
+        raise StepQuantError(
+            f"{label} has the alpha_pattern '{pattern}': expected layer names, with at most "
+            f"{MOST_REPEATS} repetitions and without groups"
+        )
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", layer) is not None
+    except re.error as error:
+        raise StepQuantError(
+            f"{label} has the alpha_pattern '{pattern}' ({error}): expected a regular expression"
+        ) from error

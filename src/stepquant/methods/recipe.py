@@ -27,6 +27,7 @@ from stepquant.runtime.layers.weight_only import check_weight_only_bits
 from stepquant.simulation.scheme import ALL_KEYS, Scheme, without_empty_patterns
 from stepquant.support.errors import StepQuantError
 from stepquant.support.plugins import PlugIns
+from stepquant.support.yaml_text import parse_yaml
 
 SHIPPED = resources.files("stepquant") / "recipes"
 # Each entry point NAME names an importable package that contains NAME.yaml.
@@ -322,8 +323,4 @@ def load_recipe(name: str | Path | Recipe | WeightOnlyRecipe) -> Recipe | Weight
             )
         content = _named(text)
         where = f"recipe '{text}'"
-    try:
-        plain = yaml.safe_load(content)
-    except yaml.YAMLError as error:
-        raise StepQuantError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
-    return parse_recipe(plain, where)
+    return parse_recipe(parse_yaml(content, where), where)

@@ -65,7 +65,8 @@ def open_mapped(folder: Path, what: str) -> Any:
     Raises:
         StepQuantError: `folder` is missing, damaged, or does not hold a diffusers model.
     """
-    files, model = WeightFiles(folder), empty_model(folder, what)
+    model = empty_model(folder, what)
+    files = WeightFiles(folder).named_for(model)
     check_files(model, files, what)
     shared = shared_weights(model)
     for name, module in list(model.named_modules()):

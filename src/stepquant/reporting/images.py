@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from stepquant.evaluation.features import check_unit_range
-from stepquant.support.atomic import atomic_folder, atomic_write
+from stepquant.support.atomic import atomic_folder, atomic_write, user_path
 from stepquant.support.errors import StepQuantError
 
 GAP = 2  # pixels between images, after scaling
@@ -26,7 +26,7 @@ def check_picture_path(path: str | Path) -> Path:
         StepQuantError: the name does not end in .png, `path` is a folder, or its folder does not
             exist.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix.lower() != ".png":
         raise StepQuantError(
             f"the picture '{path}' cannot be written: expected a name that ends in .png"
@@ -102,7 +102,7 @@ def save_images(images: Tensor, folder: str | Path) -> list[Path]:
     with atomic_folder(Path(folder)) as partial:
         for name, image in zip(names, whole, strict=True):
             Image.fromarray(_pixels(image)).save(partial / name, format="PNG")
-    return [Path(folder) / name for name in names]
+    return [user_path(folder) / name for name in names]
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stepquant.support.atomic import atomic_folder, check_new_folder
+from stepquant.support.atomic import atomic_folder, check_new_folder, user_path
 from stepquant.support.errors import StepQuantError
 
 if TYPE_CHECKING:
@@ -59,10 +59,11 @@ def write_plots(record: dict[str, Any], folder: str | Path) -> list[Path]:
             "kurtosis": draw_kurtosis,
         }
     names = [f"{name}.png" for name in pictures]
-    with atomic_folder(Path(folder)) as partial:
+    folder = user_path(folder)
+    with atomic_folder(folder) as partial:
         for name, draw in zip(names, pictures.values(), strict=True):
             draw(figure_class, record).savefig(partial / name, dpi=130, bbox_inches="tight")
-    return [Path(folder) / name for name in names]
+    return [folder / name for name in names]
 
 
 def draw_activation_ranges(figure_class: type[Figure], record: dict[str, Any]) -> Figure:

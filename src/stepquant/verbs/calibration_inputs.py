@@ -16,7 +16,7 @@ def calibration_trajectories(job: Job, work: WorkFolder, reporter: Reporter) -> 
 
     Raises:
         StepQuantError: a step needs the influence of errors on the image, but guidance hides it.
-            `work` is empty then.
+            `work` is deleted then, unless it holds finished pieces.
     """
     remark = clipping_remark(job.sampler.pipeline.scheduler)
     if remark is not None:
@@ -39,7 +39,7 @@ def calibration_trajectories(job: Job, work: WorkFolder, reporter: Reporter) -> 
         if any(step.needs_influence for step in job.recipe.steps):
             check_unguided(captured)
     except StepQuantError:
-        work.remove()  # it has no results yet, and the next attempt may be another job
+        work.remove_if_empty()  # the next attempt may be another job
         raise
     tensors = captured.to_tensors()
     work.save("trajectories", tensors)

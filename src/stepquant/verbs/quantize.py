@@ -15,7 +15,8 @@ from torch import nn
 from stepquant.calibration.observe import quant_layers
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.checkpoint.config import StepQuantConfig
-from stepquant.checkpoint.folder import first_line
+from stepquant.checkpoint.file_sums import file_digests
+from stepquant.checkpoint.loadable import check_loadable
 from stepquant.checkpoint.rebuild import why_not_rebuilt
 from stepquant.checkpoint.save import attach_config, save_pipeline
 from stepquant.methods.recipe import Recipe, WeightOnlyRecipe, load_recipe
@@ -27,14 +28,17 @@ from stepquant.pipelines.sampling import check_seed
 from stepquant.simulation.packing import pack_model
 from stepquant.support.atomic import remove_partial
 from stepquant.support.errors import StepQuantError
+from stepquant.support.lock import held
 from stepquant.support.process_memory import reset_peak_memory
 from stepquant.support.progress import Reporter
+from stepquant.support.safetensors_file import first_line
 from stepquant.support.work_folder import WorkFolder
 from stepquant.verbs.calibration_inputs import calibration_trajectories
 from stepquant.verbs.quantize_job import (
     Job,
     begin_session,
     check_output,
+    is_saved,
     open_float,
     plan_job,
     with_settings,
@@ -130,9 +134,11 @@ def quantize(
     target = check_output(out, resume)
     check_seed(seed)
     source = open_float(model, adapter, components or {}, reporter)
-    reason = None if target is None else why_not_rebuilt(source.denoiser)
-    if reason is not None:
-        raise StepQuantError(reason)
+    if target is not None:
+        reason = why_not_rebuilt(source.denoiser)
+        if reason is not None:
+            raise StepQuantError(reason)
+        check_loadable(source.pipeline)
     conditioning = Conditioning.of(prompts, labels, guidance, call)
     with reporter.task("checking the model and the recipe", total=None):
         job = plan_job(
@@ -145,10 +151,23 @@ def quantize(
             stacklevel=2,
         )
     reset_peak_memory()
-    started = time.monotonic()
-    with reporter.task("reading the float weights", total=None):
-        description = job.description()
-    work = WorkFolder(None if target is None else work_path(target), description, resume)
+    path = None if target is None else work_path(target)
+    with held(path):
+        with reporter.task("reading the float weights", total=None):
+            description = {} if path is None else job.description()
+        work = WorkFolder(path, description, resume)
+        saved = is_saved(target, work)
+        return run(job, target, work, saved, reporter)
+
+
+def run(
+    job: Job, target: Path | None, work: WorkFolder, saved: bool, reporter: Reporter
+) -> Quantized:
+    """Do the `job`, with its finished pieces in `work`, and save the result to `target`.
+
+    `saved`: a killed run has saved it already.
+    """
+    source, started = job.source, time.monotonic()
     trajectories = calibration_trajectories(job, work, reporter)
     job = without_uncalled(job, trajectories)
     session = begin_session(job, trajectories, work, reporter)
@@ -161,10 +180,10 @@ def quantize(
     check_runs(packed, trajectories, f"{source.name} of '{source.kind}'")
     result = source.with_denoiser(packed).pipeline
     others = quantize_components(result, job.components, reporter)
-    record = record_of(job, session, packed, others, seconds, resume)
+    record = record_of(job, session, packed, others, seconds, work.resumed)
     if target is not None:
         with reporter.task(f"saving {target}", total=None):
-            save(result, source.name, target, record)
+            save(result, source.name, target, record, work, saved)
         work.remove()
     return Quantized(result, session.model, record)
 
@@ -201,11 +220,31 @@ def check_runs(packed: nn.Module, trajectories: Trajectories, what: str) -> None
         ) from error
 
 
-def save(result: DiffusionPipeline, component: str, target: Path, record: dict[str, Any]) -> None:
-    """Write the pipeline to `target`, unless a killed run did, and add its sizes to `record`."""
+def save(
+    result: DiffusionPipeline,
+    component: str,
+    target: Path,
+    record: dict[str, Any],
+    work: WorkFolder,
+    saved: bool,
+) -> None:
+    """Write the pipeline to `target`, unless a killed run did, and add its sizes to `record`.
+
+    `work` notes what is written, so that a resumed run recognizes it.
+    """
     remove_partial(target)
-    if not target.exists():
-        save_pipeline(result, component, target)
+    if not (saved and target.exists()):
+        try:
+            save_pipeline(
+                result,
+                component,
+                target,
+                before=lambda folder: work.note_result(file_digests(folder)),
+            )
+        except StepQuantError as error:
+            raise StepQuantError(
+                f"{error}; the finished work is kept in '{work.path}', go on with --resume"
+            ) from error
     add_file_sizes(record["components"], target)
     record["checkpoint_bytes"] = weight_file_bytes(target, component)
     record["times_smaller"] = record["float32_bytes"] / record["checkpoint_bytes"]

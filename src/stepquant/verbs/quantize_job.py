@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,21 +17,22 @@ from stepquant.calibration.called_layers import never_called
 from stepquant.calibration.spill import Spill
 from stepquant.calibration.survey import adapter_of
 from stepquant.calibration.trajectories import Trajectories, drawer, first_inputs
+from stepquant.checkpoint.file_sums import file_digests
 from stepquant.lora.pipeline import check_no_lora
 from stepquant.methods.recipe import Recipe, WeightOnlyRecipe
 from stepquant.methods.session import SAMPLES_PER_STEP, Session
 from stepquant.models.adapter import DenoiserAdapter
-from stepquant.models.mapped import FloatState
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.resolved import ResolvedPipeline
 from stepquant.pipelines.sampling import needs_own_scheduler
 from stepquant.quantizers import StepContext
 from stepquant.simulation.simulate import check_finite_weights, float_products, simulate
-from stepquant.support.atomic import check_new_folder
+from stepquant.support.atomic import check_new_folder, user_path
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
-from stepquant.support.work_folder import WorkFolder, fingerprint
+from stepquant.support.work_folder import WorkFolder
+from stepquant.verbs.fingerprints import model_fingerprint, pipeline_fingerprint
 from stepquant.verbs.memory_plan import Plan, plan_memory
 from stepquant.verbs.provenance import plug_ins_of, provenance_of
 from stepquant.verbs.readiness import check_denoiser
@@ -76,7 +78,8 @@ class Job:
         return {
             "recipe": self.recipe.to_dict(),
             "provenance": self.provenance,
-            "model": fingerprint(FloatState(self.float_model)),
+            "model": model_fingerprint(self.float_model),
+            "pipeline": pipeline_fingerprint(self.source.pipeline, self.source.name),
             "scheduler": json.loads(self.sampler.pipeline.scheduler.to_json_string()),
             "blocks": self.blocks,
             "left_float": self.left_float,
@@ -116,13 +119,29 @@ def check_output(out: str | Path | None, resume: bool) -> Path | None:
     """
     if out is None:
         return None
-    target = Path(out)
+    target = user_path(out)
     if target.name in ("", ".."):
         raise StepQuantError(f"output folder is '{out}': expected the name of a new folder")
     # A run killed after it renamed the finished checkpoint leaves both folders.
     if not (resume and work_path(target).exists()):
         check_new_folder(target)
     return target
+
+
+def is_saved(target: Path | None, work: WorkFolder) -> bool:
+    """Whether `target` is there and holds the finished result of the job in `work`.
+
+    Raises StepQuantError where something else is there: the result would have no place.
+    """
+    if target is None or not os.path.lexists(target):
+        return False
+    if target.is_dir() and work.is_result(file_digests(target)):
+        return True
+    raise StepQuantError(
+        f"output folder '{target}' exists and is not the result of the unfinished work in "
+        f"'{work.path}': expected no such folder; move it away or delete it, and go on with "
+        "--resume"
+    )
 
 
 def work_path(target: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from stepquant.methods.recipe import WeightOnlyRecipe
+from stepquant.support.atomic import user_path
 from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.verbs.quantized import QuantizedFolder
@@ -67,4 +68,4 @@ def quantize_weight_only(
         reporter,
         recipe.scheme.modules_to_not_convert,
     )
-    return QuantizedFolder(Path(out), {"recipe": recipe.to_dict(), **record})
+    return QuantizedFolder(user_path(out), {"recipe": recipe.to_dict(), **record})

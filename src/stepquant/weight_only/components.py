@@ -40,7 +40,7 @@ def check_components(
                 f"the component '{name}' of {type(pipeline).__name__} cannot be quantized: "
                 f"expected one of {', '.join(others) or 'none'}{hint}"
             )
-        if way not in WAYS:
+        if way not in tuple(WAYS):
             raise StepQuantError(
                 f"the component '{name}' is set to {way!r}: expected one of {', '.join(WAYS)}, the "
                 "bits of its weights, which are dequantized on use"
@@ -55,6 +55,7 @@ def quantize_components(
     Args:
         pipeline: changed in place; the original components are not.
         components: "w8" or "w4" by component name, as `check_components` accepts them.
+        reporter: shows each component as a stage.
 
     Returns:
         For each component `bits` ("w8" or "w4"), `layers` (number of quantized layers) and

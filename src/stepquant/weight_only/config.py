@@ -45,6 +45,10 @@ class WeightOnlyConfig(QuantizationConfigMixin):
             quantized model does not depend on it.
         modules_to_not_convert: names or patterns of modules whose layers stay float while a float
             model is loaded; see `models.eligibility.matches`.
+        architecture: the values of the model's config that its results depend on, which a load
+            compares with those of the model; None for a float model, and in older folders.
+        sha256: digest of the codes and scales of a model of transformers; models of diffusers
+            have a tensor for it.
 
     Raises:
         StepQuantError: an unknown key, another format version, or a value of the wrong type.
@@ -61,10 +65,12 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         bits: int = 8,
         grids: str | None = None,
         modules_to_not_convert: list[str] | None = None,
+        architecture: dict[str, Any] | None = None,
+        sha256: str | None = None,
         **more: Any,
     ) -> None:
         self.quant_method: Any = self.method
-        if format_version != FORMAT_VERSION:
+        if format_version != FORMAT_VERSION or isinstance(format_version, bool):
             raise StepQuantError(
                 f"a weight-only component has format version {format_version!r}: expected "
                 f"{FORMAT_VERSION}, the only one that this stepquant reads; upgrade stepquant"
@@ -73,7 +79,8 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         if unknown:
             raise StepQuantError(
                 f"the config of a weight-only component has the unknown key '{min(unknown)}': "
-                "expected format_version, layers, bits, grids and modules_to_not_convert"
+                "expected format_version, layers, bits, grids, modules_to_not_convert, "
+                "architecture and sha256"
             )
         named = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
         if layers is not None and not named:
@@ -92,6 +99,13 @@ class WeightOnlyConfig(QuantizationConfigMixin):
             )
         )
         self.float_layers: dict[str, str] = {}
+        if architecture is not None and not isinstance(architecture, dict):
+            raise StepQuantError(
+                f"architecture of the config of a weight-only component is {architecture!r}: "
+                "expected an object with named values"
+            )
+        self.architecture = architecture
+        self.sha256 = sha256
 
     @classmethod
     def why_float(cls, module: nn.Module, shared: Collection[int] = ()) -> str | None:
@@ -134,13 +148,25 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         few_bits = {"bits": self.bits, "grids": self.grids} if self.bits < 8 else {}
         patterns = self.modules_to_not_convert
         kept = {"modules_to_not_convert": patterns} if patterns else {}
+        newer = {"architecture": self.architecture, "sha256": self.sha256}
         return {
             **few_bits,
             **kept,
+            **{key: value for key, value in newer.items() if value is not None},
             "format_version": self.format_version,
             "layers": self.layers,
             "quant_method": self.quant_method.value,
         }
+
+    def layers_json(self) -> str:
+        """Return everything that results depend on as canonical JSON, for the checksum."""
+        values = {
+            "architecture": self.architecture,
+            "bits": self.bits,
+            "layers": self.layers,
+            "quant_method": self.quant_method.value,
+        }
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """Return `to_dict` as indented JSON."""

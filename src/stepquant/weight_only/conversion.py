@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 import warnings
 from collections.abc import Collection, Mapping
@@ -20,11 +19,12 @@ from stepquant.models.adapter import ADAPTERS
 from stepquant.pipelines.opening import resolve_builtin, weight_file_bytes
 from stepquant.pipelines.resolved import DENOISERS, other_denoisers
 from stepquant.runtime.layers.weight_only import check_weight_only_bits
-from stepquant.support.atomic import remove_partial
+from stepquant.support.atomic import check_new_folder, remove_partial
 from stepquant.support.errors import StepQuantError
 from stepquant.support.process_memory import peak_memory_mb, reset_peak_memory
 from stepquant.support.progress import Reporter
 from stepquant.weight_only.components import WAYS
+from stepquant.weight_only.folder_copy import check_contained, copy_files
 from stepquant.weight_only.streaming import stream_weights
 
 GRIDS = ("minmax", "mse")
@@ -92,7 +92,7 @@ def convert(
     check_weight_only_bits(weights, "bits of the denoiser's weights")
     if grids not in GRIDS:
         raise StepQuantError(f"grids is {grids!r}: expected one of {', '.join(GRIDS)}")
-    target = Path(out)
+    target = check_new_folder(out)
     remove_partial(target)
     source = resolve_builtin(model)
     if is_single_file(source):
@@ -115,17 +115,15 @@ def convert(
         **dict.fromkeys(denoisers, f"w{weights}"),
         **_checked(folder, index, denoiser, components or {}),
     }
+    files = check_contained(folder)
     reset_peak_memory()
     started = time.monotonic()
     records: dict[str, Any] = {}
-    with new_checkpoint(target) as partial_folder:
-        chosen = {str(folder / name) for name in ways}
-
-        def left_out(parent: str, names: list[str]) -> list[str]:
-            return [name for name in names if str(Path(parent) / name) in chosen]
-
+    modes: dict[str, int] = {}
+    with new_checkpoint(target, modes) as partial_folder:
+        copied = [path for path in files if path.relative_to(folder).parts[0] not in ways]
         with reporter.task("copying the other components", total=None):
-            shutil.copytree(folder, partial_folder, ignore=left_out, dirs_exist_ok=True)
+            modes |= copy_files(folder, copied, partial_folder)
         for name, way in ways.items():
             of_denoiser = name in denoisers
             kept = partial(_outer_layers, reporter) if of_denoiser else lambda _: ()
@@ -161,7 +159,7 @@ def _checked(
                 f"the component '{name}' cannot be quantized: expected one of "
                 f"{', '.join(others) or 'none'}, the models of diffusers other than the denoiser"
             )
-        if way not in WAYS:
+        if way not in tuple(WAYS):
             raise StepQuantError(
                 f"the component '{name}' is set to {way!r}: expected one of {', '.join(WAYS)}"
             )

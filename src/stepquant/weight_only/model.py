@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from stepquant.models.eligibility import LAYERS, modules_kept_float, shared_weights, unmatched
 from stepquant.models.surgery import replace_modules
+from stepquant.numerics.finite import all_finite
 from stepquant.quantizers.weight import GridSearch, minmax_weight_range
 from stepquant.runtime.layers.weight_only import WeightOnly, weight_only_in_place_of
 from stepquant.support.errors import StepQuantError
@@ -159,14 +160,29 @@ def put_layer(model: nn.Module, name: str, weight: Tensor, config: WeightOnlyCon
 def check_tensor(name: str, tensor: Tensor, wanted: Tensor) -> None:
     """Check a loaded tensor against the one that it replaces.
 
+    Scales are float32. Other floats may have another floating-point dtype than `wanted`.
+
     Raises:
-        StepQuantError: dtype or shape differ.
+        StepQuantError: dtype or shape differ, or a float is not finite.
     """
-    if tensor.dtype != wanted.dtype or tensor.shape != wanted.shape:
+    exact = not wanted.is_floating_point() or name.endswith(".weight_scale")
+    same = tensor.dtype == wanted.dtype if exact else tensor.is_floating_point()
+    if not same or tensor.shape != wanted.shape:
+        dtype = wanted.dtype if exact else "a floating-point dtype"
         raise StepQuantError(
             f"tensor '{name}' is {tensor.dtype} of shape {list(tensor.shape)}: expected "
-            f"{wanted.dtype} of shape {list(wanted.shape)}; the file is damaged or belongs to "
+            f"{dtype} of shape {list(wanted.shape)}; the file is damaged or belongs to "
             "another config"
+        )
+    check_finite(name, tensor)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """An error where the tensor `name` holds NaN or infinity."""
+    if tensor.is_floating_point() and not tensor.is_meta and not all_finite(tensor):
+        raise StepQuantError(
+            f"tensor '{name}' holds NaN or infinity: expected finite numbers; the file is damaged, "
+            "or the model's weights are"
         )
 
 

@@ -13,12 +13,23 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
+from stepquant.checkpoint.architecture import architecture_of, check_architecture
+from stepquant.checkpoint.checksum import (
+    CHECKSUM_NAME,
+    FileChecksum,
+    checksum,
+    checksum_tensor,
+    tensor_line,
+)
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
+from stepquant.checkpoint.validate import REMEDY
+from stepquant.checkpoint.validate import check_names as check_tensor_names
 from stepquant.quantizers.weight import GridSearch, minmax_weight_range
 from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
 from stepquant.support.errors import StepQuantError
 from stepquant.weight_only.config import WeightOnlyConfig
 from stepquant.weight_only.model import (
+    check_finite,
     check_loaded,
     check_tensor,
     put_layer,
@@ -37,9 +48,43 @@ class WeightOnlyQuantizer(FrozenQuantizer):
     requires_calibration = False
     quantization_config: WeightOnlyConfig  # type: ignore[assignment]
 
+    def __init__(self, quantization_config: WeightOnlyConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._checksum = FileChecksum()  # these three only while a model is loaded
+        self._loaded_keys: list[str] = []
+        self._expected: dict[str, Tensor] = {}
+
+    def maybe_update_loaded_keys(
+        self, loaded_keys: list[str], checkpoint_files: list[str]
+    ) -> list[str]:
+        """Keep the names for the check, and hide the checksum from diffusers."""
+        self._loaded_keys = list(loaded_keys)
+        return [key for key in loaded_keys if key != CHECKSUM_NAME]
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Check each tensor as it is in the file, before diffusers casts it.
+
+        Raises:
+            StepQuantError: a tensor is unexpected, or has another dtype or shape than expected.
+        """
+        if self.pre_quantized:
+            check_tensor_names(self._loaded_keys, {*self._loaded_keys, *state_dict})
+            for name, tensor in state_dict.items():
+                if name != CHECKSUM_NAME:
+                    check_tensor(name, tensor, self._expected[name])
+                self._checksum.take(name, tensor)
+        return state_dict
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
+            check_architecture(model, self.quantization_config.architecture)
             self._owned = put_layers(model, self.quantization_config, empty=True)
+            self._expected = dict(model.state_dict())
+            # Folders from before there was a checksum have neither it nor the architecture.
+            newer = self.quantization_config.architecture is not None
+            check_tensor_names(
+                [*self._expected, *([CHECKSUM_NAME] if newer else ())], self._loaded_keys
+            )
             return
         # A new config, because callers may pass one config for several components.
         self.quantization_config = resolved_at_load(self.quantization_config, model)
@@ -74,17 +119,40 @@ class WeightOnlyQuantizer(FrozenQuantizer):
             put_layer(model, layer_name, tensor, self.quantization_config)
             return
         layer = model.get_submodule(layer_name)
-        check_tensor(param_name, tensor, getattr(layer, key))
         if key == "weight":
             layer.weight = nn.Parameter(tensor, requires_grad=False)
         else:
             layer.register_buffer(key, tensor)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        check_loaded(model, self.quantization_config)
+        config = self.quantization_config
+        check_loaded(model, config)
         place_markers(model)
         count_as_float(model)
-        model.register_to_config(quantization_config=self.quantization_config)
+        if not self.pre_quantized:
+            config.architecture = architecture_of(model)
+        elif config.architecture is not None:
+            self._checksum.check(config.layers_json(), REMEDY)
+        self._checksum, self._loaded_keys, self._expected = FileChecksum(), [], {}
+        model.register_to_config(quantization_config=config)
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the tensors that `save_pretrained` writes, with the checksum, and no metadata.
+
+        Raises:
+            StepQuantError: a tensor holds NaN or infinity, which a load would refuse.
+        """
+        config = self.quantization_config
+        if config.architecture is None:  # loaded from an older folder
+            return state_dict, {}
+        lines = []
+        for name, tensor in state_dict.items():
+            check_finite(name, tensor)
+            lines.append(tensor_line(name, tensor))
+        digest = checksum(config.layers_json(), lines)
+        return {**state_dict, CHECKSUM_NAME: checksum_tensor(digest)}, {}
 
 
 def quantize_weights(
@@ -126,6 +194,7 @@ def mark_weight_only(model: Any, config: WeightOnlyConfig, what: str) -> None:
         StepQuantError: `model`, called `what`, is not one of diffusers or transformers.
     """
     quantizer: Any
+    config.architecture = architecture_of(model)
     if isinstance(model, ModelMixin):
         quantizer = WeightOnlyQuantizer(config)
         model.register_to_config(quantization_config=config)

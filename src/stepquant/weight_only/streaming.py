@@ -17,6 +17,12 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from stepquant.checkpoint.checksum import (
+    CHECKSUM_NAME,
+    checksum,
+    checksum_tensor,
+    tensor_line,
+)
 from stepquant.models.weight_files import WeightFiles, check_files, empty_model
 from stepquant.quantizers.weight import GridSearch
 from stepquant.runtime.layers.weight_only import weight_only_tensors
@@ -65,17 +71,19 @@ def stream_weights(
     Raises:
         StepQuantError: the files do not match the config, or a weight is not finite.
     """
-    files = WeightFiles(source)
     model = empty_model(source, what)
+    files = WeightFiles(source).named_for(model)
     check_files(model, files, what)
     asked = WeightOnlyConfig(bits=bits, grids=grids, modules_to_not_convert=list(patterns))
     config = resolved(asked, model, what, kept(model))
     mark_weight_only(model, config, what)
     owned = put_layers(model, config, empty=True)
     shapes = {
-        name: tensor if name in owned else files.meta[name]
+        name: tensor if name in owned else files.meta[name].to(_kept_dtype(files.meta[name]))
         for name, tensor in model.state_dict().items()
     }
+    shapes[CHECKSUM_NAME] = torch.empty(32, dtype=torch.uint8, device="meta")  # comes last
+    lines: list[str] = []
     pattern = SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(
         shapes, filename_pattern=pattern, max_shard_size=shard_bytes
@@ -87,7 +95,12 @@ def stream_weights(
         for file_name, members in split.filename_to_tensors.items():
             shard: dict[str, Tensor] = {}
             for name in members:
-                shard[name] = source_of(name)
+                if name == CHECKSUM_NAME:
+                    digest = checksum(config.layers_json(), lines)
+                    shard[name] = checksum_tensor(digest)
+                else:
+                    shard[name] = source_of(name)
+                    lines.append(tensor_line(name, shard[name]))
                 task.advance(note=name)
             save_file(shard, target / file_name, {"format": "pt"})
     if split.is_sharded:
@@ -99,6 +112,14 @@ def stream_weights(
         "parameters": files.parameters,
         "left_float": config.float_layers,
     }
+
+
+def _kept_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which a float stays: its own, but bfloat16 for eight-bit floats.
+
+    bfloat16 holds each of them exactly, and diffusers loads it into a quantized model.
+    """
+    return torch.bfloat16 if tensor.element_size() == 1 else tensor.dtype
 
 
 class _Source:
@@ -128,6 +149,7 @@ class _Source:
 
     def _read(self, name: str) -> Tensor:
         tensor = self._files.read(name)
+        tensor = tensor.to(_kept_dtype(tensor))
         if not bool(torch.isfinite(tensor).all()):
             raise StepQuantError(
                 f"parameter '{name}' of {self._what} holds NaN or infinity: expected finite "

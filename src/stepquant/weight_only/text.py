@@ -5,18 +5,29 @@ Import this module only if transformers is installed.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from diffusers.utils import is_transformers_version
-from safetensors import safe_open
+from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
+from stepquant.checkpoint.architecture import architecture_of, check_architecture
+from stepquant.checkpoint.checksum import checksum, tensor_line
+from stepquant.checkpoint.validate import REMEDY
 from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
 from stepquant.support.errors import StepQuantError
+from stepquant.support.safetensors_file import opened
 from stepquant.weight_only.config import WeightOnlyConfig
-from stepquant.weight_only.model import check_loaded, put_layers, resolved_at_load
+from stepquant.weight_only.model import (
+    check_finite,
+    check_loaded,
+    put_layers,
+    resolved_at_load,
+    tensor_keys,
+)
 
 
 def check_counts(files: list[str], config: WeightOnlyConfig) -> None:
@@ -39,7 +50,7 @@ def check_counts(files: list[str], config: WeightOnlyConfig) -> None:
                 f"the checkpoint file '{path}' is not a safetensors file: pickle files are "
                 "refused, so save the model with safe_serialization=True"
             )
-        with safe_open(path, framework="pt") as file:
+        with opened(Path(path)) as file:
             for key in file.keys():  # noqa: SIM118
                 dtype = file.get_slice(key).get_dtype()
                 if key.rpartition(".")[2] in beside or dtype == "I8":
@@ -50,6 +61,19 @@ def check_counts(files: list[str], config: WeightOnlyConfig) -> None:
             f"dtypes {found}: expected {wanted}, as its config names {len(config.names)} layers; "
             "the files are damaged or belong to another config"
         )
+
+
+def codes_digest(model: nn.Module, config: WeightOnlyConfig) -> str:
+    """Return the SHA-256 of the config, and of the codes and scales by their names in the model.
+
+    Not of what stays float: its dtype is that of the load.
+    """
+    lines = [
+        tensor_line(f"{name}.{key}", getattr(model.get_submodule(name), key))
+        for name in config.names
+        for key in tensor_keys(config.bits)
+    ]
+    return checksum(config.layers_json(), lines).hex()
 
 
 class TextWeightOnlyQuantizer(HfQuantizer):
@@ -78,6 +102,7 @@ class TextWeightOnlyQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
+            check_architecture(model, self.quantization_config.architecture)
             check_counts(kwargs.get("checkpoint_files") or [], self.quantization_config)
             put_layers(model, self.quantization_config, empty=True)
 
@@ -86,10 +111,27 @@ class TextWeightOnlyQuantizer(HfQuantizer):
             # A new config, because callers may pass one config for several components.
             config = resolved_at_load(self.quantization_config, model)
             put_layers(model, config)
+            config.architecture = architecture_of(model)
             self.quantization_config = model.config.quantization_config = config
-        check_loaded(model, self.quantization_config)
+        config = self.quantization_config
+        check_loaded(model, config)
         place_markers(model)
         count_as_float(model)
+        for name, parameter in model.named_parameters():
+            check_finite(name, parameter)
+        if self.pre_quantized and config.sha256 is not None:
+            found = codes_digest(model, config)
+            if found != config.sha256:
+                raise StepQuantError(
+                    f"the codes and scales of {type(model).__name__} have the SHA-256 {found}: "
+                    f"expected {config.sha256}, as its config says; {REMEDY}"
+                )
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Note the digest in the config, which transformers writes next, and change no tensor."""
+        self.quantization_config.sha256 = codes_digest(model, self.quantization_config)
+        model.config.quantization_config = self.quantization_config
+        return None, {}
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the requested `dtype`, that of activations and float parameters."""

@@ -116,6 +116,7 @@ class State:
             [id(bypass.slopes) for bypass in self._bypasses],
             [own["backend"] for own in self._layers],
             list(map(Tensor.data_ptr, self.tensors)),
+            [p is not None and p.is_outdated() for p in (e["_prepared"] for e in self._layers)],
         )
 
     def unchanged(self) -> bool:

@@ -187,21 +187,25 @@ class IntegerLayer(MarksDtype):
     def prepared(self) -> PreparedLayer:
         """The layer with its weight laid out, on the device where the tensors are now.
 
-        accelerate's hooks put tensors on another device without asking the module. Of several
-        threads that ask for the first time, one prepares the layer, and the others wait for it.
+        accelerate's hooks put tensors on another device without asking the module. A weight whose
+        scales or zero points were changed in place is laid out anew. Of several threads that ask
+        for the first time, one prepares the layer, and the others wait for it.
         """
+        found = self._prepared
+        return found if found is not None and self._is_fresh(found) else self._laid_out()
+
+    def _is_fresh(self, prepared: PreparedLayer) -> bool:
         scale = self._buffers["weight_scale"]  # asked at every call: quicker than the attribute
         assert scale is not None
-        found = self._prepared
-        return found if found is not None and found.device == scale.device else self._laid_out()
+        # A graph takes the layout for a constant.
+        current = torch.compiler.is_compiling() or not prepared.is_outdated()
+        return prepared.device == scale.device and current
 
     @torch.compiler.disable
     def _laid_out(self) -> PreparedLayer:
         with PREPARING:
             found = self._prepared
-            if found is not None and found.device == self.weight_scale.device:
-                return found
-            return self.prepare()
+            return found if found is not None and self._is_fresh(found) else self.prepare()
 
     def prepared_parts(self) -> list[InputPart]:
         """The input parts, prepared as `prepared` says."""

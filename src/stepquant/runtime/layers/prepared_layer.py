@@ -20,6 +20,8 @@ from stepquant.runtime.layers.input_part import InputPart
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.support.refusal import Refusal, RefusalCode
 
+# Buffers whose values are part of what kernels make of the weight; others are read at each call.
+LAID_OUT = ("weight_scale", "weight_zero_point", "channel_bits", "act_channel_scale")
 APART = Refusal(RefusalCode.TIMESTEPS, "samples at different timesteps")
 
 
@@ -48,6 +50,17 @@ class PreparedLayer:
         self._channel_dim, self._has_tables, self._context = channel_dim, has_tables, context
         self._is_linear = self.parts[0].spec.kind == "linear"
         self._buffers = buffers
+        # Tensors of inference mode count no changes.
+        made_of = [buffers[name] for name in LAID_OUT]
+        found = [each for each in made_of if each is not None and not each.is_inference()]
+        self._made_of = [(each, each._version) for each in found]
+
+    def is_outdated(self) -> bool:
+        """Whether a tensor that the layout was made of has been changed in place since."""
+        for tensor, version in self._made_of:  # noqa: SIM110  # at every call: quicker than any()
+            if tensor._version != version:
+                return True
+        return False
 
     def why_no_codes(self) -> Refusal | None:
         """Why `run` does not do now what the kernel does with floats, or None.
