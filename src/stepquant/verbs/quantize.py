@@ -135,10 +135,10 @@ def quantize(
     check_seed(seed)
     source = open_float(model, adapter, components or {}, reporter)
     if target is not None:
-        check_loadable(source.pipeline)
         reason = why_not_rebuilt(source.denoiser)
         if reason is not None:
             raise StepQuantError(reason)
+        check_loadable(source.pipeline)
     conditioning = Conditioning.of(prompts, labels, guidance, call)
     with reporter.task("checking the model and the recipe", total=None):
         job = plan_job(
@@ -230,7 +230,7 @@ def save(
 ) -> None:
     """Write the pipeline to `target`, unless a killed run did, and add its sizes to `record`.
 
-    `work` notes what is written, so that a resumed run knows it again.
+    `work` notes what is written, so that a resumed run recognizes it.
     """
     remove_partial(target)
     if not (saved and target.exists()):
@@ -243,7 +243,7 @@ def save(
             )
         except StepQuantError as error:
             raise StepQuantError(
-                f"{error}; the finished work is kept in '{work.path}', continue with --resume"
+                f"{error}; the finished work is kept in '{work.path}', go on with --resume"
             ) from error
     add_file_sizes(record["components"], target)
     record["checkpoint_bytes"] = weight_file_bytes(target, component)

@@ -55,7 +55,7 @@ def quantize_components(
     Args:
         pipeline: changed in place; the original components are not.
         components: "w8" or "w4" by component name, as `check_components` accepts them.
-        reporter: where progress is shown.
+        reporter: shows each component as a stage.
 
     Returns:
         For each component `bits` ("w8" or "w4"), `layers` (number of quantized layers) and

@@ -46,10 +46,9 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         modules_to_not_convert: names or patterns of modules whose layers stay float while a float
             model is loaded; see `models.eligibility.matches`.
         architecture: the values of the model's config that its results depend on, which a load
-            compares with those of the model. None for a float model, and in folders from before
-            there was a copy.
-        sha256: digest of the codes and scales of a model of transformers, by their names in the
-            model. Models of diffusers have a tensor for it.
+            compares with those of the model; None for a float model, and in older folders.
+        sha256: digest of the codes and scales of a model of transformers; models of diffusers
+            have a tensor for it.
 
     Raises:
         StepQuantError: an unknown key, another format version, or a value of the wrong type.

@@ -163,7 +163,7 @@ def check_tensor(name: str, tensor: Tensor, wanted: Tensor) -> None:
     Scales are float32. Other floats may have another floating-point dtype than `wanted`.
 
     Raises:
-        StepQuantError: dtype or shape differ, or a float is NaN or infinite.
+        StepQuantError: dtype or shape differ, or a float is not finite.
     """
     exact = not wanted.is_floating_point() or name.endswith(".weight_scale")
     same = tensor.dtype == wanted.dtype if exact else tensor.is_floating_point()

@@ -191,24 +191,21 @@ class IntegerLayer(MarksDtype):
         scales or zero points were changed in place is laid out anew. Of several threads that ask
         for the first time, one prepares the layer, and the others wait for it.
         """
+        found = self._prepared
+        return found if found is not None and self._is_fresh(found) else self._laid_out()
+
+    def _is_fresh(self, prepared: PreparedLayer) -> bool:
         scale = self._buffers["weight_scale"]  # asked at every call: quicker than the attribute
         assert scale is not None
-        found = self._prepared
-        if found is None or found.device != scale.device:
-            return self._laid_out()
         # A graph takes the layout for a constant.
-        if not torch.compiler.is_compiling() and found.is_outdated():
-            return self._laid_out()
-        return found
+        current = torch.compiler.is_compiling() or not prepared.is_outdated()
+        return prepared.device == scale.device and current
 
     @torch.compiler.disable
     def _laid_out(self) -> PreparedLayer:
         with PREPARING:
             found = self._prepared
-            fits = found is not None and found.device == self.weight_scale.device
-            if found is not None and fits and not found.is_outdated():
-                return found
-            return self.prepare()
+            return found if found is not None and self._is_fresh(found) else self.prepare()
 
     def prepared_parts(self) -> list[InputPart]:
         """The input parts, prepared as `prepared` says."""
@@ -268,8 +265,9 @@ class IntegerLayer(MarksDtype):
         prepared = self.prepared()
         if x.dtype in FLOATS and self.why_no_codes() is None:
             y = prepared.run(prepared.encode(x), dtype=x.dtype)
-            # A look costs as much as the native encoding.
-            return y if native.available() else let_through(y, x)
+            if torch.compiler.is_compiling() or native.available():
+                return y  # a look would cost as much as the native encoding
+            return let_through(y, x)
         return let_through(prepared.run_floats(x, self.bias, self.step_bias).to(x.dtype), x)
 
     def _differentiable(self, x: Tensor) -> Tensor:
