@@ -243,7 +243,7 @@ def save(
             )
         except StepQuantError as error:
             raise StepQuantError(
-                f"{error}; the finished work is kept in '{work.path}', go on with --resume"
+                f"{error}; the finished work is kept in '{work.path}', continue with --resume"
             ) from error
     add_file_sizes(record["components"], target)
     record["checkpoint_bytes"] = weight_file_bytes(target, component)
