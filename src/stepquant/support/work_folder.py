@@ -20,7 +20,7 @@ from stepquant.support.errors import StepQuantError
 JOB = "job.json"
 RESULT = "result.json"  # names the files of the finished result with their digests
 DIGEST = "sha256"  # in the header of each piece
-AGAIN = "delete it and resume, and its piece is computed again"
+AGAIN = "delete it and continue with --resume, which computes it again"
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
