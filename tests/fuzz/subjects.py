@@ -22,6 +22,7 @@ import stepquant
 from architectures import build
 from lora_files import matrices, of
 from packed_models import outputs, packed_pipeline
+from stepquant.checkpoint.file_sums import SUMS_NAME
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.module import load_module
 from stepquant.checkpoint.save import save_pipeline
@@ -61,11 +62,11 @@ class Denoiser(nn.Module):
 
 
 def files(*suffixes: str) -> Callable[[Path], list[str]]:
-    """All files below a folder that end so."""
+    """All files below a folder that end so, but the digests: who edits those may edit the rest."""
 
     def found(folder: Path) -> list[str]:
         names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))]
-        return [name for name in names if name.endswith(suffixes)]
+        return [name for name in names if name.endswith(suffixes) and name != SUMS_NAME]
 
     return found
 
@@ -234,14 +235,14 @@ def write_work(folder: Path) -> None:
     def stop(*_: Any) -> None:
         raise Stopped
 
-    packed, verb.pack = verb.pack, stop  # type: ignore[assignment]
+    packed, verb.packed_denoiser = verb.packed_denoiser, stop  # type: ignore[assignment]
     try:
         folder.mkdir()
         quantize(module_pipeline(), "minmax", 4, 8, folder / "out", 2, FEW)
     except Stopped:
         pass
     finally:
-        verb.pack = packed
+        verb.packed_denoiser = packed
 
 
 def use_work(folder: Path, out: Path) -> str:

@@ -52,7 +52,7 @@ def stopped(model, out, monkeypatch):
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "pack", stop)
+        patch.setattr(verb, "packed_denoiser", stop)
         with pytest.raises(Stopped):
             run(model, out)
     return out.with_name(out.name + ".work")
@@ -138,7 +138,7 @@ def test_on_a_full_disk_the_sentence_says_that_the_work_is_kept(
         patch.setattr(saving, "_forget_origin", full)
         sentence = refused(lambda: run(float_folder, out))
     assert "no space left on the disk" in sentence and "nothing" not in sentence
-    assert f"the finished work is kept in '{out}.work', go on with --resume" in sentence
+    assert f"the finished work is kept in '{out}.work', continue with --resume" in sentence
     assert left(tmp_path) == ["out.work"]
     run(float_folder, out, resume=True)
     assert left(tmp_path) == ["out"]

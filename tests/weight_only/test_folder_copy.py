@@ -77,7 +77,7 @@ def test_links_out_of_the_folder_are_refused_before_the_work(
     sd, secret, tmp_path, monkeypatch, kind
 ):
     outside(sd, secret)[kind]()
-    monkeypatch.setattr(conversion, "_pack_one", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(conversion, "_quantize_one", lambda *_: pytest.fail("worked"))
     message = refused(lambda: convert(sd, tmp_path / "out"))
     assert f"'{sd}" in message and "expected" in message
     assert left(tmp_path) == ["elsewhere", "sd"]

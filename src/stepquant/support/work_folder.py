@@ -162,7 +162,7 @@ class WorkFolder:
         except OSError as error:
             raise StepQuantError(
                 f"'{note}' cannot be written ({error.strerror}): expected room on the disk; free "
-                "some and go on with --resume"
+                "some and continue with --resume"
             ) from error
 
     def is_result(self, files: Mapping[str, str]) -> bool:

@@ -139,7 +139,7 @@ def is_saved(target: Path | None, work: WorkFolder) -> bool:
         return True
     raise StepQuantError(
         f"output folder '{target}' exists and is not the result of the unfinished work in "
-        f"'{work.path}': expected no such folder; move it away or delete it, and go on with "
+        f"'{work.path}': expected no such folder; move it away or delete it, and continue with "
         "--resume"
     )
 
