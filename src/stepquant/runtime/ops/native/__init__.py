@@ -41,7 +41,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "epilogue": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
 }
 _ATTENTION_ARGUMENTS = (c_void_p, c_float, c_int32)
-_PRODUCT_ARGUMENTS = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32)
+PRODUCT_ARGUMENTS = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32)
 FUNCTIONS = (*_ARGUMENTS, "products", "attention")
 
 
@@ -116,7 +116,7 @@ def _product_levels(loaded: ctypes.CDLL) -> dict[str, Any]:
         if not runs >> place & 1 or _forbids(name) or not hasattr(loaded, f"products_{name}"):
             continue
         found[name] = getattr(loaded, f"products_{name}")
-        found[name].argtypes, found[name].restype = _PRODUCT_ARGUMENTS, c_int32
+        found[name].argtypes, found[name].restype = PRODUCT_ARGUMENTS, c_int32
     return found
 
 
