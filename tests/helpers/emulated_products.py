@@ -1,4 +1,4 @@
-"""Integer products of instruction sets that the machine lacks, in plain C++.
+"""Integer products of instruction sets that the machine lacks, compiled from plain C++.
 
 `emulated/` has headers with the compiler's names that define the few intrinsics of each set.
 """
@@ -12,9 +12,17 @@ from pathlib import Path
 from stepquant.runtime.ops import native
 from stepquant.runtime.ops.native import Library, build
 
+SERIAL = ("-fopenmp-simd",)
 HEADERS = Path(__file__).parent / "emulated"
 # The macro by which `tiles.h` chooses the products of a level.
-MACROS = {"avx_vnni": "__AVXVNNI__", "vnni": "__AVX512VNNI__", "amx": "__AMX_INT8__"}
+MACROS = {
+    "avx_vnni": "__AVXVNNI__",
+    "vnni": "__AVX512VNNI__",
+    "amx": "__AMX_INT8__",
+    "neon": "__ARM_NEON",
+    "dotprod": "__ARM_FEATURE_DOTPROD",
+    "i8mm": "__ARM_FEATURE_MATMUL_INT8",
+}
 
 
 def emulated(level: str, folder: Path) -> Library:
@@ -27,8 +35,10 @@ def emulated(level: str, folder: Path) -> Library:
         raise OSError("no C++ compiler")
     target = folder / f"{level}.so"
     if not target.exists():
+        # Those of ARM without OpenMP, as on a Mac.
+        flags = (*build.FLAGS, *(SERIAL if level in build.ARM.product_levels else build.OPENMP))
         options = [f"-DISA={level}", f"-D{MACROS[level]}", f"-I{HEADERS}", "-shared"]
-        command = [*compiler, *build.FLAGS, *options, build.PRODUCTS, "-o", str(target)]
+        command = [*compiler, *flags, *options, build.PRODUCTS, "-o", str(target)]
         done = subprocess.run(
             command, cwd=build.FOLDER, capture_output=True, text=True, check=False
         )
