@@ -6,6 +6,7 @@ Without a C++ compiler the wheel is a pure Python one, and `runtime.ops.fused` c
 from __future__ import annotations
 
 import importlib.util
+import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -26,11 +27,17 @@ class NativeKernels(BuildHookInterface[Any]):
         if why_not is not None:
             self.app.display_warning(f"stepquant is built without native kernels: {why_not}")
             return
-        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{platform}"
+        build_data["tag"] = f"py3-none-{_platform(build)}"
         # git ignores the library, so hatchling would too.
         build_data["artifacts"].append(f"{FOLDER}/{build.LIBRARY.name}")
+
+
+def _platform(build: ModuleType) -> str:
+    """The platform of the wheel. A Mac's Python may be for two CPUs, the library is for one."""
+    if sys.platform == "darwin":
+        return f"macosx_{build.MAC_VERSION.replace('.', '_')}_arm64"
+    return sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 
 def _load(path: Path) -> ModuleType:

@@ -67,9 +67,11 @@ class Case:
             wide = codes.new_zeros((*codes.shape[:-1], 2 * codes.shape[-1] + 1))
             wide[..., 1::2] = codes
             codes = wide[..., 1::2]
-        out = int64_reference(codes, weight, self.act_zero_point, spec).shape
         bias = integers(-1000, 1000, (spec.out_channels,)).float() if self.bias else None
-        accumulate = integers(-1000, 1000, tuple(out)).float() if self.accumulate else None
+        accumulate = None
+        if self.accumulate:
+            out = int64_reference(codes, weight, self.act_zero_point, spec).shape
+            accumulate = integers(-1000, 1000, tuple(out)).float()
         return {
             "codes": codes,
             "weight": weight.to(torch.int8),

@@ -131,7 +131,7 @@ def test_any_flipped_bit_of_a_piece_is_refused_or_changes_nothing(path):
         try:
             found = work.load("piece")
         except StepQuantError as error:
-            assert "delete it and continue" in str(error)
+            assert "delete it and continue with --resume" in str(error)
             refusals += 1
         else:
             assert all(torch.equal(found[name], tensor) for name, tensor in PIECE.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from kernel_cases import CASES, Case, actual, expected
 from stepquant.runtime.kernels import Backend, choose, onednn, onednn_operators, registered_kernels
 from stepquant.runtime.kernels.native import NATIVE
 from stepquant.runtime.kernels.onednn import ONEDNN, CallConstants
+from stepquant.runtime.ops import native
 from stepquant.runtime.ops.encoding import pad
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.errors import StepQuantError
@@ -289,6 +291,22 @@ def test_auto_takes_our_own_kernel_on_the_cpu_or_else_onednn() -> None:
     else:
         assert choice == (ONEDNN, {"native": refusal})
         assert choice.reasons == [f"native: {refusal}"]
+
+
+@pytest.mark.parametrize(
+    ("machine", "fits"),
+    [("x86_64", True), ("aarch64", True), ("arm64", True), ("aarch64_be", False), ("s390x", False)],
+)
+def test_our_own_kernel_knows_its_machines(
+    machine: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(native, "why_no_products", lambda: None)
+    refusal = NATIVE.why_not(CONV, CPU)
+    assert (refusal is None) == fits
+    if refusal is not None:
+        assert refusal.code is RefusalCode.MACHINE
+        assert str(refusal) == f"made for x86-64 and 64-bit ARM, the machine is {machine}"
 
 
 def test_auto_on_a_device_that_no_kernel_is_made_for_says_why_it_is_slow() -> None:

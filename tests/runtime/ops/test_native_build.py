@@ -51,6 +51,42 @@ def test_no_compiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not target.exists()
 
 
+@pytest.mark.parametrize(
+    ("system", "machine"),
+    [
+        ("linux", "riscv64"),
+        ("linux", "aarch64_be"),
+        ("linux", "ppc64le"),
+        ("darwin", "x86_64"),
+        ("win32", "AMD64"),
+    ],
+)
+def test_other_machines_are_a_reason(tmp_path: Path, system: str, machine: str) -> None:
+    reason = build.build(tmp_path / "library.so", system, machine)
+    assert reason is not None and reason.endswith(f"this is {system} on {machine}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mac_gets_no_openmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiler is asked for there."""
+    calls = tmp_path / "calls"
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\necho "$@" >> {calls}\n'
+        'while [ "$1" != "-o" ]; do shift; done\n[ "$2" = /dev/null ] || touch "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert build.build(tmp_path / "library.dylib", "darwin", "arm64") is None
+    assert (tmp_path / "library.dylib").exists()
+    *compiled, linked = calls.read_text().splitlines()
+    for level, options in build.ARM.product_levels.items():
+        (own,) = [call for call in compiled if f"-DISA={level}" in call]
+        assert " ".join(options) in own and "products.cpp" in own
+    assert all("-fopenmp " not in call for call in compiled)
+    assert "-dynamiclib" in linked and "--as-needed" not in linked and "attention" not in linked
+
+
 def test_a_failing_compiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
     reason = build.build(tmp_path / "library.so")

@@ -1,4 +1,4 @@
-"""Our own u8 x s8 products for x86 CPUs with AVX2 and later (`runtime.ops.native`).
+"""Our own u8 x s8 products for x86 CPUs with AVX2 and later, and for ARM (`runtime.ops.native`).
 
 Compared with oneDNN's kernels through torch: calls set nothing up, and a denoiser makes a hundred
 of them, most on small images; scale, zero point and bias are read from the step table in place; the
@@ -19,7 +19,7 @@ from stepquant.runtime.kernels.registry import kernel_of, register_kernel
 from stepquant.runtime.ops import fused, native, operators
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.ops.native import tiled_weight, tiles
+from stepquant.runtime.ops.native import build, tiled_weight, tiles
 from stepquant.support.refusal import Refusal, RefusalCode
 
 MOST_COLUMNS = 1 << 16  # whose products, and the zero point's, an int32 holds
@@ -36,9 +36,10 @@ class NativeKernel(TakesCodes):
         """Why this kernel cannot take the layer on `device`, or None."""
         if device.type != "cpu":
             return Refusal(RefusalCode.DEVICE, f"made for the CPU, the layer is on {device.type}")
-        if platform.machine().lower() not in ("x86_64", "amd64"):
+        if platform.machine().lower() not in build.MACHINES:
             return Refusal(
-                RefusalCode.MACHINE, f"made for x86-64, the machine is {platform.machine()}"
+                RefusalCode.MACHINE,
+                f"made for x86-64 and 64-bit ARM, the machine is {platform.machine()}",
             )
         if spec.columns > MOST_COLUMNS:
             return Refusal(

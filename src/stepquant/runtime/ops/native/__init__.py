@@ -1,10 +1,11 @@
-"""Kernels in C++ for x86-64 CPUs: integer products, and what lies between them.
+"""Kernels in C++ for x86-64 and 64-bit ARM CPUs: integer products, and what lies between them.
 
 The library is compiled when the package is built or installed (`hatch_build.py`), or by
 `python -m stepquant.runtime.ops.native`. Where there is none, or `STEPQUANT_NATIVE` is 0,
 `ops.fused` and oneDNN's kernels compute the same with torch, only slower. Integer products are
-there for CPUs with AVX2, AVX-VNNI, AVX-512 VNNI and AMX; what caps oneDNN's instruction set caps
-them, and the fused passes, too.
+there for CPUs with AVX2, AVX-VNNI, AVX-512 VNNI and AMX, and for ARM's NEON, its dot products and
+its matrix products; what caps oneDNN's instruction set on x86-64 caps them, and the fused passes,
+too.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "epilogue": (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
 }
 _ATTENTION_ARGUMENTS = (c_void_p, c_float, c_int32)
-_PRODUCT_ARGUMENTS = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32)
+PRODUCT_ARGUMENTS = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32)
 FUNCTIONS = (*_ARGUMENTS, "products", "attention")
 
 
@@ -116,7 +117,7 @@ def _product_levels(loaded: ctypes.CDLL) -> dict[str, Any]:
         if not runs >> place & 1 or _forbids(name) or not hasattr(loaded, f"products_{name}"):
             continue
         found[name] = getattr(loaded, f"products_{name}")
-        found[name].argtypes, found[name].restype = _PRODUCT_ARGUMENTS, c_int32
+        found[name].argtypes, found[name].restype = PRODUCT_ARGUMENTS, c_int32
     return found
 
 
@@ -129,10 +130,11 @@ def cap() -> str:
 def _forbids(level: str) -> bool:
     """Whether oneDNN, capped as it is, would not use the instructions of `level`.
 
-    `level` is a key of `build.LEVELS` or of `build.PRODUCT_LEVELS`.
+    `level` is a key of `build.LEVELS` or of `build.PRODUCT_LEVELS`. Caps name instruction sets of
+    x86-64, so none forbids those of ARM.
     """
     capped = cap()
-    if capped == "ALL" or level == "base":
+    if capped == "ALL" or level == "base" or level in build.ARM.product_levels:
         return False
     if level == "amx":
         return "AMX" not in capped
@@ -191,7 +193,8 @@ def why_no_products() -> Refusal | None:
         return None
     return Refusal(
         RefusalCode.NO_PRODUCTS,
-        "this machine has no AVX2, or a cap of oneDNN's instruction set leaves it out",
+        f"the machine or the compiler has none of {', '.join(build.PRODUCT_LEVELS)}, or a cap of "
+        "oneDNN's instruction set leaves them out",
     )
 
 

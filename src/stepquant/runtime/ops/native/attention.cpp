@@ -2,9 +2,8 @@
 //
 // Keys and values are laid out for the tiles once. Then blocks of queries pass over blocks of keys,
 // with the largest score so far and the sum of exponentials for each query.
-#include <omp.h>
-
 #include "elementwise.h"
+#include "threads.h"
 #include "tiles.h"
 
 namespace {

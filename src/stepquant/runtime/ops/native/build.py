@@ -15,42 +15,76 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
-LIBRARY = FOLDER / "_kernels.so"
-TILES = ("tiles.h", "tiles_amx.h", "tiles_avx2.h", "tiles_avx512.h", "tiles_avx_vnni.h")
-HEADERS = ("abi.h", "elementwise.h", "results.h", *TILES, "weights.h", "winograd.h")
+LIBRARY = FOLDER / ("_kernels.dylib" if sys.platform == "darwin" else "_kernels.so")
+X86_TILES = ("tiles_amx.h", "tiles_avx2.h", "tiles_avx512.h", "tiles_avx_vnni.h")
+ARM_TILES = ("tiles_dotprod.h", "tiles_i8mm.h", "tiles_neon.h")
+TILES = ("tiles.h", *X86_TILES, *ARM_TILES)
+HEADERS = ("abi.h", "elementwise.h", "results.h", "threads.h", *TILES, "weights.h", "winograd.h")
 KERNELS = ("images.cpp", "rows.cpp")  # compiled once for each of LEVELS
 PRODUCTS = "products.cpp"  # compiled once for each of PRODUCT_LEVELS
 ATTENTION = "attention.cpp"  # compiled for AMX
 LEVEL = "level.cpp"
 
-# Names of instruction sets in the order of `best_level`, and the flags that it checks for.
-LEVELS: dict[str, tuple[str, ...]] = {
-    "base": (),
-    "avx2": ("-mavx2", "-mfma"),
-    "avx512": (
-        *("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-        "-mprefer-vector-width=512",
-    ),
-}
-# The same for integer products: place i stands for bit i of `product_levels`, and later ones are
-# faster. A compiler that does not know one leaves it out.
-PRODUCT_LEVELS: dict[str, tuple[str, ...]] = {
-    "avx2": LEVELS["avx2"],
-    "avx_vnni": (*LEVELS["avx2"], "-mavxvnni"),
-    "vnni": (*LEVELS["avx512"], "-mavx512vnni"),
-}
-PRODUCT_LEVELS["amx"] = (
-    *(*PRODUCT_LEVELS["vnni"], "-mavx512bf16"),
-    *("-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+
+class Family(NamedTuple):
+    """Instruction sets of a family of CPUs: their names, and the compiler's options for each."""
+
+    # In the order of `best_level`, which checks for the options.
+    levels: dict[str, tuple[str, ...]]
+    # The same for integer products: place i stands for bit i of `product_levels`, and later ones
+    # are faster. A compiler that does not know one leaves it out.
+    product_levels: dict[str, tuple[str, ...]]
+
+
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (
+    *(*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    "-mprefer-vector-width=512",
 )
+_VNNI = (*_AVX512, "-mavx512vnni")
+_AMX = (*_VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16")
+X86 = Family(
+    levels={"base": (), "avx2": _AVX2, "avx512": _AVX512},
+    product_levels={
+        "avx2": _AVX2,
+        "avx_vnni": (*_AVX2, "-mavxvnni"),
+        "vnni": _VNNI,
+        "amx": _AMX,
+    },
+)
+# Apple's compiler would take the instructions of the M1 everywhere, if it were not told otherwise.
+ARM = Family(
+    levels={"base": ("-march=armv8-a",)},
+    product_levels={
+        "neon": ("-march=armv8-a",),
+        "dotprod": ("-march=armv8.2-a+dotprod",),
+        "i8mm": ("-march=armv8.2-a+i8mm",),
+    },
+)
+# What `platform.machine()` calls them. Big-endian CPUs have other names.
+MACHINES = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
+PLATFORMS = (("linux", X86), ("linux", ARM), ("darwin", ARM))
+# Those of this machine; where there is no library, names of nothing.
+LEVELS, PRODUCT_LEVELS = MACHINES.get(platform.machine().lower(), Family({"base": ()}, {}))
+
 # No contraction: torch rounds a product before it adds to it. Without errno and traps, which
 # nobody looks at, the loops become vectors.
 FLAGS = (
-    *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
+    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
+# Linked without OpenMP: its functions are found in the library that torch has loaded, so that there
+# is one pool of threads.
+OPENMP = ("-fopenmp",)
+SHARED = ("-shared", "-Wl,--as-needed")
+# Apple's compiler comes without OpenMP. Whether the kernels would find its functions in the library
+# that torch has loaded has not been tried on a Mac, so they run in one thread there.
+MAC_VERSION = "11.0"  # the first for ARM
+MAC_FLAGS = ("-fopenmp-simd", f"-mmacosx-version-min={MAC_VERSION}")
+MAC_SHARED = ("-dynamiclib", f"-mmacosx-version-min={MAC_VERSION}")
 
 
 def digest() -> str:
@@ -69,46 +103,53 @@ def compiler() -> list[str] | None:
     return next(([name] for name in ("g++", "c++") if shutil.which(name)), None)
 
 
-def build(target: Path = LIBRARY) -> str | None:
-    """Write the library to `target`; None, or the reason why there is none now."""
+def build(
+    target: Path = LIBRARY, system: str = sys.platform, machine: str = platform.machine()
+) -> str | None:
+    """Write the library to `target`; None, or the reason why there is none now.
+
+    `system` and `machine` are those that the library is for, which a cross compiler can choose.
+    """
     try:
         target.unlink(missing_ok=True)  # a library of other sources is worse than none
-        return _build(target)
+        return _build(target, system, MACHINES.get(machine.lower()), machine)
     except OSError as error:
         return f"the library could not be written: {error}"
 
 
-def _build(target: Path) -> str | None:
-    if not sys.platform.startswith("linux") or platform.machine() not in ("x86_64", "AMD64"):
-        return f"made for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
+def _build(target: Path, system: str, family: Family | None, machine: str) -> str | None:
+    if family is None or (system, family) not in PLATFORMS:
+        return (
+            "made for Linux on x86-64 and 64-bit ARM, and for macOS on ARM, "
+            f"this is {system} on {machine}"
+        )
     command = compiler()
     if command is None:
         return f"no C++ compiler: CXX is {os.environ.get('CXX')!r}, nor is one in the path"
+    mac = system == "darwin"
+    flags = (*FLAGS, *(MAC_FLAGS if mac else OPENMP))
+    levels = family.product_levels
+    known = [level for level in levels if _takes(command, levels[level])]
+    units = [
+        *((source, level, family.levels[level]) for level in family.levels for source in KERNELS),
+        *((PRODUCTS, level, levels[level]) for level in known),
+        *((ATTENTION, level, levels[level]) for level in known if level == "amx"),
+    ]
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        compiling, objects = [*command, *FLAGS, "-c"], []
-        for level, options in LEVELS.items():
-            for source in KERNELS:
-                objects.append(str(Path(folder, f"{Path(source).stem}_{level}.o")))
-                reason = _run([*compiling, source, "-o", objects[-1], *options, f"-DISA={level}"])
-                if reason is not None:
-                    return reason
-        known = [level for level in PRODUCT_LEVELS if _takes(command, PRODUCT_LEVELS[level])]
-        optional = [(PRODUCTS, level) for level in known]
-        optional += [(ATTENTION, level) for level in known if level == "amx"]
-        for source, level in optional:
+        objects = []
+        for source, level, options in units:
             objects.append(str(Path(folder, f"{Path(source).stem}_{level}.o")))
-            options = (*PRODUCT_LEVELS[level], f"-DISA={level}")
-            reason = _run([*compiling, source, "-o", objects[-1], *options])
+            call = [*command, *flags, *options, f"-DISA={level}", "-c", source, "-o", objects[-1]]
+            reason = _run(call)
             if reason is not None:
                 return reason
         objects.append(str(Path(folder, "level.o")))
-        reason = _run([*compiling, LEVEL, "-o", objects[-1], f'-DSOURCES="{digest()}"'])
+        named = f'-DSOURCES="{digest()}"'
+        reason = _run([*command, *flags, named, "-c", LEVEL, "-o", objects[-1]])
         if reason is not None:
             return reason
-        library = str(Path(folder, "library.so"))
-        # Linked without OpenMP: its functions are found in the library that torch has loaded, so
-        # that there is one pool of threads.
-        reason = _run([*command, "-shared", "-Wl,--as-needed", "-o", library, *objects])
+        library = str(Path(folder, "library"))
+        reason = _run([*command, *(MAC_SHARED if mac else SHARED), "-o", library, *objects])
         if reason is not None:
             return reason
         os.replace(library, target)

@@ -34,7 +34,7 @@ INLINE float load(const uint16_t* x, int64_t i) { return float_of(uint32_t(x[i])
 
 // Contraction is off for the whole file, as torch rounds each product; this is where it is wanted.
 INLINE float madd(float a, float b, float c) {
-#ifdef __FMA__
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return __builtin_fmaf(a, b, c);
 #else
     return a * b + c;

@@ -1,7 +1,6 @@
 // Kernels that make codes of images: group norm with what surrounds it, and plain encoding.
-#include <omp.h>
-
 #include "elementwise.h"
+#include "threads.h"
 
 namespace {
 

@@ -1,17 +1,25 @@
-// What the loader asks first. Compiled for every x86-64 machine.
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
+// What the loader asks first. Compiled for every machine of a family.
 #include <cstddef>
 #include <string>
 #include <type_traits>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#else
+#include <sys/auxv.h>
+#endif
 
 #include "abi.h"
 
 #ifndef SOURCES
 #error "SOURCES names the sources that the library is made of (native/build.py)"
 #endif
+
+#if defined(__x86_64__)
 
 // 2: AVX-512, 1: AVX2, 0: neither. The very flags that native/build.py compiles for.
 extern "C" __attribute__((visibility("default"))) int best_level() {
@@ -29,7 +37,7 @@ unsigned bit(unsigned word, int place) { return word >> place & 1; }
 
 }  // namespace
 
-// Bit i: the machine runs the products of number i of PRODUCT_LEVELS in native/build.py, that is
+// Bit i: the machine runs the products of number i of X86.product_levels in native/build.py, that is
 // 0: AVX2, 1: AVX-VNNI, 2: AVX-512 VNNI, 3: AMX's tiles, which Linux lends a process that asks.
 extern "C" __attribute__((visibility("default"))) int product_levels() {
     __builtin_cpu_init();
@@ -45,6 +53,42 @@ extern "C" __attribute__((visibility("default"))) int product_levels() {
     const bool lent = amx && syscall(SYS_arch_prctl, ask_for_state, tile_data) == 0;
     return 1 | int(bit(a1, 4)) << 1 | int(vnni) << 2 | int(lent) << 3;
 }
+
+#else  // ARM
+
+// Every 64-bit ARM CPU runs the one level that there is.
+extern "C" __attribute__((visibility("default"))) int best_level() { return 0; }
+
+namespace {
+
+#if defined(__APPLE__)
+
+bool has(const char* feature) {
+    int found = 0;
+    size_t size = sizeof found;
+    return sysctlbyname(feature, &found, &size, nullptr, 0) == 0 && found;
+}
+
+bool dot_products() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool matrix_products() { return has("hw.optional.arm.FEAT_I8MM"); }
+
+#else
+
+// HWCAP_ASIMDDP and HWCAP2_I8MM, which older headers lack.
+bool dot_products() { return getauxval(AT_HWCAP) >> 20 & 1; }
+bool matrix_products() { return getauxval(AT_HWCAP2) >> 13 & 1; }
+
+#endif
+
+}  // namespace
+
+// Bit i: the machine runs the products of number i of ARM.product_levels in native/build.py, that is
+// 0: NEON, 1: its dot products, 2: its matrix products of bytes.
+extern "C" __attribute__((visibility("default"))) int product_levels() {
+    return 1 | int(dot_products()) << 1 | int(matrix_products()) << 2;
+}
+
+#endif
 
 // The digest of the sources, so that a library that is older than they are is not used.
 extern "C" __attribute__((visibility("default"))) const char* sources() { return SOURCES; }

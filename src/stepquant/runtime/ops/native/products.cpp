@@ -3,8 +3,7 @@
 // An output pixel is a row of the product: the codes under the kernel, tap after tap. Where channels
 // come in whole chunks and 16 pixels lie equally far apart, rows are read where they lie in the
 // padded image; else they are gathered in a panel first.
-#include <omp.h>
-
+#include "threads.h"
 #include "weights.h"
 #ifdef WINOGRAD
 #include "winograd.h"
@@ -207,7 +206,7 @@ void set_columns(const Weight& weight, const Grid& grid, int64_t columns, float*
                  float* biases, int32_t* shares) {
     const int64_t row = grid.row ? *grid.row : 0;
     const float scale = grid.scale[row];
-    const int32_t zero = grid.zero_point[row];
+    const int32_t zero = grid.zero_point[row] - kShift;
     const float* of_step = weight.step_bias ? weight.step_bias + row * weight.out_channels : nullptr;
     for (int64_t c = 0; c < columns; ++c) {
         const bool inside = c < weight.out_channels;

@@ -22,7 +22,7 @@ struct Product {
     Levels levels;            // of `encoded`
     const float* scales;      // [column tiles * 16]
     const float* biases;      // [column tiles * 16]
-    const int32_t* shares;    // [column tiles * 16]: zero point times the weight's sum
+    const int32_t* shares;    // [column tiles * 16]: zero point less kShift, times the weight's sum
     const int64_t* offsets;   // [chunks]
     int64_t image, pixels;    // rows of one image, and of all
     int64_t chunks, column_tiles;

@@ -1,7 +1,6 @@
 // Kernels that make codes of rows of channels (transformers), and the arguments of a layer's call.
-#include <omp.h>
-
 #include "elementwise.h"
+#include "threads.h"
 
 namespace {
 

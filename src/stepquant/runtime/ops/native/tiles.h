@@ -8,13 +8,14 @@
 //     begin_tiles, end_tiles    around all of a thread's products
 //     add_products              of some rows with one or two tiles; adds to `sums` unless `first`
 //     inspect                   what add_products has to know of a tile's values
-// and says in kInspected whether it needs the last.
+// and says in kInspected whether it needs the last, and in kShift how much less than the codes the
+// numbers are that it multiplies.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "abi.h"
+#include "elementwise.h"
 
 namespace {
 
@@ -36,6 +37,18 @@ struct ColumnTile {
     int64_t together;  // what `inspect` returned
 };
 
+template <int R>
+struct Count {  // a number that the compiler knows
+    constexpr operator int() const { return R; }
+};
+
+// Calls `add(first row, Count)` for N rows at a time, then once for those that are left.
+template <int N, typename Add>
+INLINE void in_blocks(int64_t rows, const Add& add, int64_t done = 0) {
+    for (; done + N <= rows; done += N) add(done, Count<N>());
+    if constexpr (N > 1) in_blocks<N - 1>(rows, add, done);
+}
+
 }  // namespace
 
 #if defined(__AMX_INT8__)
@@ -46,4 +59,10 @@ struct ColumnTile {
 #include "tiles_avx_vnni.h"
 #elif defined(__AVX2__)
 #include "tiles_avx2.h"
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+#include "tiles_i8mm.h"
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "tiles_dotprod.h"
+#elif defined(__ARM_NEON)
+#include "tiles_neon.h"
 #endif

@@ -6,6 +6,7 @@
 namespace {
 
 const bool kInspected = false;
+const int32_t kShift = 0;
 int64_t inspect(const int8_t*, int64_t, int64_t) { return 0; }
 
 // All eight tile registers hold 16 rows of 64 bytes.

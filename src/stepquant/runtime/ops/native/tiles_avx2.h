@@ -11,6 +11,7 @@
 namespace {
 
 const bool kInspected = true;
+const int32_t kShift = 0;
 #define WINOGRAD
 
 void begin_tiles() {}
@@ -177,23 +178,6 @@ void multiply_widened(const Widened& x, int64_t row, int32_t* sums) {
             store_vector(sums + r * kBlockColumns + v * kColumnsInVector, total[r][v]);
 }
 
-template <int R>
-struct Count {  // a number that the compiler knows
-    constexpr operator int() const { return R; }
-};
-
-// Calls `add(first row, Count)` for four rows at a time, then for those that are left.
-template <typename Add>
-INLINE void in_fours(int64_t rows, Add add) {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) add(r, Count<4>());
-    switch (rows - r) {
-        case 3: return add(r, Count<3>());
-        case 2: return add(r, Count<2>());
-        case 1: return add(r, Count<1>());
-    }
-}
-
 void add_widened(const CodeRows& a, const ColumnTile* tiles, int64_t count, int32_t* sums) {
     alignas(64) Widened x;
     for (int64_t k = 0; k < a.chunks; ++k) {
@@ -201,7 +185,7 @@ void add_widened(const CodeRows& a, const ColumnTile* tiles, int64_t count, int3
         for (int64_t c = 0; c < count; ++c) {
             widen_weight(tiles[c].values + k * kTileBytes, x);
             int32_t* to = sums + c * kTileColumns;
-            in_fours(a.count, [&](int64_t r, auto rows) {
+            in_blocks<4>(a.count, [&](int64_t r, auto rows) {
                 multiply_widened<rows>(x, r, to + r * kBlockColumns);
             });
         }
@@ -220,11 +204,11 @@ void add_products(const CodeRows& a, const ColumnTile* tiles, int64_t count, boo
         if (!tile.together)
             add_widened(a, &tile, 1, to);
         else if (tile.together == 1)
-            in_fours(a.count, [&](int64_t r, auto rows) {
+            in_blocks<4>(a.count, [&](int64_t r, auto rows) {
                 add_groups<rows>(a, r, tile, to + r * kBlockColumns);
             });
         else
-            in_fours(a.count, [&](int64_t r, auto rows) {
+            in_blocks<4>(a.count, [&](int64_t r, auto rows) {
                 add_together<rows>(a, r, tile, to + r * kBlockColumns);
             });
     }

@@ -244,7 +244,7 @@ public:
         transform_weight(values_of_tile(tile), channels, weight_);
         for (int64_t p = 0; p < kPoints; ++p) {
             const int16_t* weight = weight_ + p * channels * kTileColumns;
-            in_fours(tiles_, [&](int64_t r, auto rows) {
+            in_blocks<4>(tiles_, [&](int64_t r, auto rows) {
                 const int64_t row = p * tiles_ + r;
                 multiply_point<rows>(input_ + row * channels, weight, channels,
                                      products_ + row * kTileColumns);
