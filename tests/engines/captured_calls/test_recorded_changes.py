@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
@@ -93,8 +94,31 @@ def other_processor(model: nn.Module) -> None:
     model.set_attn_processor(Halved())
 
 
+def another_eps(model: nn.Module) -> None:
+    next(m for m in model.modules() if isinstance(m, nn.GroupNorm)).eps = 0.1
+
+
+def scale_a_residual(model: nn.Module) -> None:
+    model.down_blocks[0].resnets[0].output_scale_factor = 2.0
+
+
+def processor_in_place(model: nn.Module) -> None:
+    for processor in model.attn_processors.values():
+        processor.scale = 0.5
+
+
+def another_activation(model: nn.Module) -> None:
+    model.mid_block.resnets[0].nonlinearity = nn.Tanh()
+
+
+def chunked_feed_forward(model: nn.Module) -> None:
+    block = next(m for m in model.modules() if isinstance(m, BasicTransformerBlock))
+    block.set_chunk_feed_forward(1, dim=0)
+
+
 CHANGES = [
-    *(patch, hook_of_accelerate, free_u, other_processor),
+    *(patch, hook_of_accelerate, free_u, other_processor, another_eps, scale_a_residual),
+    *(processor_in_place, chunked_feed_forward, another_activation),
     *(add_lora, scale_a_norm, replace_a_norm, share_memory, other_kernels, low_memory, hook),
     *(train, load_other_weights, half),
 ]

@@ -17,17 +17,12 @@ from stepquant.runtime.ops import native
 from stepquant.support.refusal import Refusal, RefusalCode
 
 NO_PRODUCTS = Refusal(RefusalCode.NO_PRODUCTS, "no native integer products on this machine")
-KINDS = (
-    *("_modules", "_parameters", "_buffers"),
-    *("_forward_hooks", "_forward_pre_hooks"),
-)
 OWN_HOOKS = (StepContext, InputBypass, NonFiniteInputs)  # of which a replay does what they would
-# Attention's processors and precision, FreeU's factors, chunked feed-forward layers;
-# `PackedAttention`'s own.
-ATTRIBUTES = (
-    *("processor", "attention_precision", "s1", "s2", "b1", "b2"),
-    *("_chunk_size", "_any_log2"),
-)
+# Dictionaries that every module has, and that its forward does not read.
+NOT_OF_CALLS = {name for name, value in nn.Module().__dict__.items() if isinstance(value, dict)} - {
+    *("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"),
+}
+APART = (Tensor, nn.Module, type, *OWN_HOOKS)
 PATCHES = ("forward", "_hf_hook")  # of instances, by the hooks of accelerate and diffusers
 
 
@@ -68,30 +63,46 @@ def contexts_of(denoiser: nn.Module) -> list[StepContext]:
     return [owner for owner in owners if isinstance(owner, StepContext)]
 
 
-class State:
-    """Of a denoiser: its parts, its hooks, what its packed layers run on, and where tensors lie.
+def watched(modules: list[nn.Module]) -> list[dict[Any, Any]]:
+    """All dictionaries that hold attributes of `modules`, and of what their attributes hold.
 
-    Of other attributes of modules it sees `ATTRIBUTES` only.
+    Attributes are those of a module (parameters, buffers, hooks and parts are among them), the
+    entries of its dictionaries, and the attributes of its other objects, such as an attention
+    processor or a config. The step context and the input bypass, which change with every call, are
+    not.
+    """
+    found: dict[int, dict[Any, Any]] = {}
+    for module in modules:
+        own = module.__dict__
+        found[id(own)] = own
+        for name, value in own.items():
+            if name in NOT_OF_CALLS:
+                continue
+            within = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+            if isinstance(within, dict) and not isinstance(value, APART):
+                found[id(within)] = within
+    return list(found.values())
+
+
+class State:
+    """What a denoiser is and runs on: its attributes (`watched`), kernels, and where tensors lie.
+
+    Attributes are compared by identity, so that any assignment is seen. A list or an object two
+    levels down that is changed in place is not.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
         """Note all of it."""
         modules = list(denoiser.modules())
         layers = [module for module in modules if isinstance(module, IntegerLayer)]
-        own = [module.__dict__ for module in modules]
-        self._modules, self._layers = own, [layer.__dict__ for layer in layers]
-        self._held = [each[kind] for each in own for kind in KINDS]
-        self._held += [global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks]
-        self._attributes = [
-            (each, name)
-            for each in own
-            for name in (*ATTRIBUTES, *PATCHES)
-            # FreeU's factors come to blocks that did not have them.
-            if name in each or name in PATCHES or "resnets" in each["_modules"]
-        ]
+        self._layers = [layer.__dict__ for layer in layers]
         self._bypasses = [each["bypass"] for each in self._layers if each["bypass"] is not None]
-        registered = [value for held in self._held for value in held.values()]
-        self.tensors = [each for each in registered if type(each) in (Tensor, nn.Parameter)]
+        self._watched = [
+            *watched(modules),
+            *(global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks),
+        ]
+        values = list(chain.from_iterable(map(dict.values, self._watched)))
+        self.tensors = [each for each in values if type(each) in (Tensor, nn.Parameter)]
         at_hand = {each.untyped_storage().data_ptr() for each in self.tensors}
         self.tensors += [
             tensor
@@ -100,21 +111,14 @@ class State:
             if tensor.untyped_storage().data_ptr() not in at_hand
         ]
         self._then = self._now()
-        # Kept, so that nothing else comes to have their ids.
-        self._kept = [registered, [each["_prepared"] for each in self._layers]]
-        self._kept += [[each.get(name) for each, name in self._attributes], self._bypasses]
-        self._kept += [[bypass.slopes for bypass in self._bypasses]]
+        # So that nothing else comes to have their ids.
+        self._kept = [*values, *(bypass.slopes for bypass in self._bypasses)]
 
     def _now(self) -> tuple[Any, ...]:
         return (
             torch.get_num_threads(),
-            [own["training"] for own in self._modules],
-            list(map(id, chain.from_iterable([held.values() for held in self._held]))),
-            [id(own.get(name)) for own, name in self._attributes],
-            [id(own["_prepared"]) for own in self._layers],
-            [id(own["bypass"]) for own in self._layers],
+            list(map(id, chain.from_iterable(map(dict.values, self._watched)))),
             [id(bypass.slopes) for bypass in self._bypasses],
-            [own["backend"] for own in self._layers],
             list(map(Tensor.data_ptr, self.tensors)),
             [p is not None and p.is_outdated() for p in (e["_prepared"] for e in self._layers)],
         )
