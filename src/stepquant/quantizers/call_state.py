@@ -47,7 +47,10 @@ class CallState:
             # KeyboardInterrupt is no Exception, so it ends a call without its hook.
             while self._calls is not None and not _runs(self._calls[0]):
                 self._calls = self._calls[2]
-        self._calls = (frame, self.value, self._calls)
+        # The outermost call gives nothing back. A graph that read the value would depend on the
+        # shape that an earlier call left.
+        before = None if self._calls is None else self.value
+        self._calls = (frame, before, self._calls)
 
     def end(self) -> Any:
         """Return the value of the call that ends here, and set that of the call around it.
