@@ -115,7 +115,7 @@ def _packed(bits: int) -> Callable[[Subject, Path, Path], None]:
     return write
 
 
-class _Positional(nn.Module):
+class Positional(nn.Module):
     """A denoiser that takes its conditions by position, which is what is exported."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
@@ -136,7 +136,7 @@ def _openvino(subject: Subject, models: Path, out: Path) -> None:
     model = load_denoiser(models / "float32")
     # Two samples, so that nothing in the graph takes the batch for a constant of 1.
     inputs = random_inputs(model.config, 2, subject.seed)
-    wrapped = _Positional(model, list(inputs.conditions)).eval()
+    wrapped = Positional(model, list(inputs.conditions)).eval()
     with torch.no_grad(), warnings.catch_warnings():
         # Sizes other than the batch's are constants of the graph, as they are of the model.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)

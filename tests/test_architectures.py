@@ -187,7 +187,7 @@ def test_a_class_embedding_that_drops_labels_is_refused():
 
 def test_a_text_pipeline_asks_for_prompts():
     message = refused(lambda: quantize(build("sd"), "minmax"))
-    assert "StableDiffusionPipeline draws images of prompts and got none" in message
+    assert "StableDiffusionPipeline needs prompts and got none" in message
     assert "--prompt" in message
 
 

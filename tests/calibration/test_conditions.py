@@ -276,7 +276,9 @@ def test_arguments_without_names_are_refused():
             return self.conv(x)
 
     pipeline = DenoiserPipeline(Starred().eval(), (1, 4, 4))
-    with pytest.raises(StepQuantError, match=r"Starred.forward takes '\*more': expected arguments"):
+    with pytest.raises(
+        StepQuantError, match=r"Starred.forward takes '\*more': expected named arguments"
+    ):
         capture_trajectories(pipeline, 1, 2, 0, None)
 
 

@@ -140,7 +140,7 @@ CASES = {
     ),
     "infinite": (
         replaced(torch.full((STEPS,), torch.inf)),
-        f"tensor '{SLOPES_NAME}' holds NaN or infinity: expected numbers",
+        f"tensor '{SLOPES_NAME}' holds NaN or infinity: expected finite numbers",
     ),
 }
 

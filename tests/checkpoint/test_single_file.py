@@ -91,9 +91,9 @@ def test_without_a_network_the_sentence_says_what_to_pass(copy, monkeypatch):
 
 def test_a_file_of_no_known_kind_is_not_taken_for_the_first_version(folder, tmp_path):
     message = refusal(folder / "model.safetensors", None)
-    assert "by which diffusers does not know the kind of model" in message and "config" in message
+    assert "which diffusers does not recognize" in message and "config" in message
     save_file({"lora.up": torch.zeros(1)}, tmp_path / "lora.safetensors")
-    assert "has names like 'lora.up'" in refusal(tmp_path / "lora.safetensors", None)
+    assert "has tensor names like 'lora.up'" in refusal(tmp_path / "lora.safetensors", None)
 
 
 def without(file, beginning):
@@ -153,6 +153,6 @@ def test_a_cut_file_is_told(copy):
 
 def test_a_config_for_a_folder_or_an_open_pipeline_is_refused(folder):
     whole, config = folder / "whole", folder / "config"
-    assert "which is no single safetensors file" in refusal(whole, config)
+    assert "which is not a single safetensors file" in refusal(whole, config)
     message = refused(lambda: load(build("sd"), config=config))
-    assert "was given for a StableDiffusionPipeline that is open already" in message
+    assert "was given for an open StableDiffusionPipeline" in message

@@ -59,8 +59,8 @@ def test_other_components_with_8_bit_weights(folders, prompts, tmp_path):
     assert components.keys() == {"text_encoder", "vae"}
     assert components["vae"]["checkpoint_bytes"] < components["vae"]["float32_bytes"]
     for wrong, words in (
-        ("--component=vae", "--component 'vae' is not understood: expected key=value"),
-        ("--component=vae=w3", "'vae' is to be 'w3': expected one of w8, w4"),
+        ("--component=vae", "--component 'vae' has no key or no '=': expected key=value"),
+        ("--component=vae=w3", "'vae' is set to 'w3': expected one of w8, w4"),
     ):
         message = refused(
             "quantize", folders / "sd", *FEW, *common[:2], wrong, "--out", tmp_path / "other"
@@ -82,11 +82,11 @@ def test_labels_and_guidance_of_a_class_conditional_model(folders, tmp_path):
 @pytest.mark.parametrize(
     ("name", "more", "words"),
     [
-        ("sd", [], "StableDiffusionPipeline draws images of prompts and got none"),
+        ("sd", [], "StableDiffusionPipeline needs prompts and got none"),
         ("sd", ["--prompts=nowhere.txt"], "--prompts 'nowhere.txt' cannot be read"),
         ("sd", ["--prompt=fog", "--label=1"], "takes no class labels"),
         ("sd", ["--prompt=fog", "--call=hight=8"], "takes no 'hight'"),
-        ("sd", ["--prompt=fog", "--call=height"], "--call 'height' is not understood"),
+        ("sd", ["--prompt=fog", "--call=height"], "--call 'height' has no key or no '='"),
         ("dit", ["--prompt=fog"], "DiTPipeline takes no prompts"),
         ("dit", ["--label=1000"], "class label is 1000: expected 0 to 999"),
     ],
@@ -101,4 +101,4 @@ def test_an_empty_file_of_prompts_is_told(folders, tmp_path):
     file = tmp_path / "none.txt"
     file.write_text("\n \n")
     message = refused("sample", folders / "sd", "--grid=x.png", "--prompts", file)
-    assert "holds no prompt" in message
+    assert "has no prompt" in message

@@ -179,7 +179,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, error):
     sentence = refused("quantize", "any", "--out", tmp_path / "out", "--json", path)
     assert sentence == (
         "no space left on the disk: free some, or write to another disk; finished work is kept, "
-        "go on with --resume"
+        "continue with --resume"
     )
     assert tree(tmp_path) == {"record.json": b"old"}
 
@@ -276,7 +276,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.splitlines()[-1] == (
-        "interrupted; finished work is kept, go on with --resume"
+        "interrupted; finished work is kept, continue with --resume"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["packed.work"]
     assert "--resume" in refused(*command)
@@ -315,6 +315,6 @@ def test_ctrl_c_in_a_real_process(float_folder, tmp_path):
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
     assert stdout == ""
-    assert stderr.splitlines()[-1] == "interrupted; finished work is kept, go on with --resume"
+    assert stderr.splitlines()[-1] == "interrupted; finished work is kept, continue with --resume"
     assert "Traceback" not in stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]

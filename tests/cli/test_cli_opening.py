@@ -156,4 +156,4 @@ def test_a_single_file_is_quantized_and_compared_with(folder, tmp_path):
 
 def test_a_config_without_a_single_file_is_told(folder):
     message = refused("sample", folder / "packed", *PROMPT, "--grid=x.png", "--config=float")
-    assert "--config 'float' was given for" in message and "one safetensors file" in message
+    assert "--config 'float' was given for" in message and "a single safetensors file" in message

@@ -213,7 +213,7 @@ def test_bench_times_both_models(float_folder, packed_folder, tmp_path):
     assert results["weights"]["resident_bytes"] < results["weights"]["float32_bytes"]
     assert "weights in memory" in result.stdout
     assert "times faster" in result.stdout
-    assert "the reference kernel: the backend 'reference' was asked for" in results["slow_paths"][0]
+    assert "the reference kernel: the backend 'reference' was chosen" in results["slow_paths"][0]
     for note in results["slow_paths"]:
         assert f"slower than it could be: {note}\n" in result.stdout
 
@@ -239,7 +239,7 @@ def test_sample_and_bench_take_openvino(float_folder, packed_folder, tmp_path, m
     assert "faster at batch 1 on this machine: " in result.stdout
     monkeypatch.setattr(openvino_export, "_saturates", lambda spec: True)
     told = refused("sample", packed_folder, "--grid", grid, "--backend=openvino")
-    assert told.startswith("the layer 'conv_in' has w8a8 and this CPU no VNNI")
+    assert told.startswith("the layer 'conv_in' is w8a8 and this CPU has no VNNI")
 
 
 def test_inspect_shows_a_float_model(float_folder, tmp_path):

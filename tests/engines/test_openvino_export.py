@@ -141,7 +141,7 @@ def test_many_bits_are_refused_on_a_cpu_whose_kernels_saturate(
     denoiser.layer = pack_layer(simulate(seeded("conv3x3"), 8, 8))
     context.attach(denoiser)
     if saturates:
-        assert refused(denoiser).startswith("the layer 'layer' has w8a8 and this CPU no VNNI")
+        assert refused(denoiser).startswith("the layer 'layer' is w8a8 and this CPU has no VNNI")
     else:
         export_denoiser(denoiser)
 

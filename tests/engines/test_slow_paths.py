@@ -57,7 +57,7 @@ def test_blocks_by_reason():
     assert told(fast) == [
         "1 of 25 blocks run the code of diffusers layer by layer: a hook",
         "2 of 25 blocks run the code of diffusers layer by layer: training mode",
-        "calls run their Python anew each time, as they are not recorded: a hook",
+        "each call runs its Python code, because calls are not recorded: a hook",
     ]
 
 
@@ -66,7 +66,7 @@ def test_a_backend_that_was_asked_for():
     fast = packed("sd")
     set_backend(fast, "reference")
     assert told(fast) == [
-        "91 layer inputs run on the reference kernel: the backend 'reference' was asked for",
+        "91 layer inputs run on the reference kernel: the backend 'reference' was chosen",
         "25 of 25 blocks run the code of diffusers layer by layer: the backend 'reference'",
     ]
 
@@ -75,7 +75,7 @@ def test_float16():
     fast = packed("sd")
     nn.Module.to(fast, torch.float16)
     assert any(
-        note.startswith("what is torch.float16 is rounded in several") for note in told(fast)
+        note.startswith("torch.float16 activations are rounded in several") for note in told(fast)
     )
 
 

@@ -163,7 +163,7 @@ SPOILT[4, 1] = torch.nan
     [
         pytest.param(GOOD[0], GOOD, r"features are .* \[3\]: expected .* \[N, D\]", id="a vector"),
         pytest.param(GOOD.long(), GOOD, r"features are torch\.int64", id="integers"),
-        pytest.param(GOOD[:1], GOOD, r"\[1, 3\]: expected two rows or more", id="one sample"),
+        pytest.param(GOOD[:1], GOOD, r"\[1, 3\]: expected at least two rows", id="one sample"),
         pytest.param(SPOILT, GOOD, "not finite in 1 of 20 rows", id="nan"),
         pytest.param(GOOD, SPOILT, "reference features have values", id="nan in the reference"),
         pytest.param(GOOD, GOOD[:, :2], "length 2: expected 3", id="other features"),

@@ -99,9 +99,12 @@ def test_what_a_metric_finds_is_added_to_the_record(brightness):
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        ({"x": torch.zeros(1)}, "gives what JSON cannot hold (Object of type Tensor"),
-        ({"num": 1}, "gives {'num': 1}: expected a dictionary without the keys that the record"),
-        (0.5, "gives 0.5: expected a dictionary"),
+        ({"x": torch.zeros(1)}, "returned a value that JSON cannot express (Object of type Tensor"),
+        (
+            {"num": 1},
+            "returned {'num': 1}: expected a dictionary with none of the keys that the record",
+        ),
+        (0.5, "returned 0.5: expected a dictionary"),
     ],
     ids=["tensor", "taken", "number"],
 )

@@ -69,7 +69,7 @@ def test_what_is_not_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr("stepquant.lora.files.hf_hub_download", offline)
     message = refused(lambda: read_lora_file("someone/style"))
-    assert "'someone/style' is no local file" in message and USUAL in message
+    assert "'someone/style' is not a local file" in message and USUAL in message
 
 
 def test_of_the_hub_the_usual_file_or_the_one_asked_for(tmp_path, monkeypatch):

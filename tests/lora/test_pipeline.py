@@ -243,7 +243,7 @@ def test_a_lora_for_layers_that_the_model_does_not_have(sd, lora):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"name": "a.b"}, "is to be called 'a.b'"),
+        ({"name": "a.b"}, "the name of a LoRA is 'a.b'"),
         ({"scale": float("nan")}, "the scale of a LoRA is nan"),
         ({"scale": True}, "the scale of a LoRA is True"),
         ({"scale": "1"}, "the scale of a LoRA is '1'"),

@@ -199,7 +199,7 @@ def test_a_step_has_a_name_that_a_recipe_can_have(bad):
 
 
 def test_only_steps_are_registered():
-    assert "is no step" in refused(lambda: register_step(dict))
+    assert "is not a step" in refused(lambda: register_step(dict))
 
 
 def test_an_installed_package_ships_recipes(tmp_path, monkeypatch):

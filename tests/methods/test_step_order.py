@@ -91,7 +91,7 @@ def test_a_step_that_would_undo_an_earlier_one_comes_before_it(early, late, why,
     "late", [*TRAINING, "outlier_mixed_bits", "low_rank_adapters", "adaptive_softmax"]
 )
 def test_bias_is_corrected_after_what_trains_or_changes_grids(late):
-    why = "which has corrected errors that it would change"
+    why = "which corrects the errors of all steps before it"
     assert_only_the_other_way_round("bias_correction", [], late, why)
 
 
@@ -99,7 +99,7 @@ def test_bias_is_corrected_after_what_trains_or_changes_grids(late):
     "late", [*TRAINING, "outlier_mixed_bits", "low_rank_adapters", "adaptive_softmax"]
 )
 def test_biases_are_trained_after_what_trains_or_changes_grids(late):
-    why = "which has made up for errors that it would change"
+    why = "which compensates for the errors of all steps before it"
     assert_only_the_other_way_round("affine_distillation", [], late, why)
 
 

@@ -157,7 +157,7 @@ def test_a_module_without_layers_is_told():
             return sample * self.gain
 
     message = refused(lambda: quantize(DenoiserPipeline(Bare(), SHAPE), "minmax"))
-    assert "Bare has no linear or conv layer that sees the sample" in message
+    assert "Bare has no linear or conv layer that processes the sample" in message
 
 
 def test_a_module_whose_calls_depend_on_the_batch_is_told():
@@ -169,7 +169,7 @@ def test_a_module_whose_calls_depend_on_the_batch_is_told():
         def forward(self, sample, timestep):
             return self.one(sample) if len(sample) == 2 else self.other(sample)
 
-    with pytest.raises(StepQuantError, match="Moody calls other modules for 3 samples"):
+    with pytest.raises(StepQuantError, match="Moody calls different modules for 3 and 2 samples"):
         ModuleAdapter(example).float_layers(Moody())
 
 

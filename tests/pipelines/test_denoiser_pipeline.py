@@ -220,12 +220,12 @@ def test_what_makes_no_pipeline_is_told(changes, message):
 
 def test_a_scheduler_is_refused_where_the_users_function_draws():
     own = pipeline(denoiser(classes=3), draw=euler_like)
-    assert "user's own function draws" in refused(lambda: sample(own, 1, 1, scheduler="ddim"))
+    assert "draws with its own function" in refused(lambda: sample(own, 1, 1, scheduler="ddim"))
 
 
 def test_a_function_that_gives_no_images_is_told():
     own = pipeline(draw=lambda denoiser, noise, steps, generators: None)
-    assert "gave NoneType: expected images [1, C, H, W]" in refused(lambda: sample(own, 1, 1))
+    assert "returned NoneType: expected images [1, C, H, W]" in refused(lambda: sample(own, 1, 1))
 
 
 def test_a_model_of_diffusers_in_a_pipeline_of_ones_own_loads_as_a_module(tiny_unet, tmp_path):

@@ -222,7 +222,7 @@ def test_a_solver_that_was_told_to_match_flow_is_the_pipelines_own(tiny_pipeline
     assert pipeline.scheduler.config.flow_shift == 3.0
     with pytest.raises(StepQuantError, match="'ddim' is for a model that predicts noise"):
         set_scheduler(pipeline, "ddim")
-    with pytest.raises(StepQuantError, match="'flow-euler' was asked for in the place of DPM"):
+    with pytest.raises(StepQuantError, match="'flow-euler' was named instead of DPM"):
         set_scheduler(pipeline, "flow-euler")
     images = sample_images(pipeline, 1, 3)
     assert bool(images.isfinite().all())

@@ -99,7 +99,7 @@ def test_each_row_serves_its_samples_neighbours() -> None:
 
 
 def test_a_batch_that_is_no_multiple_of_the_timesteps_is_refused() -> None:
-    message = "leading dimension of 5 with 2 timesteps: expected a multiple"
+    message = "batch dimension of 5 with 2 timesteps: expected a multiple"
     with pytest.raises(StepQuantError, match=message):
         table()(sample(5, 3), torch.tensor([0, 1]))
 

@@ -100,7 +100,7 @@ def test_rows_serve_neighbours_and_a_batch_that_does_not_divide_is_refused():
     times, pairs = [30, 0], [30, 30, 0, 0]
     assert torch.equal(at(attention, times)(*operands()), at(attention, pairs)(*operands()))
     at(attention, [0, 10, 20])
-    with pytest.raises(StepQuantError, match="leading dimension of 4 with 3 timesteps"):
+    with pytest.raises(StepQuantError, match="batch dimension of 4 with 3 timesteps"):
         attention(*operands())
 
 

@@ -117,13 +117,13 @@ def test_products_of_attention_stay_float_unless_said():
 
 
 def test_bits_of_probabilities_that_stay_float_are_refused():
-    sentence = "probability bits of the scheme is 4 where attention_bits leaves"
+    sentence = "probability_bits of the scheme is 4, but attention_bits leaves"
     with pytest.raises(ValidationError, match=sentence):
         Scheme(probability_bits=4)
 
 
 def test_a_protocol_whose_products_stay_float_takes_no_bits_for_them():
-    sentence = "attention bits of the scheme is 8 under the protocol paper:mpq-dm, which leaves"
+    sentence = "attention_bits of the scheme is 8 under the protocol paper:mpq-dm, which leaves"
     with pytest.raises(ValidationError, match=sentence):
         Scheme(protocol="paper:mpq-dm", attention_bits=8)
     for protocol, description in PROTOCOLS.items():

@@ -72,7 +72,7 @@ def test_the_work_of_another_job_is_refused(path):
 def test_unfinished_work_is_not_overwritten_unasked(path, job):
     WorkFolder(path, JOB, resume=False).save("piece", PIECE)
     sentence = refused(lambda: WorkFolder(path, job, resume=False))
-    assert sentence.startswith(f"'{path}' holds an unfinished job: go on with --resume")
+    assert sentence.startswith(f"'{path}' holds an unfinished job: continue with --resume")
     assert (path / "piece.safetensors").exists()
 
 
@@ -114,7 +114,7 @@ def test_a_truncated_piece_is_named(path, keep):
     file.write_bytes(file.read_bytes()[:keep])
     sentence = refused(lambda: WorkFolder(path, JOB, resume=True).load("blocks/000-conv_in"))
     assert sentence.startswith(f"'{file}' cannot be read")
-    assert "delete it and resume" in sentence
+    assert "delete it and continue with --resume" in sentence
 
 
 def test_a_half_written_piece_does_not_count(path):
@@ -137,14 +137,14 @@ def test_a_full_disk_is_told_and_the_rest_is_kept(path, monkeypatch):
     monkeypatch.setattr("stepquant.support.work_folder.save_file", full)
     sentence = refused(lambda: work.save("second", PIECE))
     assert sentence.startswith(f"'{path / 'second.safetensors'}' cannot be written")
-    assert "go on with --resume" in sentence
+    assert "continue with --resume" in sentence
     assert sorted(os.listdir(path)) == ["first.safetensors", "job.json"]
 
 
 def test_a_place_that_cannot_be_written_to_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "out.work"
-    assert f"'{path}' cannot be made" in refused(lambda: WorkFolder(path, JOB, resume=False))
+    assert f"'{path}' cannot be created" in refused(lambda: WorkFolder(path, JOB, resume=False))
 
 
 def test_removing_leaves_nothing(path):

@@ -92,7 +92,7 @@ def test_half_precision_is_refused(tiny_pipeline, tmp_path):
     pipeline = tiny_pipeline(**SMALL)
     pipeline.unet.to(torch.bfloat16)
     sentence = refused(lambda: quantize(pipeline, "minmax", out=tmp_path / "out", steps=2))
-    assert "holds torch.bfloat16: expected torch.float32" in sentence
+    assert "has the dtype torch.bfloat16: expected torch.float32" in sentence
     assert left(tmp_path) == []
 
 

@@ -98,7 +98,7 @@ def test_after_ctrl_c_the_work_is_there_to_go_on_with(
         run(float_folder, out, reporter=Interrupting(stage, after))
     assert left(tmp_path) == ["out.work"]
     assert not list((tmp_path / "out.work").rglob("*.partial"))
-    assert "go on with --resume" in refused(lambda: run(float_folder, out))
+    assert "continue with --resume" in refused(lambda: run(float_folder, out))
     trained.clear()
     result = run(float_folder, out, resume=True)
     assert len(trained) == remaining

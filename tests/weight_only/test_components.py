@@ -112,11 +112,14 @@ def test_a_lora_of_a_text_encoder_with_8_bit_weights():
 @pytest.mark.parametrize(
     ("components", "words"),
     [
-        ({"text_encoder_9": "w8"}, "'text_encoder_9' of StableDiffusionPipeline is to have"),
+        (
+            {"text_encoder_9": "w8"},
+            "'text_encoder_9' of StableDiffusionPipeline cannot be quantized",
+        ),
         ({"scheduler": "w8"}, "expected one of vae, text_encoder"),
-        ({"unet": "w8"}, "the recipe says its bits"),
-        ({"vae": "w3"}, "the component 'vae' is to be 'w3': expected one of w8, w4"),
-        ({"vae": 8}, "the component 'vae' is to be 8: expected one of w8, w4"),
+        ({"unet": "w8"}, "the recipe sets its bits"),
+        ({"vae": "w3"}, "the component 'vae' is set to 'w3': expected one of w8, w4"),
+        ({"vae": 8}, "the component 'vae' is set to 8: expected one of w8, w4"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_sampled(components, words, monkeypatch):

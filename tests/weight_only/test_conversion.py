@@ -126,7 +126,7 @@ def test_a_model_without_an_adapter_is_packed_and_said_so(sd_folder, tmp_path, m
     monkeypatch.setattr("stepquant.weight_only.conversion.ADAPTERS", {})
     lines = Lines()
     convert(sd_folder, tmp_path / "out", reporter=lines)
-    assert "UNet2DConditionModel is not known" in lines.lines[0]
+    assert "UNet2DConditionModel is unknown" in lines.lines[0]
     assert load_file(tmp_path / "out" / "unet" / WEIGHTS)["conv_in.weight"].dtype == torch.int8
 
 
@@ -159,10 +159,10 @@ def test_what_cannot_be_packed_is_refused(sd_folder, tmp_path):
 
     assert "weights is 3: expected one of 4, 8" in message(weights=3)
     assert "grids is 'best': expected one of minmax, mse" in message(grids="best")
-    assert "'text_encoder' is to be packed: expected one of vae" in message(
+    assert "'text_encoder' cannot be quantized: expected one of vae" in message(
         components={"text_encoder": "w8"}
     )
-    assert "the component 'vae' is to be 'w2'" in message(components={"vae": "w2"})
+    assert "the component 'vae' is set to 'w2'" in message(components={"vae": "w2"})
     assert "exists: expected a new one" in message(out=sd_folder)
     assert "is a single file: expected a diffusers pipeline folder" in message(
         sd_folder / "unet" / WEIGHTS

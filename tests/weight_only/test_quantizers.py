@@ -124,7 +124,7 @@ def first(tensors, end):
 def test_a_scale_of_zero_is_named(saved):
     _, kind, folder = saved
     change(folder, lambda tensors: tensors[first(tensors, ".weight_scale")].zero_())
-    assert ".weight_scale' holds numbers that are no scales" in refused_load(kind, folder)
+    assert ".weight_scale' holds values that are not scales" in refused_load(kind, folder)
 
 
 def test_codes_of_another_dtype_are_refused(saved):

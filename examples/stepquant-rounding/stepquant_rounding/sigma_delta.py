@@ -51,8 +51,8 @@ class SigmaDeltaRounding(Step):
 
     name = "sigma_delta_rounding"
     not_after: ClassVar[Mapping[str, str]] = {
-        "bias_correction": "which has corrected errors that it would change",
-        "affine_distillation": "which has made up for errors that it would change",
+        "bias_correction": "which corrects the errors of all steps before it",
+        "affine_distillation": "which compensates for the errors of all steps before it",
     }
     # Steps of stepquant cannot name this one in their `not_after`.
     not_before: ClassVar[Mapping[str, str]] = dict.fromkeys(

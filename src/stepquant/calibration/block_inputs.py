@@ -65,7 +65,7 @@ def joined_output(output: Any) -> Tensor:
     tensors = tensors_in(output)  # diffusers' output classes are dictionaries
     if not tensors:
         raise StepQuantError(
-            f"a block gives {type(output).__name__} without a tensor: expected a tensor, or a "
+            f"a block returned {type(output).__name__} without a tensor: expected a tensor or a "
             "tuple of tensors; choose other blocks"
         )
     if len(tensors) == 1:

@@ -19,7 +19,7 @@ class Seen(Exception):
     """Raised by a hook that has one call's arguments, to end sampling there."""
 
 
-class Recorder:
+class InputCapture:
     """Keeps the inputs of every call of a denoiser; for use as `before` of `models.hooks.hooked`.
 
     `samples` and `timesteps` hold one tensor for each call, `[B, ...]` and `[B]` (on the CPU).
@@ -41,8 +41,9 @@ class Recorder:
         for name, kind in kinds.items():
             if kind is inspect.Parameter.VAR_POSITIONAL:
                 raise StepQuantError(
-                    f"{type(denoiser).__name__}.forward takes '*{name}': expected arguments with "
-                    "names, by which they are given again; wrap the model so that each has one"
+                    f"{type(denoiser).__name__}.forward takes '*{name}': expected named arguments, "
+                    "because calibration passes them again by name; wrap the model in a module "
+                    "whose forward names each argument"
                 )
         self._open = [n for n, kind in kinds.items() if kind is inspect.Parameter.VAR_KEYWORD]
         self.samples: list[Tensor] = []

@@ -45,8 +45,8 @@ class Spill:
         except OSError as error:
             raise StepQuantError(
                 f"'{self.folder}' has no room for {size / 2**30:.1f} GiB of activations "
-                f"({error.strerror}): expected it on the disk of the output folder, as the memory "
-                "does not hold them; free some and go on with --resume"
+                f"({error.strerror}): expected free space on the disk of the output folder, "
+                "because they do not fit in memory; free some and continue with --resume"
             ) from error
         self._maps.add(mapped)
         return torch.frombuffer(mapped, dtype=dtype).view(tuple(shape))

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from stepquant.calibration.conditions import Conditions
-from stepquant.calibration.input_capture import Recorder, Seen
+from stepquant.calibration.input_capture import InputCapture, Seen
 from stepquant.models.calling import call_denoiser
 from stepquant.models.hooks import hooked
 from stepquant.pipelines.conditioning import Conditioning
@@ -137,18 +137,18 @@ def first_inputs(
         StepQuantError: the pipeline cannot be sampled like this, or never calls the denoiser.
     """
     denoiser = denoiser_of(pipeline)
-    recorder = Recorder(denoiser)
+    capture = InputCapture(denoiser)
 
     def look(*call: Any) -> None:
-        recorder(*call)
+        capture(*call)
         raise Seen
 
     with suppress(Seen), hooked({"": denoiser}, before=look):
         sample_images(pipeline, 1, steps, seed, scheduler, conditioning=conditioning, decode=False)
-    _check_called(recorder)
-    timestep = torch.cat(recorder.timesteps)
+    _check_called(capture)
+    timestep = torch.cat(capture.timesteps)
     owner = torch.zeros(len(timestep), dtype=torch.int64)
-    sample, conditions = torch.cat(recorder.samples), recorder.conditions.conditions()
+    sample, conditions = torch.cat(capture.samples), capture.conditions.conditions()
     return Trajectories(sample, timestep, owner, timestep.unique(), conditions)
 
 
@@ -205,7 +205,7 @@ def capture_trajectories(
                 decode=False,
             )
 
-    other = Recorder(denoiser)
+    other = InputCapture(denoiser)
 
     def look(*call: Any) -> None:
         other(*call)
@@ -215,21 +215,21 @@ def capture_trajectories(
     other_count = 1 if min(num, batch) > 1 else 2
     with suppress(Seen):
         draw(other_count, other_count, look, None)
-    recorder = Recorder(denoiser, other.conditions.by_sample())
-    draw(num, batch, recorder, reporter)
-    _check_called(recorder)
-    per_batch = torch.cat(recorder.timesteps)
+    capture = InputCapture(denoiser, other.conditions.by_sample())
+    draw(num, batch, capture, reporter)
+    _check_called(capture)
+    per_batch = torch.cat(capture.timesteps)
     timesteps = per_batch[_first_of_each(per_batch)]
     sizes = [min(batch, num - start) for start in range(0, num, batch)]
-    owner, order = _owners(recorder.samples, per_batch, timesteps, sizes, batch)
+    owner, order = _owners(capture.samples, per_batch, timesteps, sizes, batch)
     found = Trajectories(
-        torch.cat(recorder.samples), per_batch, owner, timesteps, recorder.conditions.conditions()
+        torch.cat(capture.samples), per_batch, owner, timesteps, capture.conditions.conditions()
     )
     return found.take(order)
 
 
-def _check_called(recorder: Recorder) -> None:
-    if not recorder.samples:
+def _check_called(capture: InputCapture) -> None:
+    if not capture.samples:
         raise StepQuantError("the sampler never called the denoiser: expected at least one step")
 
 

@@ -175,7 +175,8 @@ def _json_object(key: str, value: dict[str, Any] | None) -> dict[str, Any]:
             return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise StepQuantError(
-            f"{key} of the quantization config holds something that JSON cannot: {error}"
+            f"{key} of the quantization config has a value that JSON cannot express ({error}): "
+            "expected numbers, texts, lists and objects"
         ) from error
     raise StepQuantError(
         f"{key} of the quantization config is {value!r}: expected an object with named values"

@@ -126,8 +126,8 @@ class LayerConfig:
         reason = why_float(module, subclasses=True)
         if reason is not None:
             raise StepQuantError(
-                f"layer '{name}' in the model is one that stays float ({reason}): expected a plain "
-                "layer, of a conv one group and zero padding given in pixels"
+                f"layer '{name}' in the model is one that stays float ({reason}): expected a "
+                "linear layer, or a conv with one group and zero padding given in pixels"
             )
         spec = self._spec(module)
         splits = self.splits or (spec.in_channels,)

@@ -60,8 +60,8 @@ def load_pipeline(
         return pipeline
     if config is not None:
         raise StepQuantError(
-            f"a config, '{config}', was given for '{source}', which is no single safetensors file: "
-            "expected none, because a folder or a hub id has its own"
+            f"the config '{config}' was given for '{source}', which is not a single safetensors "
+            "file: expected no config; leave it out, because a folder or a hub id has its own"
         )
     folder = local_folder(source, revision)
     check_folder(folder)

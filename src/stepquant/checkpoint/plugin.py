@@ -166,8 +166,8 @@ class StepQuantQuantizer(FrozenQuantizer):
             tensor = model.get_buffer(name)
             if tensor.is_meta or tensor.dtype not in (torch.float32, torch.uint8):
                 raise StepQuantError(
-                    f"tensor '{name}' was loaded as {tensor.dtype} on {tensor.device}: expected "
-                    "it as it is in the file; load without offload_folder and offload_state_dict"
+                    f"tensor '{name}' was loaded as {tensor.dtype} on {tensor.device}: expected it "
+                    "unchanged from the file; load without offload_folder and offload_state_dict"
                 )
         validate.check_channel_bits(model)
         expected = checksum(self.quantization_config.layers_json(), self._tensor_lines)

@@ -122,8 +122,8 @@ def _shared_context(model: nn.Module) -> StepContext:
     if len(contexts) != 1:
         found = "layers of several step contexts" if contexts else "no packed layer"
         raise StepQuantError(
-            f"{type(model).__name__} has {found}: expected packed layers (runtime.pack.pack_model) "
-            "that share one step context"
+            f"{type(model).__name__} has {found}: expected packed layers "
+            "(simulation.packing.pack_model) that share one step context"
         )
     return next(iter(contexts.values()))
 

@@ -142,8 +142,8 @@ def _usual_config(file: Path) -> str:
     # diffusers returns "v1" for files in which it recognizes no name.
     if kind == "v1" and CHECKPOINT_KEY_NAMES["v1"] not in tensors:
         raise StepQuantError(
-            f"'{file}' has names like '{next(iter(tensors), 'none')}', by which diffusers does not "
-            f"know the kind of model: expected a whole pipeline in one file; {REMEDY}"
+            f"'{file}' has tensor names like '{next(iter(tensors), 'none')}', which diffusers does "
+            f"not recognize: expected a whole pipeline in one file; {REMEDY}"
         )
     return str(DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
 

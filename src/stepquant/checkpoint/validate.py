@@ -99,7 +99,9 @@ def check_tensor(name: str, tensor: Tensor, expected: nn.Module) -> None:
     if packed is not None:
         _check_values(name, key, tensor, packed)
     if name == SLOPES_NAME and not bool(torch.isfinite(tensor).all()):
-        raise StepQuantError(f"tensor '{name}' holds NaN or infinity: expected numbers; {REMEDY}")
+        raise StepQuantError(
+            f"tensor '{name}' holds NaN or infinity: expected finite numbers; {REMEDY}"
+        )
 
 
 def check_model(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The command line: one file for each verb, which parses, calls `stepquant.api` and prints."""
+"""The command line: one file per verb, which parses, calls `stepquant.api` and prints."""
 
 from __future__ import annotations
 
@@ -33,27 +33,28 @@ app.add_typer(recipes, name="recipes")
 
 @app.callback()
 def stepquant(version: Version = False) -> None:
-    """Low-bit diffusion models that are smaller on disk and run in integer arithmetic.
+    """Quantize diffusion models, so that they are smaller and run in integer arithmetic.
 
-    MODEL is a local diffusers folder, a safetensors file, a hub id, or builtin:NAME.
+    MODEL is a diffusers folder, a safetensors file, a Hugging Face hub id, or builtin:NAME for a
+    model that comes with stepquant.
     """
 
 
 def app_main() -> None:
-    """Entry point of the `stepquant` command; wrong usage is told in one sentence as well."""
+    """Run the `stepquant` command; a usage error prints one sentence and exits with code 2."""
     try:
         sys.exit(app(prog_name="stepquant", standalone_mode=False))
     except TyperException as error:
         message = error.format_message().strip()
-        if message:  # empty where the help was asked for and is printed already
+        if message:  # empty if the error was only a request for help, already printed
             typer.echo(f"{message.rstrip('.')}; see {usage_of(error)}", err=True)
         sys.exit(NOT_DONE)
-    except (typer.Abort, KeyboardInterrupt):  # outside a verb, while it parses or says good-bye
+    except (typer.Abort, KeyboardInterrupt):  # outside a verb, while parsing or exiting
         sys.exit(NOT_DONE)
 
 
 def usage_of(error: TyperException) -> str:
-    """The command that shows what would have been right."""
+    """Return the command that prints the help for the wrong usage."""
     context = getattr(error, "ctx", None)
     path = "stepquant" if context is None else context.command_path
     return f"`{path} --help`"

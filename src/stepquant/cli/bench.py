@@ -17,25 +17,28 @@ def bench(
     against: Against,
     batch: Annotated[
         list[int] | None,
-        typer.Option(help="Batch size to time; repeat for several.", show_default="1, 4 and 16"),
+        typer.Option(help="Batch size to time. Repeatable.", show_default="1, 4 and 16"),
     ] = None,
     backend: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="auto, native, onednn, int_mm, reference, or openvino[:DEVICE], beside auto.",
+            help="auto, native, onednn, int_mm or reference; openvino[:DEVICE] is timed in "
+            "addition to auto.",
         ),
     ] = "auto",
     compiled: Annotated[
-        bool, typer.Option("--compiled", help="Also under torch.compile (takes minutes).")
+        bool, typer.Option("--compiled", help="Also time torch.compile, which takes minutes.")
     ] = False,
     memory: MemoryMode = "fast",
-    repeats: Annotated[int, typer.Option(help="Timed rounds, interleaved.")] = 20,
+    repeats: Annotated[
+        int, typer.Option(help="Timed rounds; each round calls every model once.")
+    ] = 20,
     config: Config = None,
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Time one denoiser call of a quantized model beside its float model."""
+    """Time one denoiser call of a quantized model and of its float model."""
     with talk(context, quiet, json_file) as output:
         from stepquant import api  # not at the top: see demo.py
 
@@ -66,8 +69,8 @@ def bench(
                 output.line(f"faster at batch {entry['batch']} on this machine: {entry['model']}")
         weights = record["weights"]
         output.line(
-            f"weights in memory: {weights['resident_bytes'] / 1e6:.2f} MB for "
-            f"{weights['float32_bytes'] / 1e6:.2f} MB of float32, {weights['times_smaller']:.2f} "
+            f"weights in memory: {weights['resident_bytes'] / 1e6:.2f} MB instead of "
+            f"{weights['float32_bytes'] / 1e6:.2f} MB in float32, {weights['times_smaller']:.2f} "
             "times smaller"
         )
         output.slow_paths(record["slow_paths"])

@@ -37,20 +37,22 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Feature network of the Fréchet distance, or its folder; an embedded model has "
-            "its own, others none.",
+            help="Feature network for the Fréchet distance: a built-in name or a folder. Default: "
+            "that of a builtin: model; none for other models.",
         ),
     ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Another metric, such as class_shares or one of an installed plug-in; repeat.",
+            help="Additional metric, such as class_shares or one from a plug-in. Repeatable.",
         ),
     ] = None,
     steps: Steps = 50,
     scheduler: Scheduler = "auto",
-    seed: Annotated[int, typer.Option(help="Both models draw image i from seed + i.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Both models draw image i from the noise of seed + i.")
+    ] = 0,
     batch: Batch = 64,
     prompt: Prompt = None,
     prompts: Prompts = None,
@@ -62,7 +64,7 @@ def evaluate(
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Compare a model's images with those of its float model at the same seeds."""
+    """Compare a model's images with those of its float model from the same seeds."""
     with talk(context, quiet, json_file) as output:
         from stepquant import api  # not at the top: see demo.py
         from stepquant.evaluation.metric import DEFAULT, METRICS, table_rows
@@ -70,7 +72,7 @@ def evaluate(
 
         ours, theirs = opened(config, model, against)
         ours, loras = with_loras(ours, lora)
-        theirs, _ = with_loras(theirs, lora)  # the float model with the same LoRAs
+        theirs, _ = with_loras(theirs, lora)  # the float model gets the same LoRAs
         record = api.evaluate(
             ours,
             theirs,

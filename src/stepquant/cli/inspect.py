@@ -28,10 +28,10 @@ from stepquant.cli.session import talk
 def inspect(
     context: typer.Context,
     model: Model,
-    plots: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="New folder for pictures.")
-    ] = None,
-    num: Annotated[int, typer.Option(help="Images sampled with a float model.")] = 8,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="New folder for plots.")] = None,
+    num: Annotated[
+        int, typer.Option(help="Images to sample with a float model for its activation ranges.")
+    ] = 8,
     steps: Steps = 50,
     scheduler: Scheduler = "auto",
     seed: Annotated[int, typer.Option(help="Image i starts from the noise of seed + i.")] = 0,
@@ -44,7 +44,7 @@ def inspect(
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Show each layer: ranges, unsaturated channels and kurtosis, or bits, bytes and kernels."""
+    """List the layers: activation ranges of a float model; bits and kernels of a quantized one."""
     with talk(context, quiet, json_file) as output:
         from stepquant import api  # not at the top: see demo.py
 
@@ -76,7 +76,7 @@ def inspect(
 
 
 def float_row(row: dict[str, Any]) -> dict[str, Any]:
-    """What the table shows of a float layer's input."""
+    """Return the table row for the input of a float layer."""
     widths = [high - low for low, high in zip(row["low"], row["high"], strict=True)]
     return {
         "layer": row["layer"],
@@ -90,7 +90,7 @@ def float_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def packed_row(row: dict[str, Any]) -> dict[str, Any]:
-    """What the table shows of a packed layer."""
+    """Return the table row for a packed layer."""
     scales = [scale for part in row["act_scale"] for scale in part]
     return {
         "layer": row["layer"],

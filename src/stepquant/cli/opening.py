@@ -1,4 +1,4 @@
-"""`--config` and `--lora`: from their texts to a pipeline that is open and has LoRAs."""
+"""The options `--config` and `--lora`, and how they open a pipeline."""
 
 from __future__ import annotations
 
@@ -19,27 +19,32 @@ Loras = Annotated[
     typer.Option(
         "--lora",
         metavar="[NAME=]FILE[=SCALE]",
-        help="LoRA beside the layers: a safetensors file, a folder with one, or a hub id; repeat.",
+        help="LoRA to load: a safetensors file, a folder with one, or a hub id. Repeatable.",
     ),
 ]
 Config = Annotated[
     str | None,
     typer.Option(
         metavar="DIR",
-        help="For a model that is one file: folder or hub id of a pipeline of its kind.",
+        help="Only if the model is a single file: a folder or hub id of the same kind of pipeline.",
     ),
 ]
 
 
 def opened(config: str | None, *models: str) -> list[str | DiffusionPipeline]:
-    """`models`, those of them that are single files opened with `config`, where there is one."""
+    """Return `models`, with single files among them opened with `config` unless it is None.
+
+    Raises:
+        StepQuantError: `config` is given, but no model is a single file.
+    """
     if config is None:
         return list(models)
     files = [name for name in models if Path(name).expanduser().is_file()]
     if not files:
         raise StepQuantError(
             f"--config '{config}' was given for {' and '.join(repr(name) for name in models)}: "
-            "expected it only for a model that is one safetensors file; a folder has its own"
+            "expected a model that is a single safetensors file; leave out --config, as a folder "
+            "has its own"
         )
     from stepquant import api  # not at the top: see demo.py
 
@@ -48,7 +53,7 @@ def opened(config: str | None, *models: str) -> list[str | DiffusionPipeline]:
 
 @dataclass(frozen=True)
 class Lora:
-    """What `api.load_lora` takes."""
+    """The arguments of `api.load_lora`."""
 
     source: str
     scale: float
@@ -56,10 +61,13 @@ class Lora:
 
 
 def parse_lora(text: str) -> Lora:
-    """`[NAME=]FILE[=SCALE]`; the scale is 1 and the name that of the file unless they are given.
+    """Parse `[NAME=]FILE[=SCALE]`. By default the scale is 1 and the name is that of the file.
 
-    A number behind the last `=` is the scale. A word before the first one is the name, so that
-    a file with `=` in its own name is written as a path, `./a=b.safetensors`.
+    A number after the last `=` is the scale, and a word before the first `=` is the name. A file
+    with `=` in its name must therefore be written as a path, `./a=b.safetensors`.
+
+    Raises:
+        StepQuantError: `text` has no file.
     """
     source, name, scale = text, None, 1.0
     before, equals, last = source.rpartition("=")
@@ -73,7 +81,7 @@ def parse_lora(text: str) -> Lora:
         name, source = first, rest
     if not source:
         raise StepQuantError(
-            f"--lora '{text}' names no file: expected [NAME=]FILE[=SCALE], as in "
+            f"--lora '{text}' names no file: expected [NAME=]FILE[=SCALE], such as "
             "styles/ink.safetensors=0.8"
         )
     if name is None:
@@ -84,9 +92,10 @@ def parse_lora(text: str) -> Lora:
 def with_loras(
     model: str | DiffusionPipeline, texts: list[str] | None
 ) -> tuple[str | DiffusionPipeline, list[dict[str, Any]]]:
-    """`model` opened and with the LoRAs of `texts`, or as it is where there are none; a record.
+    """Open `model` and load the LoRAs of `texts`; without any, return `model` unchanged.
 
-    The record has `name`, `source`, `scale` and `layers` (names) of each.
+    Returns:
+        The model, and for each LoRA its `name`, `source`, `scale` and `layers` (their names).
     """
     loras = [parse_lora(text) for text in texts or []]
     if not loras:
@@ -104,7 +113,7 @@ def with_loras(
 
 
 def lora_line(record: dict[str, Any]) -> str:
-    """What is printed of one entry of the record."""
+    """Return the line of output for one entry of the record."""
     return (
         f"LoRA {record['name']}: {record['source']} with scale {record['scale']:g}, "
         f"{len(record['layers'])} layers"

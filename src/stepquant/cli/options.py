@@ -1,4 +1,4 @@
-"""Options that several verbs share, and their values."""
+"""Options that several verbs share, and the parsing of their values."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ OWN_SCHEDULER = "own"
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="Local diffusers folder, safetensors file, hub id, or builtin:NAME."
+        metavar="MODEL", help="Diffusers folder, safetensors file, hub id, or builtin:NAME."
     ),
 ]
-Against = Annotated[
-    str, typer.Option(metavar="FLOAT_MODEL", help="The float model to compare with.")
-]
+Against = Annotated[str, typer.Option(metavar="FLOAT_MODEL", help="Float model to compare with.")]
 Json = Annotated[
     Path | None,
     typer.Option(
         "--json",
         metavar="FILE",
-        help="Write a JSON record of the run to FILE; an existing file is replaced.",
+        help="Write a JSON record of the run to FILE, replacing an existing file.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -36,39 +34,47 @@ Scheduler = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="ddim, ddpm, dpm-solver++, euler, lcm, flow-euler, own: the pipeline's, or auto: "
-        "ddim, and where flow is matched own.",
+        help="ddim, ddpm, dpm-solver++, euler, lcm, flow-euler, own (the pipeline's own) or auto "
+        "(own for flow-matching models, ddim for others).",
     ),
 ]
 Prompt = Annotated[
     list[str] | None,
-    typer.Option(metavar="TEXT", help="What to draw; repeat for more, one for each image in turn."),
+    typer.Option(metavar="TEXT", help="Prompt. Repeatable; images take the prompts in turn."),
 ]
 Prompts = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Text file with a prompt on each line.")
+    Path | None, typer.Option(metavar="FILE", help="Text file with one prompt per line.")
 ]
 Label = Annotated[
     list[int] | None,
-    typer.Option(metavar="NUMBER", help="Class to draw; repeat for more. Else from all classes."),
+    typer.Option(
+        metavar="NUMBER",
+        help="Class to draw. Repeatable; images take the classes in turn. Default: all classes.",
+    ),
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option(metavar="SCALE", help="Of classifier-free guidance, else the pipeline's."),
+    typer.Option(
+        metavar="SCALE", help="Scale of classifier-free guidance. Default: the pipeline's own."
+    ),
 ]
 Call = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="KEY=VALUE", help="Further argument of the pipeline, as height=512; repeat."
+        metavar="KEY=VALUE",
+        help="Additional argument of the pipeline, such as height=512. Repeatable.",
     ),
 ]
 MemoryMode = Annotated[
     str,
     typer.Option(
         metavar="MODE",
-        help="Of packed layers: fast, or low, which keeps packed weights only and is slower.",
+        help="fast, or low, which keeps only packed weights in memory and is slower.",
     ),
 ]
-Batch = Annotated[int, typer.Option(help="Images sampled at a time; changes no image.")]
+Batch = Annotated[
+    int, typer.Option(help="Images sampled at a time; their noise does not depend on it.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -84,7 +90,7 @@ Version = Annotated[
 
 
 def scheduler_name(text: str) -> str | None:
-    """The API's name of a scheduler: None stands for the pipeline's own."""
+    """Return the API's name of a scheduler, which is None for the pipeline's own."""
     return None if text == OWN_SCHEDULER else text
 
 
@@ -95,7 +101,12 @@ def conditions(
     guidance: float | None,
     call: list[str] | None,
 ) -> dict[str, Any]:
-    """What the verbs of the API take as prompts, labels, guidance and call."""
+    """Return the API's arguments `prompts`, `labels`, `guidance` and `call`.
+
+    Raises:
+        StepQuantError: the file `prompts` is unreadable or empty, or an entry of `call` is not of
+            the form KEY=VALUE.
+    """
     texts = list(prompt or [])
     if prompts is not None:
         try:
@@ -103,13 +114,11 @@ def conditions(
         except (OSError, UnicodeDecodeError) as error:
             raise StepQuantError(
                 f"--prompts '{prompts}' cannot be read ({error}): expected a text file in UTF-8 "
-                "with a prompt on each line"
+                "with one prompt per line"
             ) from error
         found = [line.strip() for line in lines if line.strip()]
         if not found:
-            raise StepQuantError(
-                f"--prompts '{prompts}' holds no prompt: expected one on each line"
-            )
+            raise StepQuantError(f"--prompts '{prompts}' has no prompt: expected one per line")
         texts += found
     return {
         "prompts": texts,
@@ -124,14 +133,18 @@ def parse_settings(
     option: str = "--set",
     example: str = "block_distillation.iterations=300",
 ) -> dict[str, Any]:
-    """`["step.key=value", ...]` as the API takes it; values are YAML, and the last one counts."""
+    """Parse `["step.key=value", ...]` into a dictionary; values are YAML, and the last one wins.
+
+    Raises:
+        StepQuantError: a text has no key or no `=`, or its value is not YAML.
+    """
     settings = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise StepQuantError(
-                f"{option} '{text}' is not understood: expected "
-                f"{'step.' if option == '--set' else ''}key=value, as in {example}"
+                f"{option} '{text}' has no key or no '=': expected "
+                f"{'step.' if option == '--set' else ''}key=value, such as {example}"
             )
         try:
             settings[key] = yaml.safe_load(value)

@@ -16,22 +16,26 @@ def pack(
     context: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="Local diffusers folder, hub id, or builtin:NAME."),
+        typer.Argument(metavar="MODEL", help="Diffusers folder, hub id, or builtin:NAME."),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the packed pipeline.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="New folder for the quantized pipeline.")
+    ],
     weights: Annotated[
         int, typer.Option(metavar="BITS", help="Bits of the denoiser's weights: 4 or 8.")
     ] = 4,
     grids: Annotated[
         str,
-        typer.Option(metavar="NAME", help="How grids of 4 bits are found: minmax or mse (slower)."),
+        typer.Option(
+            metavar="NAME", help="Search for the ranges of 4-bit weights: minmax or mse (slower)."
+        ),
     ] = "minmax",
     component: Annotated[
         list[str] | None,
         typer.Option(
             "--component",
             metavar="NAME=w8",
-            help="Pack another model of diffusers, such as vae, to w8 or w4; repeat.",
+            help="Quantize the weights of another component, such as vae, to w8 or w4. Repeatable.",
         ),
     ] = None,
     json_file: Json = None,
@@ -43,7 +47,7 @@ def pack(
 
         search = "" if grids == "minmax" else f" --set ranges.weights={grids}"
         output.reporter.line(
-            "stepquant pack is deprecated, and will be gone in the next release: run stepquant "
+            "stepquant pack is deprecated and will be removed in the next release: run stepquant "
             f"quantize {model} --recipe weight-only --weights {weights}{search} --out {out}"
         )
         components = parse_settings(component or [], "--component", "vae=w8")

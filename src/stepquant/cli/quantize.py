@@ -22,34 +22,39 @@ from stepquant.cli.options import (
 )
 from stepquant.cli.session import Talk, talk
 
-KEPT = "; finished work is kept, go on with --resume"
+KEPT = "; finished work is kept, continue with --resume"
 
 
 def quantize(
     context: typer.Context,
     model: Model,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the packed pipeline.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="New folder for the quantized pipeline.")
+    ],
     recipe: Annotated[
-        str, typer.Option(metavar="NAME", help="A shipped recipe, or the path of a .yaml file.")
+        str,
+        typer.Option(
+            metavar="NAME", help="Name of a recipe (see stepquant recipes list) or a .yaml file."
+        ),
     ] = "stepquant",
     weights: Annotated[
-        int | None, typer.Option(metavar="BITS", help="Bits of weights, else the recipe's.")
+        int | None, typer.Option(metavar="BITS", help="Bits of weights. Default: the recipe's.")
     ] = None,
     activations: Annotated[
-        int | None, typer.Option(metavar="BITS", help="Bits of activations, else the recipe's.")
+        int | None, typer.Option(metavar="BITS", help="Bits of activations. Default: the recipe's.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Sampling steps to calibrate for, else the recipe's.")
+        int | None, typer.Option(help="Sampling steps to calibrate for. Default: the recipe's.")
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="STEP.KEY=VALUE", help="Another value for a recipe's setting; repeat."
+            "--set", metavar="STEP.KEY=VALUE", help="Override a setting of the recipe. Repeatable."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of calibration and training.")] = 0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an unfinished run of the same command.")
+        bool, typer.Option("--resume", help="Continue an interrupted run of the same command.")
     ] = False,
     prompt: Prompt = None,
     prompts: Prompts = None,
@@ -61,18 +66,18 @@ def quantize(
         typer.Option(
             "--component",
             metavar="NAME=w8",
-            help="8-bit (or w4) weights for another component, such as vae; repeat.",
+            help="Quantize the weights of another component, such as vae, to w8 or w4. Repeatable.",
         ),
     ] = None,
     memory: Annotated[
         float | None,
-        typer.Option(metavar="GIB", help="Memory that may be taken, else all that is free."),
+        typer.Option(metavar="GIB", help="Memory limit in GiB. Default: all free memory."),
     ] = None,
     config: Config = None,
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a float model and save the packed pipeline."""
+    """Quantize a float model and save the result as a new pipeline folder."""
     with talk(context, quiet, json_file, KEPT) as output:
         settings = parse_settings(set_ or [])
         from stepquant import api  # not at the top: see demo.py
@@ -102,7 +107,7 @@ def quantize(
 
 
 def show_calibrated(output: Talk, record: dict[str, Any]) -> None:
-    """Print the record of a recipe with calibration."""
+    """Print the results of a recipe with calibration."""
     shown = (
         "bits",
         "mean_weight_bits",
@@ -127,7 +132,7 @@ def show_calibrated(output: Talk, record: dict[str, Any]) -> None:
 
 
 def show_weight_only(output: Talk, record: dict[str, Any]) -> None:
-    """Print the record of a weight-only recipe."""
+    """Print the results of a weight-only recipe."""
     output.table([{"component": name, **part} for name, part in record["components"].items()])
     output.line(
         f"{record['times_smaller']:.2f} times smaller than float32, in {record['seconds']:.0f} s, "

@@ -11,13 +11,13 @@ from stepquant.cli.session import talk
 from stepquant.support.errors import StepQuantError
 
 recipes = typer.Typer(
-    help="The recipes that come with stepquant and its plug-ins.", no_args_is_help=True
+    help="List and show the recipes of stepquant and installed plug-ins.", no_args_is_help=True
 )
 
 
 @recipes.command("list")
 def list_recipes(context: typer.Context, json_file: Json = None, quiet: Quiet = False) -> None:
-    """Name and describe the recipes of stepquant and of installed plug-ins."""
+    """List the recipes of stepquant and of installed plug-ins."""
     with talk(context, quiet, json_file) as output:
         from stepquant import api  # not at the top: see demo.py
 
@@ -25,7 +25,7 @@ def list_recipes(context: typer.Context, json_file: Json = None, quiet: Quiet = 
         for name in api.recipe_names():
             try:
                 rows.append({"name": name, "description": api.load_recipe(name).description})
-            except StepQuantError as error:  # a plug-in of somebody else, which hides no other
+            except StepQuantError as error:  # a broken plug-in must not hide other recipes
                 rows.append({"name": name, "description": str(error)})
         output.results = {"recipes": rows}
         output.table(rows)
@@ -34,11 +34,11 @@ def list_recipes(context: typer.Context, json_file: Json = None, quiet: Quiet = 
 @recipes.command("show")
 def show(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Recipe, or path of a .yaml file.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a recipe, or .yaml file.")],
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Print a recipe with every default filled in, as YAML that --recipe takes."""
+    """Print a recipe with all defaults filled in, as YAML for quantize --recipe."""
     with talk(context, quiet, json_file) as output:
         from stepquant import api  # not at the top: see demo.py
 

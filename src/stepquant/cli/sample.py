@@ -35,10 +35,11 @@ def sample(
     model: Model,
     num: Annotated[int, typer.Option(help="Number of images.")] = 16,
     grid: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="PNG with all images; replaced.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write all images to one PNG file, replacing it."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="New folder for the images one by one.")
+        Path | None, typer.Option(metavar="DIR", help="New folder for single images.")
     ] = None,
     steps: Steps = 50,
     scheduler: Scheduler = "auto",
@@ -53,8 +54,8 @@ def sample(
         str,
         typer.Option(
             metavar="NAME",
-            help="auto, native, onednn, int_mm, reference, openvino[:DEVICE] or fastest "
-            "(auto, openvino).",
+            help="auto, native, onednn, int_mm, reference, openvino[:DEVICE], or fastest (the "
+            "faster of auto and openvino).",
         ),
     ] = "auto",
     memory: MemoryMode = "fast",
@@ -63,10 +64,12 @@ def sample(
     json_file: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Draw images with a float or a packed model."""
+    """Draw images with a float or a quantized model."""
     with talk(context, quiet, json_file) as output:
         if grid is None and out is None:
-            raise StepQuantError("the images would go nowhere: expected --grid FILE or --out DIR")
+            raise StepQuantError(
+                "the images have no destination: expected --grid FILE or --out DIR"
+            )
         from stepquant import api
         from stepquant.engines.target import Engine, Target
         from stepquant.pipelines.resolved import denoiser_of

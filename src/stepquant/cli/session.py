@@ -1,4 +1,4 @@
-"""What every verb does alike: print, keep the JSON record, and tell each error in one sentence."""
+"""Shared by all verbs: output, the JSON record, and errors in one sentence."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from stepquant.support.errors import StepQuantError
 from stepquant.support.progress import Reporter
 from stepquant.support.version import __version__
 
-NOT_DONE = 2  # the exit code of bad input, full disks and Ctrl-C
-PIPED_WIDTH = 160  # columns of a table that goes to a file or another program
+NOT_DONE = 2  # exit code after bad input, a full disk or Ctrl-C
+PIPED_WIDTH = 160  # columns of a table if the output is not a terminal
 PACKAGES = ("torch", "diffusers", "numpy", "safetensors")
 FULL_DISK = "no space left on the disk: free some, or write to another disk"
 
@@ -34,7 +34,7 @@ FULL_DISK = "no space left on the disk: free some, or write to another disk"
 class Talk:
     """The output of one run of a verb: tables and lines on stdout, progress on stderr.
 
-    `results` is what the JSON record holds beside the verb, its arguments and the versions.
+    A verb puts its `results` here, for the JSON record.
     """
 
     def __init__(self, quiet: bool) -> None:
@@ -50,12 +50,12 @@ class Talk:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def slow_paths(self, notes: Sequence[str]) -> None:
-        """Print what `engines.slow_paths.slow_paths` found, a line each."""
+        """Print the findings of `engines.slow_paths.slow_paths`, one per line."""
         for note in notes:
             self.line(f"slower than it could be: {note}")
 
     def table(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Print one table; its columns are the keys of the first row."""
+        """Print one table with the keys of the first row as columns."""
         columns = list(rows[0]) if rows else []
         table = Table()
         for column in columns:
@@ -65,7 +65,7 @@ class Talk:
                 column.replace("_", " "),
                 justify="right" if numeric else "left",
                 overflow="fold",
-                min_width=min(48, max(names)),  # layers are told apart by the ends of their names
+                min_width=min(48, max(names)),  # names of layers differ at their ends
             )
         for row in rows:
             table.add_row(*(cell(column, row.get(column)) for column in columns))
@@ -76,10 +76,15 @@ class Talk:
 def talk(
     context: typer.Context, quiet: bool, json_file: Path | None, kept: str = ""
 ) -> Iterator[Talk]:
-    """The run of one verb: exits with code 2 after a sentence on bad input or after Ctrl-C.
+    """Context of one run of a verb: output, errors and the JSON record.
 
-    `kept`: what a user should know of unfinished work, as the end of the sentence after Ctrl-C or
-    on a full disk. What the verb puts into `results` goes to `json_file`, once it has succeeded.
+    An expected error or Ctrl-C prints one sentence and exits with code 2.
+
+    Args:
+        context: arguments of the command line, for the record.
+        quiet: print errors only.
+        json_file: file for the record, written after the verb has succeeded.
+        kept: end of the sentence after Ctrl-C or on a full disk, about unfinished work.
     """
     with one_sentence(kept), warnings.catch_warnings():
         output = Talk(quiet)
@@ -89,12 +94,15 @@ def talk(
         keep_libraries_silent(quiet)
         yield output
         if json_file is not None:
-            write_json(json_file, record_of(context, output.results))
+            write_json(json_file, json_record(context, output.results))
 
 
 @contextmanager
 def one_sentence(kept: str) -> Iterator[None]:
-    """Bad input, full disks, unreadable files and Ctrl-C as one line on stderr and an exit code."""
+    """Turn expected errors and Ctrl-C into one line on stderr and exit code 2.
+
+    Expected errors are bad input, a full disk and files that cannot be read or written.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -104,7 +112,7 @@ def one_sentence(kept: str) -> Iterator[None]:
     except Exception as error:
         refusal = sentence_of(error, kept)
         if refusal is None:
-            raise  # a defect of ours: its traceback is wanted
+            raise  # a bug in stepquant: show its traceback
         sentence = refusal
     else:
         return
@@ -113,7 +121,7 @@ def one_sentence(kept: str) -> Iterator[None]:
 
 
 def sentence_of(error: Exception, kept: str) -> str | None:
-    """What the operating system refused, or None if `error` is not of that kind."""
+    """Return a sentence for an error of the operating system, or None for other errors."""
     number = getattr(error, "errno", None)
     # safetensors reports the operating system's errors as text only.
     if number in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error):
@@ -127,9 +135,9 @@ def sentence_of(error: Exception, kept: str) -> str | None:
 
 
 def keep_libraries_silent(quiet: bool) -> None:
-    """No bars and remarks of diffusers and transformers among our own.
+    """Silence the progress bars and log messages of diffusers and transformers.
 
-    With `quiet`, no download bars either.
+    `quiet` also silences the progress bars of downloads.
     """
     from diffusers.utils import logging
     from huggingface_hub.utils import (
@@ -142,12 +150,12 @@ def keep_libraries_silent(quiet: bool) -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    if find_spec("transformers") is not None:  # diffusers takes text encoders from there
+    if find_spec("transformers") is not None:  # the library of text encoders
         from transformers.utils import logging as text_logging
 
         text_logging.disable_progress_bar()
         text_logging.set_verbosity_error()
-    # transformers takes those of downloads away, too.
+    # transformers has disabled the bars of downloads, too.
     if without_bars:
         disable_progress_bars()
     else:
@@ -155,7 +163,11 @@ def keep_libraries_silent(quiet: bool) -> None:
 
 
 def check_json_path(path: Path) -> None:
-    """Raise a StepQuantError now rather than after the work: no file can be written at `path`."""
+    """Check the place of the JSON record before the verb starts its work.
+
+    Raises:
+        StepQuantError: `path` is a folder, or its parent folder does not exist.
+    """
     if path.is_dir():
         raise StepQuantError(f"--json '{path}' is a folder: expected the name of a file")
     if not path.parent.is_dir():
@@ -164,8 +176,8 @@ def check_json_path(path: Path) -> None:
         )
 
 
-def record_of(context: typer.Context, results: dict[str, Any]) -> dict[str, Any]:
-    """The JSON record: verb, versions, every argument with its value, and the results."""
+def json_record(context: typer.Context, results: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON record: verb, versions, all arguments with their values, and results."""
     _, _, verb = context.command_path.partition(" ")
     hidden = ("json_file", "quiet")
     return {
@@ -183,13 +195,13 @@ def record_of(context: typer.Context, results: dict[str, Any]) -> dict[str, Any]
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write `record` to `path`: complete or not at all."""
+    """Write `record` to `path`, completely or not at all."""
     text = json.dumps(plain(record), indent=2, allow_nan=False) + "\n"
     atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def plain(value: Any) -> Any:
-    """`value` with nothing that JSON lacks: paths as text, numbers that are not finite as null."""
+    """Return `value` as JSON values: paths become text, and NaN and infinity become null."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -202,7 +214,7 @@ def plain(value: Any) -> Any:
 
 
 def cell(column: str, value: Any) -> str:
-    """A value as a table shows it; bytes in kB of 10^3 or MB of 10^6."""
+    """Format a value for a table; bytes in kB (10^3 bytes) or MB (10^6 bytes)."""
     if value is None:
         return "-"
     if isinstance(value, bool):

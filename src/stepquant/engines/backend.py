@@ -1,4 +1,4 @@
-"""Backends of a quantized denoiser: one kernel for its layers, or an engine in its place."""
+"""Backends of a quantized denoiser: a kernel for its layers, or an engine that replaces it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ from stepquant.support.errors import StepQuantError
 def set_backend(model: nn.Module, backend: str) -> None:
     """Run every integer layer of `model` on `backend`.
 
-    `backend`: auto, native, onednn, int_mm, reference, or the name of a kernel that was registered.
-    Raises StepQuantError for any other.
+    Args:
+        model: a module with integer layers.
+        backend: auto, native, onednn, int_mm, reference, or the name of another registered kernel.
+
+    Raises:
+        StepQuantError: there is no such kernel, or `backend` names OpenVINO.
     """
     if Target.parse(backend).engine is Engine.OPENVINO:
         raise StepQuantError(
             f"the backend '{backend}' runs a whole denoiser, not its layers: expected auto, "
-            "native, onednn, int_mm or reference, or OpenVinoDenoiser(denoiser) in the "
-            "denoiser's place"
+            "native, onednn, int_mm or reference, or OpenVinoDenoiser(denoiser) instead of the "
+            "denoiser"
         )
     for module in model.modules():
         if isinstance(module, IntegerLayer):
@@ -39,22 +43,29 @@ def set_backend(model: nn.Module, backend: str) -> None:
 
 @contextmanager
 def settings_kept(model: nn.Module) -> Iterator[None]:
-    """Give the integer layers of `model` their backend and memory mode back at the end."""
+    """Context that restores the backends and memory modes of the integer layers of `model`."""
     before = [(m, m.backend, m.memory) for m in model.modules() if isinstance(m, IntegerLayer)]
     try:
         yield
     finally:
         for layer, backend, memory in before:
             if (layer.backend, layer.memory) != (backend, memory):
-                layer.drop_layout()  # its next call lays it out anew
+                layer.drop_layout()  # the next call lays it out again
                 layer.backend, layer.memory = backend, memory
 
 
 def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline:
-    """`pipeline` with its integer layers on `backend`, or a copy with another denoiser.
+    """Return a pipeline that runs on `backend`.
 
-    `backend`: as in `set_backend`, or `openvino`, `openvino:DEVICE` for another device than the
-    CPU, or "fastest", which times the two. "auto" leaves everything as it is.
+    Args:
+        pipeline: a pipeline with a quantized denoiser.
+        backend: a kernel as in `set_backend`, which changes the layers of `pipeline`; or
+            `openvino`, `openvino:DEVICE` or "fastest" (the faster of auto and `openvino`), which
+            give a copy with another denoiser. "auto" returns `pipeline` unchanged.
+
+    Raises:
+        StepQuantError: the denoiser has no packed layer, or the backend does not exist or cannot
+            run it.
     """
     target = Target.parse(backend)
     if target.kernel == Backend.AUTO and target.engine is Engine.LAYERS:
@@ -80,10 +91,10 @@ def with_backend(pipeline: DiffusionPipeline, backend: str) -> DiffusionPipeline
 def with_captured_calls(
     pipeline: DiffusionPipeline, call: Mapping[str, Any] | None = None
 ) -> DiffusionPipeline:
-    """A copy of `pipeline` that captures its packed denoiser's calls, or `pipeline` as it is.
+    """Return a copy of `pipeline` that records and replays its packed denoiser's calls.
 
-    `call`: arguments that the pipeline will get. A callback among them may change the denoiser
-    between two steps, so nothing is captured then.
+    The result is `pipeline` itself if calls cannot be recorded, or if the arguments `call` of the
+    pipeline have a callback, which may change the denoiser between two steps.
     """
     resolved = ResolvedPipeline.find(pipeline)
     if resolved is None or any("callback" in key for key in call or {}):

@@ -1,4 +1,4 @@
-"""A packed denoiser on the packed kernels or on OpenVINO: what is faster on this machine."""
+"""A packed denoiser on the faster of the packed kernels and OpenVINO."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ LOGGER = logging.getLogger(__name__)
 
 
 class FastestDenoiser(OpenVinoDenoiser):
-    """Times both ways at the first call of each shape, and stays with the faster one.
+    """Times both engines at the first call of each shape, and keeps the faster one.
 
-    The two differ by float32's rounding between integer sums. Which one was taken is a matter of
-    the machine and its load, so results are the same bit by bit only where `choices` are: what has
-    to be reproduced names its backend. The first call takes the time that OpenVINO compiles.
+    The engines differ by float32 rounding between integer sums, and the choice depends on the
+    machine and its load. Results are bit-identical only for equal `choices`, so name a backend if
+    they have to be reproducible. The first call includes OpenVINO's compilation.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
-        """As `OpenVinoDenoiser` on the CPU in float32; the same errors."""
+        """Prepare both engines; arguments and errors are those of `OpenVinoDenoiser`."""
         super().__init__(denoiser)
-        # No submodule: its parameters are those of `denoiser`.
+        # Not a submodule, because its parameters are those of `denoiser`.
         self.__dict__["packed"] = recorded(denoiser)
         self.choices: dict[str, str] = {}  # by the shapes of a call: "packed" or "openvino"
 
@@ -55,7 +55,7 @@ class FastestDenoiser(OpenVinoDenoiser):
 
 @torch.no_grad()
 def seconds_of(way: Callable[[], object]) -> float:
-    """The quickest of a few calls after a first one, which prepares what later ones find ready."""
+    """Return the shortest time of a few calls in seconds, after a warm-up call."""
     way()
     found = []
     for _ in range(TIMED_CALLS):

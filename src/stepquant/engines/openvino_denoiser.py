@@ -1,4 +1,4 @@
-"""A packed denoiser that OpenVINO runs: `pipeline.unet = OpenVinoDenoiser(pipeline.unet)`."""
+"""Running a packed denoiser on OpenVINO: `pipeline.unet = OpenVinoDenoiser(pipeline.unet)`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from stepquant.engines.openvino_export import (
     DEFAULT,
     check_exportable,
-    check_no_lora,
+    check_no_lora_branch,
     export_denoiser,
     traced,
 )
@@ -36,7 +36,11 @@ LOGGER = logging.getLogger(__name__)
 
 
 def openvino_package() -> Any:
-    """The package openvino; where it is not installed, the error says what to do."""
+    """Return the package openvino.
+
+    Raises:
+        StepQuantError: it is not installed; the message gives the install command.
+    """
     try:
         import openvino  # not at the top: it is an extra, and takes a second
     except ModuleNotFoundError as error:
@@ -50,13 +54,15 @@ def openvino_package() -> Any:
 
 
 class OpenVinoDenoiser(StandIn):
-    """Takes the calls of a packed denoiser and hands them to OpenVINO.
+    """Runs the calls of a packed denoiser on OpenVINO.
 
-    Compiled for the shapes and other arguments of the first call, and again for others. Codes and
-    integer sums are those of the packed layers; what is float between them is OpenVINO's, so that
-    results differ by float32's rounding. Every other attribute is that of `denoiser`, which stays
-    as it is; changes to it after the first call are not seen. That call is traced: what its Python
-    reads out of a tensor's values stays.
+    The first call compiles a model for its shapes and other arguments; calls with others compile
+    another one. Codes and integer sums are those of the packed layers. OpenVINO computes the float
+    operations between them, so results differ by float32 rounding.
+
+    All other attributes are those of `denoiser`, which stays unchanged. Compilation traces a call,
+    so later changes of `denoiser` have no effect, and values that its Python code reads from
+    tensors become constants.
     """
 
     def __init__(
@@ -66,19 +72,18 @@ class OpenVinoDenoiser(StandIn):
         precision: str = "f32",
         cache: str | Path | None = None,
     ) -> None:
-        """Checks everything, compiles nothing.
+        """Check all arguments; the first call compiles.
 
         Args:
-            denoiser: With packed layers, in float32, on the CPU.
-            device: OpenVINO's name of one: "CPU", "GPU", "NPU", "AUTO".
-            precision: What is not integers is computed in it: "f32"; "bf16" or "f16" is faster
-                where the device has it, and gives other numbers.
-            cache: Folder in which OpenVINO keeps compiled models, so that another process need not
-                compile again.
+            denoiser: a denoiser with packed layers, in float32 on the CPU.
+            device: OpenVINO's name of a device: "CPU", "GPU", "NPU" or "AUTO".
+            precision: precision of the float operations, "f32", "bf16" or "f16". The last two are
+                faster on devices that support them, and change the results.
+            cache: folder for compiled models, which other processes can then load.
 
         Raises:
-            StepQuantError: openvino is not installed or has no such device, or the denoiser has
-                something that it cannot run as the packed layers do.
+            StepQuantError: openvino is not installed or lacks the device, or the denoiser has parts
+                that OpenVINO cannot run like the packed layers.
         """
         openvino = openvino_package()
         if precision not in PRECISIONS:
@@ -111,7 +116,7 @@ class OpenVinoDenoiser(StandIn):
                 "for each sample; the scales of a quantized model depend on it"
             )
         arguments["timestep"] = torch.as_tensor(arguments["timestep"])
-        check_no_lora(self.denoiser)
+        check_no_lora_branch(self.denoiser)
         tensors = [tensor.detach() for tensor in tensors_in(arguments)]
         self._check(arguments, tensors)
         context = StepContext(self.grid)
@@ -127,15 +132,15 @@ class OpenVinoDenoiser(StandIn):
             if tensor.dtype in (torch.float16, torch.bfloat16) or tensor.device.type != "cpu":
                 raise StepQuantError(
                     f"{type(self.denoiser).__name__} was called with a tensor in {tensor.dtype} on "
-                    f"{tensor.device}: expected float32 on the CPU for the backend openvino, whose "
-                    "own device and precision are options"
+                    f"{tensor.device}: expected float32 on the CPU; choose OpenVINO's own device "
+                    "and precision with the options of the backend openvino"
                 )
         for name, value in arguments.items():
             for leaf in tree_leaves(value):
                 if not isinstance(leaf, Tensor | bool | int | float | str | None):
                     raise StepQuantError(
                         f"the denoiser's argument '{name}' holds a {type(leaf).__name__}: expected "
-                        "tensors, numbers, words or None for the backend openvino"
+                        "tensors, numbers, strings or None for the backend openvino"
                     )
 
     @torch.no_grad()
@@ -151,10 +156,10 @@ class OpenVinoDenoiser(StandIn):
         config = self._config()
         try:
             compiled = self.core.compile_model(traced(call, tensors), self.target, config)
-        except Exception as error:  # of many kinds, with pages of text
+        except Exception as error:  # OpenVINO raises many types, with long texts
             raise StepQuantError(
-                f"OpenVINO does not compile {type(self.denoiser).__name__} for its {self.target} "
-                f"({_reason(error)}): expected operators that it knows; {DEFAULT}"
+                f"OpenVINO cannot compile {type(self.denoiser).__name__} for its {self.target} "
+                f"({_reason(error)}): expected operators that it supports; {DEFAULT}"
             ) from error
         self._check_precision(compiled)
         LOGGER.info(
@@ -167,11 +172,11 @@ class OpenVinoDenoiser(StandIn):
         return _Compiled(compiled, template, self.denoiser)
 
     def _config(self) -> dict[str, Any]:
-        # AUTO does not list the second, but hands it on.
+        # The device AUTO does not list the precision as supported, but passes it on.
         config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", PRECISION: self.precision}
         known = set(self.core.get_property(self.target, "SUPPORTED_PROPERTIES"))
         if "DYNAMIC_QUANTIZATION_GROUP_SIZE" in known:
-            config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0  # nothing is rounded that we do not round
+            config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0  # no additional quantization
         if self.target == "CPU":
             config["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
         if self.cache is not None:
@@ -179,25 +184,30 @@ class OpenVinoDenoiser(StandIn):
         return config
 
     def _check_precision(self, compiled: Any) -> None:
-        """An error where the device computes in another precision than it was asked for."""
+        """Check that the device computes in the requested precision.
+
+        Raises:
+            StepQuantError: it computes in another one.
+        """
         if PRECISION not in compiled.get_property("SUPPORTED_PROPERTIES"):
             return
         found = compiled.get_property(PRECISION).to_string()
         if found != self.precision:
             raise StepQuantError(
-                f"OpenVINO's {self.target} computes in {found} where '{self.precision}' was asked "
-                f"for: expected the same; ask for precision '{found}', which gives other numbers"
+                f"OpenVINO's {self.target} computes in {found} instead of the requested "
+                f"'{self.precision}': expected the same; request precision '{found}', which "
+                "changes the results"
             )
 
     def kernels(self) -> dict[str, int]:
-        """Convolutions and matmuls by OpenVINO's kernel, of the model that was compiled last."""
+        """Return the number of convolutions and matmuls by kernel in the last compiled model."""
         if not self._compiled:
             return {}
         return kernel_counts(list(self._compiled.values())[-1].model)
 
 
 def kernel_counts(compiled: Any) -> dict[str, int]:
-    """Convolutions and matmuls of a compiled model, by the kernel's name."""
+    """Return the number of convolutions and matmuls of a compiled model, by name of the kernel."""
     counts: Counter[str] = Counter()
     for operation in compiled.get_runtime_model().get_ops():
         info = operation.get_rt_info()
@@ -210,11 +220,11 @@ def kernel_counts(compiled: Any) -> dict[str, int]:
 @dataclass
 class _Compiled:
     model: Any
-    template: Any  # what the denoiser returned, for the kind of it
+    template: Any  # the denoiser's output, for its type
     denoiser: nn.Module
 
     def run(self, tensors: list[Tensor]) -> Any:
-        """What the denoiser returns for `tensors`, the rows first."""
+        """Return the denoiser's output for `tensors`, of which the first are the rows."""
         arrays = [tensor.contiguous().numpy() for tensor in tensors]
         (found,) = self.model(arrays, share_inputs=True).values()
         prediction = prediction_in(self.template, self.denoiser)
@@ -222,30 +232,30 @@ class _Compiled:
 
 
 class _Call(nn.Module):
-    """The denoiser's call with the tensors of `arguments` as arguments one after another."""
+    """A call of the denoiser that takes the tensors in `arguments` as positional arguments."""
 
     def __init__(self, exported: nn.Module, context: StepContext, arguments: dict[str, Any]):
         super().__init__()
         self.exported, self.context, self.arguments = exported, context, arguments
 
     def output(self, rows: Tensor, *tensors: Tensor) -> Any:
-        """What the denoiser returns."""
+        """Return the denoiser's output."""
         self.context.rows = rows
         return self.exported(**with_tensors(self.arguments, iter(tensors)))
 
     def forward(self, rows: Tensor, *tensors: Tensor) -> Tensor:
-        """The prediction."""
+        """Return the prediction."""
         return prediction_in(self.output(rows, *tensors), self.exported)
 
 
 def _reason(error: Exception) -> str:
-    """The line of OpenVINO's message that tells most, or the last one."""
+    """Return the most informative line of OpenVINO's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "No conversion rule" in line or "::" in line]
     return (telling or lines or [type(error).__name__])[-1][:200]
 
 
 def description(value: Any) -> str:
-    """What decides the graph of a call: all but the numbers in its tensors."""
+    """Describe the arguments that the graph of a call depends on: all but values of tensors."""
     described = tree_map_only(Tensor, lambda each: f"{each.dtype} {tuple(each.shape)}", value)
     return repr(described)

@@ -1,14 +1,15 @@
 """A packed denoiser as one module of operators that OpenVINO runs on integers.
 
 A packed layer computes `s * (sum(q * w) - z * sum(w)) + bias` from codes `q`, with the step's scale
-`s` and zero point `z`. Here `q` is a FakeQuantize of the constant range 0..2^bits - 1 and step 1
-over the layer's own whole numbers `round(x / s) + z`: it only clamps, so that codes are those of
-the packed layer bit by bit. With weights that are int8 differences times a scale, OpenVINO's low
-precision transformations make of it a convolution or matmul of u8 by i8 with int32 sums. They need
-ranges that are constants; `s` and `z` stay outside, so that one compiled model serves all steps.
+`s` and zero point `z`. The export computes `round(x / s) + z` itself and applies a FakeQuantize
+with the constant range 0..2^bits - 1 and step 1, which only clamps. The codes are therefore exactly
+those of the packed layer. Weights are int8 differences times a scale, so OpenVINO's low precision
+transformations turn the product into a convolution or matmul of u8 by i8 with int32 sums. These
+transformations need constant ranges. `s` and `z` stay outside of them, so one compiled model serves
+all steps.
 
-The zero point's share `z * sum(w)` is taken off the sum. Zero padding has the code zero here, not
-`z`: at borders `sum(w)` is over what lies in the image.
+The zero point's share `z * sum(w)` is subtracted from the sum. Zero padding has the code zero here,
+not `z`, so at borders `sum(w)` covers only the weights inside the image.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ DEFAULT = "draw with the default backend, which runs it"
 
 
 class ExportLayer(nn.Module):
-    """What a `IntegerLayer` computes in float32, from whole numbers.
+    """The computation of an `IntegerLayer` in float32, on integer values.
 
-    Its constants for a shape of its input are found by a forward that is not traced, and are there
-    in the one that is.
+    Run a forward without tracing first: it computes the constants for the input's shape, which the
+    traced forward then uses.
     """
 
     def __init__(self, layer: IntegerLayer) -> None:
@@ -57,7 +58,7 @@ class ExportLayer(nn.Module):
         self._sums: dict[tuple[int, ...], Tensor] = {}  # see `_weight_sums`
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the packed layer, for `x` in float32."""
+        """Return the packed layer's output for `x` in float32."""
         scaled, inverse = x, None
         if self.inverse_channel_scale is not None:
             inverse = self._along_channels(self.inverse_channel_scale, x)
@@ -73,7 +74,7 @@ class ExportLayer(nn.Module):
             if self.bypass is not None:
                 errors.append(part - (codes - zero_point) * scale)
             sums = self._weight_sums(index, part)
-            if self.steps == 1:  # constants all of them but the products
+            if self.steps == 1:  # everything but the products is constant
                 product = self._product(codes, index) * scale - (zero_point * sums) * scale
             else:
                 product = (self._product(codes, index) - zero_point * sums) * scale
@@ -87,7 +88,7 @@ class ExportLayer(nn.Module):
         return y if self.step_bias is None else y + self._bias_of_step(self.step_bias, y)
 
     def _product(self, codes: Tensor, index: int) -> Tensor:
-        """`sum(codes * w)` of part `index`."""
+        """Return `sum(codes * w)` of input part `index`."""
         weight = self.differences[index]
         scale = self.weight_scale[index].view(-1, *(1,) * (weight.dim() - 1))
         return self._apply_weight(codes, weight.to(torch.float32) * scale)
@@ -99,7 +100,10 @@ class ExportLayer(nn.Module):
         return F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation)
 
     def _weight_sums(self, index: int, x: Tensor) -> Tensor:
-        """`sum(w)` of part `index` over what lies in the image: `[C_out]`, `[1, C_out, H', W']`."""
+        """Return `sum(w)` of input part `index` over the weights inside the image.
+
+        The shape is `[C_out]` for linear layers and `[1, C_out, H', W']` for convolutions.
+        """
         padded = self.spec.kind == "conv2d" and self.spec.padding != (0, 0)
         size = tuple(int(length) for length in x.shape[2:]) if padded else ()
         if (index, *size) not in self._sums:
@@ -115,13 +119,16 @@ class ExportLayer(nn.Module):
         return self._sums[(index, *size)]
 
     def _of_step(self, table: Tensor, x: Tensor) -> Tensor:
-        """Entries of `table [T]` for the samples of `x`, in its rank: `[1, ...]` or `[B, ...]`."""
+        """Return the entries of `table [T]` for the samples of `x`, `[1, ...]` or `[B, ...]`.
+
+        The result has as many dimensions as `x`.
+        """
         if self.steps > 1:
             table = table.index_select(0, spread_rows(self.context.rows, x.shape[0]))
         return table.view(-1, *(1,) * (x.dim() - 1))
 
     def _bias_of_step(self, table: Tensor, y: Tensor) -> Tensor:
-        """Rows of `table [T, C_out]` for the samples of `y`, to be added to it."""
+        """Return the rows of `table [T, C_out]` for the samples of `y`, in a shape to add to it."""
         if len(table) > 1:
             table = table.index_select(0, spread_rows(self.context.rows, y.shape[0]))
         if self.spec.kind == "linear":
@@ -135,9 +142,12 @@ class ExportLayer(nn.Module):
 
 
 def export_denoiser(denoiser: nn.Module, device: str = "CPU") -> tuple[nn.Module, StepContext]:
-    """A copy of a packed `denoiser` that traces, and the context whose `rows` it reads.
+    """Return a traceable copy of a packed `denoiser`, and the context whose `rows` it reads.
 
-    The copy takes the rows of a step as they stand in the context: nothing reads its timestep.
+    The copy does not derive rows from its timestep: the caller sets them in the context.
+
+    Raises:
+        StepQuantError: see `check_exportable`.
     """
     check_exportable(denoiser, device)
     quantized = [m for m in denoiser.modules() if isinstance(m, IntegerLayer | PackedAttention)]
@@ -157,7 +167,12 @@ def export_denoiser(denoiser: nn.Module, device: str = "CPU") -> tuple[nn.Module
 
 
 def check_exportable(denoiser: nn.Module, device: str = "CPU") -> None:
-    """An error that names what OpenVINO's `device` cannot run as the packed layers do, and why."""
+    """Check that OpenVINO's `device` can run `denoiser` like its packed layers.
+
+    Raises:
+        StepQuantError: it has no packed layer, is offloaded or not in float32, has a LoRA or log2
+            attention probabilities, or its integer sums would saturate on this CPU.
+    """
     layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, IntegerLayer)}
     if not layers:
         raise StepQuantError(
@@ -166,16 +181,16 @@ def check_exportable(denoiser: nn.Module, device: str = "CPU") -> None:
         )
     if hasattr(denoiser, "_hf_hook"):
         raise StepQuantError(
-            f"{type(denoiser).__name__} is offloaded by accelerate: expected one that is on the "
-            "CPU as it is; the backend openvino has memory of its own"
+            f"{type(denoiser).__name__} is offloaded by accelerate: expected it on the CPU, "
+            "because the backend openvino manages its own memory; load it without offloading"
         )
     dtype = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), torch.float32)
     if dtype != torch.float32:
         raise StepQuantError(
-            f"{type(denoiser).__name__} is in {dtype}: expected float32 for the backend openvino, "
-            "whose option precision chooses what it computes in; load it in float32"
+            f"{type(denoiser).__name__} is in {dtype}: expected float32, because the option "
+            "precision of the backend openvino sets the arithmetic; load it in float32"
         )
-    check_no_lora(denoiser)
+    check_no_lora_branch(denoiser)
     for name, module in denoiser.named_modules():
         if isinstance(module, PackedAttention) and bool(module.probability_log2.any()):
             steps = int(module.probability_log2.sum())
@@ -187,14 +202,18 @@ def check_exportable(denoiser: nn.Module, device: str = "CPU") -> None:
     for name, layer in layers.items():
         if device in ("CPU", "AUTO") and layer.spec.pair_overflows_int16 and _saturates(layer.spec):
             raise StepQuantError(
-                f"the layer '{name}' has w{layer.spec.weight_bits}a{layer.spec.activation_bits} "
-                "and this CPU no VNNI, so that OpenVINO's integer kernels would saturate: expected "
+                f"the layer '{name}' is w{layer.spec.weight_bits}a{layer.spec.activation_bits} and "
+                "this CPU has no VNNI, so OpenVINO's integer kernels would saturate: expected "
                 f"fewer bits or a CPU with VNNI; {DEFAULT} exactly"
             )
 
 
-def check_no_lora(denoiser: nn.Module) -> None:
-    """An error that names a layer with a LoRA, which a compiled model would leave out."""
+def check_no_lora_branch(denoiser: nn.Module) -> None:
+    """Check that no layer has a LoRA branch.
+
+    Raises:
+        StepQuantError: a layer has one; a compiled model would ignore changes of its scale.
+    """
     for name, _, lora, _ in named_branches(denoiser):
         raise StepQuantError(
             f"the layer '{name}' has the LoRA '{lora}': expected none for the backend openvino, "
@@ -203,9 +222,9 @@ def check_no_lora(denoiser: nn.Module) -> None:
 
 
 def traced(call: nn.Module, tensors: list[Tensor]) -> Any:
-    """OpenVINO's model of `call`, for the shapes of `tensors`.
+    """Return OpenVINO's model of `call` for the shapes of `tensors`.
 
-    By its frontend, not by `openvino.convert_model`, which reports each use to its makers.
+    This uses OpenVINO's frontend directly, because `openvino.convert_model` sends telemetry.
     """
     from openvino import PartialShape
     from openvino._offline_transformations import apply_moc_transformations
@@ -213,25 +232,25 @@ def traced(call: nn.Module, tensors: list[Tensor]) -> Any:
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing: shapes and rows are part of the key
+        warnings.simplefilter("ignore")  # tracer warnings: constants depend on the cache key only
         decoder = TorchScriptPythonDecoder(call, example_input=tuple(tensors), skip_freeze=True)
     frontend = FrontEndManager().load_by_framework("pytorch")
     loaded = frontend.load(decoder)
     for place, tensor in zip(loaded.get_inputs(), tensors, strict=True):
         loaded.set_partial_shape(place, PartialShape(list(tensor.shape)))
     model = frontend.convert(loaded)
-    # Ranges of FakeQuantize become constants, without which nothing runs on integers.
+    # Integer kernels need FakeQuantize ranges that are constants; this folds them.
     apply_moc_transformations(model, cf=False)
     return model
 
 
 def _saturates(spec: LayerSpec) -> bool:
-    """Whether u8 by i8 kernels of this machine's CPU saturate; what is not x86 has others."""
+    """Whether u8 by i8 kernels saturate on this CPU, which only x86 CPUs without VNNI do."""
     return ONEDNN.why_not(spec, torch.device("cpu")) is None and pairs_saturate()
 
 
 def _alike(table: Tensor) -> bool:
-    """Whether all rows of `table [P, T]` are alike."""
+    """Whether `table [P, T]` has equal values at all steps."""
     return bool((table == table[:, :1]).all())
 
 

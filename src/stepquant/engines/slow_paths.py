@@ -1,4 +1,4 @@
-"""What of a packed model runs slower here than it could, told in sentences."""
+"""Report of a packed model's slow fallbacks on this machine, in sentences."""
 
 from __future__ import annotations
 
@@ -21,21 +21,25 @@ from stepquant.runtime.layers.integer import FLOATS, IntegerLayer
 from stepquant.runtime.ops import native
 from stepquant.support.refusal import RefusalCode
 
-# The lines about kernels say these already.
+# Reasons that the sentences about kernels already give.
 TOLD_OF_KERNELS = (RefusalCode.NO_VNNI, RefusalCode.OTHER_KERNEL, RefusalCode.NO_PRODUCTS)
 
 
 def slow_paths(model: nn.Module | DiffusionPipeline) -> list[str]:
-    """One sentence for each thing that is slower than it could be on this machine, and why.
+    """Return one sentence per fallback that is slow on this machine, with its reason.
 
-    `model`: a pipeline or its denoiser. The sentences describe its present state: ask after a call,
-    or after `set_backend`. The list is empty where nothing is slower, and for a model without
-    packed layers. The numbers are the same either way, except where docs/explanation/runtime.md
-    says otherwise of fused blocks.
+    Args:
+        model: a pipeline or its denoiser, in its present state. Call this after a call of the
+            denoiser or after `set_backend`.
+
+    Returns:
+        The sentences; none if everything runs on the fast path, or if the model has no packed
+        layers. Fallbacks compute the same numbers, with the exceptions for fused blocks in
+        docs/explanation/runtime.md.
     """
     if isinstance(model, DiffusionPipeline):
         model = denoiser_of(model)
-    # Layers that are offloaded one by one are elsewhere between two calls.
+    # Layers with sequential offloading are on the meta device between two calls.
     layers = [
         module
         for module in model.modules()
@@ -53,7 +57,7 @@ def _on_reference(layers: list[IntegerLayer]) -> Iterable[str]:
     for layer in layers:
         for part in layer.prepared_parts():
             if part.weight.kernel.name == Backend.REFERENCE:
-                asked = f"the backend '{layer.backend}' was asked for"
+                asked = f"the backend '{layer.backend}' was chosen"
                 reasons["; ".join(part.weight.reasons) or asked] += 1
     for reason, count in reasons.items():
         yield f"{count} layer inputs run on the reference kernel: {reason}"
@@ -88,8 +92,8 @@ def _without_library(layers: list[IntegerLayer]) -> Iterable[str]:
     )
     for why, count in slow.items():
         yield (
-            f"{count} of {len(parts)} layer inputs run on oneDNN's kernels, which each call sets "
-            f"up anew: {why}"
+            f"{count} of {len(parts)} layer inputs run on oneDNN's kernels, which every call sets "
+            f"up again: {why}"
         )
     reason = native.why_not()
     if reason is not None and any(layer.why_no_codes() is None for layer in layers):
@@ -123,23 +127,23 @@ def _dtype(model: nn.Module) -> Iterable[str]:
     dtypes = {parameter.dtype for parameter in model.parameters()} - set(FLOATS)
     for dtype in sorted(dtypes, key=str):
         yield (
-            f"what is {dtype} is rounded in several passes and its blocks run layer by layer: the "
-            "fused forms take float32 and bfloat16"
+            f"{dtype} activations are rounded in several passes, and their blocks run layer by "
+            "layer: the fused forms take float32 and bfloat16"
         )
 
 
 def _unrecorded(model: nn.Module) -> Iterable[str]:
     reason = state.why_not(model)
     if reason is not None and reason.code not in TOLD_OF_KERNELS:
-        yield f"calls run their Python anew each time, as they are not recorded: {reason}"
+        yield f"each call runs its Python code, because calls are not recorded: {reason}"
 
 
 def _threads() -> Iterable[str]:
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    # torch's default is a thread for each core, not for each of its hardware threads.
+    # torch's default is one thread per core, not per hardware thread.
     processors = min(processors, psutil.cpu_count(logical=False) or processors)
     if torch.get_num_threads() < processors:
         yield (
-            f"torch uses {torch.get_num_threads()} of {processors} processors: OMP_NUM_THREADS or "
-            "torch.set_num_threads says so"
+            f"torch uses {torch.get_num_threads()} of {processors} processors: set by "
+            "OMP_NUM_THREADS or torch.set_num_threads"
         )

@@ -1,4 +1,4 @@
-"""What a backend's name stands for: a kernel for the layers, or an engine for the denoiser."""
+"""Parsed backend names: a kernel for the layers, or an engine for the whole denoiser."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from stepquant.runtime.kernels.backend import Backend
 
 
 class Engine(str, Enum):
-    """What takes a quantized denoiser's calls."""
+    """The engine that runs a quantized denoiser's calls."""
 
     LAYERS = "layers"
-    """The denoiser itself; `Target.kernel` says what its layers run on."""
+    """The denoiser itself; `Target.kernel` names the kernel of its layers."""
     OPENVINO = "openvino"
     FASTEST = "fastest"
-    """OpenVINO or the layers, whichever is faster here."""
+    """The faster of OpenVINO and the layers on this machine."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class Target:
 
     engine: Engine
     kernel: str = Backend.AUTO.value
-    """The kernel that layers run on where they run; "auto": the best one."""
+    """Kernel of the layers; "auto" chooses the best one for each."""
     device: str | None = None
-    """OpenVINO's name of a device; None for other engines."""
+    """OpenVINO's name of the device; None for other engines."""
 
     @classmethod
     def parse(cls, backend: str) -> Target:
-        """Read `openvino`, `openvino:DEVICE`, `fastest`, or a kernel's name as in `Backend`.
+        """Parse `openvino`, `openvino:DEVICE`, `fastest`, or the name of a kernel as in `Backend`.
 
-        `openvino` alone is for the CPU. Any other name counts as a kernel's: the registry knows
-        which ones there are (`kernels.choose`).
+        The default device of `openvino` is the CPU. Any other name is taken for a kernel's, which
+        `kernels.choose` checks later.
         """
         backend = str(backend)
         name, _, device = backend.partition(":")

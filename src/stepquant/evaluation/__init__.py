@@ -1,7 +1,7 @@
 """Quality and latency of a model.
 
-The names below are loaded when they are first used: `import stepquant.evaluation` itself is cheap,
-and torchmetrics, of the `[evaluate]` extra, is imported by the first metric that is computed.
+`import stepquant.evaluation` is cheap: each public name is imported at its first use, and the first
+metric that is computed imports torchmetrics, which the `[evaluate]` extra installs.
 """
 
 from __future__ import annotations

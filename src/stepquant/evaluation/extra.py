@@ -1,4 +1,4 @@
-"""The guard around imports that belong to the `[evaluate]` extra."""
+"""Guard for the imports that need the `[evaluate]` extra."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from stepquant.support.errors import StepQuantError
 
 @contextmanager
 def evaluate_extra() -> Iterator[None]:
-    """Import torchmetrics inside this: where it is not installed, the error says what to do.
+    """Context for imports of torchmetrics: a missing package becomes a helpful error.
 
-    The imports inside stand in functions, not at the top of their files, because torchmetrics
-    takes longer to import than the rest of `stepquant` and most commands never need it.
+    Callers import torchmetrics inside functions, not at the top of their files, because it takes
+    longer to import than the rest of `stepquant` and most commands never need it.
 
     Raises:
-        StepQuantError: torchmetrics cannot be found.
+        StepQuantError: torchmetrics is not installed; the message gives the install command.
     """
     try:
         yield

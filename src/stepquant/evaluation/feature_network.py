@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def _convolution(c_in: int, c_out: int, size: int, stride: int = 1) -> nn.Sequential:
-    """A convolution without bias and its batch normalisation."""
+    """A convolution without bias, followed by batch normalization."""
     return nn.Sequential(
         nn.Conv2d(c_in, c_out, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(c_out)
     )
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: `[N, C_in, H, W]` to `[N, C_out, H/s, W/s]`."""
+    """Two 3x3 convolutions with a shortcut: `[N, C_in, H, W]` to `[N, C_out, H/s, W/s]`."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -33,22 +33,23 @@ class ResidualBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity() if same else _convolution(c_in, c_out, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the block."""
+        """Output `[N, C_out, H/s, W/s]` of the block for `x [N, C_in, H, W]`."""
         y = self.second(torch.relu(self.first(x)))
         return torch.relu(y + self.shortcut(x))
 
 
 class FeatureNetwork(nn.Module):
-    """A residual classifier of small images; `forward` gives its penultimate features.
+    """A residual classifier of small images; `forward` returns its penultimate features.
 
-    A 3x3 stem of `width` channels, three stages of `width`, 2 `width` and 4 `width` channels, and
-    a 1x1 convolution to `features` channels whose rectified output is averaged over space, as
-    Inception's pool is: the features are non-negative and depend on texture as well as on class.
+    The network has a 3x3 stem of `width` channels, three stages of `width`, 2 `width` and 4 `width`
+    channels, and a 1x1 convolution to `features` channels. Its rectified output is averaged over
+    space, as in Inception's last pooling layer, so the features are non-negative and depend on
+    texture as well as on class.
 
     Args:
         in_channels: channels of an image.
         width: channels of the stem and of the first stage.
-        features: length D of the feature vector, kept as `num_features`.
+        features: length D of the feature vector, available as `num_features`.
         classes: number of logits.
         blocks: residual blocks in each of the three stages.
         first_stride: stride of the first stage; 2 makes the network three to four times cheaper,
@@ -81,18 +82,18 @@ class FeatureNetwork(nn.Module):
         self.head = nn.Linear(features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Penultimate features, `[N, D]` float32, of `images`, float `[N, C, 32, 32]` in [0, 1]."""
+        """Penultimate features `[N, D]`, float32, of `images [N, C, 32, 32]`, float in [0, 1]."""
         x = torch.relu(self.stem(images * 2 - 1))
         x = torch.relu(self.project(self.stages(x)))  # [N, D, H', W']
         return x.float().mean((2, 3))
 
     def classify(self, images: Tensor) -> Tensor:
-        """Logits, `[N, classes]`, of `images`, float `[N, C, 32, 32]` in [0, 1]."""
+        """Logits `[N, classes]` of `images [N, C, 32, 32]`, float in [0, 1]."""
         return self.head(self.forward(images))
 
 
 class ReadyFeatures(nn.Module):
-    """Hands ready features `[N, D]` through: what torchmetrics takes in place of a network."""
+    """Identity network that lets torchmetrics work on precomputed features `[N, D]`."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -104,12 +105,12 @@ class ReadyFeatures(nn.Module):
 
 
 def frechet_metric(num_features: int) -> FrechetInceptionDistance:
-    """Torchmetrics' Fréchet distance over ready features `[N, num_features]` instead of images.
+    """Torchmetrics' Fréchet distance over precomputed features `[N, num_features]`, not images.
 
-    Its sums are float64 whatever the features are; `compute` answers in the dtype of the features
-    that were given last, so give it float64. The state of the real side outlives `reset`, and
-    `state_dict` holds all six state tensors (`real_features_sum`, `real_features_cov_sum`,
-    `real_features_num_samples` and the same of `fake_`).
+    The sums are float64 for features of any dtype. `compute` returns the dtype of the features
+    passed last, so pass float64. `reset` keeps the real side, and `state_dict` holds all six state
+    tensors (`real_features_sum`, `real_features_cov_sum`, `real_features_num_samples` and their
+    `fake_` counterparts).
 
     Raises:
         StepQuantError: torchmetrics is not installed, or `num_features` is below one.

@@ -1,4 +1,4 @@
-"""Feature extractors: a trained network, and the statistics of the data it was trained on."""
+"""Feature extractors: a trained network and the statistics of its training data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stepquant.support.errors import StepQuantError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SUFFIX = "-features"
-SIZE = 32  # the networks are trained on 32 x 32 images only
+SIZE = 32  # all networks are trained on 32 x 32 images
 SIZE_KEYS = {"in_channels", "width", "features", "classes"}
 
 
@@ -25,11 +25,11 @@ class FeatureExtractor:
     """Turns images into feature vectors.
 
     Attributes:
-        name: what a distance over these features is called after, `fd_<name>`.
+        name: suffix of the distances over these features, `fd_<name>`.
         num_features: length D of a feature vector.
         reference: state of torchmetrics' Fréchet distance over the training data
             (`real_features_sum [D]`, `real_features_cov_sum [D, D]`, `real_features_num_samples`),
-            to pass to `frechet_distance`, or None where the asset has none.
+            an argument of `frechet_distance`; None if the folder has no statistics.
     """
 
     def __init__(
@@ -54,17 +54,17 @@ class FeatureExtractor:
     def _features(self, images: Tensor) -> Tensor:
         images = images.to(self.device)
         if images.dtype != torch.uint8:
-            # Saved images, the reference's among them, have 8 bits: judge what would be saved.
+            # Saved images have 8 bits, and so had those behind the reference statistics.
             images = (images.float() * 255).round()
         pixels = images.float().div(255).contiguous(memory_format=torch.channels_last)
         return self.network(pixels).cpu()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of `images`, in batches.
+        """Features of `images`, computed in batches.
 
         Args:
             images: `[N, C, 32, 32]`, uint8, or floating point in [0, 1]. Floating-point images
-                are rounded to 8 bits first, so that they give what they would give once saved.
+                are rounded to 8 bits first, so their features are those of the saved images.
 
         Returns:
             `[N, D]` float32 on the CPU.
@@ -88,16 +88,16 @@ class FeatureExtractor:
         return torch.cat([self._features(part) for part in images.split(self.batch)]).clone()
 
     def classes(self, images: Tensor) -> Tensor:
-        """The class that the network's classifier assigns each of `images` to.
+        """The class that the network's classifier assigns to each image.
 
         Args:
-            images: as for features.
+            images: as in `__call__`.
 
         Returns:
-            `[N]` int64 on the CPU: numbers of classes, in the order of the training data.
+            `[N]` int64 on the CPU: class numbers of the training data.
 
         Raises:
-            StepQuantError: as for features.
+            StepQuantError: as in `__call__`.
         """
         features = self(images).to(self.device)
         with torch.no_grad():
@@ -105,7 +105,11 @@ class FeatureExtractor:
 
 
 def check_unit_range(images: Tensor, what: str) -> None:
-    """Raise a StepQuantError unless `images` is floating point with finite values in [0, 1]."""
+    """Require floating-point `images` with finite values in [0, 1]; errors call them `what`.
+
+    Raises:
+        StepQuantError: another dtype, or a value that is NaN or outside [0, 1].
+    """
     if not images.is_floating_point():
         raise StepQuantError(
             f"{what} have dtype {images.dtype}: expected floating point in [0, 1]; "
@@ -122,17 +126,18 @@ def check_unit_range(images: Tensor, what: str) -> None:
 def load_features(
     name_or_path: str | Path, device: str | torch.device = "cpu", batch: int = 100
 ) -> FeatureExtractor:
-    """The feature extractor of a shipped name or of a folder.
+    """Load a feature extractor by the name of a shipped one or from a folder.
 
     Args:
         name_or_path: a name such as "fashion", which means `stepquant/assets/fashion-features`,
             or the path of a folder that `training/train_features.py` wrote: `config.json`,
-            `model.safetensors` and, if there is a reference, `train_statistics.safetensors`.
-        device: where the network runs.
-        batch: images per pass.
+            `model.safetensors` and, optionally, `train_statistics.safetensors`.
+        device: device of the network.
+        batch: images per forward pass.
 
     Raises:
-        StepQuantError: there is no such name or folder, or a file in it is not as expected.
+        StepQuantError: no such name or folder, or a file in the folder is unreadable or does not
+            match its `config.json`.
     """
     folder = Path(name_or_path)
     if folder.name == str(name_or_path) and (ASSETS / f"{name_or_path}{SUFFIX}").is_dir():
@@ -153,12 +158,12 @@ def load_features(
         if found != wanted:
             raise StepQuantError(
                 f"tensor '{key}' of {folder / 'model.safetensors'} is {found}: expected {wanted} "
-                "from config.json; write the folder anew with training/train_features.py"
+                "from config.json; write the folder again with training/train_features.py"
             )
         if not bool(weights[key].isfinite().all()):
             raise StepQuantError(
-                f"tensor '{key}' of {folder / 'model.safetensors'} has values that are not "
-                "finite: write the folder anew with training/train_features.py"
+                f"tensor '{key}' of {folder / 'model.safetensors'} has values that are not finite: "
+                "write the folder again with training/train_features.py"
             )
     network.load_state_dict(weights)
     reference = None
@@ -173,7 +178,7 @@ def load_features(
 
 
 def _build(path: Path) -> FeatureNetwork:
-    """The untrained network that the `sizes` of a `config.json` describe."""
+    """The network described by `sizes` in a `config.json`, without its weights."""
     try:
         config: Any = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -197,7 +202,7 @@ def _build(path: Path) -> FeatureNetwork:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file."""
+    """All tensors of a safetensors file, by name."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""How long callables take, in turns, in one process."""
+"""Latency of several callables, timed in turns in one process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from stepquant.support.errors import StepQuantError
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one callable took, in milliseconds.
+    """Latency of one callable, in milliseconds.
 
     Attributes:
-        median_ms: median of the timed runs.
-        p10: 10th percentile in milliseconds.
-        p90: 90th percentile in milliseconds.
+        median_ms: median of the timed runs, ms.
+        p10: 10th percentile, ms.
+        p90: 90th percentile, ms.
         runs: number of timed runs.
     """
 
@@ -29,7 +29,7 @@ class Timing:
 
 
 def _wait_for_device() -> None:
-    """Wait for queued CUDA work, which returns to Python before it is done."""
+    """Wait for queued CUDA work: kernel launches return before the kernels finish."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -41,26 +41,26 @@ def measure_latency(
     leads: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time callables in turns, in one process, and give their medians.
+    """Time callables in turns, in one process, and return their medians and percentiles.
 
-    Every round runs each callable once, so that a change in the machine's speed (other processes,
-    heat, clock) touches all of them alike. Each round starts with the next callable, so that none
-    always runs after the same one. What a callable returns is dropped.
+    Every round runs each callable once, so a change in the machine's speed (other processes, heat,
+    clock) affects all of them alike. The order rotates from round to round. Return
+    values are discarded.
 
     Args:
-        callables: what to time, by name.
+        callables: the callables by name.
         repeats: timed rounds, one or more.
-        warmup: rounds before them that are not timed, zero or more.
-        leads: calls of the same callable right before each timed one, zero or more. A sampler
-            calls its denoiser again and again, and finds its memory in the caches.
+        warmup: untimed rounds before them, zero or more.
+        leads: untimed calls of a callable right before each of its timed calls, zero or more. They
+            warm the CPU caches, as the repeated calls of a sampler do.
         clock: a monotonic clock in seconds, read before and after each timed call.
 
     Returns:
         A `Timing` per name, in the order of `callables`.
 
     Raises:
-        StepQuantError: there is nothing to time, or `repeats` or `warmup` is too small. What a
-            callable raises goes through.
+        StepQuantError: `callables` is empty, or `repeats`, `warmup` or `leads` is too small.
+            Exceptions of the callables propagate.
     """
     if not callables:
         raise StepQuantError("there are no callables to time: expected one or more, by name")
@@ -95,10 +95,10 @@ def _summary(milliseconds: list[float]) -> Timing:
 
 
 def ratios(timings: Mapping[str, Timing], baseline: str) -> dict[str, float]:
-    """How many times faster than `baseline` each one is: median over median, 1.0 for itself.
+    """Speedup of each entry over `baseline`: the ratio of medians, 1.0 for the baseline itself.
 
     Raises:
-        StepQuantError: `baseline` is not among `timings`, or a median is zero.
+        StepQuantError: `baseline` is not in `timings`, or a median is zero.
     """
     if baseline not in timings:
         raise StepQuantError(

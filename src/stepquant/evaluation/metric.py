@@ -1,4 +1,4 @@
-"""What a metric is, the registry of all metrics, and how `evaluate` chooses and computes them."""
+"""The type and the registry of metrics, and how `evaluate` chooses and computes them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Better = Literal["higher", "lower"]
 Need = Literal["features", "labels", "prompts"]
 
-# What `evaluate` computes for everybody, in the order of its record.
+# Metrics that `evaluate` computes by default, in the order of its record.
 DEFAULT = ("paired_psnr", "paired_ssim", "noise_error", "frechet_distance")
 HOW_TO = {
     "features": "a feature network; name one with features= or --features",
@@ -34,10 +34,17 @@ HOW_TO = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models that drew images from the same seeds: what a metric may use besides the images.
+    """Context of a metric: the two models that drew the images, and how they were sampled.
 
-    `candidate` is the model in question, `reference` its float model. `conditioning` says what the
-    images are of, `features` is the feature network, if one was named.
+    Attributes:
+        candidate: the pipeline under evaluation, usually a quantized one.
+        reference: its float pipeline.
+        steps: sampling steps of both.
+        scheduler: the sampler's name, or None for the pipeline's own.
+        seed: seed of the first image; both models use the same seeds.
+        conditioning: prompts, labels and guidance of the images.
+        reporter: where progress is shown.
+        features: the feature network, or None if the user named none.
     """
 
     candidate: DiffusionPipeline
@@ -50,11 +57,11 @@ class Comparison:
     features: FeatureExtractor | None = None
 
     def labels(self, count: int) -> list[int] | None:
-        """The class of each of the first `count` images; None if they are of no classes."""
+        """Class numbers of the first `count` images; None for a model without class labels."""
         return self.conditioning.arguments(self.reference, 0, count).get("class_labels")
 
     def prompts(self, count: int) -> list[str] | None:
-        """The prompt of each of the first `count` images; None if there are no prompts."""
+        """Prompts of the first `count` images; None for a model without prompts."""
         return self.conditioning.arguments(self.reference, 0, count).get("prompt")
 
 
@@ -65,7 +72,7 @@ Compute = Callable[[Tensor, Tensor, Comparison], dict[str, Any]]
 class Metric:
     """A function that compares two sets of images, and how tables show its result.
 
-    See `register_metric`.
+    `register_metric` describes the fields.
     """
 
     name: str
@@ -78,23 +85,23 @@ class Metric:
     summary: Callable[[Any], dict[str, Any]] | None
 
     def key_in(self, record: Mapping[str, Any]) -> str:
-        """The key of the value that tables show."""
+        """Key of the main value in `record`."""
         return named(self.key, record)
 
     def cell(self, record: Mapping[str, Any]) -> tuple[str, Any]:
-        """`(heading, value)` of this metric's column in a table with a row for each model."""
+        """`(heading, value)` of this metric's column in a table with one row per model."""
         value = record.get(self.key_in(record))
         if self.summary is not None and value is not None:
             value = next(iter(self.summary(value).values()))
         return named(self.column, record), value
 
     def cell_of_float(self, record: Mapping[str, Any]) -> Any:
-        """The same for the float model that `record` compares with; None if it has no value."""
+        """The float model's value for the same column; None if the metric has none."""
         return None if self.of_float is None else record.get(named(self.of_float, record))
 
 
 def named(text: str, record: Mapping[str, Any]) -> str:
-    """`text` with the name of the feature network for `{features}`."""
+    """`text` with `{features}` replaced by the name of the feature network."""
     return text.replace("{features}", str(record.get("features")))
 
 
@@ -113,21 +120,22 @@ def register_metric(
     needs: tuple[Need, ...] = (),
     summary: Callable[[Any], dict[str, Any]] | None = None,
 ) -> Callable[[AnyCompute], AnyCompute]:
-    """Decorator: make a function known as the metric `name`.
+    """Decorator that registers a function as the metric `name`.
 
     The function takes `images` and `float_images`, each `[N, C, H, W]` in [0, 1] and paired by
-    seed, and a `Comparison`. It returns JSON values by the keys that they get in the record.
+    seed, and a `Comparison`. It returns a dictionary of JSON values that `evaluate` adds to its
+    record.
 
     Args:
-        name: what `metrics=` and `--metric` call it.
-        key: the key of its main value, which tables show.
+        name: the name in `metrics=` and `--metric`.
+        key: the key of the main value, which tables show.
         better: whether a "higher" or a "lower" value is better.
-        column: heading of its column in tables with a row for each model; `key` if not given.
-        of_float: the key of the float model's own value, for metrics that have one.
-        needs: what it cannot do without: "features", "labels" or "prompts". `evaluate` refuses the
-            metric where that is missing, before it samples.
-        summary: labels and numbers that tables show in the place of a value that is no number; the
-            first one goes into the column.
+        column: heading of the column in tables with one row per model; `key` by default.
+        of_float: the key of the float model's own value, if the metric computes one.
+        needs: required inputs: "features", "labels" or "prompts". Without them, `evaluate` leaves a
+            default metric out, and refuses one that the user named before it samples.
+        summary: for a main value that is not a number: labels and numbers that tables show instead.
+            The first number goes into the column.
 
     `key`, `column` and `of_float` may contain `{features}`, the name of the feature network.
 
@@ -154,10 +162,10 @@ def register_metric(
 
 
 def chosen_metrics(names: Iterable[str], comparison: Comparison) -> list[Metric]:
-    """The default metrics that have what they need, then those of `names`.
+    """The default metrics whose needs are met, then the metrics of `names`.
 
     Raises:
-        StepQuantError: one of `names` is unknown, or lacks what it needs.
+        StepQuantError: one of `names` is unknown, or `comparison` lacks an input that it needs.
     """
     chosen = [METRICS[name] for name in DEFAULT]
     chosen = [metric for metric in chosen if not missing(metric, comparison)]
@@ -173,7 +181,7 @@ def chosen_metrics(names: Iterable[str], comparison: Comparison) -> list[Metric]
 
 
 def missing(metric: Metric, comparison: Comparison) -> list[Need]:
-    """What `metric` needs and `comparison` has not."""
+    """The inputs that `metric` needs and `comparison` lacks."""
     has = {
         "features": lambda: comparison.features,
         "labels": lambda: comparison.labels(1),
@@ -189,10 +197,18 @@ def measure(
     comparison: Comparison,
     record: dict[str, Any],
 ) -> None:
-    """Add to `record` what `metrics` find.
+    """Compute `metrics` and add their values to `record`.
+
+    Args:
+        metrics: the metrics, in the order of their keys in the record.
+        images: `[N, C, H, W]` in [0, 1], of the candidate.
+        float_images: `[N, C, H, W]` in [0, 1], of the reference, from the same seeds.
+        comparison: the models and how they were sampled.
+        record: changed in place.
 
     Raises:
-        StepQuantError: a metric gives something other than JSON values by keys that are free.
+        StepQuantError: a metric returns something other than a dictionary of JSON values, or a key
+            that the record already has.
     """
     for metric in metrics:
         found = metric.compute(images, float_images, comparison)
@@ -200,13 +216,13 @@ def measure(
             json.dumps(found)
         except (TypeError, ValueError) as error:
             raise StepQuantError(
-                f"metric '{metric.name}' gives what JSON cannot hold ({error}): expected numbers, "
-                "texts and lists by key"
+                f"metric '{metric.name}' returned a value that JSON cannot express ({error}): "
+                "expected a dictionary of numbers, texts and lists"
             ) from error
         if not isinstance(found, dict) or found.keys() & record.keys():
             raise StepQuantError(
-                f"metric '{metric.name}' gives {found!r}: expected a dictionary without the keys "
-                f"that the record has already, {', '.join(record)}"
+                f"metric '{metric.name}' returned {found!r}: expected a dictionary with none of "
+                f"the keys that the record already has, {', '.join(record)}"
             )
         record.update(found)
 
@@ -214,9 +230,9 @@ def measure(
 def table_rows(
     record: Mapping[str, Any], metrics: Iterable[Metric], hidden: Iterable[str]
 ) -> list[dict[str, Any]]:
-    """A row with `measure`, `value` and `better` for all in `record` but `hidden`.
+    """Table rows with `measure`, `value` and `better` for the keys of `record` not in `hidden`.
 
-    Summaries come last. `better` is empty beside a number that is not a metric's main one.
+    Summaries come last. `better` is empty for a value that is not the main one of a metric.
     """
     plain = {key: value for key, value in record.items() if key not in hidden}
     better: dict[str, str] = {}

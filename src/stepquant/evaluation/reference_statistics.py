@@ -1,4 +1,4 @@
-"""Stored sums of a data set's features: the state of torchmetrics' Fréchet distance."""
+"""Stored statistics of a data set's features, as torchmetrics' Fréchet distance keeps them."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ from torch import Tensor
 from stepquant.support.errors import StepQuantError
 
 SUM = "real_features_sum"  # [D]
-OUTER_SUM = "real_features_cov_sum"  # [D, D], sum of f fᵀ, not centred
+OUTER_SUM = "real_features_cov_sum"  # [D, D], sum of f fᵀ, not centered
 COUNT = "real_features_num_samples"  # []
 
 
 def check_statistics(
     statistics: Mapping[str, Tensor], num_features: int, what: str = "the reference statistics"
 ) -> dict[str, Tensor]:
-    """A float64 copy of `statistics`, after a look at every tensor in it.
+    """Check `statistics` and copy them: sums to float64, the count to int64, both on the CPU.
 
     Args:
         statistics: `real_features_sum [D]`, `real_features_cov_sum [D, D]` (the sum of the outer
-            products, not centred) and `real_features_num_samples []`; other keys are left out.
+            products, not centered) and `real_features_num_samples []`; other keys are dropped.
         num_features: D, the expected length of a feature vector.
-        what: how an error calls them.
+        what: the name of the statistics in errors.
 
     Raises:
-        StepQuantError: a tensor is missing, has another shape or values that are not finite, or
-            there are fewer than two samples behind it.
+        StepQuantError: a tensor is missing, has another shape or values that are not finite, or the
+            statistics cover fewer than two samples.
     """
     shapes = {SUM: [num_features], OUTER_SUM: [num_features, num_features], COUNT: []}
     for name, shape in shapes.items():
         found = list(statistics[name].shape) if name in statistics else "missing"
         if found != shape:
             raise StepQuantError(
-                f"'{name}' of {what} is {found}: expected shape {shape}; take statistics of the "
+                f"'{name}' of {what} is {found}: expected shape {shape}; use statistics of the "
                 "same features"
             )
         if not bool(statistics[name].isfinite().all()):
             raise StepQuantError(
-                f"'{name}' of {what} has values that are not finite: collect the statistics anew"
+                f"'{name}' of {what} has values that are not finite: expected finite sums; compute "
+                "the statistics again"
             )
     if int(statistics[COUNT]) < 2:
         raise StepQuantError(

@@ -83,7 +83,7 @@ def read_lora_file(
         if not bool(torch.isfinite(tensor).all()):
             raise StepQuantError(
                 f"{label} has numbers that are not finite in '{key}': the file is damaged or its "
-                "training diverged, so take another one"
+                "training diverged, so use another file"
             )
     return LoraFile(label, tensors, configs)
 
@@ -125,8 +125,8 @@ def _fetch(source: str, weight_name: str | None) -> Path:
         return Path(hf_hub_download(source, name))
     except (OSError, ValueError) as error:
         raise StepQuantError(
-            f"'{source}' is no local file or folder, and '{name}' of a hub repository of that name "
-            f"could not be fetched ({type(error).__name__}): check spelling and network, say "
+            f"'{source}' is not a local file or folder, and '{name}' of a hub repository of that "
+            f"name could not be fetched ({type(error).__name__}): check spelling and network, say "
             "which file with weight_name, or pass the path of a file"
         ) from error
 

@@ -62,12 +62,12 @@ def load_lora(
     _check_scale(scale)
     if NAME.fullmatch(name) is None:
         raise StepQuantError(
-            f"the LoRA is to be called '{name}': expected letters, digits, '_' and '-'"
+            f"the name of a LoRA is '{name}': expected letters, digits, '_' and '-'"
         )
     if name in lora_scales(pipeline):
         raise StepQuantError(
-            f"a LoRA called '{name}' is loaded already: expected another name; unload it first or "
-            "give this one a name of its own"
+            f"a LoRA called '{name}' is loaded already: expected an unused name; unload that LoRA "
+            "first, or choose another name"
         )
     file = read_lora_file(source, weight_name)
     layers = lora_layers(file, pipeline, component)
@@ -77,9 +77,9 @@ def load_lora(
         if part == component and layer_name in scaled:
             step = scaled[layer_name]
             raise StepQuantError(
-                f"{file.label} is for the layer '{layer_name}', whose input or output the step "
-                f"'{step}' of the recipe has divided in its neighbours: expected a checkpoint "
-                f"without that; quantize again with --set {step}.fold=false"
+                f"{file.label} is for the layer '{layer_name}', whose input or output the recipe's "
+                f"step '{step}' rescaled by folding: expected a checkpoint without folded "
+                f"scalings; quantize again with --set {step}.fold=false"
             )
     for layer, weights in layers.values():
         A, B = (matrix.detach().float().clone() for matrix in (weights.A, weights.B))
@@ -134,8 +134,8 @@ def check_no_lora(pipeline: DiffusionPipeline) -> None:
     """
     for lora in lora_scales(pipeline):
         raise StepQuantError(
-            f"the {type(pipeline).__name__} has the LoRA '{lora}' loaded: expected it without; "
-            "call unload_lora first, and load the LoRA into the quantized pipeline"
+            f"the {type(pipeline).__name__} has the LoRA '{lora}' loaded: expected none; call "
+            "unload_lora first, and load the LoRA into the quantized pipeline"
         )
 
 
@@ -176,7 +176,7 @@ def _check_ready(
         # A compiled graph ignores hooks that are added later.
         raise StepQuantError(
             f"{label} is for the layer '{name}' of {component}, which is float and compiled "
-            "already: expected it as it was loaded; load the LoRA before torch.compile"
+            "already: expected it uncompiled; load the LoRA before torch.compile"
         )
 
 

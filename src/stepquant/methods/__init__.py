@@ -1,11 +1,11 @@
-"""One file per idea of a paper; each is a step of a recipe.
+"""The steps of recipes, one file per paper's idea.
 
-A new file needs no line here: the registry finds it.
+The registry imports every file of this room, so a new step needs no line here.
 """
 
 from stepquant.methods.step import STEPS, Step, register_step
 
-# In the order in which errors list the steps.
+# Errors list the steps in this order.
 # isort: off
 from stepquant.methods.weight_dilation import WeightDilation
 from stepquant.methods.smoothing import Smoothing

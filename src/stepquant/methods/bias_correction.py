@@ -74,8 +74,8 @@ class BiasCorrection(Step):
         if layer is None or channels is None:
             what = "is not quantized" if layer is None else "does not give the prediction itself"
             raise StepQuantError(
-                f"step '{self.name}' finds that the last layer '{name}' {what}: expected a "
-                "quantized layer whose results are the prediction; leave the step out"
+                f"step '{self.name}' cannot correct the last layer '{name}', which {what}: "
+                "expected a quantized layer whose output is the prediction; leave the step out"
             )
         return layer, channels
 

@@ -93,7 +93,8 @@ class BlockDistillation(Step):
         if self.steps_together > 1 and self.step_order != "mixed":
             raise StepQuantError(
                 f"step '{self.name}' has step_order {self.step_order} and steps_together "
-                f"{self.steps_together}: expected mixed batches for several steps together"
+                f"{self.steps_together}: expected step_order mixed, because several steps together "
+                "need mixed batches"
             )
 
     def apply(self, session: Session) -> None:

@@ -1,4 +1,4 @@
-"""A recipe: a scheme, how to calibrate, and an ordered list of typed steps. YAML and back."""
+"""Recipes: a scheme, calibration settings and ordered, typed steps, as YAML or objects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stepquant.support.errors import StepQuantError
 from stepquant.support.plugins import PlugIns
 
 SHIPPED = resources.files("stepquant") / "recipes"
-# Each names a package of Python modules, which holds NAME.yaml.
+# Each entry point NAME names an importable package that contains NAME.yaml.
 PLUG_INS = PlugIns("recipe", "stepquant.recipes")
 
 if TYPE_CHECKING:
@@ -36,11 +36,16 @@ SECTIONS = ("scheme", "calibration", "ranges")
 
 
 class Calibration(BaseModel):
-    """Where calibration data come from: the float model's own sampler.
+    """Settings of the calibration data, which the float model's own sampler draws.
 
-    `trajectories` images are sampled in `steps` steps of `scheduler` (None: the pipeline's own),
-    `batch` at once; ranges are taken of the inputs of as many at each step, 64 at most. Fewer take
-    less memory.
+    The ranges of each sampling step come from the inputs of `batch` images, 64 at most. A smaller
+    `batch` takes less memory.
+
+    Attributes:
+        trajectories: number of sampled images.
+        steps: sampling steps of each image.
+        scheduler: name of the scheduler; None keeps the pipeline's own.
+        batch: images sampled at the same time.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,7 +56,7 @@ class Calibration(BaseModel):
 
 
 class Ranges(BaseModel):
-    """How first ranges are found: "minmax", or "mse" (search for the least |error|^2.4)."""
+    """Search for initial ranges: "minmax", or "mse", which minimizes |error|^2.4."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     weights: Literal["minmax", "mse"] = "mse"
@@ -59,22 +64,26 @@ class Ranges(BaseModel):
 
 
 class NamedRecipe(BaseModel):
-    """A recipe of any kind: name, description, and settings with dotted names."""
+    """Base class of recipes: name, description, and settings with dotted names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     description: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values with every default resolved, as checkpoints embed them."""
+        """The recipe as JSON values with every default resolved, as stored in checkpoints."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        """The text that `load_recipe` reads back to an equal recipe."""
+        """The recipe as YAML, which `load_recipe` reads back into an equal recipe."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def override(self, settings: Mapping[str, Any]) -> Self:
-        """A copy with `section.key` or `step.key` set, as `{"block_distillation.batch": 16}`."""
+        """A copy with `section.key` or `step.key` set, such as `{"block_distillation.batch": 16}`.
+
+        Raises:
+            StepQuantError: the recipe has no such setting, or does not accept the value.
+        """
         plain = self.to_dict()
         for dotted, value in settings.items():
             section, _, key = dotted.partition(".")
@@ -106,14 +115,14 @@ class WeightScheme(BaseModel):
 
 
 class WeightRanges(BaseModel):
-    """How the ranges of 4-bit weights are found: "minmax", or "mse" (many times slower)."""
+    """Ranges of 4-bit weights: "minmax", or "mse", a search that is many times slower."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     weights: Literal["minmax", "mse"] = "minmax"
 
 
 class WeightOnlyRecipe(NamedRecipe):
-    """Quantized weights and float activations, without calibration (`weight_only.conversion`)."""
+    """Weight-only quantization without calibration, see `weight_only.conversion`."""
 
     kind: Literal["weight-only"] = WEIGHT_ONLY_KIND
     scheme: WeightScheme = WeightScheme()
@@ -121,7 +130,7 @@ class WeightOnlyRecipe(NamedRecipe):
 
 
 class Recipe(NamedRecipe):
-    """Scheme, calibration, and the steps of `stepquant quantize` in order."""
+    """Scheme, calibration, initial ranges, and the ordered steps of `stepquant quantize`."""
 
     scheme: Scheme = Scheme()
     calibration: Calibration = Calibration()
@@ -167,12 +176,16 @@ def _settable(plain: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _why_not_after(after: Step, before: Step) -> str | None:
-    """What is wrong where the step `after` comes anywhere after `before`, or None."""
+    """The reason why the step `after` must not come after `before`, or None if it may."""
     return after.not_after.get(before.name) or before.not_before.get(after.name)
 
 
 def parse_step(entry: Any) -> Step:
-    """A step from `name` or `{name: {hyper-parameters}}`."""
+    """A step from a `Step`, its name, or `{name: {hyper-parameters}}`.
+
+    Raises:
+        StepQuantError: the step is unknown, or does not accept its hyper-parameters.
+    """
     if isinstance(entry, Step):
         return entry
     if isinstance(entry, str):
@@ -194,7 +207,11 @@ def parse_step(entry: Any) -> Step:
 
 
 def parse_recipe(plain: Any, where: str) -> Recipe | WeightOnlyRecipe:
-    """A recipe from plain values; errors name `where` they came from."""
+    """A recipe from plain values, as YAML gives them; errors start with `where`.
+
+    Raises:
+        StepQuantError: a key or a value is not one of a recipe, or the steps are in a wrong order.
+    """
     if not isinstance(plain, dict):
         raise StepQuantError(
             f"{where} holds a {type(plain).__name__}: expected keys such as name and steps"
@@ -207,7 +224,7 @@ def parse_recipe(plain: Any, where: str) -> Recipe | WeightOnlyRecipe:
 
 
 def _first(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first complaint as one sentence."""
+    """The first error of a validation as one sentence."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, StepQuantError):
@@ -222,7 +239,7 @@ def _first(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _model_at(model: type[BaseModel], place: tuple[int | str, ...]) -> type[BaseModel]:
-    """The model that stands at `place` inside `model`."""
+    """The pydantic model at the location `place` of `model`."""
     for part in place:
         if isinstance(part, str):
             kind = model.model_fields[part].annotation
@@ -232,7 +249,7 @@ def _model_at(model: type[BaseModel], place: tuple[int | str, ...]) -> type[Base
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with stepquant and with installed plug-ins."""
+    """Sorted names of the recipes in stepquant and in installed plug-ins."""
     return sorted({*_shipped(), *PLUG_INS.entries})
 
 
@@ -245,7 +262,7 @@ def _shipped() -> list[str]:
 
 
 def _named(name: str) -> str:
-    """The text of the recipe `name`, one of `recipe_names`."""
+    """The YAML text of the recipe `name`, one of `recipe_names`."""
     if name not in PLUG_INS.entries:
         return (SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
     package = PLUG_INS.load(name, "stepquant" if name in _shipped() else None)
@@ -256,7 +273,14 @@ def _named(name: str) -> str:
 
 
 def load_recipe(name: str | Path | Recipe | WeightOnlyRecipe) -> Recipe | WeightOnlyRecipe:
-    """A recipe by its name, the one in a file (a path that ends in `.yaml`), or `name` itself."""
+    """Load a recipe by its name or from a YAML file; a recipe object is returned as it is.
+
+    Args:
+        name: one of `recipe_names`, or a path that ends in `.yaml` or `.yml`.
+
+    Raises:
+        StepQuantError: no such recipe or file, or the file is not a valid recipe.
+    """
     if isinstance(name, Recipe | WeightOnlyRecipe):
         return name
     text = str(name)

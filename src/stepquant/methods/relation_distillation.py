@@ -120,9 +120,9 @@ class RelationDistillation(TrajectoryDistillation):
         if not isinstance(features, Tensor) or features.dim() not in (3, 4):
             what = tuple(features.shape) if isinstance(features, Tensor) else type(features)
             raise StepQuantError(
-                f"step '{self.name}' found {what} at '{site}': expected features [B, C, H, W] "
-                "with a pixel grid or tokens [B, P, C], which relations are taken of; use "
-                "trajectory_distillation"
+                f"step '{self.name}' found {what} at '{site}': expected features [B, C, H, W] with "
+                "a pixel grid or tokens [B, P, C], to compute relations from; use "
+                "trajectory_distillation instead"
             )
 
     def losses(self, session: Session, inputs: Trajectories) -> tuple[Tensor, Tensor | None]:

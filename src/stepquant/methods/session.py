@@ -1,4 +1,4 @@
-"""The one mutable thing that the steps of a recipe share."""
+"""The mutable state that a recipe's steps share."""
 
 from __future__ import annotations
 
@@ -22,17 +22,33 @@ from stepquant.support.progress import Reporter
 from stepquant.support.work_folder import WorkFolder
 
 IMAGES_FOR_GRADIENTS = 16
-SAMPLES_PER_STEP = 64  # images whose inputs ranges are taken of
+SAMPLES_PER_STEP = 64  # images whose inputs give the ranges
 
 
 @dataclass
 class Session:
-    """A float model, its simulated quantized twin, and what the steps need to work on it.
+    """A float model, its quantized simulation, and everything that the steps need to change it.
 
-    `model` is quantized in place by the steps; `float_model` stays as it was. `summary` collects,
-    step by step, what a user should see (plain JSON values). `draw` samples more trajectories;
-    `scheduler` is the sampler's, set to the calibrated steps. `common_ranges`: all rows of a table
-    start from the range of all steps together. `spill` makes the large tensors of activations.
+    Attributes:
+        float_model: the denoiser in float32; steps leave it unchanged.
+        model: the simulation, which the steps change in place.
+        adapter: the parts of the denoiser's architecture.
+        context: the sampling step of the current call, for all quantizers of `model`.
+        trajectories: the calibration data, inputs of the denoiser.
+        draw: samples more trajectories.
+        scheduler: the sampler's scheduler, set to the calibrated steps.
+        weight_ranges: search for the initial ranges of weights, "minmax" or "mse".
+        activation_ranges: the same for activations.
+        seed: seed of everything random.
+        reporter: where progress is shown.
+        work: finished pieces of the job, for resume.
+        spill: allocates large activations, in files if memory is short.
+        ranges_ready: whether all quantizers have ranges.
+        common_ranges: whether all rows of a step table start from one range over all steps.
+        samples_per_step: images whose inputs give the ranges of a sampling step.
+        gradients: cache of `image_gradients`.
+        spectra: cache of `influence`, by exponent.
+        summary: results for the user, JSON values by step.
     """
 
     float_model: nn.Module
@@ -51,12 +67,12 @@ class Session:
     ranges_ready: bool = False
     common_ranges: bool = False
     samples_per_step: int = SAMPLES_PER_STEP
-    gradients: Tensor | None = None  # once they were asked for
+    gradients: Tensor | None = None
     spectra: dict[float, Tensor] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
 
     def attention(self) -> dict[str, QuantAttention]:
-        """The simulated products of each attention module, by its name."""
+        """The simulated attention products by the name of their attention module."""
         return {
             name.removesuffix(PRODUCTS): products
             for name, products in quant_attention(self.model).items()
@@ -68,13 +84,17 @@ class Session:
 
     @cached_property
     def mixing(self) -> Tensor | None:
-        """How the sampler mixes the predictions of an image, see `calibration.guidance`."""
+        """Weights by which guidance mixes an image's predictions; see `calibration.guidance`."""
         return mixing_weights(self.float_model, self.scheduler, self.trajectories)
 
     def image_gradients(self) -> Tensor:
-        """Of some calibration images by the predictions of all steps, `[T, images, C, H, W]`.
+        """Gradients of calibration images by the predictions of all steps, `[T, images, C, H, W]`.
 
-        With guidance by their mix; StepQuantError where that is not known.
+        With guidance, the gradients are those by the mixed predictions. Computed once, and kept in
+        the work folder.
+
+        Raises:
+            StepQuantError: the way the sampler mixes predictions is not known.
         """
         if self.gradients is None:
             kept = self.work.load("image_gradients")
@@ -94,9 +114,13 @@ class Session:
         return self.gradients
 
     def influence(self, exponent: float) -> Tensor:
-        """What an error of the prediction counts, by step and frequency, `[T, H, W]`.
+        """Weights `[T, H, W]` of prediction errors, by sampling step and spatial frequency.
 
-        Its influence on the image to `exponent`; 1 in the mean.
+        The weights are the influence of an error on the image, raised to `exponent` and scaled to a
+        mean of 1.
+
+        Raises:
+            StepQuantError: as in `image_gradients`.
         """
         if exponent not in self.spectra:
             weights = influence_spectrum(self.image_gradients()).pow(exponent)
@@ -104,7 +128,7 @@ class Session:
         return self.spectra[exponent]
 
     def ensure_ranges(self) -> None:
-        """Initialise all ranges, unless a step has asked for it before."""
+        """Initialize all ranges, once: later calls do nothing. Resumed jobs load them."""
         if self.ranges_ready:
             return
         kept = self.work.load("ranges")
@@ -129,7 +153,11 @@ class Session:
         self.ranges_ready = True
 
     def require_no_ranges(self, step: str) -> None:
-        """For steps that change what ranges are taken of: they must come first."""
+        """Refuse a `step` that changes the tensors behind the ranges once these are set.
+
+        Raises:
+            StepQuantError: ranges are set.
+        """
         if self.ranges_ready:
             raise StepQuantError(
                 f"step '{step}' comes after one that needs ranges: expected it earlier; move it "

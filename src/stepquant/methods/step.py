@@ -1,4 +1,4 @@
-"""What a step of a recipe is, and the registry of all steps."""
+"""The base class of a recipe's steps, and their registry."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from stepquant.simulation.scheme import Scheme
 from stepquant.support.errors import StepQuantError
 from stepquant.support.registry import Registry
 
-# What several steps share in `Step.not_after`: steps that train weights on their grids, and those
-# that make up for the errors of all that came before them.
+# Shared entries of `Step.not_after`: steps that train weights on their grids, and steps that
+# compensate for the errors of all steps before them.
 TRAINING = (
     "block_distillation",
     "block_reconstruction",
@@ -26,21 +26,27 @@ TRAINING = (
     "relation_distillation",
 )
 CORRECTED = {
-    "bias_correction": "which has corrected errors that it would change",
-    "affine_distillation": "which has made up for errors that it would change",
+    "bias_correction": "which corrects the errors of all steps before it",
+    "affine_distillation": "which compensates for the errors of all steps before it",
 }
 
 
 class Step(BaseModel):
-    """Typed hyper-parameters and one method. Unknown keys are errors.
+    """One step of a recipe: typed hyper-parameters and `apply`. Unknown keys are errors.
 
-    `needs_ranges`: False for a step that must come before every step that has it. `trains`: what
-    has gradients at once, by which memory is predicted ("affine": biases and norms of the whole
-    model). `not_after`: the names of steps that must not come anywhere before this one, because it
-    would undo what they did or needs what they have taken away; each with what is wrong, as a
-    relative clause. `not_before`: the same for steps that must not come anywhere after this one; a
-    step of another package needs it where `not_after` of a step of stepquant cannot name it. A
-    recipe in an order that these forbid is refused when it is read.
+    Reading a recipe fails if its order violates `needs_ranges`, `not_after` or `not_before`.
+
+    Attributes:
+        name: the step's name in recipes, a class variable of each subclass.
+        needs_ranges: whether the step works on quantizers with ranges. Steps with False must come
+            before all steps with True.
+        trains: the part of the model that has gradients at the same time ("affine": biases and
+            norms of the whole model). The prediction of memory depends on it.
+        not_after: names of steps that must not come anywhere before this one, because this step
+            would undo them or needs something that they remove. Each maps to the reason, a relative
+            clause for the error message.
+        not_before: the same for steps that must not come anywhere after this one. Steps of other
+            packages need it, because `not_after` of a step in stepquant cannot name them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -52,48 +58,57 @@ class Step(BaseModel):
 
     @property
     def needs_influence(self) -> bool:
-        """Whether the step fails where the influence of errors on the image is not known."""
+        """Whether the step uses the influence of prediction errors on the image.
+
+        Such a step fails if the influence cannot be computed, see `Session.image_gradients`.
+        """
         return False
 
     def check(self, scheme: Scheme) -> None:
-        """An error where the step cannot work with `scheme`; asked before anything is computed."""
+        """Refuse a `scheme` that the step cannot work with, before anything is computed.
+
+        Raises:
+            StepQuantError: the step cannot work with `scheme`.
+        """
 
     def check_model(self, model: nn.Module, adapter: DenoiserAdapter, scheduler: Any) -> None:
-        """An error where the step cannot work with the float `model` or the sampler's `scheduler`.
+        """Refuse a float `model` or a `scheduler` of the sampler before anything is sampled.
 
-        Asked before anything is sampled.
+        Raises:
+            StepQuantError: the step cannot work with `model` or `scheduler`.
         """
 
     def why_idle(self, scheduler: Any, inputs: Trajectories) -> str | None:
-        """Why the step would change nothing with the sampler's `scheduler` and `inputs`, or None.
+        """The reason why the step would change nothing, as a clause, or None if it has an effect.
 
-        Asked before anything is sampled, with what the sampler first calls the denoiser with.
+        Called before anything is sampled, with the sampler's `scheduler` and the `inputs` of its
+        first call of the denoiser.
         """
         return None
 
     def apply(self, session: Session) -> None:
-        """Change `session.model`, and say in `session.summary` what was done."""
+        """Change `session.model` in place and report the result in `session.summary`."""
         raise NotImplementedError
 
 
 STEPS: Registry[type[Step]] = Registry(
     "step", "stepquant.steps", "stepquant.methods", in_order=True
 )
-# Sections of a recipe, which `--set` looks at first, and files that a work folder has anyway.
+# Reserved: sections of a recipe, which `--set` looks up first, and files of every work folder.
 TAKEN = ("scheme", "calibration", "ranges", "trajectories", "image_gradients", "job")
 
 AnyStep = TypeVar("AnyStep", bound=type[Step])
 
 
 def register_step(step: AnyStep) -> AnyStep:
-    """Decorator: make a `Step` known to recipes by its `name`.
+    """Decorator that registers a `Step` under its `name`, for use in recipes.
 
     Raises:
-        StepQuantError: the class is no `Step`, or its name is missing, taken or not a word of
-            lower-case letters, digits and underscores.
+        StepQuantError: the class does not derive from `Step`, or its name is missing, taken,
+            reserved or not a word of lower-case letters, digits and underscores.
     """
     if not (isinstance(step, type) and issubclass(step, Step)):
-        raise StepQuantError(f"{step!r} is no step: expected a class that derives from Step")
+        raise StepQuantError(f"{step!r} is not a step: expected a class that derives from Step")
     name = getattr(step, "name", None)
     if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]*", name) or name in TAKEN:
         raise StepQuantError(

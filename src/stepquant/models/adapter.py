@@ -126,7 +126,7 @@ def adapter_for(model: nn.Module) -> DenoiserAdapter:
             return ADAPTERS[kind.__name__]
     raise StepQuantError(
         f"no adapter for the architecture {type(model).__name__}: expected one of "
-        f"{', '.join(ADAPTERS)}; for any other, quantize(pipeline, "
-        "adapter=general_adapter(pipeline)), or DenoiserPipeline around a module of your own "
-        "(docs/how-to/quantize-a-module.md has the ten lines)"
+        f"{', '.join(ADAPTERS)}; for any other, call quantize(pipeline, "
+        "adapter=general_adapter(pipeline)), or wrap a module of your own in a DenoiserPipeline "
+        "(docs/how-to/quantize-a-module.md)"
     )

@@ -108,8 +108,8 @@ class ModuleAdapter(DiffusersAdapter):
         ]
         if not depends:
             raise StepQuantError(
-                f"{type(model).__name__} has no linear or conv layer that sees the sample: "
-                "expected one that is called as a module"
+                f"{type(model).__name__} has no linear or conv layer that processes the sample: "
+                "expected at least one that is called as a module"
             )
         return {depends[0], [c.name for c in survey.calls[0] if c.name in layers][-1]}
 
@@ -171,8 +171,8 @@ class ModuleAdapter(DiffusersAdapter):
             if reason is not None:
                 raise StepQuantError(
                     f"the module '{name}' {reason}: expected blocks that are called once in a "
-                    "forward, with a row for each sample, and not inside one another; choose other "
-                    "block patterns"
+                    "forward, with a row for each sample, and not nested; choose other block "
+                    "patterns"
                 )
         return found
 
@@ -216,8 +216,9 @@ class ModuleAdapter(DiffusersAdapter):
             names = [[call.name for call in made] for made in calls]
             if names[0] != names[1] or names[0] != names[2]:
                 raise StepQuantError(
-                    f"{type(model).__name__} calls other modules for {BATCHES[1]} samples than for "
-                    f"{BATCHES[0]}, or for other samples: expected the same at every call"
+                    f"{type(model).__name__} calls different modules for {BATCHES[1]} and "
+                    f"{BATCHES[0]} samples, or for different samples: expected the same modules in "
+                    "every call"
                 )
             self._surveyed = (model, _Survey((calls[0], calls[1]), calls[2]))
         return self._surveyed[1]

@@ -68,8 +68,8 @@ class Conditioning:
         call = dict(call or {})
         for name in call.keys() & RESERVED.keys():
             raise StepQuantError(
-                f"the call has a '{name}': expected none, because it is decided elsewhere; use "
-                f"{RESERVED[name]}"
+                f"the call has the argument '{name}', which stepquant sets itself: expected no "
+                f"such argument; use {RESERVED[name]}"
             )
         if guidance is not None and "guidance_scale" in call:
             raise StepQuantError(
@@ -117,8 +117,8 @@ class Conditioning:
         if "prompt" in known:
             if not self.prompts:
                 raise StepQuantError(
-                    f"{what} draws images of prompts and got none: expected some that are like "
-                    "those of its later use; give prompts=[...] or --prompt TEXT, --prompts FILE"
+                    f"{what} needs prompts and got none: expected prompts like those of its later "
+                    "use; pass prompts=[...], --prompt TEXT or --prompts FILE"
                 )
             found["prompt"] = [self.prompts[i % len(self.prompts)] for i in chosen]
         elif "class_labels" in known:
@@ -133,8 +133,8 @@ class Conditioning:
         if not self.labels:
             if classes is None:
                 raise StepQuantError(
-                    f"{type(pipeline).__name__} draws images of classes and does not say how many "
-                    "it has: expected labels; give labels=[...] or --label NUMBER"
+                    f"{type(pipeline).__name__} needs class labels and its config does not give "
+                    "the number of classes: expected labels; pass labels=[...] or --label NUMBER"
                 )
             order = torch.randperm(classes, generator=torch.Generator().manual_seed(0))
             return tuple(order.tolist())
@@ -224,7 +224,7 @@ def described(value: Any, what: str) -> Any:
         return f"{value.__module__}.{value.__qualname__}"
     else:
         raise StepQuantError(
-            f"{what} is a {type(value).__name__}, of which a record cannot say what is in it: "
+            f"{what} is a {type(value).__name__}, whose contents a record cannot describe: "
             "expected numbers, texts, tensors, arrays, images, functions, and lists and "
             "dictionaries of these"
         )

@@ -71,7 +71,7 @@ class DenoiserPipeline(DiffusionPipeline):
             )
         if scheduler is not None and draw is not None:
             raise StepQuantError(
-                "a scheduler and a function that draws were given: expected one of the two"
+                "a scheduler and a function draw were given: expected one of the two; leave one out"
             )
         if scheduler is None:
             scheduler = DDIMScheduler(clip_sample=False) if draw is None else OwnSampler()
@@ -107,7 +107,7 @@ class DenoiserPipeline(DiffusionPipeline):
         if not isinstance(images, Tensor) or images.shape[0] != batch_size or images.dim() != 4:
             what = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise StepQuantError(
-                f"the function that draws gave {what}: expected images [{batch_size}, C, H, W]"
+                f"the function draw returned {what}: expected images [{batch_size}, C, H, W]"
             )
         return ImagePipelineOutput(images=images.float().cpu().permute(0, 2, 3, 1).numpy())
 

@@ -100,8 +100,8 @@ def open_pipeline(
     if isinstance(model, DiffusionPipeline):
         if config is not None:
             raise StepQuantError(
-                f"a config, '{config}', was given for a {type(model).__name__} that is open "
-                "already: expected none, or the name of a single safetensors file as the model"
+                f"the config '{config}' was given for an open {type(model).__name__}: expected no "
+                "config, or the path of a single safetensors file as the model"
             )
         return model
     if not isinstance(model, str | Path):

@@ -70,8 +70,8 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
         raise StepQuantError(f"unknown scheduler '{name}': expected one of {', '.join(SCHEDULERS)}")
     if getattr(pipeline.scheduler, "owns_sampling", False):
         raise StepQuantError(
-            f"scheduler '{name}' was asked for where the user's own function draws: expected own, "
-            "or a DenoiserPipeline without draw"
+            f"scheduler '{name}' was named for a DenoiserPipeline that draws with its own "
+            "function: expected own, or a DenoiserPipeline without draw"
         )
     kind = getattr(diffusers, SCHEDULERS[name])
     flow, own = matches_flow(pipeline.scheduler), type(pipeline.scheduler).__name__
@@ -84,8 +84,9 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
         )
     if kind.__name__ != own and flow and not own.startswith(FLOW):
         raise StepQuantError(
-            f"scheduler '{name}' was asked for in the place of {own}, which was set to match flow: "
-            "expected own, the pipeline's; no other class takes its settings over"
+            f"scheduler '{name}' was named instead of {own}, which is set up for flow matching: "
+            "expected own, the pipeline's scheduler, because no other class takes over its "
+            "settings"
         )
     pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
 

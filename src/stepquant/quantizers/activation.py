@@ -112,7 +112,7 @@ def neighbours(rows: Tensor, batch: int) -> int:
     """
     if batch % rows.numel():
         raise StepQuantError(
-            f"a quantized layer got a leading dimension of {batch} with {rows.numel()} timesteps: "
-            "expected a multiple; pass one timestep, or one for each sample"
+            f"a quantized layer got a batch dimension of {batch} with {rows.numel()} timesteps: "
+            "expected a multiple of that number; pass one timestep, or one for each sample"
         )
     return batch // rows.numel()

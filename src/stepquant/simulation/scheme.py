@@ -90,7 +90,7 @@ class Scheme(BaseModel):
     def _probabilities_with_attention(self) -> Scheme:
         if self.attention_bits is None and self.probability_bits != 8:
             raise StepQuantError(
-                f"probability bits of the scheme is {self.probability_bits} where attention_bits "
+                f"probability_bits of the scheme is {self.probability_bits}, but attention_bits "
                 "leaves attention's products float: expected both; set attention_bits too"
             )
         return self
@@ -99,7 +99,7 @@ class Scheme(BaseModel):
     def _products_of_the_protocol(self) -> Scheme:
         if self.attention_bits is not None and self.protocol == "paper:mpq-dm":
             raise StepQuantError(
-                f"attention bits of the scheme is {self.attention_bits} under the protocol "
+                f"attention_bits of the scheme is {self.attention_bits} under the protocol "
                 f"{self.protocol}, which leaves attention's products float: expected none; leave "
                 "attention_bits out or take the protocol strict"
             )

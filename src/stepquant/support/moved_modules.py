@@ -36,8 +36,8 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Warn, and make `module` return the attributes of the new module."""
         old, new = module.__name__, self._moved[module.__name__]
         warnings.warn(
-            f"the module {old} is now {new}: import it from there; the old name goes with the next "
-            "release",
+            f"the module {old} is now {new}: import it from there; the old name will be removed in "
+            "the next release",
             DeprecationWarning,
             stacklevel=2,
         )

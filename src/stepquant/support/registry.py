@@ -56,7 +56,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         if taken != place:
             raise StepQuantError(
                 f"{self.kind} '{name}' of {'.'.join(place)} has the name of {'.'.join(taken)}: "
-                "expected a name that is free; choose another"
+                "expected an unused name; choose another"
             )
         self._entries[name] = entry
         self._origins[name] = place

@@ -67,8 +67,8 @@ class WorkFolder:
             if record.read_text() != text:
                 raise StepQuantError(
                     f"'{path}' holds the work of another job: expected the same model, sampler, "
-                    "recipe, bits, seed, threads and versions as in its job.json; repeat the first "
-                    "command, or delete the folder to start anew"
+                    "recipe, bits, seed, threads and versions as in its job.json; repeat the "
+                    "first command, or delete the folder to start again"
                 )
             return
         if not record.exists() and is_foreign(path):
@@ -78,16 +78,16 @@ class WorkFolder:
             )
         if record.exists():
             raise StepQuantError(
-                f"'{path}' holds an unfinished job: go on with --resume (resume=True), or delete "
-                "the folder to start anew"
+                f"'{path}' holds an unfinished job: continue with --resume (resume=True), or "
+                "delete the folder to start again"
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
             atomic_write(record, lambda partial: partial.write_text(text))
         except OSError as error:
             raise StepQuantError(
-                f"the work folder '{path}' cannot be made ({error.strerror}): expected a place "
-                "that can be written to, with room; name another output"
+                f"the work folder '{path}' cannot be created ({error.strerror}): expected a "
+                "writable folder with free space; name another output"
             ) from error
 
     def _file(self, key: str) -> Path:
@@ -108,8 +108,8 @@ class WorkFolder:
             atomic_write(file, lambda partial: save_file(apart(tensors), partial))
         except (OSError, SafetensorError) as error:
             raise StepQuantError(
-                f"'{file}' cannot be written ({error}): expected room on the disk; free some and "
-                "go on with --resume"
+                f"'{file}' cannot be written ({error}): expected free space on the disk; free some "
+                "and continue with --resume"
             ) from error
 
     def load(self, key: str) -> dict[str, Tensor] | None:
@@ -125,7 +125,7 @@ class WorkFolder:
         except SafetensorError as error:
             raise StepQuantError(
                 f"'{self._file(key)}' cannot be read ({error}): expected a safetensors file; "
-                "delete it and resume, and its piece is computed again"
+                "delete it and continue with --resume, which computes it again"
             ) from error
 
     def remove(self) -> None:

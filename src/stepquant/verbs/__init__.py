@@ -1,1 +1,1 @@
-"""One function for each verb of the command line, and the planning before it computes."""
+"""One function per verb of the command line, and the checks and plans before it computes."""

@@ -1,4 +1,4 @@
-"""Speed and size of a denoiser beside its float one, in one process, interleaved."""
+"""Latency and size of a quantized denoiser and its float one, timed in turns in one process."""
 
 from __future__ import annotations
 
@@ -38,18 +38,24 @@ def denoiser_call(
     adapter: DenoiserAdapter | None = None,
     runs: nn.Module | None = None,
 ) -> Callable[[], object]:
-    """A call of the denoiser on random input of its own sizes, without arguments.
+    """Return a function without arguments that calls the denoiser on random input.
 
-    `timestep`: for all samples; None is one in the middle. Gives what the denoiser returns, or
-    `runs`, which takes its calls; else a packed model's are recorded where they can be.
+    Args:
+        model: the denoiser; its config gives the shapes of the input.
+        batch: number of samples.
+        timestep: timestep of all samples; None chooses one in the middle.
+        compiled: call the denoiser under `torch.compile`.
+        adapter: adapter of the denoiser; by default the one of its architecture.
+        runs: module that takes the calls instead of `model`. By default, calls of a quantized
+            denoiser are recorded and replayed if possible.
     """
     device = next(model.buffers(), next(model.parameters())).device
     sample, at, conditions = (adapter or adapter_for(model)).random_inputs(model, batch)
     if timestep is not None:
         at = torch.full_like(at, timestep)
-    # Before the clock runs: what is timed is the denoiser, not the way to its device.
+    # Move the input before the clock runs: the transfer is not part of the latency.
     sample, at, arguments = on_device((sample, at, named_arguments(model, conditions)), device)
-    # Compile the module's call as a whole: one graph, whatever the step.
+    # Compile the whole call: one graph serves all timesteps.
     target = torch.compile(model, dynamic=False) if compiled else runs or recorded(model)
 
     def call() -> object:
@@ -70,17 +76,29 @@ def bench(
     adapter: DenoiserAdapter | None = None,
     memory: str = "fast",
 ) -> dict[str, Any]:
-    """Milliseconds of one denoiser call of `model` and of the float model `against`.
+    """Time one denoiser call of the quantized `model` and of the float model `against`.
 
-    Medians of interleaved runs with 10th and 90th percentile for each batch size, and how many
-    times faster. `kind` in the record says what the quantized layers compute with: "integer",
-    "weight-only" or "dynamic" (`runtime.layers.kinds`). Only integer layers have backends and
-    memory modes. `backend`: of these; `openvino`, or `openvino:DEVICE`, adds the model
-    as OpenVINO runs it beside the one on the layers' best kernels, and says which is faster.
-    `slow_paths` is what is slower on this machine than it could be (`engines.slow_paths`).
-    `compiled` adds both under `torch.compile` (the first calls take minutes).
-    `adapter`: as in `quantize`, for an architecture that stepquant does not know. `memory`: the
-    mode, see `set_memory_mode`; the record says what weights take in it.
+    Args:
+        model: a quantized pipeline, its folder, or a hub id.
+        against: the float pipeline, its folder, a hub id, or "builtin:NAME".
+        batch: batch sizes to time.
+        backend: kernel of integer layers, see `engines.backend.set_backend`. `openvino` or
+            `openvino:DEVICE` also times the model on OpenVINO, next to the layers' best kernels.
+        compiled: also time both models under `torch.compile`; the first calls take minutes.
+        repeats: timed rounds; each round calls every model once.
+        reporter: where progress is shown; silent by default.
+        adapter: adapter of an architecture that stepquant does not know, as in `quantize`.
+        memory: memory mode of integer layers, see `set_memory_mode`.
+
+    Returns:
+        JSON values: `rows` with the median, 10th and 90th percentile in ms and the speedup of each
+        model and batch size; `kind`, the arithmetic of the quantized layers ("integer",
+        "weight-only" or "dynamic", see `runtime.layers.kinds`); the number of layer inputs by
+        kernel; the size of the weights in memory; `openvino` with its kernels and which engine is
+        faster, or None; and `slow_paths`, the fallbacks that are slow on this machine.
+
+    Raises:
+        StepQuantError: `model` is not quantized, `against` is, or an argument is not as described.
     """
     reporter = reporter or Reporter(quiet=True)
     for size in batch:
@@ -100,9 +118,9 @@ def bench(
         set_backend(candidate, backend if device is None else "auto")
     elif (backend, memory) != ("auto", "fast"):
         raise StepQuantError(
-            f"the backend '{backend}' and the memory mode '{memory}' were asked for a denoiser "
-            f"whose layers are {kind.value}: expected auto and fast; the others are for integer "
-            "layers"
+            f"the backend '{backend}' and the memory mode '{memory}' were requested for a denoiser "
+            f"whose layers are {kind.value}: expected auto and fast, because only integer layers "
+            "have others"
         )
     openvino = None if device is None else OpenVinoDenoiser(candidate, device)
     adapter = adapter or adapter_of(theirs)

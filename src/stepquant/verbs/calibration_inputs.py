@@ -1,4 +1,4 @@
-"""The trajectories that a recipe is calibrated with."""
+"""The trajectories for the calibration of a recipe."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from stepquant.verbs.quantize_job import Job
 
 
 def calibration_trajectories(job: Job, work: WorkFolder, reporter: Reporter) -> Trajectories:
-    """The float model's trajectories: sampled and kept in `work`, or read from it.
+    """Return the float model's trajectories: sampled and stored in `work`, or read from it.
 
-    Raises StepQuantError where a step needs the influence of errors on the image and guidance
-    hides it; nothing is left in `work` then.
+    Raises:
+        StepQuantError: a step needs the influence of errors on the image, but guidance hides it.
+            `work` is empty then.
     """
     remark = clipping_remark(job.sampler.pipeline.scheduler)
     if remark is not None:
@@ -38,8 +39,8 @@ def calibration_trajectories(job: Job, work: WorkFolder, reporter: Reporter) -> 
         if any(step.needs_influence for step in job.recipe.steps):
             check_unguided(captured)
     except StepQuantError:
-        work.remove()  # nothing is kept yet, and the next try may be another job
+        work.remove()  # it has no results yet, and the next attempt may be another job
         raise
     tensors = captured.to_tensors()
     work.save("trajectories", tensors)
-    return Trajectories.from_tensors(tensors)  # in the memory layout that a resumed run reads back
+    return Trajectories.from_tensors(tensors)  # with the memory layout of a resumed run

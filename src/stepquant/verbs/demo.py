@@ -1,4 +1,4 @@
-"""The main job on an embedded model: quantize four ways, compare, draw."""
+"""The demo: quantize an embedded model in four ways, compare them, and draw images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SHOWN = ("paired_psnr", "frechet_distance")  # metrics with a column of the tabl
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the demo."""
+    """Recipe and bits of one quantized model of the demo."""
 
     recipe: str
     weights: int
@@ -48,7 +48,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """As "dilatequant w4a8"."""
+        """Name in the table, such as "dilatequant w4a8"."""
         return f"{self.recipe} w{self.weights}a{self.activations}"
 
 
@@ -61,7 +61,11 @@ SETTINGS = (
 
 
 def demo_model() -> str:
-    """The embedded model that the demo runs on."""
+    """Return the name of the embedded model for the demo.
+
+    Raises:
+        StepQuantError: this installation has none of the demo's models.
+    """
     for name in PREFERRED:
         if name in builtin_names():
             return BUILTIN + name
@@ -80,11 +84,23 @@ def demo(
 ) -> dict[str, Any]:
     """Quantize an embedded model by two recipes, and compare quality, speed and size.
 
-    Writes to the new folder `out`: the four packed pipelines, `grid.png` (float above quantized,
-    column by column from the same noise) and `demo.json`, the record that is returned; its `table`
-    has one row for each model. `images`: how many are sampled of each. `iterations` of block
-    distillation, fewer than the recipe's own so that the demo ends within minutes. `metrics` names
-    further columns of the table.
+    The new folder `out` gets the four quantized pipelines, `grid.png` (the float model's images
+    above those of the quantized models, each column from the same noise) and `demo.json`, the
+    returned record.
+
+    Args:
+        out: the new folder.
+        images: number of images sampled with each model.
+        iterations: iterations of block distillation. The recipe's own number is larger; with this
+            one the demo takes minutes.
+        reporter: where progress is shown; silent by default.
+        metrics: names of metrics that get a column of their own in the table.
+
+    Returns:
+        The record, JSON values; its `table` has one row per model.
+
+    Raises:
+        StepQuantError: `out` exists, or a metric is unknown.
     """
     reporter = reporter or Reporter(quiet=True)
     shown = [METRICS.find(metric) for metric in dict.fromkeys((*SHOWN, *metrics))]
@@ -144,7 +160,7 @@ def demo(
         0,
         {
             "model": "float32",
-            # Each record says the same of the float model.
+            # All records have the same values of the float model.
             **{metric.cell(quality)[0]: metric.cell_of_float(quality) for metric in shown},
             "ms_per_step": None,
             "times_faster": 1.0,

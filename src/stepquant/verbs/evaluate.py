@@ -1,4 +1,4 @@
-"""Quality of a pipeline beside its float one: the same seeds, the same sampler, real runtimes."""
+"""Quality of a quantized pipeline against its float one: same seeds, same sampler."""
 
 from __future__ import annotations
 
@@ -40,15 +40,37 @@ def evaluate(
     call: Mapping[str, Any] | None = None,
     metrics: str | Sequence[str] = (),
 ) -> dict[str, Any]:
-    """How far `model`'s images are from those of the float model `against`, as JSON values.
+    """Compare images of `model` with those of the float model `against` from the same seeds.
 
-    `num` images of each at the same seeds: paired PSNR and SSIM, relative error of the noise
-    prediction at each step (on the float model's own trajectories), and, where a feature network
-    is named (or known for an embedded model), the Fréchet distance `fd_<features>` to the training
-    data and to the float model's samples, each with a bootstrap interval. `metrics` names others
-    to compute as well, such as those of installed plug-ins. Images `[num, C, H, W]` that exist
-    already can be handed over. `slow_paths` says what of `model` is slower on this machine than it
-    could be. `prompts`, `labels`, `guidance`, `call`: what images are drawn of, as in `quantize`.
+    The default metrics are paired PSNR and SSIM, the relative error of the noise prediction at each
+    sampling step (on the float model's trajectories), and, with a feature network, the Fréchet
+    distance `fd_<features>` to the training data and to the float model's images, each with a
+    bootstrap interval.
+
+    Args:
+        model: the pipeline to evaluate, its folder, or a hub id.
+        against: the float pipeline, its folder, a hub id, or "builtin:NAME".
+        num: images sampled with each model; image i starts from the noise of `seed + i`.
+        steps: sampling steps.
+        scheduler: name of the scheduler; "auto" chooses one, None keeps the pipeline's own.
+        features: name or folder of a feature network; by default that of an embedded model.
+        seed: seed of the first image.
+        batch: images sampled at a time.
+        images: images `[num, C, H, W]` in [0, 1] of `model`, if they exist already.
+        float_images: the same of `against`.
+        reporter: where progress is shown; silent by default.
+        prompts: prompts of the images, as in `quantize`.
+        labels: class labels of the images, as in `quantize`.
+        guidance: scale of classifier-free guidance, as in `quantize`.
+        call: further arguments of the pipeline, as in `quantize`.
+        metrics: names of additional metrics, such as those of installed plug-ins.
+
+    Returns:
+        JSON values: the settings, the values of each metric under its keys, and `slow_paths`, the
+        fallbacks of `model` that are slow on this machine.
+
+    Raises:
+        StepQuantError: a model or an argument is not as described, or a metric lacks its inputs.
     """
     reporter = reporter or Reporter(quiet=True)
     candidate, reference = open_pipeline(model), open_pipeline(against)
@@ -64,7 +86,7 @@ def evaluate(
     comparison = Comparison(
         candidate, reference, steps, scheduler, seed, conditioning, reporter, extractor
     )
-    # An unknown metric is refused before the sampling.
+    # Refuse an unknown metric before sampling.
     chosen = chosen_metrics([metrics] if isinstance(metrics, str) else metrics, comparison)
     settings = (num, steps, seed, scheduler, batch, reporter)
     if float_images is None:

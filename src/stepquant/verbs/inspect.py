@@ -1,4 +1,4 @@
-"""What is inside a model: ranges at each step, unsaturated channels, kurtosis, bits and bytes."""
+"""Layer statistics of a float or a quantized model."""
 
 from __future__ import annotations
 
@@ -52,14 +52,33 @@ def inspect(
     call: Mapping[str, Any] | None = None,
     adapter: DenoiserAdapter | None = None,
 ) -> dict[str, Any]:
-    """Layer by layer, what makes a denoiser hard to quantize, or how it was quantized.
+    """Return statistics of a denoiser's layers.
 
-    A float model is sampled (`num` images): each layer's activation range at every step, the share
-    of in-channels that Weight Dilation can scale, and the kurtosis of its weights. A packed model
-    shows bits, bytes, kernels and its step tables; one that was quantized without calibration, bits
-    and bytes, and no pictures. With `plots`, pictures go to that new folder
-    (needs the extra [evaluate]). `prompts`, `labels`, `guidance`, `call`: what the float model's
-    images are drawn of, and `adapter`, as in `quantize`.
+    - Float model: samples `num` images, and reports each layer's activation range at every step,
+      the share of in-channels that Weight Dilation can scale, and the kurtosis of its weights.
+    - Calibrated model: bits, bytes, kernels and step tables.
+    - Model quantized without calibration: bits and bytes.
+
+    Args:
+        model: a pipeline, its folder, a hub id, or "builtin:NAME".
+        plots: new folder for plots, which need the extra [evaluate]; None draws none.
+        steps: sampling steps of a float model.
+        scheduler: its scheduler; "auto" chooses one, None keeps the pipeline's own.
+        num: number of images.
+        seed: seed of the first image.
+        reporter: where progress is shown; silent by default.
+        prompts: prompts of the images, as in `quantize`.
+        labels: class labels of the images, as in `quantize`.
+        guidance: scale of classifier-free guidance, as in `quantize`.
+        call: further arguments of the pipeline, as in `quantize`.
+        adapter: adapter of an architecture that stepquant does not know, as in `quantize`.
+
+    Returns:
+        JSON values: `packed`, whether the model is quantized; `layers` with a dictionary for each
+        layer; and `plots`, the files drawn.
+
+    Raises:
+        StepQuantError: a model or an argument is not as described, or the model has no plots.
     """
     reporter = reporter or Reporter(quiet=True)
     if plots is not None:
@@ -72,9 +91,8 @@ def inspect(
     elif kind is not None:
         if plots is not None:
             raise StepQuantError(
-                f"the denoiser of {source.kind} was quantized without calibration, and has no "
-                "tables to draw: expected a float model, or one that was calibrated; leave the "
-                "plots out"
+                f"the denoiser of {source.kind} was quantized without calibration and has no step "
+                "tables to plot: expected a float or a calibrated model; leave the plots out"
             )
         record = inspect_weight_only(denoiser, kind)
     else:
@@ -87,7 +105,7 @@ def inspect(
 
 
 def inspect_packed(denoiser: Any) -> dict[str, Any]:
-    """Bits, bytes, kernels and step tables of a packed denoiser's layers and attention products."""
+    """Return bits, bytes, kernels and step tables of a packed denoiser's layers and attention."""
     layers = []
     for name, module in denoiser.named_modules():
         if isinstance(module, IntegerLayer):
@@ -129,7 +147,7 @@ def inspect_packed(denoiser: Any) -> dict[str, Any]:
 
 
 def inspect_weight_only(denoiser: nn.Module, kind: Kind) -> dict[str, Any]:
-    """Bits and bytes of the layers of a denoiser that was quantized without calibration."""
+    """Return bits and bytes of the layers of a denoiser quantized without calibration."""
     layers = [
         {
             "layer": name,
@@ -165,7 +183,7 @@ def inspect_float(
     reporter: Reporter,
     conditioning: Conditioning | None = None,
 ) -> dict[str, Any]:
-    """Ranges by step, unsaturated share and kurtosis of a float denoiser."""
+    """Return ranges by step, unsaturated share and kurtosis for each layer of a float denoiser."""
     trajectories = capture_trajectories(
         source.pipeline, num, steps, seed, scheduler, reporter=reporter, conditioning=conditioning
     )

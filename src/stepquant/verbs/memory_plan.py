@@ -1,4 +1,4 @@
-"""How much memory a calibration will take, before it starts, from the sizes in its model."""
+"""Prediction of a calibration's peak memory from the sizes of its model."""
 
 from __future__ import annotations
 
@@ -20,29 +20,34 @@ from stepquant.support.process_memory import available_bytes, held_bytes
 
 GIB = 2**30
 FLOAT = 4  # bytes
-# What one layer's rounded weight and a range search hold besides the weight, in weights.
+# Copies of a layer's weight in rounding and range search, besides the weight itself.
 TEMPORARIES = 6
-# Gradient, Adam's two moments, and the best state so far, in parameters.
+# Copies of the trained parameters: gradient, Adam's two moments, and the best state so far.
 TRAINING = 4
-# Of the inputs and outputs of all layers of a block, what a training step keeps for its gradients:
-# the input, the rounded input and a mask of each quantized layer among them.
+# Memory that a training step keeps for its gradients, relative to the inputs and outputs of all
+# layers: for each quantized layer the input, the rounded input and a mask.
 KEPT_FOR_GRADIENTS = 2.5
-# Of the largest layer's input and output, what lives at once in a forward without gradients.
+# Memory of a forward without gradients, relative to the largest layer's input and output.
 ALIVE = 4
-SPILL_SHARE = 32  # a tensor that takes this part of the room for activations goes to the disk
-LEAST_SPILL = 16 << 20  # bytes
+SPILL_SHARE = 32  # a tensor larger than room / SPILL_SHARE for activations goes to disk
+LEAST_SPILL = 16 << 20  # bytes; smaller tensors stay in memory
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a denoiser, in numbers of values; activations are those of one sample.
+    """Sizes of a denoiser in numbers of values; activations are those of one sample.
 
-    `parameters` of the whole model, `layer` of its largest layer, `block` of its largest block;
-    `sample` of what it is called with; `flow` of the largest input and output of a module without
-    children, together; `block_flow` the sum of these in the block where it is largest; `block_rows`
-    the largest input and output of a block; `skips` the outputs of all blocks, some of which a
-    forward keeps for later. `affine` biases, and as many gains of norms, which is never less than
-    there are; `whole_flow` the sum of inputs and outputs of all modules without children.
+    Attributes:
+        parameters: parameters of the whole model.
+        layer: parameters of its largest layer.
+        block: parameters of its largest block.
+        sample: the input sample.
+        flow: largest sum of input and output of a module without children.
+        block_flow: sum of these over a block, for the block where it is largest.
+        block_rows: largest sum of a block's input and output.
+        skips: outputs of all blocks, some of which a forward keeps for later blocks.
+        affine: biases and as many gains of norms, an upper bound of both.
+        whole_flow: inputs and outputs of all modules without children.
     """
 
     parameters: int
@@ -61,9 +66,13 @@ class Sizes:
 def sizes_of(
     model: nn.Module, parameters: dict[str, int], blocks: Sequence[str], one: Trajectories
 ) -> Sizes:
-    """Sizes of `model` from a forward of `one`, an input.
+    """Measure the sizes of `model` in a forward of one input.
 
-    `parameters`: numbers in each of its tensors, by name (`FloatState.sizes`).
+    Args:
+        model: the denoiser.
+        parameters: number of values in each of its tensors, see `FloatState.sizes`.
+        blocks: names of the denoiser's blocks.
+        one: one input of the denoiser.
     """
     owner: dict[str, str] = {}
     for block in blocks:
@@ -113,11 +122,14 @@ def _values(tensors: list[Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes at the peak: what the process holds already, and what a calibration adds.
+    """Predicted bytes at the peak of a calibration.
 
-    `model`: the simulation and the packed model. `weights`: training and rounding of the largest
-    block or layer. `forward`: activations of the samples in flight. `data`: inputs, targets and
-    outputs of blocks for all samples, as far as they are kept in memory.
+    Attributes:
+        held: memory of the process before the calibration.
+        model: the simulation and the packed model.
+        weights: training and rounding of the largest block or layer.
+        forward: activations of the batch in flight.
+        data: inputs, targets and outputs of blocks for all samples, as far as they stay in memory.
     """
 
     held: int
@@ -128,13 +140,13 @@ class Prediction:
 
     @property
     def peak(self) -> int:
-        """All of it."""
+        """Sum of all parts, in bytes."""
         return self.held + self.model + self.weights + self.forward + self.data
 
     def describe(self) -> str:
-        """As the end of a sentence, in GiB."""
+        """Return the parts in GiB, as text for a message."""
         parts = {
-            "what is held already": self.held,
+            "the process so far": self.held,
             "the simulated and packed model": self.model,
             "training": self.weights,
             "the activations of a batch": self.forward,
@@ -146,10 +158,17 @@ class Prediction:
 def predict_peak(
     sizes: Sizes, recipe: Recipe, inputs: int, held: int, room: int
 ) -> tuple[Prediction, int]:
-    """The peak of quantizing by `recipe`, and from how many bytes on a tensor goes to the disk.
+    """Predict the peak memory of quantizing by `recipe`.
 
-    `inputs`: of the denoiser for each image and step, two with guidance. `held`: bytes that the
-    process holds now; `room`: bytes that it may hold.
+    Args:
+        sizes: sizes of the denoiser.
+        recipe: the recipe.
+        inputs: inputs of the denoiser per image and step: one, or two with guidance.
+        held: bytes that the process holds now.
+        room: bytes that the process may hold.
+
+    Returns:
+        The prediction, and the size in bytes from which a tensor goes to disk.
     """
     calibration = recipe.calibration
     bits = recipe.scheme.weight_bits / 8
@@ -159,12 +178,12 @@ def predict_peak(
     of_one = FLOAT * (ALIVE * sizes.flow + sizes.skips // 2)
     forward = images * of_one
     weights = FLOAT * TEMPORARIES * sizes.layer
-    captured = FLOAT * 2 * total * sizes.sample  # as recorded, and put in order
+    captured = FLOAT * 2 * total * sizes.sample  # as recorded, and a sorted copy
     data = 0
     for step in recipe.steps:
         if step.trains == "nothing":
             continue
-        # A step of another package may have neither setting; then it may take all at once.
+        # A step of another package may lack these settings; assume that it takes everything.
         batch = getattr(step, "batch", calibration.batch)
         count = {"model": sizes.parameters, "blocks": sizes.block, "affine": sizes.affine}
         trained = TRAINING * count[step.trains]
@@ -181,12 +200,18 @@ def predict_peak(
             data = max(data, samples * sizes.block_rows + kept)
     left = max(0, room - held - model - weights - forward - captured)
     spilled_from = max(LEAST_SPILL, left // SPILL_SHARE)
-    # Where there is not enough room the large ones are spilled.
+    # Large tensors that do not fit are spilled to disk.
     return Prediction(held, model, weights, forward, captured + min(data, left)), spilled_from
 
 
 def check_fits(prediction: Prediction, room: int, what: str, asked: bool) -> None:
-    """An error if `prediction` is more than `room`, bytes in all; `asked`: the user set it."""
+    """Refuse a calibration of `what` that is predicted to exceed `room`, in bytes.
+
+    `asked` says whether the user set the limit, for the message.
+
+    Raises:
+        StepQuantError: the predicted peak exceeds `room`.
+    """
     if prediction.peak <= room:
         return
     whence = "the limit that was set" if asked else "what this process holds and what is free"
@@ -200,7 +225,7 @@ def check_fits(prediction: Prediction, room: int, what: str, asked: bool) -> Non
 
 @dataclass(frozen=True)
 class Plan:
-    """What was predicted, and from how many bytes on a tensor goes to the disk."""
+    """The predicted memory, and the size in bytes from which a tensor goes to disk."""
 
     prediction: Prediction
     spilled_from: int
@@ -215,12 +240,19 @@ def plan_memory(
     first: Callable[[], Trajectories],
     limit: float | None,
 ) -> Plan:
-    """How a calibration of `model`, named `what`, fits in memory.
+    """Plan the memory of a calibration before it allocates anything large.
 
-    `scheduler`: the sampler's. `first`: gives what that first calls the denoiser with. `limit`: GiB
-    that the process may hold, or None for all that is free.
+    Args:
+        model: the float denoiser.
+        what: name of the denoiser in errors.
+        recipe: the recipe.
+        blocks: names of the denoiser's blocks.
+        scheduler: the sampler's scheduler.
+        first: returns the inputs of the sampler's first call of the denoiser.
+        limit: GiB that the process may hold, or None for all free memory.
 
-    Raises StepQuantError where the prediction is more than that, before anything large is done.
+    Raises:
+        StepQuantError: the predicted peak exceeds the limit, or the limit is not above 0.
     """
     if limit is not None and not limit > 0:
         raise StepQuantError(f"the memory limit is {limit!r} GiB: expected a number above 0")

@@ -1,4 +1,4 @@
-"""How a checkpoint was made, as it says itself."""
+"""Provenance of a checkpoint: how it was made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stepquant.support.version import __version__
 def provenance_of(
     seed: int, sampler: ResolvedPipeline, calibration: Calibration, conditioning: Conditioning
 ) -> dict[str, Any]:
-    """Seed, sampler, conditions and versions. Two equal runs get equal values."""
+    """Return seed, sampler, conditions, versions and threads; equal for two equal runs."""
     packages = ("torch", "diffusers", "numpy")
     conditions = conditioning.describe()
     return {
@@ -31,9 +31,9 @@ def provenance_of(
 
 
 def plug_ins_of(recipe: Recipe) -> dict[str, str]:
-    """The installed packages other than stepquant whose steps `recipe` has, each with its version.
+    """Return the versions of the packages, other than stepquant, that provide steps of `recipe`.
 
-    They decide the result as stepquant's own version does.
+    The result depends on them just as on the version of stepquant.
     """
     packages = {STEPS.package(step.name) for step in recipe.steps}
     return dict(sorted(package for package in packages if package is not None))

@@ -1,4 +1,4 @@
-"""The main job: a float pipeline in, a packed pipeline out."""
+"""`quantize`, the main function: from a float pipeline to a packed one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from stepquant.verbs.quantize_job import (
     work_path,
 )
 from stepquant.verbs.quantize_record import record_of
-from stepquant.verbs.quantize_weights import check_unused, quantize_weights
+from stepquant.verbs.quantize_weight_only import check_unused, quantize_weight_only
 from stepquant.verbs.quantized import Quantized
 from stepquant.weight_only.components import add_file_sizes, quantize_components
 
@@ -62,26 +62,44 @@ def quantize(
 ) -> Quantized:
     """Quantize the denoiser of `model` by `recipe` and save the quantized pipeline to `out`.
 
-    `weights`, `activations`: bits, instead of the recipe's. `steps`: sampling steps to calibrate
-    for. `settings`: recipe values by dotted name, as `{"block_distillation.iterations": 300}`.
-    Unfinished work is kept beside `out` (`OUT.work`); with `resume` it is taken up, and the
-    checkpoint comes out byte for byte as if nothing had happened. Without `out` nothing is saved.
-    `prompts`, `labels`: what the calibration images are of, one after another and over again; a
-    pipeline that draws images of texts needs prompts, one that draws images of classes takes all
-    of them unless told otherwise. `guidance`: scale of classifier-free guidance, else the
-    pipeline's. `call`: further arguments of the pipeline, such as `height`. `adapter`: what the
-    denoiser consists of, where stepquant does not know its architecture (`general_adapter`).
-    `components`: others that get 8-bit weights, dequantized on use, as
-    `{"text_encoder": "w8", "vae": "w8"}`; calibration is done with the float ones.
-    `memory`: GiB that the process may take, instead of all that is free: a calibration that is
-    predicted to need more is refused before it starts, and activations that do not fit are kept in
-    files beside `out` meanwhile.
-
-    A weight-only recipe, such as "weight-only", takes `weights` (4 or 8), `out`, `settings` and
-    `components` only. It needs no calibration and streams the files of a folder or hub id to new
+    A weight-only recipe, such as "weight-only", takes only `weights` (4 or 8), `out`, `settings`
+    and `components`. It needs no calibration, and streams the files of a folder or hub id to new
     shards, layer by layer.
 
-    Raises StepQuantError for anything in the input that is not as expected.
+    Args:
+        model: a float pipeline in float32 on the CPU, its folder, a safetensors file, a hub id, or
+            "builtin:NAME".
+        recipe: a recipe, its name, or the path of a YAML file.
+        weights: bits of weights, instead of the recipe's.
+        activations: bits of activations, instead of the recipe's.
+        out: the new folder. None saves nothing.
+        steps: sampling steps to calibrate for, instead of the recipe's.
+        settings: settings of the recipe by dotted name, such as
+            `{"block_distillation.iterations": 300}`.
+        seed: seed of calibration and training.
+        resume: continue the unfinished job in `OUT.work`, the folder next to `out`. The checkpoint
+            is byte for byte that of an uninterrupted run.
+        reporter: where progress is shown; silent by default.
+        prompts: prompts of the calibration images, which take them in turn; required by pipelines
+            that take prompts.
+        labels: class labels of the calibration images, which take them in turn; by default all
+            classes.
+        guidance: scale of classifier-free guidance; by default the pipeline's own.
+        call: further arguments of the pipeline, such as `height`.
+        adapter: the parts of a denoiser whose architecture stepquant does not know, see
+            `general_adapter`.
+        components: other components with 8-bit or 4-bit weights, dequantized on use, such as
+            `{"text_encoder": "w8", "vae": "w8"}`. Calibration uses the float ones.
+        memory: GiB that the process may hold; by default all free memory. A calibration that is
+            predicted to need more is refused before it starts. Activations that do not fit are kept
+            in temporary files next to `out`.
+
+    Returns:
+        The packed pipeline, the simulation, and a record of the run.
+
+    Raises:
+        StepQuantError: the model, the recipe or an argument is not as described, or the calibration
+            would not fit in memory.
     """
     reporter = reporter or Reporter(quiet=True)
     loaded = load_recipe(recipe)
@@ -100,7 +118,7 @@ def quantize(
         }
         check_unused(loaded, unused)
         weight_only = with_settings(loaded, weights, None, None, settings)
-        return quantize_weights(model, weight_only, out, components, reporter)
+        return quantize_weight_only(model, weight_only, out, components, reporter)
     chosen = with_settings(loaded, weights, activations, steps, settings)
     target = check_output(out, resume)
     check_seed(seed)
@@ -116,7 +134,7 @@ def quantize(
         step.apply(session)
     session.ensure_ranges()
     seconds = time.monotonic() - started
-    packed = pack(session.model, job)
+    packed = packed_denoiser(session.model, job)
     result = source.with_denoiser(packed).pipeline
     others = quantize_components(result, job.components)
     record = record_of(job, session, packed, others, seconds, resume)
@@ -126,8 +144,8 @@ def quantize(
     return Quantized(result, session.model, record)
 
 
-def pack(simulation: nn.Module, job: Job) -> nn.Module:
-    """A packed copy of `simulation` that `save_pretrained` can write."""
+def packed_denoiser(simulation: nn.Module, job: Job) -> nn.Module:
+    """Return a packed copy of `simulation`, with the config that `save_pretrained` writes."""
     layers = quant_layers(simulation).values()
     packed = pack_model(copy_around(simulation, layers))
     config = StepQuantConfig(
@@ -141,7 +159,7 @@ def pack(simulation: nn.Module, job: Job) -> nn.Module:
 
 
 def save(result: DiffusionPipeline, component: str, target: Path, record: dict[str, Any]) -> None:
-    """Write the pipeline to `target`, unless a killed run has, and its sizes into `record`."""
+    """Write the pipeline to `target`, unless a killed run did, and add its sizes to `record`."""
     remove_partial(target)
     if not target.exists():
         save_pipeline(result, component, target)

@@ -1,4 +1,4 @@
-"""One run of `quantize`: all that decides its result, checked before anything is computed."""
+"""A run of `quantize`: everything that its result depends on, checked before it computes."""
 
 from __future__ import annotations
 
@@ -40,12 +40,17 @@ AnyRecipe = TypeVar("AnyRecipe", Recipe, WeightOnlyRecipe)
 
 @dataclass(frozen=True)
 class Job:
-    """A float pipeline, and how to quantize it.
+    """A float pipeline and how to quantize it.
 
-    `source`: the float pipeline. `sampler`: the same pipeline with the scheduler that calibration
-    uses. `blocks`: names of the denoiser's blocks. `left_float`: each layer that stays float, and
-    why. `memory`: how the calibration fits. `provenance`: for the checkpoint. The other fields are
-    arguments of `quantize`.
+    Fields not listed here are arguments of `quantize`.
+
+    Attributes:
+        source: the float pipeline.
+        sampler: the same pipeline with the scheduler of the calibration.
+        blocks: names of the denoiser's blocks.
+        left_float: reasons by name of the layers that stay float.
+        memory: predicted memory of the calibration.
+        provenance: JSON values for the checkpoint.
     """
 
     source: ResolvedPipeline
@@ -66,7 +71,7 @@ class Job:
         return self.source.denoiser
 
     def description(self) -> dict[str, Any]:
-        """JSON values that are equal for equal jobs: they identify unfinished work."""
+        """Return JSON values that are equal for equal jobs; they identify unfinished work."""
         return {
             "recipe": self.recipe.to_dict(),
             "provenance": self.provenance,
@@ -75,7 +80,7 @@ class Job:
             "blocks": self.blocks,
             "left_float": self.left_float,
             "skip_splits": self.adapter.skip_splits(self.float_model),
-            # Of a sample, where the user's code says it.
+            # Shape of a sample, if the user's pipeline states it.
             "shape": getattr(self.source.pipeline, "shape", None),
         }
 
@@ -87,7 +92,11 @@ def with_settings(
     steps: int | None,
     settings: Mapping[str, Any] | None,
 ) -> AnyRecipe:
-    """The recipe with the caller's bits, sampler steps and settings."""
+    """Return the recipe with the caller's bits, sampling steps and settings.
+
+    Raises:
+        StepQuantError: the recipe has no such setting, or does not accept a value.
+    """
     overrides = dict(settings or {})
     if weights is not None:
         overrides["scheme.weight_bits"] = weights
@@ -99,20 +108,24 @@ def with_settings(
 
 
 def check_output(out: str | Path | None, resume: bool) -> Path | None:
-    """The folder `out`; an error where it cannot become the result."""
+    """Return the output folder, or None for no output.
+
+    Raises:
+        StepQuantError: `out` exists or is not the name of a folder.
+    """
     if out is None:
         return None
     target = Path(out)
     if target.name in ("", ".."):
         raise StepQuantError(f"output folder is '{out}': expected the name of a new folder")
-    # A kill between the rename of a finished checkpoint and the end leaves both folders.
+    # A run killed after it renamed the finished checkpoint leaves both folders.
     if not (resume and work_path(target).exists()):
         check_new_folder(target)
     return target
 
 
 def work_path(target: Path) -> Path:
-    """The folder for the unfinished work of `target`."""
+    """Return the folder for the unfinished work of `target`."""
     return target.with_name(target.name + ".work")
 
 
@@ -121,9 +134,10 @@ def open_float(
     adapter: DenoiserAdapter | None,
     components: Mapping[str, str],
 ) -> ResolvedPipeline:
-    """The float pipeline `model` with an adapter, ready to be quantized.
+    """Open the float pipeline `model` and find its adapter.
 
-    Raises StepQuantError where its denoiser or one of `components` cannot be.
+    Raises:
+        StepQuantError: the denoiser or one of `components` cannot be quantized.
     """
     source = ResolvedPipeline.of(open_pipeline(model, map_large=True))
     check_no_lora(source.pipeline)
@@ -143,10 +157,11 @@ def plan_job(
     memory: float | None,
     reporter: Reporter,
 ) -> Job:
-    """The job that the arguments of `quantize` describe.
+    """Return the job for the arguments of `quantize`.
 
-    Raises StepQuantError where scheme, steps, sampler, weights or conditions do not fit one
-    another, and where the calibration would not fit in memory.
+    Raises:
+        StepQuantError: scheme, steps, sampler, weights or conditions contradict each other, or the
+            calibration would not fit in memory.
     """
     model, adapter = source.denoiser, adapter_of(source)
     check_finite_weights(model)
@@ -197,10 +212,13 @@ def plan_job(
 def with_own_scheduler(
     pipeline: DiffusionPipeline, recipe: Recipe, settings: Mapping[str, Any] | None
 ) -> tuple[Recipe, str | None]:
-    """The recipe with the pipeline's scheduler where its ddim cannot be meant, and a remark.
+    """Replace the recipe's default scheduler, ddim, by the pipeline's own if ddim does not apply.
 
-    DDIM is for models that predict noise; a recipe has it for want of anything better. What the
-    caller asks for by name is left, and refused later.
+    DDIM is for models that predict noise. A scheduler that the caller named is kept, and refused
+    later.
+
+    Returns:
+        The recipe, and a remark for the user, or None if nothing changed.
     """
     key = "calibration.scheduler"
     asked = key in (settings or {}) or recipe.calibration.scheduler != "ddim"
@@ -215,7 +233,7 @@ def with_own_scheduler(
 def begin_session(
     job: Job, trajectories: Trajectories, work: WorkFolder, reporter: Reporter
 ) -> Session:
-    """The simulation of the float model, and all else that the recipe's steps work on."""
+    """Return a session with the simulation of the float model, ready for the recipe's steps."""
     recipe, calibration = job.recipe, job.recipe.calibration
     context = StepContext(trajectories.grid())
     simulation, left_float = simulate(job.float_model, job.adapter, recipe.scheme, context)

@@ -21,7 +21,7 @@ def record_of(
     seconds: float,
     resumed: bool,
 ) -> dict[str, Any]:
-    """Recipe, bits, bytes, time, memory and what each step reports, as JSON values."""
+    """Return recipe, bits, bytes, time, memory and the summary of each step, as JSON values."""
     sites = job.adapter.attention_sites(job.float_model)
     return {
         "recipe": job.recipe.to_dict(),
@@ -30,7 +30,7 @@ def record_of(
         "mean_weight_bits": mean_weight_bits(packed),
         "float32_bytes": float32_bytes(job.float_model),
         "seconds": round(seconds, 2),
-        "resumed": resumed,  # then seconds and peak memory are those of the last part
+        "resumed": resumed,  # if so, seconds and peak memory cover only the last run
         "predicted_peak_memory_mb": as_mb(job.memory.prediction.peak),
         "peak_memory_mb": round(peak_memory_mb(), 1),
         "left_float": job.left_float,
@@ -43,7 +43,7 @@ def record_of(
 
 
 def mean_weight_bits(model: nn.Module) -> float:
-    """Bits per quantized weight, over all packed layers."""
+    """Return the mean bits per quantized weight of all packed layers."""
     layers = [module for module in model.modules() if isinstance(module, IntegerLayer)]
     weights = sum(layer.spec.columns * layer.spec.out_channels for layer in layers)
     return sum(
@@ -53,7 +53,7 @@ def mean_weight_bits(model: nn.Module) -> float:
 
 
 def reference_layers(model: nn.Module) -> dict[str, str]:
-    """Packed layers that no fast kernel takes on this device, with the reasons."""
+    """Return the reasons by name of the packed layers that no fast kernel takes on this device."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, IntegerLayer) and module.fallback_reasons():

@@ -15,10 +15,13 @@ from stepquant.pipelines.opening import open_pipeline
 
 @dataclass
 class Quantized:
-    """A packed pipeline, the simulation it was packed from, and the record of the run.
+    """A quantized pipeline, the simulation it was packed from, and a record of the run.
 
-    `record` holds plain JSON values: recipe, bits, bytes, seconds, peak memory, and the report of
-    each step. `simulation` is None for a weight-only recipe, which simulates nothing.
+    Attributes:
+        pipeline: the quantized pipeline.
+        simulation: the trainable simulation; None after a weight-only recipe.
+        record: JSON values: recipe, bits, bytes, seconds, peak memory in MB, and the summary of
+            each step.
     """
 
     pipeline: DiffusionPipeline
@@ -27,9 +30,9 @@ class Quantized:
 
 
 class QuantizedFolder(Quantized):
-    """The result in `folder`, whose pipeline is loaded when it is first asked for.
+    """A result in `folder`, whose pipeline is loaded at its first use.
 
-    A weight-only recipe may write a model that does not fit in memory in float32.
+    A weight-only recipe may write a model that would not fit in memory in float32.
     """
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:
@@ -37,7 +40,7 @@ class QuantizedFolder(Quantized):
 
     @cached_property
     def pipeline(self) -> DiffusionPipeline:  # type: ignore[override]
-        """The quantized pipeline."""
+        """The quantized pipeline, loaded at its first use."""
         return open_pipeline(self.folder)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Drawing images: a float or a quantized pipeline, on the backend that the caller names."""
+"""`sample`: draw images with a float or a quantized pipeline on a chosen backend."""
 
 from __future__ import annotations
 
@@ -33,12 +33,28 @@ def sample(
     backend: str = "auto",
     **more: Any,
 ) -> Tensor:
-    """Images of `model` (name, folder, hub id or pipeline), float32 `[num, C, H, W]` in [0, 1].
+    """Draw images with a float or a quantized model.
 
-    Image `i` starts from the noise of seed `seed + i` and is of prompt, or class label, number `i`,
-    over and over again; see `pipelines.sampling.sample_images`. `guidance`: scale of
-    classifier-free guidance, else the pipeline's. `call`, and any other argument by name, goes to
-    the pipeline. `backend`: what a packed model runs on, see `engines.backend.with_backend`.
+    Args:
+        model: a pipeline, its folder, a safetensors file, a hub id, or "builtin:NAME".
+        num: number of images.
+        steps: sampling steps.
+        seed: image i starts from the noise of `seed + i`.
+        scheduler: name of the scheduler; "auto" chooses one, None keeps the pipeline's own.
+        batch: images sampled at a time; their noise does not depend on it.
+        reporter: where progress is shown; silent by default.
+        prompts: prompts, which the images take in turn.
+        labels: class labels, which the images take in turn; by default all classes.
+        guidance: scale of classifier-free guidance; by default the pipeline's own.
+        call: further arguments of the pipeline, such as `height`.
+        backend: engine or kernel of a quantized model, see `engines.backend.with_backend`.
+        **more: further arguments of the pipeline, as in `call`.
+
+    Returns:
+        float32 `[num, C, H, W]` in [0, 1], on the CPU.
+
+    Raises:
+        StepQuantError: a model or an argument is not as described.
     """
     conditioning = Conditioning.of(prompts, labels, guidance, {**(call or {}), **more})
     pipeline = open_pipeline(model)

@@ -1,4 +1,4 @@
-"""Components of a pipeline beside the denoiser, with few-bit weights where they are asked for."""
+"""Weight-only quantization of a pipeline's components other than the denoiser."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ WAYS = {"w8": 8, "w4": 4}
 def check_components(
     pipeline: DiffusionPipeline, denoiser: str, components: Mapping[str, str]
 ) -> None:
-    """An error for a component that is not there, is the denoiser, or a way that is not known."""
+    """Check `components`, a mapping such as `{"vae": "w8"}`, against `pipeline`.
+
+    Raises:
+        StepQuantError: a name is not that of a model in the pipeline or is the denoiser's, or its
+            value is neither "w8" nor "w4".
+    """
     for name, way in components.items():
         others = [
             key
@@ -29,22 +34,35 @@ def check_components(
             if isinstance(part, nn.Module) and key != denoiser
         ]
         if name not in others:
-            hint = "; the recipe says its bits" if name == denoiser else ""
+            hint = "; the recipe sets its bits" if name == denoiser else ""
             raise StepQuantError(
-                f"the component '{name}' of {type(pipeline).__name__} is to have its weights "
-                f"quantized: expected one of {', '.join(others) or 'none'}{hint}"
+                f"the component '{name}' of {type(pipeline).__name__} cannot be quantized: "
+                f"expected one of {', '.join(others) or 'none'}{hint}"
             )
         if way not in WAYS:
             raise StepQuantError(
-                f"the component '{name}' is to be {way!r}: expected one of {', '.join(WAYS)}, "
-                "weights of so many bits that are dequantized on use"
+                f"the component '{name}' is set to {way!r}: expected one of {', '.join(WAYS)}, the "
+                "bits of its weights, which are dequantized on use"
             )
 
 
 def quantize_components(
     pipeline: DiffusionPipeline, components: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Replace each component in `pipeline` by a copy with weights of few bits; a record of each."""
+    """Replace components of `pipeline` by copies with 8-bit or 4-bit weights.
+
+    Args:
+        pipeline: changed in place; the original components are not.
+        components: "w8" or "w4" by component name, as `check_components` accepts them.
+
+    Returns:
+        For each component `bits` ("w8" or "w4"), `layers` (number of quantized layers) and
+        `float32_bytes`.
+
+    Raises:
+        StepQuantError: a component has no layer to quantize, is quantized already, or is not a
+            model of diffusers or transformers.
+    """
     records = {}
     for name, way in components.items():
         part = getattr(pipeline, name)
@@ -59,6 +77,6 @@ def quantize_components(
 
 
 def add_file_sizes(records: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Put into each record what its component takes on disk."""
+    """Add `checkpoint_bytes`, the size of the component's files in `folder`, to each record."""
     for name, record in records.items():
         record["checkpoint_bytes"] = weight_file_bytes(folder, name)

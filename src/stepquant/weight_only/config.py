@@ -1,4 +1,4 @@
-"""Configs of models with weights of few bits that need no calibration."""
+"""Configs for quantization without calibration: weight-only, and W8A8 with dynamic scales."""
 
 from __future__ import annotations
 
@@ -23,26 +23,30 @@ FORMAT_VERSION = 1
 
 
 class WeightOnlyMethod(str, Enum):
-    """diffusers reads `quant_method.value`."""
+    """Values of `quant_method` in configs; an enum because diffusers reads `quant_method.value`."""
 
     WEIGHT_ONLY = "stepquant_weight_only"
     DYNAMIC = "stepquant_dynamic"
 
 
 class WeightOnlyConfig(QuantizationConfigMixin):
-    """Weights of 8 or 4 bits, dequantized on use: the `quantization_config` of such a model.
+    """`quantization_config` of a model with 8-bit or 4-bit weights, dequantized on use.
 
-    `layers`: names of the packed layers. None, for a float model that is quantized while it is
-    loaded, stands for all linear and conv layers that do not share their weight. `bits`: of their
-    weights, 8 or 4. `grids`: how the grids of 4 bits were found, "minmax" or "mse", None for 8
-    bits; loading what has codes does not depend on it.
+    Args:
+        layers: names of the quantized layers. None, for a float model that is quantized while
+            diffusers loads it, selects all linear and conv layers with a weight of their own.
+        format_version: version of the checkpoint format.
+        bits: bits of the weights, 8 or 4.
+        grids: search for the grids of 4-bit weights, "minmax" or "mse"; None for 8 bits. Loading a
+            quantized model does not depend on it.
 
-    Raises StepQuantError for unknown keys, a newer format version and values of the wrong type.
+    Raises:
+        StepQuantError: an unknown key, another format version, or a value of the wrong type.
     """
 
     method: ClassVar[WeightOnlyMethod] = WeightOnlyMethod.WEIGHT_ONLY
     kinds: ClassVar[Kinds] = WEIGHT_ONLY
-    any_conv: ClassVar[bool] = True  # with groups and any padding
+    any_conv: ClassVar[bool] = True  # including convs with groups and any padding mode
 
     def __init__(
         self,
@@ -77,16 +81,20 @@ class WeightOnlyConfig(QuantizationConfigMixin):
 
     @classmethod
     def takes(cls, module: nn.Module, shared: Collection[int] = ()) -> bool:
-        """Whether a layer of these kinds can replace `module`; `shared`: see `why_float`."""
+        """Whether a layer of `kinds` can replace `module`; for `shared` see `why_float`."""
         return why_float(module, any_conv=cls.any_conv, shared=shared) is None
 
     @property
     def names(self) -> list[str]:
-        """`layers` of a model that is quantized already, where they must be known."""
+        """Return `layers` of a quantized model.
+
+        Raises:
+            StepQuantError: the config names no layers, as only that of a float model may.
+        """
         if self.layers is None:
             raise StepQuantError(
-                "the config of a weight-only component names no layers: expected a list of those "
-                "with codes; the folder is damaged"
+                "the config of a weight-only component names no layers: expected a list of the "
+                "quantized layers; the folder is damaged"
             )
         return self.layers
 
@@ -94,12 +102,16 @@ class WeightOnlyConfig(QuantizationConfigMixin):
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """The config that `to_dict` wrote."""
+        """Return the config that `to_dict` wrote; see `WeightOnlyConfig` for its errors."""
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values in a fixed order; `bits` and `grids`, new in the format, below 8 bits."""
+        """Return the config as JSON values in a fixed order.
+
+        `bits` and `grids` are left out at 8 bits, because the first files of this format had
+        neither.
+        """
         few_bits = {"bits": self.bits, "grids": self.grids} if self.bits < 8 else {}
         return {
             **few_bits,
@@ -109,7 +121,7 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         }
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """`to_dict` as indented JSON."""
+        """Return `to_dict` as indented JSON."""
         del use_diff
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
@@ -119,9 +131,10 @@ class WeightOnlyConfig(QuantizationConfigMixin):
 
 
 class DynamicConfig(WeightOnlyConfig):
-    """8-bit weights and activations, on integer kernels; activation scales are found at each call.
+    """`quantization_config` for W8A8 on integer kernels, with activation scales from each call.
 
-    As `WeightOnlyConfig`; convs with groups or padding other than zeros stay float.
+    Arguments and errors are those of `WeightOnlyConfig`, except that `bits` must be 8. Convs with
+    groups or a padding mode other than zeros stay float.
     """
 
     method: ClassVar[WeightOnlyMethod] = WeightOnlyMethod.DYNAMIC
@@ -135,5 +148,5 @@ class DynamicConfig(WeightOnlyConfig):
         if self.bits != 8:
             raise StepQuantError(
                 f"bits of a {type(self).__name__} is {self.bits}: expected 8, the bits of its "
-                "integer kernels; WeightOnlyConfig takes 4, too"
+                "integer kernels; use WeightOnlyConfig for 4"
             )

@@ -1,4 +1,4 @@
-"""Quantizing a pipeline's weights without calibration and without holding a model in memory."""
+"""Weight-only quantization of a pipeline on disk, a few layers in memory at a time."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def pack(
     components: Mapping[str, str] | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Deprecated name of `quantize(model, "weight-only", weights=..., out=...).record`.
+    """Deprecated: call `quantize(model, "weight-only", weights=..., out=...).record`.
 
-    `grids` is the setting `ranges.weights` there; the rest is as in `convert`.
+    `grids` became the setting `ranges.weights`. The other arguments are those of `convert`.
     """
     warnings.warn(
-        "stepquant.api.pack is deprecated, and will be gone in the next release: call "
+        "stepquant.api.pack is deprecated and will be removed in the next release: call "
         f"quantize(model, 'weight-only', weights={weights!r}, out=...), where grids is the setting "
         "'ranges.weights'",
         DeprecationWarning,
@@ -60,17 +60,30 @@ def convert(
     components: Mapping[str, str] | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Write `model` with weights of few bits, dequantized on use, as the new folder `out`.
+    """Quantize the weights of a pipeline without calibration and write it as a new folder.
 
-    No data, no calibration, float activations: smaller, not faster. Weights are read from the
-    safetensors of the folder or hub id `model` one layer at a time and written in shards, so that a
-    model far larger than the memory can be quantized. `weights`: 8, or 4, of the denoiser, whose
-    input and output layers stay float. `grids` of 4 bits: "minmax", or "mse" (the least
-    |error|^2.4 of the weights: many times slower, and not always better pictures). `components`:
-    others, models of diffusers, as `{"vae": "w8"}`; the rest is copied. Gives a record: bytes,
-    seconds, peak memory, and each component's own.
+    Activations stay float, so the model becomes smaller, not faster. The function reads the
+    safetensors files one layer at a time and writes shards, so a model may be far larger than the
+    memory. The input and output layers of the denoiser stay float if its architecture is known.
 
-    Raises StepQuantError for anything in the input that is not as expected.
+    Args:
+        model: a diffusers folder, a hub id or "builtin:NAME".
+        out: the new folder; it appears complete or not at all.
+        weights: bits of the denoiser's weights, 8 or 4.
+        grids: search for the grids of 4-bit weights: "minmax", or "mse", which minimizes
+            |error|^2.4 of the weights. "mse" is many times slower and does not always give better
+            images.
+        components: "w8" or "w4" for other models of diffusers in the pipeline, such as
+            `{"vae": "w8"}`. The rest is copied.
+        reporter: where progress is shown; silent by default.
+
+    Returns:
+        A record of JSON values: sizes in bytes of the denoiser, seconds, peak memory in MB, and an
+        entry for each quantized component.
+
+    Raises:
+        StepQuantError: the model, a component or a setting is not as described, `out` exists, or a
+            weight is not finite.
     """
     reporter = reporter or Reporter(quiet=True)
     check_weight_only_bits(weights, "bits of the denoiser's weights")
@@ -82,7 +95,7 @@ def convert(
     if is_single_file(source):
         raise StepQuantError(
             f"'{source}' is a single file: expected a diffusers pipeline folder or a hub id, whose "
-            "names of tensors are those of the model; load the file, and save it as a folder"
+            "tensor names are those of the model; load the file and save it as a folder"
         )
     folder = local_folder(source)
     check_folder(folder)
@@ -106,7 +119,7 @@ def convert(
         shutil.copytree(folder, partial_folder, ignore=left_out, dirs_exist_ok=True)
         for name, way in ways.items():
             kept = partial(_outer_layers, reporter) if name == denoiser else lambda _: ()
-            records[name] = _pack_one(
+            records[name] = _quantize_one(
                 folder / name, partial_folder / name, way, grids, kept, reporter
             )
     return {
@@ -134,20 +147,20 @@ def _checked(
     for name, way in components.items():
         if name not in others:
             raise StepQuantError(
-                f"the component '{name}' is to be packed: expected one of "
-                f"{', '.join(others) or 'none'}, the models of diffusers beside the denoiser"
+                f"the component '{name}' cannot be quantized: expected one of "
+                f"{', '.join(others) or 'none'}, the models of diffusers other than the denoiser"
             )
         if way not in WAYS:
             raise StepQuantError(
-                f"the component '{name}' is to be {way!r}: expected one of {', '.join(WAYS)}"
+                f"the component '{name}' is set to {way!r}: expected one of {', '.join(WAYS)}"
             )
     return components
 
 
-def _pack_one(
+def _quantize_one(
     source: Path, target: Path, way: str, grids: str, kept: Any, reporter: Reporter
 ) -> dict[str, Any]:
-    """Pack the component in `source` and weigh it."""
+    """Quantize the component in `source` into `target`, and return its record."""
     bits = WAYS[way]
     found = stream_weights(
         source,
@@ -169,12 +182,12 @@ def _pack_one(
 
 
 def _outer_layers(reporter: Reporter, model: nn.Module) -> Collection[str]:
-    """The layers that see the sample or give the result, as far as the architecture is known."""
+    """Return the names of the input and output layers; none for an unknown architecture."""
     adapter = ADAPTERS.get(type(model).__name__)
     if adapter is None:
         reporter.line(
-            f"the architecture {type(model).__name__} is not known: its input and output layers "
-            "are packed like all others"
+            f"the architecture {type(model).__name__} is unknown, so its input and output layers "
+            "are quantized like all others"
         )
         return ()
     return adapter.input_output_layers(model)

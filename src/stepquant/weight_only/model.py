@@ -1,4 +1,4 @@
-"""Putting weight-only layers into a model, and checking what was loaded into them."""
+"""Replacing layers of a model by weight-only ones, and checks of their loaded tensors."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ Config = TypeVar("Config", bound=WeightOnlyConfig)
 TENSORS = {
     "weight": torch.int8,
     "weight_scale": torch.float32,
-    "weight_zero_point": torch.uint8,  # below 8 bits
+    "weight_zero_point": torch.uint8,  # only with less than 8 bits
 }
-MINMAX = "minmax"  # what a config calls grids that cover the extremes
+MINMAX = "minmax"  # value of `grids` in configs: the grid covers the smallest and largest weight
 
 
 def resolved(config: Config, model: nn.Module, what: str, kept: Collection[str] = ()) -> Config:
-    """`config` with the names of the layers of the float `model` that it stands for.
+    """Return a copy of `config` that names the layers of the float `model` to quantize.
 
-    If it names none itself, the layers `kept`, those that share their weight with another module,
-    and subclasses of both kinds, stay float.
-    Raises StepQuantError if nothing is left, or for a name that the model does not have.
+    If `config` names no layers, these are all linear and conv layers except those in `kept`, those
+    that share their weight with another module, and instances of subclasses.
+
+    Raises:
+        StepQuantError: no layer is left, or `config` names a layer that `model` does not have. The
+            message calls the model `what`.
     """
     if config.layers is not None:
         check_names(model, config)
@@ -46,15 +49,18 @@ def resolved(config: Config, model: nn.Module, what: str, kept: Collection[str] 
 
 
 def resolved_at_load(config: Config, model: nn.Module) -> Config:
-    """`resolved`, for a float model that is quantized while it is loaded; `config` stays as it is.
+    """Return the resolved config of a float model that is quantized while it is loaded.
 
-    Raises StepQuantError for grids that only packing searches, besides.
+    `config` itself stays unchanged.
+
+    Raises:
+        StepQuantError: as in `resolved`, or `grids` asks for a search, which loading does not do.
     """
     if config.grids not in (None, MINMAX):
         raise StepQuantError(
             f"grids of a {type(config).__name__} for a float model is {config.grids!r}: expected "
-            f"'{MINMAX}', the only ones that are found while a model is loaded; stepquant quantize "
-            "--recipe weight-only finds others"
+            f"'{MINMAX}', the only search at load; run stepquant quantize --recipe weight-only for "
+            "another"
         )
     found = resolved(config, model, type(model).__name__)
     found.grids = MINMAX if config.bits < 8 else None
@@ -66,7 +72,11 @@ def _with_layers(config: Config, layers: list[str]) -> Config:
 
 
 def check_names(model: nn.Module, config: WeightOnlyConfig) -> None:
-    """An error for a name in `config` that is not one of a layer in the float `model`."""
+    """Check that each name in `config` is that of a layer that can be quantized.
+
+    Raises:
+        StepQuantError: `model`, a float model, has no such layer, or it has to stay float.
+    """
     modules = dict(model.named_modules())
     for name in config.names:
         if name not in modules or not config.takes(modules[name]):
@@ -79,7 +89,7 @@ def check_names(model: nn.Module, config: WeightOnlyConfig) -> None:
 
 
 def tensor_keys(bits: int) -> tuple[str, ...]:
-    """What a weight-only layer of `bits` bits holds beside its bias."""
+    """Return the names of a weight-only layer's tensors other than its bias."""
     return tuple(TENSORS)[: 3 if bits < 8 else 2]
 
 
@@ -89,10 +99,20 @@ def put_layers(
     empty: bool = False,
     find: GridSearch = minmax_weight_range,
 ) -> set[str]:
-    """Weight-only layers where the config names them; names of their codes and scales.
+    """Replace the layers that `config` names by weight-only ones, in place.
 
-    `empty`: on the meta device, to be loaded into; else with the weights rounded, below 8 bits on
-    the grids that `find` chooses.
+    Args:
+        model: the float model.
+        config: names of layers, and bits.
+        empty: make the new layers on the meta device, for tensors from a file. By default they hold
+            the rounded weights.
+        find: search for the grids of weights with less than 8 bits.
+
+    Returns:
+        Names of the new layers' codes, scales and zero points in the state dict.
+
+    Raises:
+        StepQuantError: see `check_names`.
     """
     check_names(model, config)
     chosen = set(config.names)
@@ -108,9 +128,10 @@ def put_layers(
 
 
 def put_layer(model: nn.Module, name: str, weight: Tensor, config: WeightOnlyConfig) -> None:
-    """One weight-only layer in the place of the float layer `name`, for its `weight [C_out, ...]`.
+    """Replace the float layer `name` by a weight-only one with the float `weight [C_out, ...]`.
 
-    Grids of few bits cover the extremes. The bias stays what it is, and may be loaded afterwards.
+    Grids of less than 8 bits cover the smallest and largest weight. The bias is kept, and may be
+    loaded later.
     """
     layer = model.get_submodule(name)
     layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -120,7 +141,11 @@ def put_layer(model: nn.Module, name: str, weight: Tensor, config: WeightOnlyCon
 
 
 def check_tensor(name: str, tensor: Tensor, wanted: Tensor) -> None:
-    """Dtype and shape, before a tensor is put in place."""
+    """Check a loaded tensor against the one that it replaces.
+
+    Raises:
+        StepQuantError: dtype or shape differ.
+    """
     if tensor.dtype != wanted.dtype or tensor.shape != wanted.shape:
         raise StepQuantError(
             f"tensor '{name}' is {tensor.dtype} of shape {list(tensor.shape)}: expected "
@@ -130,7 +155,12 @@ def check_tensor(name: str, tensor: Tensor, wanted: Tensor) -> None:
 
 
 def check_loaded(model: nn.Module, config: WeightOnlyConfig) -> None:
-    """Every layer that `config` names has its codes, positive finite scales, and zero points."""
+    """Check that all layers named in `config` have valid codes, scales and zero points.
+
+    Raises:
+        StepQuantError: a tensor is missing or of another dtype, a scale is not positive and finite,
+            or a zero point exceeds 15.
+    """
     for name in config.names:
         layer: Any = model.get_submodule(name)
         if not isinstance(layer, WeightOnly):
@@ -143,13 +173,13 @@ def check_loaded(model: nn.Module, config: WeightOnlyConfig) -> None:
             if tensor.is_meta or tensor.dtype != TENSORS[key]:
                 raise StepQuantError(
                     f"tensor '{name}.{key}' was loaded as {tensor.dtype} on {tensor.device}: "
-                    "expected it as a weight-only component has it; the file is incomplete"
+                    f"expected {TENSORS[key]} on a device with memory; the file is incomplete"
                 )
         scale = layer.weight_scale
         if not bool(((scale > 0) & torch.isfinite(scale)).all()):
             raise StepQuantError(
-                f"tensor '{name}.weight_scale' holds numbers that are no scales: expected finite "
-                "positive ones; the file is damaged"
+                f"tensor '{name}.weight_scale' holds values that are not scales: expected finite "
+                "positive numbers; the file is damaged"
             )
         zero_point = layer.weight_zero_point
         if zero_point is not None and bool((zero_point > 15).any()):

@@ -1,7 +1,7 @@
-"""Weight-only models of diffusers: quantized in memory or at load, saved and loaded.
+"""Weight-only quantization of diffusers models: in memory, at load, saving and loading.
 
-Text encoders are models of transformers, which has a table of quantizers of its own
-(`weight_only.text`).
+Text encoders are models of transformers, which has its own quantizer interface; see
+`weight_only.text`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from stepquant.weight_only.model import (
 
 
 class WeightOnlyQuantizer(FrozenQuantizer):
-    """Loads and saves such models, and quantizes float ones tensor by tensor while they load."""
+    """Diffusers' quantizer for weight-only models.
+
+    It loads and saves quantized models, and quantizes float ones tensor by tensor at load.
+    """
 
     requires_calibration = False
     quantization_config: WeightOnlyConfig  # type: ignore[assignment]
@@ -37,13 +40,13 @@ class WeightOnlyQuantizer(FrozenQuantizer):
         if self.pre_quantized:
             self._owned = put_layers(model, self.quantization_config, empty=True)
             return
-        # The caller's config may serve several components.
+        # A new config, because callers may pass one config for several components.
         self.quantization_config = resolved_at_load(self.quantization_config, model)
         self._owned = {f"{name}.weight" for name in self.quantization_config.names}
 
     @property
     def supports_parallel_loading(self) -> bool:
-        """Modules are replaced while a float model is loaded."""
+        """Whether diffusers may load shards in parallel; not while modules are replaced."""
         return self.pre_quantized
 
     def create_quantized_param(  # type: ignore[override]
@@ -56,7 +59,14 @@ class WeightOnlyQuantizer(FrozenQuantizer):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Put the file's own tensor in place: `param_value` is already cast to `torch_dtype`."""
+        """Set the tensor `param_name`, quantizing it if the model is float.
+
+        The tensor comes from `state_dict`, because diffusers has cast `param_value` to
+        `torch_dtype`.
+
+        Raises:
+            StepQuantError: a tensor of a quantized model has another dtype or shape than expected.
+        """
         layer_name, _, key = param_name.rpartition(".")
         tensor = state_dict[param_name].contiguous().to(target_device)
         if not self.pre_quantized:
@@ -82,12 +92,22 @@ def quantize_weights(
     find: GridSearch = minmax_weight_range,
     kept: Collection[str] = (),
 ) -> None:
-    """Put weight-only layers in the place of the linear and conv layers of `model`, for saving too.
+    """Replace the linear and conv layers of `model` by weight-only ones, in place.
 
-    `what`: names it in errors. `bits`, `find`: see `layers.weight_only`; `grids` is what the
-    config calls `find`. The layers `kept`, those that share their weight with another module, and
-    subclasses of both kinds, stay float. Raises StepQuantError if nothing is left, if the model is
-    quantized already, or is of a library that would not load it again.
+    `save_pretrained` then writes a quantized model.
+
+    Args:
+        model: a float model of diffusers or transformers.
+        what: name of the model in errors.
+        bits: bits of the weights, 8 or 4.
+        grids: name of the search `find` in the config: "minmax" or "mse", or None for 8 bits.
+        find: search for the grids of weights with less than 8 bits.
+        kept: names of layers that stay float, as do those that share their weight with another
+            module and instances of subclasses.
+
+    Raises:
+        StepQuantError: no layer is left, the model is quantized already, or its library could not
+            load it again.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise StepQuantError(f"{what} is quantized already: expected a float model")
@@ -97,7 +117,11 @@ def quantize_weights(
 
 
 def mark_weight_only(model: Any, config: WeightOnlyConfig, what: str) -> None:
-    """Make `save_pretrained` and `save_config` of `model` write `config`."""
+    """Make `save_pretrained` and `save_config` of `model` write `config`.
+
+    Raises:
+        StepQuantError: `model`, called `what`, is not one of diffusers or transformers.
+    """
     quantizer: Any
     if isinstance(model, ModelMixin):
         quantizer = WeightOnlyQuantizer(config)

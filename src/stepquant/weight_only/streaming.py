@@ -1,6 +1,6 @@
-"""A component's weights from float to packed, from disk to disk, a few layers in memory at a time.
+"""Weight-only quantization of one component from disk to disk, a few layers in memory at a time.
 
-What is written is byte for byte what `quantize_weights` and `save_pretrained` would write of the
+The files are byte for byte those that `quantize_weights` and `save_pretrained` would write from the
 whole model in memory, in shards of `SHARD_BYTES`.
 """
 
@@ -39,14 +39,27 @@ def stream_weights(
     reporter: Reporter,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, int]:
-    """Pack the component in the folder `source` to weight-only layers in the new folder `target`.
+    """Quantize the weights of the component in `source` and write it to the new folder `target`.
 
-    `what` names it in errors; `bits`, `grids`, `find` are as in `quantize_weights`, and
-    `kept(model)` gives the layers that stay float. What stays float keeps its dtype. Gives the
-    numbers of `layers` and `parameters`. Peak memory is that of one output shard and what rounding
-    the largest layer takes.
+    Tensors that stay float keep their dtype. Peak memory is one output shard plus the rounding of
+    the largest layer.
 
-    Raises StepQuantError for files that do not fit the config, and for weights that are no numbers.
+    Args:
+        source: folder with `config.json` and safetensors files.
+        target: the new folder.
+        what: name of the component in errors.
+        bits: see `quantize_weights`, as for `grids` and `find`.
+        grids: name of the search in the config.
+        find: search for the grids.
+        kept: returns the names of the layers of the empty model that stay float.
+        reporter: where progress is shown.
+        shard_bytes: largest size of a shard, in bytes.
+
+    Returns:
+        The number of quantized `layers`, and of `parameters` in the component.
+
+    Raises:
+        StepQuantError: the files do not match the config, or a weight is not finite.
     """
     files = WeightFiles(source)
     model = empty_model(source, what)
@@ -65,7 +78,7 @@ def stream_weights(
     target.mkdir(parents=True)
     model.save_config(target)
     source_of = _Source(files, set(config.names), bits, find, what)
-    with reporter.task(f"packing {what}", total=len(shapes)) as task:
+    with reporter.task(f"quantizing {what}", total=len(shapes)) as task:
         for file_name, members in split.filename_to_tensors.items():
             shard: dict[str, Tensor] = {}
             for name in members:
@@ -83,7 +96,7 @@ def stream_weights(
 
 
 class _Source:
-    """Tensors of the packed model by name, made of the float ones when they are asked for."""
+    """Tensors of the quantized model by name, computed from the float ones on request."""
 
     def __init__(
         self,
@@ -95,7 +108,7 @@ class _Source:
     ) -> None:
         self._files, self._layers, self._bits, self._find = files, layers, bits, find
         self._what = what
-        self._made: dict[str, Tensor] = {}  # of a layer whose tensors are not all asked for yet
+        self._made: dict[str, Tensor] = {}  # computed, but not yet requested
 
     @torch.no_grad()
     def __call__(self, name: str) -> Tensor:

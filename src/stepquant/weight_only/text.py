@@ -1,6 +1,6 @@
-"""Weight-only models of transformers, such as text encoders: loaded, or quantized at load.
+"""Weight-only quantization of transformers models, such as text encoders.
 
-Only imported where transformers is installed.
+Import this module only if transformers is installed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from stepquant.weight_only.model import check_loaded, put_layers, resolved_at_lo
 
 
 def check_counts(files: list[str], config: WeightOnlyConfig) -> None:
-    """As many codes and scales as layers: transformers would make up what the files lack.
+    """Check that the files hold codes, scales and zero points for as many layers as `config` names.
 
-    Not by name: transformers renames the tensors of some models on their way to the disk.
+    Transformers initializes tensors that files lack instead of reporting them. The check counts
+    dtypes, because transformers renames the tensors of some models on saving.
+
+    Raises:
+        StepQuantError: a count differs, or a file is not a safetensors file.
     """
     beside = ("weight_scale", "weight_zero_point")
     wanted = {"I8": len(config.names), "F32": len(config.names)}
@@ -48,11 +52,11 @@ def check_counts(files: list[str], config: WeightOnlyConfig) -> None:
 
 
 class TextWeightOnlyQuantizer(HfQuantizer):
-    """Loads and saves weight-only models of transformers.
+    """Transformers' quantizer for weight-only models.
 
-    The tensors are in the model before it is loaded into, so transformers finds them by name, and
-    keeps the dtype of scales because that of the empty ones differs from the model's. A float model
-    is loaded as it is, and quantized as a whole afterwards.
+    A quantized model gets empty weight-only layers before loading, so transformers finds their
+    tensors by name. It keeps the dtype of scales, because that of the empty ones differs from the
+    model's. A float model is loaded first and then quantized as a whole.
     """
 
     requires_calibration = False
@@ -60,7 +64,11 @@ class TextWeightOnlyQuantizer(HfQuantizer):
     quantization_config: WeightOnlyConfig  # type: ignore[assignment]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Raise StepQuantError for a transformers release that calls quantizers in another way."""
+        """Check the version of transformers: older ones call quantizers differently.
+
+        Raises:
+            StepQuantError: transformers is older than 5.
+        """
         if not is_transformers_version(">=", "5.0.0"):
             raise StepQuantError(
                 f"transformers {transformers.__version__} is installed: expected 5 or newer for "
@@ -74,26 +82,26 @@ class TextWeightOnlyQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
-            # The caller's config may serve several components.
+            # A new config, because callers may pass one config for several components.
             config = resolved_at_load(self.quantization_config, model)
             put_layers(model, config)
             self.quantization_config = model.config.quantization_config = config
         check_loaded(model, self.quantization_config)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """As asked for: it is that of activations and float parameters."""
+        """Return the requested `dtype`, that of activations and float parameters."""
         return dtype
 
     def is_serializable(self) -> bool:
-        """Such models save and load."""
+        """Whether `save_pretrained` works: it does."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Codes have no gradient."""
+        """Whether the model can be trained: it cannot, as codes have no gradient."""
         return False
 
     @property
     def is_compileable(self) -> bool:
-        """Nothing here hinders `torch.compile`."""
+        """Whether `torch.compile` works on the model: it does."""
         return True

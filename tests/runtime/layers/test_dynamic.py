@@ -104,4 +104,4 @@ def test_an_input_cast_to_the_codes_dtype_is_told(kinds):
     more = {} if kinds is None else {"kinds": kinds}
     layer = weight_only_in_place_of(nn.Linear(4, 4), **more)
     message = refused(lambda: layer(torch.ones(1, 4).to(layer.weight.dtype)))
-    assert "a layer with weights of few bits got torch.int8" in message
+    assert "a weight-only layer got an input of torch.int8" in message

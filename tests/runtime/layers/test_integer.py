@@ -97,7 +97,7 @@ def test_each_timestep_serves_its_samples_neighbours(simulate: Any) -> None:
     assert_agrees(together, layer(x))
     layer.context.set_timestep(10)
     assert_agrees(together[3:], packed(x[3:]), 1e-6)
-    with pytest.raises(StepQuantError, match="leading dimension of 5 with 2 timesteps"):
+    with pytest.raises(StepQuantError, match="batch dimension of 5 with 2 timesteps"):
         layer.context.set_timestep(torch.tensor([40, 10]))
         packed(x[:5])
 

@@ -147,7 +147,9 @@ def test_a_stand_in_cannot_be_written_to(simulate):
     layer, before = packed_layer(simulate, "linear")
     layer(input_for("linear"))
     for write in (lambda t: t.zero_(), lambda t: t.copy_(before), lambda t: t.bitwise_not_()):
-        with pytest.raises(StepQuantError, match="expected load_state_dict, or set_memory_mode"):
+        with pytest.raises(
+            StepQuantError, match="expected load_state_dict, or a call of set_memory_mode"
+        ):
             write(layer.weight_packed)
     assert torch.equal(layer.weight_packed, before)
     assert torch.equal(torch.empty(48, dtype=torch.uint8).copy_(layer.weight_packed), before)

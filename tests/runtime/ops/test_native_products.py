@@ -48,6 +48,19 @@ LARGE = [
     Case("even-tokens", LayerSpec("linear", 320, 64, 4, 4), (3, 64), 7),
     Case("wide", LayerSpec("linear", 4096, 2000, 8, 8), (2, 3), 128, extreme=True),
 ]
+# By minimal filtering where there is AVX2 only: whole and parted runs of tiles, one and several
+# blocks of runs, and the most channels whose sums fit.
+LARGE += [
+    Case("filtered-smallest", conv(32, 5, padding=(1, 1)), (1, 8, 8), 17),
+    Case("filtered-wide-rows", conv(32, 16, padding=(1, 1)), (2, 4, 70), 128),
+    Case("filtered-no-padding", conv(64, 33), (3, 8, 12), 0),
+    Case("filtered-many-blocks", conv(96, 20, padding=(1, 1)), (2, 32, 32), 255),
+    Case("filtered-extreme", conv(320, 24, padding=(1, 1)), (1, 8, 16), 0, extreme=True),
+    Case("filtered-deepest", conv(1792, 16, padding=(1, 1)), (1, 8, 8), 255, extreme=True),
+    Case("too-deep-to-filter", conv(1824, 16, padding=(1, 1)), (1, 8, 8), 255, extreme=True),
+    Case("odd-height", conv(32, 16, padding=(1, 1)), (1, 9, 8), 40),
+    Case("odd-width", conv(32, 16, padding=(1, 1)), (1, 8, 9), 40),
+]
 # The same with weights of four bits or less, which are unpacked.
 FOUR_BITS = [
     replace(

@@ -1,4 +1,4 @@
-"""How many images a classifier takes for the class that they were asked for."""
+"""Classification accuracy: the share of images that show the requested class."""
 
 from __future__ import annotations
 
@@ -18,16 +18,29 @@ def class_shares(
     classes: Sequence[int],
     features: str | FeatureExtractor,
 ) -> dict[str, float]:
-    """Shares of images that the classifier of `features` assigns to the class they were asked for.
+    """Top-1 accuracy of generated images under the classifier of a feature network.
 
-    `classes`: one for each of `images`, and of the float model's. `top1_of_float` is the share of
-    `float_images`, `top1_as_float` that of `images` with the class of their float twin. The
-    classifier errs too: its card has its accuracy on real images.
+    The classifier errs too: the network's model card gives its accuracy on real images.
+
+    Args:
+        images: `[N, C, 32, 32]` in [0, 1], of the candidate.
+        float_images: the same, of the float model from the same seeds.
+        classes: N class numbers that both models were asked for.
+        features: a feature network, or the name of a shipped one.
+
+    Returns:
+        Shares in [0, 1]: `top1` of `images` and `top1_of_float` of `float_images` that the
+        classifier assigns to the requested class, and `top1_as_float` of `images` that it assigns
+        to the same class as the float model's image.
+
+    Raises:
+        StepQuantError: the numbers of images and classes differ, or the network does not take the
+            images.
     """
     if not len(images) == len(float_images) == len(classes):
         raise StepQuantError(
             f"there are {len(images)} images, {len(float_images)} of the float model and "
-            f"{len(classes)} classes: expected as many of each"
+            f"{len(classes)} classes: expected equal numbers"
         )
     extractor = load_features(features) if isinstance(features, str) else features
     asked = torch.tensor(list(classes))
@@ -47,7 +60,7 @@ def class_shares(
     needs=("features", "labels"),
 )
 def shares(images: Tensor, float_images: Tensor, comparison: Comparison) -> dict[str, float]:
-    """`class_shares` by the feature network of the comparison."""
+    """The metric `class_shares`, with the classifier of the comparison's feature network."""
     classes = comparison.labels(len(images))
     assert classes is not None and comparison.features is not None
     return class_shares(images, float_images, classes, comparison.features)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _checked_features(features: Tensor, what: str) -> Tensor:
-    """`features` as float64 `[N, D]` on the CPU, or a StepQuantError that names `what`."""
+    """`features` as float64 `[N, D]` on the CPU; errors call them `what`."""
     if features.ndim != 2 or not features.is_floating_point():
         raise StepQuantError(
             f"{what} are {features.dtype} of shape {list(features.shape)}: expected floating "
@@ -31,7 +31,7 @@ def _checked_features(features: Tensor, what: str) -> Tensor:
     count, width = features.shape
     if count < 2 or width < 1:
         raise StepQuantError(
-            f"{what} have shape {list(features.shape)}: expected two rows or more, as a "
+            f"{what} have shape {list(features.shape)}: expected at least two rows, which a "
             "covariance needs; generate more images"
         )
     if not bool(features.isfinite().all()):
@@ -45,7 +45,7 @@ def _checked_features(features: Tensor, what: str) -> Tensor:
 
 
 def _warn_if_few(count: int, width: int, what: str) -> None:
-    """Warn where the covariance cannot have full rank, which inflates the distance."""
+    """Warn if the covariance cannot have full rank, which inflates the distance."""
     if count <= width:
         warnings.warn(
             f"{what} are {count} samples of {width} features: the Fréchet distance is biased "
@@ -55,14 +55,14 @@ def _warn_if_few(count: int, width: int, what: str) -> None:
 
 
 def _metric_with(reference: Reference, num_features: int) -> FrechetInceptionDistance:
-    """Torchmetrics' distance with its real side filled from `reference`."""
+    """Torchmetrics' distance with `reference` as its real side."""
     metric = frechet_metric(num_features)
     if isinstance(reference, Tensor):
         real = _checked_features(reference, "reference features")
         if real.shape[1] != num_features:
             raise StepQuantError(
-                f"reference features have length {real.shape[1]}: expected {num_features} as the "
-                "features have; extract both with the same network"
+                f"reference features have length {real.shape[1]}: expected {num_features}, the "
+                "length of the features; extract both with the same network"
             )
         metric.update(real, real=True)
         return metric
@@ -84,14 +84,14 @@ def frechet_distance(features: Tensor, reference: Reference) -> float:
     """Squared Fréchet distance between Gaussians fitted to two sets of features.
 
     |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)), with unbiased covariances, in float64, by
-    torchmetrics (Heusel et al. 2017, equation 6, there on Inception features). It is named after
-    the features, `fd_fashion` say, and is comparable only over the same features, the same
-    reference and the same number of samples: it is biased upwards by about 1/N, and strongly
-    when N is not well above D.
+    torchmetrics (Heusel et al. 2017, equation 6, who use Inception features). Records name the
+    distance after its features, as in `fd_fashion`. Compare distances only over the same features,
+    the same reference and the same number of samples: the bias is upwards, about proportional to
+    1/N, and large unless N is well above D.
 
     Args:
         features: `[N, D]` floating point, of the generated images, N of two or more.
-        reference: features `[M, D]` of the other set, or stored statistics of it, such as
+        reference: features `[M, D]` of the other set, or its stored statistics, such as
             `FeatureExtractor.reference`.
 
     Returns:
@@ -115,34 +115,34 @@ def frechet_distance_interval(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Bootstrap interval of `frechet_distance` over the draw of the generated images.
+    """Bootstrap interval of `frechet_distance` over the choice of the generated images.
 
-    The reference stays fixed and the N rows of `features` are drawn again with replacement. Such
-    a resample has its own finite-sample bias on top of the one that N images have, so its
-    distances lie *above* the point estimate d and their plain percentiles would often miss d
-    altogether. Therefore only their spread is used, reflected about d (the basic or pivotal
-    bootstrap, with the median m of the resampled distances in the place of d as their centre):
+    The reference stays fixed, and the N rows of `features` are resampled with replacement. A
+    resample adds its own finite-sample bias to that of the N images, so the resampled distances lie
+    *above* the point estimate d, and their plain percentiles would often miss d. The interval
+    therefore uses only their spread, reflected about d (the basic or pivotal bootstrap, centered on
+    the median m of the resampled distances instead of d):
 
-        (d - (q_upper - m), d + (m - q_lower)), cut at zero,
+        (d - (q_upper - m), d + (m - q_lower)), clipped at zero,
 
-    where q_lower and q_upper are the percentiles at (1 -+ level) / 2. The interval always holds d.
-    It says how far the distance *at this N* would move with other images of the same model; it
-    does not remove the bias towards larger distances that any finite N has, so compare models at
-    the same N. It says nothing of the spread over training or calibration seeds.
+    where q_lower and q_upper are the percentiles at (1 -+ level) / 2. The interval always contains
+    d. It says how far the distance *at this N* would move with other images of the same model. It
+    does not remove the upward bias of a finite N, so compare models at the same N. It does not
+    cover the spread over training or calibration seeds.
 
     Args:
         features: `[N, D]`, as for `frechet_distance`.
         reference: as for `frechet_distance`.
-        resamples: number of resamples, ten or more; each costs one `frechet_distance`. With few,
-            the ends themselves are noisy: 50 give a rough 95 % interval, 1000 a fine one.
+        resamples: number of resamples, ten or more; each costs one `frechet_distance`. The ends of
+            the interval are noisy if there are few: 50 give a rough 95 % interval, 1000 a fine one.
         seed: seed of the resampling; the same seed gives the same interval.
-        level: share of draws that the interval should hold, between 0 and 1.
+        level: nominal coverage of the interval, between 0 and 1.
 
     Returns:
         (low, high), with 0 <= low <= d <= high.
 
     Raises:
-        StepQuantError: as `frechet_distance`, or `resamples` or `level` is out of range.
+        StepQuantError: as in `frechet_distance`, or `resamples` or `level` is out of range.
     """
     if resamples < 10:
         raise StepQuantError(f"resamples is {resamples}: expected ten or more for an interval")
@@ -167,7 +167,16 @@ def distances(
 ) -> dict[str, Any]:
     """Fréchet distances of `images` to the training data and to the float model's images.
 
-    Also the float model's own distance to the data, and the ratio of the two.
+    Args:
+        images: `[N, C, 32, 32]` in [0, 1], of the candidate.
+        float_images: the same, of the float model from the same seeds.
+        features: a feature network, or the name of a shipped one.
+
+    Returns:
+        For features called NAME: `fd_NAME_to_float`; if the network has reference statistics also
+        `fd_NAME` (to the training data), `fd_NAME_of_float` (the float model's own distance to
+        them) and `fd_NAME_ratio` of the two. Keys that end in `_interval` hold 95 % bootstrap
+        intervals.
     """
     extractor = load_features(features) if isinstance(features, str) else features
     name = f"fd_{extractor.name}"
@@ -195,6 +204,6 @@ def distances(
 def to_data_and_float(
     images: Tensor, float_images: Tensor, comparison: Comparison
 ) -> dict[str, Any]:
-    """`distances` over the features of the comparison."""
+    """The metric `frechet_distance`: `distances` over the comparison's features."""
     assert comparison.features is not None
     return distances(images, float_images, comparison.features)

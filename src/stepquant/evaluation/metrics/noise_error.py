@@ -1,4 +1,4 @@
-"""Error of the noise prediction at each step, on the float model's own trajectories."""
+"""Error of the noise prediction at each sampling step, on the float model's trajectories."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class StepError(TypedDict):
-    """One row of `noise_prediction_error`."""
+    """One row of `noise_prediction_error`: a timestep and its relative mean squared error."""
 
     timestep: int | float
     relative_mse: float
@@ -31,25 +31,25 @@ def noise_prediction_error(
     quantized_outputs: Sequence[Tensor] | Tensor,
     timesteps: Sequence[float] | Tensor,
 ) -> list[StepError]:
-    """Mean squared error of the denoiser's output at each step, over the float mean square.
+    """Relative mean squared error of the denoiser's output at each sampling step.
 
-    Both models must have been given the same inputs, those of the float trajectory, or the errors
-    of earlier steps are counted again.
+    The error is divided by the mean square of the float output. Call both models with the same
+    inputs, those of the float trajectory; otherwise the errors of earlier steps count again.
 
     Args:
-        float_outputs: T tensors of the float model's output, each `[N, ...]`, or one `[T, N, ...]`.
-        quantized_outputs: the same of the quantized model.
-        timesteps: the T timesteps that they belong to.
+        float_outputs: T outputs of the float model, each `[N, ...]`, or one tensor `[T, N, ...]`.
+        quantized_outputs: the same, of the quantized model.
+        timesteps: the T timesteps of the outputs.
 
     Returns:
-        T rows {"timestep": number, "relative_mse": float}, in the order given: 0 is equal, 1 is as
-        wrong as an output of zeros.
+        T rows {"timestep": number, "relative_mse": float}, in the order of `timesteps`. 0 means
+        equal outputs; an output of zeros has an error of 1.
 
     Raises:
         StepQuantError: lengths or shapes differ, values are not finite, or a float output is zero
-            throughout; the sentence names the timestep.
+            everywhere; the message names the timestep.
     """
-    # Those of flow matching are not whole.
+    # Flow matching has fractional timesteps.
     steps = [int(step) if float(step).is_integer() else float(step) for step in timesteps]
     if not len(float_outputs) == len(quantized_outputs) == len(steps) > 0:
         raise StepQuantError(
@@ -87,7 +87,14 @@ def noise_error(
     reporter: Reporter | None = None,
     conditioning: Conditioning | None = None,
 ) -> list[StepError]:
-    """Relative squared error of the noise prediction at each step, on `num` float trajectories."""
+    """Relative squared error of the noise prediction at each step, on `num` float trajectories.
+
+    Samples the trajectories with `reference`, with seeds far from those of the images, and calls
+    both denoisers with their inputs.
+
+    Returns:
+        One row per sampling step, see `noise_prediction_error`.
+    """
     reporter = reporter or Reporter(quiet=True)
     trajectories = capture_trajectories(
         reference,
@@ -110,7 +117,7 @@ def noise_error(
 
 
 def mean_and_worst(errors: list[StepError]) -> dict[str, float]:
-    """The mean over all steps, and the step with the largest error."""
+    """Mean over all steps and the largest error, under labels for tables."""
     worst = max(errors, key=lambda row: row["relative_mse"])
     mean = sum(row["relative_mse"] for row in errors) / len(errors)
     return {
@@ -121,7 +128,7 @@ def mean_and_worst(errors: list[StepError]) -> dict[str, float]:
 
 @register_metric("noise_error", key="noise_error", better="lower", summary=mean_and_worst)
 def noise(images: Tensor, float_images: Tensor, comparison: Comparison) -> dict[str, Any]:
-    """`noise_error` of the two models that drew the images."""
+    """The metric `noise_error` of the two models of the comparison."""
     return {
         "noise_error": noise_error(
             comparison.candidate,

@@ -9,13 +9,13 @@ from stepquant.evaluation.features import check_unit_range
 from stepquant.evaluation.metric import Comparison, register_metric
 from stepquant.support.errors import StepQuantError
 
-PSNR_CEILING = 100.0  # dB; a root mean square error of 1e-5, far below half a step of 8 bits
+PSNR_CEILING = 100.0  # dB: a root mean square error of 1e-5, far below half a step of 8 bits
 SSIM_WINDOW = 11  # pixels, the side of the Gaussian window of Wang et al. 2004
-CHUNK = 500  # images a pass, which bounds the memory that SSIM needs
+CHUNK = 500  # images per pass; bounds the memory of SSIM
 
 
 def _check_pair(images_a: Tensor, images_b: Tensor, smallest: int) -> None:
-    """Raise a StepQuantError unless both are `[N, C, H, W]` in [0, 1], H and W `smallest` or up."""
+    """Require equal shapes `[N, C, H, W]`, values in [0, 1], and H and W of `smallest` or more."""
     for name, images in (("images_a", images_a), ("images_b", images_b)):
         shape = list(images.shape)
         if images.ndim != 4 or 0 in shape or min(shape[2:]) < smallest:
@@ -32,16 +32,16 @@ def _check_pair(images_a: Tensor, images_b: Tensor, smallest: int) -> None:
 
 
 def paired_psnr(images_a: Tensor, images_b: Tensor) -> float:
-    """Mean over pairs of the peak signal-to-noise ratio, in dB, with a data range of 1.
+    """Peak signal-to-noise ratio in dB, averaged over pairs, with a data range of 1.
 
-    PSNR = -10 log10(mean squared error over C, H, W), per pair, then averaged over the pairs: not
-    the PSNR of the pooled error. A pair counts at most 100 dB (`PSNR_CEILING`), an error that no
-    8-bit image can show; so identical pairs, whose ratio is infinite, count 100 dB, the mean stays
-    finite and comparable, and a mean of exactly 100.0 says that every pair is that close.
+    The PSNR of a pair is -10 log10(mean squared error over C, H, W). The result is the mean over
+    pairs, not the PSNR of the pooled error. Each pair is capped at 100 dB (`PSNR_CEILING`), an
+    error too small for 8-bit images to show, so identical pairs, whose ratio is infinite, keep the
+    mean finite. A mean of exactly 100.0 says that every pair is that close.
 
     Args:
-        images_a: floating point `[N, C, H, W]` in [0, 1], of the float model.
-        images_b: the same, of the other model at the same seeds. The order does not matter.
+        images_a: floating point `[N, C, H, W]` in [0, 1], of one model.
+        images_b: the same, of the other model from the same seeds. The order does not matter.
 
     Raises:
         StepQuantError: wrong or different shapes, a dtype that is not floating point, values that
@@ -61,19 +61,18 @@ def paired_psnr(images_a: Tensor, images_b: Tensor) -> float:
 
 
 def paired_ssim(images_a: Tensor, images_b: Tensor) -> float:
-    """Mean over pairs of the structural similarity, at most 1 (identical), data range 1.
+    """Structural similarity averaged over pairs, with a data range of 1; identical pairs give 1.
 
-    Wang et al. 2004: 11 x 11 Gaussian window of standard deviation 1.5, k1 = 0.01, k2 = 0.03,
-    averaged over channels and all pixels; beyond its edges an image is mirrored (torchmetrics'
-    choice: other packages leave the outer five pixels out, and differ in the second decimal on
-    images as small as these).
+    Wang et al. 2004: an 11 x 11 Gaussian window of standard deviation 1.5, k1 = 0.01, k2 = 0.03,
+    averaged over channels and all pixels. Torchmetrics mirrors an image at its edges. Other
+    packages leave out the outer five pixels, which changes the second decimal on small images.
 
     Args:
         images_a: floating point `[N, C, H, W]` in [0, 1], H and W of 11 or more.
-        images_b: the same, of the other model at the same seeds. The order does not matter.
+        images_b: the same, of the other model from the same seeds. The order does not matter.
 
     Raises:
-        StepQuantError: as `paired_psnr`, or images smaller than the window.
+        StepQuantError: as in `paired_psnr`, or images smaller than the window.
     """
     with evaluate_extra():
         from torchmetrics.functional.image import structural_similarity_index_measure
@@ -87,18 +86,18 @@ def paired_ssim(images_a: Tensor, images_b: Tensor) -> float:
             kernel_size=SSIM_WINDOW,
             reduction="none",
         )
-        assert isinstance(similarity, Tensor)  # a pair only when the full image is asked for
+        assert isinstance(similarity, Tensor)  # a tuple only with return_full_image
         total += float(similarity.double().sum())
     return total / len(images_a)
 
 
 @register_metric("paired_psnr", key="paired_psnr_db", column="psnr_db", better="higher")
 def psnr(images: Tensor, float_images: Tensor, comparison: Comparison) -> dict[str, float]:
-    """`paired_psnr` beside the float model's images."""
+    """The metric `paired_psnr` against the float model's images."""
     return {"paired_psnr_db": paired_psnr(float_images, images)}
 
 
 @register_metric("paired_ssim", key="paired_ssim", better="higher")
 def ssim(images: Tensor, float_images: Tensor, comparison: Comparison) -> dict[str, float]:
-    """`paired_ssim` beside the float model's images."""
+    """The metric `paired_ssim` against the float model's images."""
     return {"paired_ssim": paired_ssim(float_images, images)}

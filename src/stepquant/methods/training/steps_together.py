@@ -32,8 +32,8 @@ def check_together(step: str, together: int, batch: int) -> None:
     """
     if together > batch:
         raise StepQuantError(
-            f"step '{step}' has steps_together {together} and batches of {batch}: expected no more "
-            "than the batch; change one of them"
+            f"step '{step}' has steps_together {together} and batches of {batch}: expected "
+            "steps_together of at most the batch; change one of them"
         )
 
 

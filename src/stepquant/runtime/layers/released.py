@@ -82,8 +82,9 @@ class Released(Tensor):
             writes = argument.alias_info is not None and argument.alias_info.is_write
             if writes and isinstance(given, Released):
                 raise StepQuantError(
-                    "the packed weights of a layer were written to while they are laid out for a "
-                    "kernel: expected load_state_dict, or set_memory_mode(model, 'low') before"
+                    "the packed weights of a layer were changed in place after they were laid out "
+                    "for a kernel: expected load_state_dict, or a call of set_memory_mode(model, "
+                    "'low') first"
                 )
         args, kwargs = tree_map(whole, (args, kwargs))
         return func(*args, **kwargs)

@@ -111,8 +111,8 @@ class WeightOnly(nn.Module):
         """An error where a model has cast its input to the dtype of `weight`, which are codes."""
         if not x.is_floating_point():
             raise StepQuantError(
-                f"a layer with weights of few bits got {x.dtype}: expected floating-point numbers; "
-                "the model casts them to the dtype of the weight, so it cannot have such layers"
+                f"a weight-only layer got an input of {x.dtype}: expected floating point; the "
+                "model casts inputs to the dtype of the weight, so it cannot have such layers"
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -31,7 +31,10 @@ def pad(codes: Tensor, zero_point: Tensor, padding: Sequence[int]) -> Tensor:
     batch, channels, height, width = codes.shape
     top, left = padding
     shape = (batch, channels, height + 2 * top, width + 2 * left)
-    fill = zero_point.to(torch.uint8).view(1, 1, 1, 1).expand(shape)
-    padded = fill.contiguous(memory_format=torch.channels_last)
+    # No copy of `zero_point`: torch.export takes that for a constant, which must not be written to.
+    padded = torch.empty(
+        shape, dtype=torch.uint8, device=codes.device, memory_format=torch.channels_last
+    )
+    padded.copy_(zero_point.to(torch.uint8).view(1, 1, 1, 1).expand(shape))
     padded[:, :, top : top + height, left : left + width] = codes
     return padded

@@ -22,7 +22,7 @@ LIBRARY = FOLDER / ("_kernels.dylib" if sys.platform == "darwin" else "_kernels.
 X86_TILES = ("tiles_amx.h", "tiles_avx2.h", "tiles_avx512.h", "tiles_avx_vnni.h")
 ARM_TILES = ("tiles_dotprod.h", "tiles_i8mm.h", "tiles_neon.h")
 TILES = ("tiles.h", *X86_TILES, *ARM_TILES)
-HEADERS = ("abi.h", "elementwise.h", "results.h", "threads.h", *TILES, "weights.h")
+HEADERS = ("abi.h", "elementwise.h", "results.h", "threads.h", *TILES, "weights.h", "winograd.h")
 KERNELS = ("images.cpp", "rows.cpp")  # compiled once for each of LEVELS
 PRODUCTS = "products.cpp"  # compiled once for each of PRODUCT_LEVELS
 ATTENTION = "attention.cpp"  # compiled for AMX

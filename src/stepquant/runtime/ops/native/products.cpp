@@ -5,6 +5,9 @@
 // padded image; else they are gathered in a panel first.
 #include "threads.h"
 #include "weights.h"
+#ifdef WINOGRAD
+#include "winograd.h"
+#endif
 
 namespace {
 
@@ -240,9 +243,14 @@ EXPORT int32_t NAME(products)(const Codes* x, const Weight* weight, const Grid* 
     if (product.pixels * product.chunks * product.column_tiles * kTileBytes < kSmallProduct)
         threads = 1;
     const Shares shares = share_out(product, threads);
+    int64_t room = Room(product, shares).all;
+#ifdef WINOGRAD
+    const bool minimal = suits(product);
+    if (minimal) room = winograd_room(product, threads);
+#endif
     const int64_t columns = product.column_tiles * kTileColumns;
     const int64_t own = parts_of(columns * 12 + product.chunks * 8, 64) * 64;
-    char* memory = static_cast<char*>(malloc(64 + own + threads * Room(product, shares).all));
+    char* memory = static_cast<char*>(malloc(64 + own + threads * room));
     if (!memory) return kNoMemory;
     char* at = memory + 64 - reinterpret_cast<uintptr_t>(memory) % 64;
     int64_t* offsets = reinterpret_cast<int64_t*>(at);
@@ -255,7 +263,12 @@ EXPORT int32_t NAME(products)(const Codes* x, const Weight* weight, const Grid* 
     product.biases = biases;
     product.shares = zero_shares;
     product.offsets = offsets;
-    run(product, shares, threads, at + own);
+#ifdef WINOGRAD
+    if (minimal)
+        run_winograd(product, threads, at + own);
+    else
+#endif
+        run(product, shares, threads, at + own);
     free(memory);
     return kDone;
 }

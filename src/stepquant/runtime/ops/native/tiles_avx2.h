@@ -12,6 +12,7 @@ namespace {
 
 const bool kInspected = true;
 const int32_t kShift = 0;
+#define WINOGRAD
 
 void begin_tiles() {}
 void end_tiles() {}

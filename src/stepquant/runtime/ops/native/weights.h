@@ -22,6 +22,12 @@ void unpack(const uint8_t* packed, int64_t chunks, int8_t* tile) {
         }
 }
 
+// Where tile `tile` lies, if it is of four bits.
+const uint8_t* packed_tile(const Product& product, int64_t tile) {
+    const uint8_t* packed = reinterpret_cast<const uint8_t*>(product.weight->tiles);
+    return packed + tile * (kLowestBytes + product.chunks * kHalfTileBytes);
+}
+
 int64_t tile_of(const Product& product, int64_t pair) {
     return product.second == 1 ? 2 * pair : pair;
 }
@@ -64,11 +70,8 @@ private:
 
     void get_ready(const Product& product, int64_t pair, int64_t t, int64_t tile, int8_t* room) {
         const int64_t chunks = product.chunks;
-        if (product.weight->four_bits) {
-            const uint8_t* packed = reinterpret_cast<const uint8_t*>(product.weight->tiles);
-            packed += tile * (kLowestBytes + chunks * kHalfTileBytes);
-            unpack(packed, chunks, room + (values(pair, t) - first_));
-        }
+        if (product.weight->four_bits)
+            unpack(packed_tile(product, tile), chunks, room + (values(pair, t) - first_));
         if (kInspected)
             together_[2 * (pair - from_) + t] = inspect(values(pair, t), chunks, product.most);
     }

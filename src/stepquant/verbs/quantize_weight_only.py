@@ -1,4 +1,4 @@
-"""`quantize` by a weight-only recipe: from shards to shards, without calibration."""
+"""`quantize` by a weight-only recipe, which streams the model's files without calibration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from stepquant.weight_only.conversion import convert
 
 
 def check_unused(recipe: WeightOnlyRecipe, unused: Mapping[str, Any]) -> None:
-    """An error that names those of the arguments `unused` that were given all the same."""
+    """Refuse arguments of `quantize` that a weight-only recipe does not use.
+
+    Raises:
+        StepQuantError: one of `unused`, values by argument name, was given.
+    """
     given = [name for name, value in unused.items() if not _is_absent(value)]
     if given:
         raise StepQuantError(
@@ -30,16 +34,18 @@ def _is_absent(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
-def quantize_weights(
+def quantize_weight_only(
     model: str | Path | DiffusionPipeline,
     recipe: WeightOnlyRecipe,
     out: str | Path | None,
     components: Mapping[str, str] | None,
     reporter: Reporter | None,
 ) -> QuantizedFolder:
-    """Write `model` with the weights of its denoiser quantized as the new folder `out`.
+    """Quantize the weights of a pipeline's denoiser and write the new folder `out`.
 
-    Raises StepQuantError for an open pipeline, which has no files to stream, and without `out`.
+    Raises:
+        StepQuantError: `model` is an open pipeline, which has no files to stream, `out` is None, or
+            `weight_only.conversion.convert` refuses an argument.
     """
     if isinstance(model, DiffusionPipeline):
         raise StepQuantError(
@@ -49,8 +55,8 @@ def quantize_weights(
         )
     if out is None:
         raise StepQuantError(
-            f"the recipe '{recipe.name}' got no out: expected the name of a new folder, to which "
-            "it writes layer by layer"
+            f"the recipe '{recipe.name}' got no out: expected the name of a new folder, because it "
+            "writes layer by layer"
         )
     record = convert(
         model, out, recipe.scheme.weight_bits, recipe.ranges.weights, components, reporter

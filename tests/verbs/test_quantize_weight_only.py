@@ -84,7 +84,10 @@ def test_the_pipeline_is_loaded_when_it_is_asked_for(float_folder, tmp_path, mon
         ({"settings": {"ranges.weights": "best"}}, "key 'ranges.weights' is 'best'"),
         ({"weights": 3}, "weight_bits of a weight-only recipe is 3: expected one of 4, 8"),
         ({"out": None}, "got no out: expected the name of a new folder"),
-        ({"components": {"text_encoder": "w8"}}, "'text_encoder' is to be packed: expected one"),
+        (
+            {"components": {"text_encoder": "w8"}},
+            "'text_encoder' cannot be quantized: expected one",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -148,7 +151,7 @@ def test_inspect_shows_bits_and_bytes(w4, tmp_path):
         assert row["weight_bits"] == 4 and row["float32_bytes"] == 8 * row["packed_bytes"]
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     message = refused(lambda: inspect(w4.folder, plots=tmp_path / "plots"))
-    assert "has no tables to draw" in message and left(tmp_path) == []
+    assert "has no step tables to plot" in message and left(tmp_path) == []
 
 
 def test_evaluate_and_sample_take_it(w4, float_folder):
