@@ -1,13 +1,15 @@
-"""A denoiser's call recorded once and replayed without its Python.
+"""Capture of a denoiser's forward pass, and its replay without Python.
 
-A call of a packed denoiser is some hundred kernels of a few microseconds each, with as much Python
-between them; at small batches that takes as long as the kernels. Shapes of a call do not change
-from step to step, so everything but the numbers is the same: the recorder writes down which kernel
-ran on which memory, and a replay runs the same kernels on the same memory again.
+One call of a packed denoiser runs hundreds of kernels of a few microseconds each. At small batch
+sizes the Python between the kernels takes as long as the kernels themselves. Shapes stay the
+same from step to step, so the recorder notes which kernel ran on which memory, and a replay runs
+the same kernels on the same memory.
 
-`memory`: the memory of the values between kernels, reused as they die. `recorder`: what writes a
-call down. `state`: what has to be unchanged for a recording to be true. `denoiser`:
-`RecordedDenoiser`, which takes calls, and `recorded`, which makes one where that works.
+- `memory`: buffers for intermediate values, reused as soon as a value dies.
+- `recorder`: captures the kernels and operators of one call.
+- `state`: what must stay unchanged for a recording to remain valid.
+- `denoiser`: `RecordedDenoiser`, which captures and replays calls, and `recorded`, which wraps a
+  denoiser if its calls can be captured.
 """
 
 from stepquant.engines.captured_calls.denoiser import RecordedDenoiser, recorded

@@ -1,4 +1,4 @@
-"""A packed denoiser whose calls are recorded: `pipeline.unet = RecordedDenoiser(pipeline.unet)`."""
+"""Capture and replay of denoiser calls: `pipeline.unet = RecordedDenoiser(pipeline.unet)`."""
 
 from __future__ import annotations
 
@@ -24,33 +24,42 @@ from stepquant.models.calling import (
 from stepquant.models.stand_in import StandIn
 from stepquant.runtime.layers.integer import is_packed
 
-MOST_SHAPES = 8  # that recordings are kept of, each with its memory
-COMPARISONS = 3  # of a recording's first replays, while the timestep stays the same
+MOST_SHAPES = 8  # limit on recordings, because each has its own memory
+COMPARISONS = 3  # replays to check against the denoiser while the timestep stays the same
 PLAIN = (Tensor, bool, int, float, str, type(None))
 LOGGER = logging.getLogger(__name__)
 
 
 class RecordedDenoiser(StandIn):
-    """Records a packed denoiser's call at the second of the same shapes, and replays it then.
+    """A stand-in for a packed denoiser that captures calls and replays them without Python.
 
-    A replay runs the same kernels on the same memory, without the Python between them, and gives
-    the same numbers bit by bit: the first ones on other inputs are compared with the denoiser's own
-    result, until one was at another timestep. Samples, timesteps and conditions are copied into the
-    recording; what is not a tensor is part of what has to be the same. Whatever cannot be recorded
-    runs as ever: with gradients, autocast, torch.compile, a LoRA, hooks, random numbers, samples at
-    different steps, timesteps that are no tensors, tensors that are not on the CPU, a machine
-    without the native integer products. To find that out may take a second run of the same call.
-    Recordings are dropped where the parts of the denoiser, its hooks, packed layers, attention
-    processors, FreeU, threads or the memory of its tensors have changed. Other attributes of its
-    modules are not seen: `forget` after changing them.
+    The second call with the same shapes is recorded, and later calls with these shapes replay it.
+    A replay runs the same kernels on the same memory and returns the same values, bit for bit. The
+    first replays on new inputs are compared with the denoiser's own result: until one at another
+    timestep, or three in all, have matched. Tensor arguments are copied into the recording; all
+    other arguments must equal the recorded ones.
 
-    Every other attribute is that of `denoiser`, which stays as it is, and which is to be saved.
-    Several threads may call it: a recording has one memory, so recording and replays run one after
-    another, and calls that run as ever run side by side.
+    The denoiser runs uncaptured
+
+    - while gradients are enabled, and under autocast or torch.compile;
+    - in training mode, with a LoRA, with foreign hooks or in the memory mode "low";
+    - if it draws random numbers, or if its samples are at different timesteps;
+    - if the timestep is not a tensor, or a tensor is not on the CPU;
+    - on machines without native integer products.
+
+    A failed attempt to record a call runs that call twice.
+
+    Recordings are dropped when an attribute of one of the denoiser's modules, the number of threads
+    or the memory of a tensor changes (see `state.State`). Call `forget` after changing in place
+    what `State` does not see: a list, or an object two levels down.
+
+    All other attributes are those of `denoiser`, which stays unchanged; save `denoiser`, not this
+    stand-in. Several threads may call it. Recordings and replays take turns, because a recording
+    has one memory; uncaptured calls run in parallel.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
-        """Nothing is recorded yet."""
+        """Wrap `denoiser`, with no recordings yet."""
         super().__init__(denoiser)
         self._begin()
 
@@ -65,17 +74,17 @@ class RecordedDenoiser(StandIn):
 
     @property
     def recordings(self) -> int:
-        """How many shapes of calls are replayed."""
+        """The number of recordings, one per combination of input shapes."""
         return len(self._known.of(_Recording))
 
     @property
     def reasons(self) -> list[str]:
-        """Why calls of some shapes are not recorded."""
+        """Why calls with some shapes run uncaptured, one sentence per combination of shapes."""
         return self._known.of(str)
 
     @property
     def nbytes(self) -> int:
-        """What recordings hold in memory for the values between kernels."""
+        """Memory of all recordings in bytes: inputs and intermediate values."""
         return sum(recording.nbytes for recording in self._known.of(_Recording))
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -98,12 +107,13 @@ class RecordedDenoiser(StandIn):
         return plain() if output is AS_EVER else output
 
     def _captured(self, arguments: dict[str, Any], plain: Callable[[], Any]) -> Any:
-        """The output of a call that is recorded, compared or replayed, or AS_EVER."""
+        """The output of a recorded, compared or replayed call; AS_EVER if it runs uncaptured."""
         if self._known.state is not None and not self._known.state.unchanged():
             self.forget()
-        known, key = self._known, _description(arguments)  # `forget` in between drops all of it
+        # A local reference: a `forget` during this call replaces `self._known`.
+        known, key = self._known, _description(arguments)
         found = known.shapes.pop(key, NEW)
-        known.shapes[key] = None if found is NEW else found  # the latest is the last one
+        known.shapes[key] = None if found is NEW else found  # most recently used last
         if found is NEW:
             if len(known.shapes) > MOST_SHAPES:
                 del known.shapes[next(iter(known.shapes))]
@@ -120,7 +130,7 @@ class RecordedDenoiser(StandIn):
     def _record(self, known: _Known, key: Any, arguments: dict[str, Any]) -> Any:
         refusal = why_not(self.denoiser)
         reason = str(refusal)
-        if refusal is None:  # weights that are laid out while it records would lie in its memory
+        if refusal is None:  # weights laid out during the recording would lie in its memory
             lay_out(self.denoiser)
         state = State(self.denoiser)
         if refusal is None:
@@ -130,7 +140,7 @@ class RecordedDenoiser(StandIn):
                 return output
             except NotRecordable as error:
                 reason = str(error)
-            except Exception as error:  # of an operator that the recorder does not know
+            except Exception as error:  # from an operator that the recorder does not support
                 reason = f"{type(error).__name__} while it was recorded"
         known.state = known.state or state
         self._stay(known, key, reason)
@@ -139,7 +149,7 @@ class RecordedDenoiser(StandIn):
     def _compare(
         self, known: _Known, key: Any, arguments: dict[str, Any], plain: Callable[[], Any]
     ) -> Any:
-        """The denoiser's own result; the recording is kept if it gives the same."""
+        """The denoiser's own result; keeps the recording only if a replay gives the same."""
         recording = known.shapes[key]
         output = plain()
         expected = prediction_in(output, self.denoiser)
@@ -166,16 +176,16 @@ class RecordedDenoiser(StandIn):
         self._begin()
 
 
-NEW = object()  # a shape of which nothing is known
-AS_EVER = object()  # the call is left to the denoiser
+NEW = object()  # no call with these shapes so far
+AS_EVER = object()  # the denoiser runs the call uncaptured
 
 
 class _Known:
-    """What is known of a denoiser's calls, as long as the denoiser stays as it is."""
+    """Recordings and refusals by input shapes; valid while the denoiser stays unchanged."""
 
     def __init__(self) -> None:
-        # By a call's shapes, the latest last: None where it was seen once, a sentence where it
-        # stays as it is, or its recording.
+        # By input shapes, most recently used last: None after the first call, then the recording,
+        # or a sentence that says why there is none.
         self.shapes: dict[Any, Any] = {}
         self.state: State | None = None
 
@@ -184,14 +194,14 @@ class _Known:
 
 
 def recorded(denoiser: nn.Module) -> nn.Module:
-    """A `RecordedDenoiser` for a packed `denoiser` whose calls can be recorded; else itself."""
+    """`denoiser` in a `RecordedDenoiser` if its calls can be captured; otherwise `denoiser`."""
     if isinstance(denoiser, StandIn) or not is_packed(denoiser) or why_not(denoiser) is not None:
         return denoiser
     return RecordedDenoiser(denoiser)
 
 
 class _Recording:
-    """A call that was written down, with its inputs and its result."""
+    """One captured call: its kernels, input buffers and result."""
 
     def __init__(
         self,
@@ -213,12 +223,12 @@ class _Recording:
         return inputs + self._recorder.memory.nbytes
 
     def holds(self, tensors: list[Tensor]) -> bool:
-        """Whether `tensors` are the inputs that it was run with last."""
+        """Whether `tensors` equal the inputs of the latest run."""
         pairs = zip(self._inputs, map(_distinct, tensors), strict=True)
         return all([torch.equal(own, given) for own, given in pairs])
 
     def replay(self, tensors: list[Tensor]) -> Any:
-        """What the denoiser returns for `tensors`."""
+        """The denoiser's output for `tensors`, which have the recorded shapes and dtypes."""
         with torch.inference_mode(False), torch.no_grad():
             for own, given in zip(self._inputs, tensors, strict=True):
                 own.copy_(_distinct(given))
@@ -230,7 +240,7 @@ class _Recording:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _record(denoiser: nn.Module, arguments: dict[str, Any], state: State) -> tuple[_Recording, Any]:
-    """The recording of a call, and what the call returned."""
+    """Capture one call: the recording, and the call's output."""
     given = tensors_in(arguments)
     inputs = [_distinct(tensor).clone() for tensor in given]
     expanded = [own.expand(tensor.shape) for own, tensor in zip(inputs, given, strict=True)]
@@ -239,7 +249,7 @@ def _record(denoiser: nn.Module, arguments: dict[str, Any], state: State) -> tup
         with recorder.listening():
             output = denoiser(**with_tensors(arguments, iter(expanded)))
     finally:
-        # Rows outlast the call, and those that it made lie where replays write theirs.
+        # Rows outlive the call, but replays overwrite the memory in which this call made them.
         for context in contexts_of(denoiser):
             context.rows = context.rows.clone()
     result = _only_result(output, denoiser)
@@ -249,9 +259,12 @@ def _record(denoiser: nn.Module, arguments: dict[str, Any], state: State) -> tup
 
 
 def _only_result(output: Any, denoiser: nn.Module) -> Tensor:
-    """The prediction in `output`, if it is the only tensor there."""
+    """The prediction in `output`.
+
+    Raises NotRecordable if `output` holds no tensor, or more than one.
+    """
     opened = output
-    if dataclasses.is_dataclass(output) and not isinstance(output, dict):  # unknown to pytree
+    if dataclasses.is_dataclass(output) and not isinstance(output, dict):  # a leaf to pytree
         opened = list(vars(output).values())
     found = tensors_in(opened)
     if not found:
@@ -262,21 +275,21 @@ def _only_result(output: Any, denoiser: nn.Module) -> Tensor:
 
 
 def _all_named(denoiser: nn.Module) -> bool:
-    """Whether all arguments can be given by name; else every call runs as ever."""
+    """Whether all arguments of `forward` can be passed by name, as recording requires."""
     parameters = inspect.signature(denoiser.forward).parameters
     unnamed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
     return not any(each.kind in unnamed for each in parameters.values())
 
 
 def _distinct(tensor: Tensor) -> Tensor:
-    """`tensor` without what is repeated in it: dimensions that it was expanded by."""
+    """`tensor` with its expanded dimensions (stride 0) cut to size 1."""
     if 0 not in tensor.stride():
         return tensor
     return tensor[tuple([slice(None) if step else slice(1) for step in tensor.stride()])]
 
 
 def _one_for_all(timestep: Tensor) -> Tensor:
-    """`timestep`, as an expanded number where it is `[B]` and the same for all samples."""
+    """`timestep`; if it is `[B]` with equal entries, one number expanded to `[B]`."""
     if timestep.dim() != 1 or timestep.stride(0) == 0:
         return timestep
     alike = len(timestep) > 1 and bool((timestep == timestep[0]).all())
@@ -284,7 +297,7 @@ def _one_for_all(timestep: Tensor) -> Tensor:
 
 
 def _is_plain(arguments: dict[str, Any]) -> bool:
-    """Whether a call with them can be recorded, in the mode that torch is in."""
+    """Whether a call with `arguments` can be recorded under torch's current modes."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     if not isinstance(arguments.get("timestep"), Tensor):
@@ -296,7 +309,7 @@ def _is_plain(arguments: dict[str, Any]) -> bool:
 
 
 def _description(arguments: dict[str, Any]) -> Any:
-    """What has to be the same for a replay: all but the numbers in the tensors."""
+    """The key of a recording: everything about the arguments except the tensors' values."""
     leaves, structure = tree_flatten(arguments)
     return structure, tuple([_description_of_leaf(leaf) for leaf in leaves])
 

@@ -1,4 +1,4 @@
-"""Memory for the values of a recorded call, which stays where it is from replay to replay."""
+"""Memory for the intermediate values of a recorded call, at fixed addresses for all replays."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-ALIGNMENT = 64  # bytes, as torch's own memory on the CPU
+ALIGNMENT = 64  # bytes, as in torch's CPU allocator
 
 
 class Block:
-    """Bytes that one tensor after another lies in."""
+    """A block of memory that holds one tensor at a time."""
 
     def __init__(self, count: int) -> None:
         room = np.empty(count + ALIGNMENT, dtype=np.uint8)
@@ -26,32 +26,32 @@ class Block:
 
     @property
     def address(self) -> int:
-        """Where the bytes begin."""
+        """The address of the first byte."""
         return int(self.memory.ctypes.data)
 
     @property
     def free(self) -> bool:
-        """Whether the tensor that was put here last is gone, with all its views."""
+        """Whether the latest tensor here and all its views have been deleted."""
         return self._tenant is None or bool(self._tenant.expired())
 
     def view(
         self, sizes: Sequence[int], strides: Sequence[int], dtype: torch.dtype, offset: int = 0
     ) -> Tensor:
-        """A tensor over these bytes that does not count as their tenant."""
+        """A tensor over these bytes that does not keep the block occupied."""
         return torch.frombuffer(self.memory, dtype=dtype).as_strided(sizes, strides, offset)
 
     def let(self, sizes: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """As `view`, but the block is not free until the tensor and its views are gone."""
+        """As `view`, but the block stays occupied until the tensor and its views are deleted."""
         tensor = self.view(sizes, strides, dtype)
         self._tenant = StorageWeakRef(tensor.untyped_storage())
         return tensor
 
 
 class Memory:
-    """Blocks of the values of one recorded call.
+    """The blocks that hold the intermediate values of one recorded call.
 
-    While the call is recorded, a value that dies leaves its block to later ones. A replay runs the
-    kernels in the same order, so that the same is true of it.
+    During recording, later values reuse the block of a value that has died. A replay runs the
+    kernels in the same order, so the reuse is valid there as well.
     """
 
     def __init__(self) -> None:
@@ -59,13 +59,14 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        """Of all blocks."""
+        """Size of all blocks, in bytes."""
         return sum(len(block) for block in self._blocks.values())
 
     def empty(self, sizes: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor of these sizes, strides (none negative) and dtype in the smallest free block.
+        """An uninitialized tensor in the smallest free block that fits, or in a new one.
 
-        Blocks of more than twice its size are left to larger ones.
+        Strides are counted in elements; none is negative. Blocks of more than twice the tensor's
+        size stay free for larger tensors.
         """
         if not all(sizes):
             return torch.empty_strided(sizes, strides, dtype=dtype, device="cpu")
@@ -79,15 +80,15 @@ class Memory:
         return block.let(sizes, strides, dtype)
 
     def spans(self) -> list[tuple[int, int]]:
-        """Where the blocks begin, and their bytes."""
+        """`(address, bytes)` of each block."""
         return [(address, len(block)) for address, block in self._blocks.items()]
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether `tensor` lies here."""
+        """Whether `tensor` lies in one of the blocks, or is empty."""
         return storage_address(tensor) in self._blocks or not tensor.numel()
 
     def kept(self, tensor: Tensor) -> Tensor:
-        """`tensor` as a replay may hold it: one that lies here does not keep its block."""
+        """`tensor` as a replay holds it: a tensor in this memory does not occupy its block."""
         address = storage_address(tensor)
         block = None if address is None else self._blocks.get(address)
         if block is None or not tensor.numel():
@@ -97,5 +98,5 @@ class Memory:
 
 
 def storage_address(tensor: Tensor) -> int | None:
-    """Where its memory begins; None for a layout that only operators know (oneDNN's weights)."""
+    """The address of the tensor's storage; None for opaque layouts (oneDNN's weights)."""
     return None if tensor.layout != torch.strided else tensor.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""Writes down what a call runs: native kernels with their arguments, and torch's operators."""
+"""Captures what a call runs: native kernels with their arguments, and torch operators."""
 
 from __future__ import annotations
 
@@ -27,29 +27,32 @@ EMPTY = (
 )
 CPU = torch.device("cpu")
 READS_NUMBERS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-READS_ALL = (Tensor.tolist, Tensor.numpy, Tensor.__array__)  # no operators
-LOWEST_ADDRESS = 1 << 32  # nothing else that kernels are told, sizes and strides, is as large
+READS_ALL = (Tensor.tolist, Tensor.numpy, Tensor.__array__)  # methods that run no operator
+LOWEST_ADDRESS = 1 << 32  # larger than all other kernel arguments, such as sizes and strides
 
 
 class NotRecordable(Exception):
-    """The call does something that a replay would not do, in a sentence."""
+    """The call does something that a replay cannot reproduce; the message says what."""
 
 
 @dataclass(frozen=True)
 class NativeCall:
-    """A function of the native library with its arguments, which hold addresses."""
+    """A native function with its arguments, which contain addresses."""
 
     function: Callable[..., int]
     arguments: tuple[Any, ...]
 
     def __call__(self) -> None:
-        """Run it, with the library's errors."""
+        """Run the function; raises as `native.calls.fail` does if its status is not 0."""
         status = self.function(*self.arguments)
         if status:
             fail(status)
 
     def addresses(self) -> Iterator[int]:
-        """What it reads or writes; structures are whole words (`native/abi.h`)."""
+        """The addresses that the function reads or writes.
+
+        Structures consist of 8-byte words (`native/abi.h`).
+        """
         for argument in self.arguments:
             if isinstance(argument, bytes):
                 words = struct.unpack(f"{len(argument) // 8}q", argument)
@@ -60,15 +63,15 @@ class NativeCall:
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator of torch; its results go where those of the recorded call lie."""
+    """A torch operator; its results are copied to the recorded results' memory."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    results: tuple[Tensor, ...]  # none where it only writes to its arguments
+    results: tuple[Tensor, ...]  # empty if the operator only writes to its arguments
 
     def __call__(self) -> None:
-        """Run it."""
+        """Run the operator."""
         found = self.function(*self.args, **self.kwargs)
         if self.results:
             for result, tensor in zip(self.results, tensors_in(found), strict=True):
@@ -76,7 +79,7 @@ class Operator:
 
 
 class _Listening(Library):
-    """The functions of another library, each of whose calls is noted."""
+    """A proxy for another library that passes each call to `note` and then runs it."""
 
     def __init__(self, of: Library, note: Callable[[NativeCall], None]) -> None:
         self.level, self.product_level = of.level, of.product_level
@@ -94,7 +97,7 @@ def _noted(function: Callable[..., int], note: Callable[[NativeCall], None]) -> 
 
 
 class _NoReading(TorchFunctionMode):
-    """Raises NotRecordable where Python takes all numbers of a tensor, which is no operator."""
+    """Raises NotRecordable when Python reads a whole tensor, which no operator shows."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -105,32 +108,34 @@ class _NoReading(TorchFunctionMode):
 
 
 class Recorder(TorchDispatchMode):
-    """Notes what runs while it is entered, without gradients, and keeps values in its memory.
+    """Captures all kernels and operators while it is entered; results lie in its memory.
 
-    `calls`: what to run again, in order. Raises NotRecordable where a number is read out of a
-    tensor (what Python makes of it would not change in a replay), where numbers are drawn, and
-    where something is written to a tensor that the call has not made.
+    It runs without gradients. `calls` holds the captured calls in order. It raises NotRecordable
+
+    - when Python reads a number out of a tensor, because a replay could not react to a new value;
+    - when an operator draws random numbers;
+    - when an operator writes to a tensor that the call has not created.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.memory = Memory()
         self.calls: list[NativeCall | Operator] = []
-        self._inside = False  # an operator, whose own native calls are its matter
-        self._others: dict[int, Tensor] = {}  # by address: what operators had from elsewhere
+        self._inside = False  # True while an operator runs: a replay repeats its native calls
+        self._others: dict[int, Tensor] = {}  # by address: operands outside `memory`
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While this lasts, torch's operators and calls of the native library are noted."""
+        """Capture torch operators and calls of the native library within this context."""
         native = library()
         assert native is not None
         with called_instead(_Listening(native, self._note)), _NoReading(), self:
             yield
 
     def check_addresses(self, known: Iterable[Tensor]) -> None:
-        """Raise NotRecordable if a native call uses memory of none of `known` nor of its own.
+        """Raise NotRecordable if a native call uses memory that may be gone in a replay.
 
-        Such memory may be gone in a replay.
+        Safe is the memory of the recorder, of the `known` tensors and of the operators' operands.
         """
         held = [each.untyped_storage() for each in (*known, *self._others.values())]
         spans = sorted([*self.memory.spans(), *((s.data_ptr(), s.nbytes()) for s in held)])
@@ -152,7 +157,7 @@ class Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run an operator and note it."""
+        """Run an operator and capture it."""
         kwargs = kwargs or {}
         _check(func, args, kwargs)
         if func in EMPTY and kwargs.get("device") in (None, CPU):
@@ -188,7 +193,7 @@ class Recorder(TorchDispatchMode):
         return found
 
     def _keep_others(self, tensors: list[Tensor]) -> None:
-        """Those that lie elsewhere: a native call may know only their address."""
+        """Hold the `tensors` outside `memory`: native calls may know only their addresses."""
         for tensor in tensors:
             address = storage_address(tensor)
             if address is not None and not self.memory.holds(tensor):
@@ -199,7 +204,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # Indexing has the tag for masks; whole numbers as indices say nothing of shapes.
+    # `index` has the tag because of masks; with integer indices the shape does not depend on data.
     whole = func is aten.index.Tensor and all(
         index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1]
     )
@@ -211,7 +216,7 @@ def _check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """What an operator is given as `name`, or its default; None where it takes no such thing."""
+    """The operator's argument `name`, or its default; None if there is no such argument."""
     for number, argument in enumerate(func._schema.arguments):
         if argument.name == name:
             return args[number] if number < len(args) else kwargs.get(name, argument.default_value)
@@ -229,6 +234,6 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Those of `tensor`, or where it repeats its values those of a contiguous one."""
+    """The strides of `tensor`; if it is expanded, those of a contiguous tensor of its shape."""
     strides = tensor.stride()
     return torch.empty(tensor.shape, device="meta").stride() if 0 in strides else strides

@@ -1,4 +1,4 @@
-"""What a recorded call takes for granted: it is true as long as that stays as it was."""
+"""The state that a recorded call depends on; a recording is valid while this state is unchanged."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from stepquant.runtime.ops import native
 from stepquant.support.refusal import Refusal, RefusalCode
 
 NO_PRODUCTS = Refusal(RefusalCode.NO_PRODUCTS, "no native integer products on this machine")
-OWN_HOOKS = (StepContext, InputBypass, NonFiniteInputs)  # of which a replay does what they would
-# Dictionaries that every module has, and that its forward does not read.
+OWN_HOOKS = (StepContext, InputBypass, NonFiniteInputs)  # replays reproduce their effects
+# Dictionaries that every module has and that `forward` does not read.
 NOT_OF_CALLS = {name for name, value in nn.Module().__dict__.items() if isinstance(value, dict)} - {
     *("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"),
 }
 APART = (Tensor, nn.Module, type, *OWN_HOOKS)
-PATCHES = ("forward", "_hf_hook")  # of instances, by the hooks of accelerate and diffusers
+PATCHES = ("forward", "_hf_hook")  # set on instances by the hooks of accelerate and diffusers
 
 
 def why_not(denoiser: nn.Module) -> Refusal | None:
-    """Why calls of `denoiser` cannot be recorded as it is now, or None."""
+    """Why calls of `denoiser` cannot be recorded in its current state, or None."""
     if native.why_no_products() is not None:
         return NO_PRODUCTS
     if not is_packed(denoiser):
@@ -51,25 +51,28 @@ def why_not(denoiser: nn.Module) -> Refusal | None:
 
 
 def lay_out(denoiser: nn.Module) -> None:
-    """Lay the weights of all packed layers out that are not yet."""
+    """Lay out the weights of all packed layers that are not laid out yet."""
     for module in denoiser.modules():
         if isinstance(module, IntegerLayer):
             module.prepared()
 
 
 def contexts_of(denoiser: nn.Module) -> list[StepContext]:
-    """The contexts that read the timestep of a call of `denoiser`."""
+    """The step contexts that read the timestep when `denoiser` is called."""
     owners = [getattr(hook, "__self__", None) for hook in denoiser._forward_pre_hooks.values()]
     return [owner for owner in owners if isinstance(owner, StepContext)]
 
 
 def watched(modules: list[nn.Module]) -> list[dict[Any, Any]]:
-    """All dictionaries that hold attributes of `modules`, and of what their attributes hold.
+    """The dictionaries that hold the attributes of `modules`, and those one level down.
 
-    Attributes are those of a module (parameters, buffers, hooks and parts are among them), the
-    entries of its dictionaries, and the attributes of its other objects, such as an attention
-    processor or a config. The step context and the input bypass, which change with every call, are
-    not.
+    They cover
+
+    - each module's own attributes, with its parameters, buffers, hooks and submodules;
+    - the entries of its dictionaries;
+    - the attributes of its other objects, such as an attention processor or a config.
+
+    The attributes of step context and input bypass are left out, because they change in every call.
     """
     found: dict[int, dict[Any, Any]] = {}
     for module in modules:
@@ -85,14 +88,14 @@ def watched(modules: list[nn.Module]) -> list[dict[Any, Any]]:
 
 
 class State:
-    """What a denoiser is and runs on: its attributes (`watched`), kernels, and where tensors lie.
+    """A snapshot of a denoiser: attributes (`watched`), layouts, tensor addresses and threads.
 
-    Attributes are compared by identity, so that any assignment is seen. A list or an object two
-    levels down that is changed in place is not.
+    Attributes are compared by identity, so every assignment is detected. In-place changes of a
+    list, or of an object two levels down, are not.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
-        """Note all of it."""
+        """Take the snapshot of `denoiser`."""
         modules = list(denoiser.modules())
         layers = [module for module in modules if isinstance(module, IntegerLayer)]
         self._layers = [layer.__dict__ for layer in layers]
@@ -111,7 +114,7 @@ class State:
             if tensor.untyped_storage().data_ptr() not in at_hand
         ]
         self._then = self._now()
-        # So that nothing else comes to have their ids.
+        # References, so that no new object can get one of the recorded ids.
         self._kept = [*values, *(bypass.slopes for bypass in self._bypasses)]
 
     def _now(self) -> tuple[Any, ...]:
@@ -124,5 +127,5 @@ class State:
         )
 
     def unchanged(self) -> bool:
-        """Whether all that is still so."""
+        """Whether the denoiser still matches the snapshot."""
         return self._now() == self._then

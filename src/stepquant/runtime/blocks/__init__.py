@@ -1,8 +1,9 @@
-"""Blocks of diffusers that hand codes to their layers; see `runtime.layers.prepared_layer`.
+"""Fast versions of diffusers' blocks, which pass codes to their layers.
 
-A fast block is the block itself, in a class that derives from the block's and computes the same
-from the same parts: names of modules, hooks, configs and checks of its class stay as they are.
-If a layer cannot take codes, the block runs the code of diffusers.
+A fast block is the original module with its class replaced by a subclass that computes the same
+result from the same submodules. Module names, hooks, configs and `isinstance` checks keep working.
+If one of its layers cannot take codes, the block runs diffusers' own code. See also
+`runtime.layers.prepared_layer`.
 """
 
 from __future__ import annotations
@@ -42,14 +43,17 @@ PLAIN_CLASSES = {fast: plain for plain, fast in FAST_CLASSES.items()}
 
 
 def use_fast_blocks(model: nn.Module) -> nn.Module:
-    """Let the blocks of the quantized `model` hand codes to their layers; in place."""
+    """Replace the classes of the blocks in the quantized `model` by their fast versions, in place.
+
+    Returns `model`. Its own class stays, and so do blocks without a fast version.
+    """
     for module in model.modules():
         fast = FAST_CLASSES.get(type(module))
-        if fast is not None and module is not model:  # whose class is written to its config
+        if fast is not None and module is not model:  # the model's class name is in its config
             module.__class__ = fast
             if isinstance(module, FastAttention):
                 module.attention_precision = AUTO
-    for names in ("_repeated_blocks", "_no_split_modules"):  # diffusers finds blocks by them
+    for names in ("_repeated_blocks", "_no_split_modules"):  # diffusers looks up class names here
         known = getattr(model, names, None)
         if known:
             fast_names = [FAST_NAMES[name] for name in known if name in FAST_NAMES]
@@ -58,7 +62,7 @@ def use_fast_blocks(model: nn.Module) -> nn.Module:
 
 
 def use_plain_blocks(model: nn.Module) -> nn.Module:
-    """Take back what `use_fast_blocks` did, in place."""
+    """Give the blocks of `model` their diffusers classes back, in place; returns `model`."""
     for module in model.modules():
         plain = PLAIN_CLASSES.get(type(module))
         if plain is not None:

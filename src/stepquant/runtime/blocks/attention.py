@@ -1,4 +1,4 @@
-"""Attention of diffusers' denoisers, on codes."""
+"""diffusers' attention, on codes."""
 
 from __future__ import annotations
 
@@ -38,11 +38,10 @@ OTHER_NORM = Refusal(RefusalCode.BLOCK, "another norm than group norm")
 
 
 class FastAttention(Attention):
-    """Norm and rounding for queries, keys and values in one pass over an image.
+    """`Attention` with norm and rounding for queries, keys and values in one pass over an image.
 
-    The products stay float, as in `AttnProcessor2_0`, which is the processor that this stands for,
-    in the dtype that `attention_precision` says. With any other processor the code of diffusers
-    runs.
+    It replaces the processor `AttnProcessor2_0`; with any other processor, diffusers' code runs.
+    The attention products stay float, and `attention_precision` chooses their dtype.
     """
 
     attention_precision: str  # see `set_attention_precision`
@@ -54,9 +53,12 @@ class FastAttention(Attention):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As `Attention`: `hidden_states [B, C, H, W]` or `[B, N, C]`, and so the result."""
+        """As `Attention`.
+
+        `hidden_states`: float `[B, C, H, W]` or `[B, N, C]`; the result has the same shape.
+        """
         x, context = hidden_states, encoder_hidden_states
-        # A time embedding is only for the spatial norm, with which nothing here runs.
+        # Only the spatial norm reads a time embedding, and `why_plain` refuses it.
         if (
             not kwargs.keys() <= {"temb"}
             or not fits(self, x, context)
@@ -82,14 +84,14 @@ class FastAttention(Attention):
         return y if self.rescale_output_factor == 1.0 else y / self.rescale_output_factor
 
     def set_processor(self, processor: Any) -> None:
-        """As `Attention`; quantized products stay, see `keeps_products`."""
+        """As `Attention`, except that quantized products stay in place; see `keeps_products`."""
         if not keeps_products(self, processor):
             super().set_processor(processor)
 
     def fuse_projections(self, fuse: bool = True) -> None:
         """As `Attention`.
 
-        Raises StepQuantError for packed projections, whose codes have grids of their own.
+        Raises StepQuantError for packed projections: each has its own grids, so they cannot fuse.
         """
         if fuse and isinstance(self.to_q, IntegerLayer):
             raise StepQuantError(
@@ -99,24 +101,24 @@ class FastAttention(Attention):
         super().fuse_projections(fuse)
 
     def why_plain(self) -> Refusal | None:
-        """Why the block runs the code of diffusers whatever it is called with, or None."""
+        """Why the block runs diffusers' code for every input, or None."""
         return why_plain(self)
 
 
 def projections(attn: Attention) -> list[IntegerLayer]:
-    """The layers that make queries, keys and values."""
+    """The layers that compute queries, keys and values."""
     return [attn.to_q, attn.to_k, attn.to_v]
 
 
 def fits(attn: Attention, x: Tensor, context: Tensor | None) -> bool:
-    """Whether `attn` computes what `attend` does with these, if `why_plain` has no reason."""
+    """Whether `attend` can compute `attn` for these inputs, provided `why_plain` returns None."""
     if not is_encodable(x):
         return False
     return context is None or not (attn.norm_cross or attn.group_norm is not None)
 
 
 def why_plain(attn: Attention) -> Refusal | None:
-    """Why `attn` runs the code of diffusers whatever it is called with, or None."""
+    """Why `attn` runs diffusers' code for every input, or None."""
     if type(attn.processor) is not AttnProcessor2_0:
         return Refusal(
             RefusalCode.ATTENTION_PROCESSOR,
@@ -140,18 +142,21 @@ def why_plain(attn: Attention) -> Refusal | None:
 
 
 def encoded(attn: Attention, x: Tensor, context: Tensor | None) -> list[Tensor]:
-    """Codes of `x [B, N, C]` for queries, and of it or of `context [B, M, E]` for keys, values."""
+    """uint8 codes for the query, key and value projections.
+
+    `x`: float `[B, N, C]`. `context`: float `[B, M, E]`, the input of keys and values; None: `x`.
+    """
     query = attn.to_q.prepared().encode(x)[0]
     return [query, *encoded_sources(attn, x if context is None else context)]
 
 
 def encoded_sources(attn: Attention, source: Tensor) -> list[Tensor]:
-    """Codes of `source [B, M, E]` for keys and for values."""
+    """uint8 codes of `source [B, M, E]` for the key and the value projection."""
     return [layer.prepared().encode(source)[0] for layer in (attn.to_k, attn.to_v)]
 
 
 def _normed_image(attn: Attention, image: Tensor) -> list[Tensor]:
-    """Codes `[B, H * W, C]` of the normed `image [B, C, H, W]`, for queries, keys and values."""
+    """Codes `[B, H * W, C]` of the group-normed `image [B, C, H, W]` for the three projections."""
     norm, channels = attn.group_norm, image.shape[1]
     outputs = [Output(0, channels, layer.prepared().grid(), (0, 0)) for layer in projections(attn)]
     found = fused.group_norm_encode(
@@ -170,10 +175,14 @@ def attend(
 ) -> Tensor:
     """Attention and its output projection, times `gate`, plus `residual`: `[B, N, C]`.
 
-    `inputs`: codes for queries `[B, N, C]`, keys and values `[B, M, E]`. `mask`: as diffusers
-    passes it. `dtype`: of the model and the result. `residual [B, N, C]`, `gate [B, C]`: float.
-    `product_dtype` says in which dtype the products are computed: their result is rounded to fewer
-    bits right after.
+    Args:
+        attn: The attention module; its projections are integer layers.
+        inputs: uint8 codes for queries `[B, N, C]`, keys `[B, M, E]` and values `[B, M, E]`.
+        mask: The attention mask as diffusers passes it.
+        dtype: The dtype of the model and of the result. `product_dtype` chooses that of the
+            products, whose result the output projection rounds to fewer bits anyway.
+        residual: Float `[B, N, C]`.
+        gate: Float `[B, C]`, one factor per sample and channel.
     """
     inner = product_dtype(attn, inputs[0].shape[1] * inputs[1].shape[1], dtype)
     query, key, value = (

@@ -1,7 +1,7 @@
-"""The dtype in which quantized attention multiplies queries, keys, probabilities and values.
+"""The dtype of the float products in quantized attention.
 
-These float products are the same whether a block runs on codes or layer by layer (under a hook, a
-LoRA, or a gradient): the choice depends on the setting, the sizes and the CPU only.
+The choice depends only on the setting, the sizes and the CPU. So the products are the same whether
+a block runs on codes or layer by layer (under a hook, a LoRA or a gradient).
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from stepquant.runtime.layers.straight_through import wants_gradient
 from stepquant.runtime.ops import fused
 from stepquant.support.errors import StepQuantError
 
-MANY_SCORES = 128 * 128  # of a head; fewer are quicker in float32
+MANY_SCORES = 128 * 128  # per head; fewer scores are faster in float32
 AUTO, MODEL, BFLOAT16 = PRECISIONS = ("auto", "model", "bfloat16")
 
 
 def set_attention_precision(model: nn.Module, precision: str) -> None:
-    """Choose the dtype in which attention of the quantized `model` multiplies: see the list.
+    """Choose the dtype of the attention products of the quantized `model`.
 
-    - "auto", the default: bfloat16 where the CPU multiplies it natively and a head has at least
-      128 x 128 scores, else the model's dtype.
+    - "auto", the default: bfloat16 if the CPU multiplies it natively and a head has at least
+      128 x 128 scores; otherwise the model's dtype.
     - "model": the model's dtype.
-    - "bfloat16".
+    - "bfloat16": bfloat16.
 
-    The setting is for attention whose projections are integer layers and whose products are float
-    (diffusers' `Attention`, as in UNets, DiT and PixArt). It is not saved.
+    The setting applies to attention with integer projections and float products (diffusers'
+    `Attention`, as in UNets, DiT and PixArt). Checkpoints do not store it.
 
-    Raises StepQuantError for another precision, and if `model` has no such attention.
+    Raises StepQuantError for any other precision, and if `model` has no such attention.
     """
     if precision not in PRECISIONS:
         raise StepQuantError(
@@ -51,9 +51,10 @@ def set_attention_precision(model: nn.Module, precision: str) -> None:
 
 
 def product_dtype(attn: Attention, scores: int, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the products of `attn` where a head has so many `scores`.
+    """The dtype of the products of `attn`.
 
-    `dtype`: of its inputs, which are on the CPU and float32 or bfloat16 (`is_encodable`).
+    `scores`: queries times keys, per head. `dtype`: the dtype of the inputs, which are on the CPU
+    and float32 or bfloat16 (`is_encodable`).
     """
     precision = getattr(attn, "attention_precision", AUTO)
     if precision == BFLOAT16:
@@ -63,7 +64,10 @@ def product_dtype(attn: Attention, scores: int, dtype: torch.dtype) -> torch.dty
 
 
 def rounds_products(attn: Attention, x: Tensor, context: Tensor | None) -> torch.dtype | None:
-    """The dtype of the products, where it is not that of `x [B, N, C]` or `[B, C, H, W]`."""
+    """The dtype of the products if it differs from that of `x`; otherwise None.
+
+    `x`: float `[B, N, C]` or `[B, C, H, W]`. `context`: float `[B, M, E]`, or None.
+    """
     layers = (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
     if type(attn.processor) is not AttnProcessor2_0 or attn.is_causal:
         return None
@@ -85,10 +89,14 @@ def rounded_products(
     value: Tensor,
     mask: Tensor | None,
 ) -> Tensor:
-    """Attention's products `[B, H, N, D]` in `dtype`, as a block on codes computes them."""
+    """The attention products in `dtype`, as a block on codes computes them.
+
+    `query`: float `[B, H, N, D]`. `key`, `value`: float `[B, H, M, D]`. Returns `[B, H, N, D]` in
+    the dtype of `query`.
+    """
     q, k, v = (each.to(dtype) for each in (query, key, value))
     if mask is None and not wants_gradient(query, key, value) and _has_native(attn, dtype):
-        # Values of the output projection's codes: it rounds them to the same ones.
+        # Dequantized codes of the output projection, which rounds them to the same codes again.
         grid = attn.to_out[0].prepared().grid()
         tokens = [each.transpose(1, 2).flatten(2) for each in (q, k, v)]
         code = fused.attention_codes(tokens[0], tokens[1], tokens[2], attn.heads, grid)
@@ -103,7 +111,10 @@ def rounded_products(
 
 
 def takes_native(attn: Attention, dtype: torch.dtype, channels: int, mask: Tensor | None) -> bool:
-    """Whether our own kernel computes the products and their codes; `channels` of all heads."""
+    """Whether the native kernel computes the products and their codes.
+
+    `dtype`: the dtype of the products. `channels`: of all heads together.
+    """
     return (
         mask is None
         and dtype is torch.bfloat16
@@ -118,15 +129,15 @@ def _has_native(attn: Attention, dtype: torch.dtype) -> bool:
     return (
         takes_native(attn, dtype, attn.to_q.out_features, None)
         and project.lora is None
-        and not project.weight_scale.is_meta  # whose tensors come with its call
+        and not project.weight_scale.is_meta  # offloaded: its tensors arrive with its call
         and len(project.splits) == 1
         and project.why_no_codes() is None
     )
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot ask
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the query
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16, AMX)."""
+    """Whether this CPU has bfloat16 multiply instructions (AVX512-BF16, AMX)."""
     return _multiplies_bfloat16()
 
 

@@ -1,4 +1,4 @@
-"""Decoder stages of diffusers' UNets: what the encoder hands over is not joined by a copy."""
+"""Decoder stages of diffusers' UNets that read skip connections in place, without `torch.cat`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Skips = tuple[Tensor, ...]
 
 
 def joins_in_resnets(stage: Any) -> bool:
-    """Whether the resnets of a decoder stage take what they are to join in parts."""
+    """Whether the resnets of a decoder stage can take hidden states and skips as separate parts."""
     freeu = all(getattr(stage, name, None) for name in ("s1", "s2", "b1", "b2"))
     checkpointing = torch.is_grad_enabled() and stage.gradient_checkpointing
     return (
@@ -25,7 +25,7 @@ def joins_in_resnets(stage: Any) -> bool:
 
 
 class FastUpBlock2D(UpBlock2D):
-    """Resnets, then upsampling."""
+    """Resnets, then upsampling; the resnets read each skip connection in place."""
 
     def forward(
         self,
@@ -36,7 +36,11 @@ class FastUpBlock2D(UpBlock2D):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """As `UpBlock2D`: `[B, C, H, W]`, and the encoder's images, the last to be used first."""
+        """As `UpBlock2D`.
+
+        `hidden_states`: float `[B, C, H, W]`. `res_hidden_states_tuple`: the encoder's images
+        `[B, C_i, H, W]`; the first resnet takes the last one. Returns float `[B, C_out, H', W']`.
+        """
         x, skips = hidden_states, res_hidden_states_tuple
         if not joins_in_resnets(self):
             return super().forward(x, skips, temb, upsample_size, *args, **kwargs)
@@ -46,7 +50,7 @@ class FastUpBlock2D(UpBlock2D):
 
 
 class FastAttnUpBlock2D(AttnUpBlock2D):
-    """Resnets and self-attentions in turns, then upsampling."""
+    """Alternating resnets and self-attentions, then upsampling."""
 
     def forward(
         self,
@@ -68,7 +72,7 @@ class FastAttnUpBlock2D(AttnUpBlock2D):
 
 
 class FastCrossAttnUpBlock2D(CrossAttnUpBlock2D):
-    """Resnets and transformers in turns, then upsampling."""
+    """Alternating resnets and transformers, then upsampling."""
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Whether a block may run its layers on codes to the same result as by calling them."""
+"""Checks of whether a block may run its layers on codes and still get the same result."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _SEVERAL_PARTS = Refusal(RefusalCode.LAYER, "a layer with several input parts")
 
 
 def is_encodable(x: Tensor) -> bool:
-    """Whether the fused passes take `x`: on the CPU, in float32 or bfloat16."""
+    """Whether the fused passes support `x`: on the CPU, in float32 or bfloat16."""
     return x.device.type == "cpu" and x.dtype in FLOATS
 
 
 def follows_gradient(block: nn.Module, *inputs: Tensor | None) -> bool:
-    """Whether autograd follows one of `inputs` or trains a part of `block`.
+    """Whether one of `inputs` or a parameter of `block` needs a gradient.
 
-    Codes have no gradient. A block then runs layer by layer, because a layer that is called with
-    floats passes gradients on.
+    Codes have no gradient. The block then runs layer by layer, because a layer that gets floats
+    propagates gradients.
     """
     if not torch.is_grad_enabled():
         return False
@@ -34,7 +34,10 @@ def follows_gradient(block: nn.Module, *inputs: Tensor | None) -> bool:
 
 
 def untouched(module: nn.Module) -> bool:
-    """Whether calling `module` is calling its `forward`: no hooks, none of accelerate's either."""
+    """Whether calling `module` runs only its class's `forward`: no hooks, and no patched method.
+
+    accelerate's hooks patch `forward` on the instance.
+    """
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -45,11 +48,14 @@ def untouched(module: nn.Module) -> bool:
 
 
 def why_no_codes(layer: nn.Module | None, parts: int | None = None) -> Refusal | None:
-    """Why a block cannot run `layer` on codes now to the same result as by calling it, or None.
+    """Why a block currently cannot run `layer` on codes with the same result, or None.
 
-    `parts`: how many input parts the block can feed; None: any number. No layer at all is no
-    obstacle. Besides the layer's own reasons there is whatever else looks at its float input: a
-    LoRA, a bypass, a hook.
+    The layer itself may refuse codes. A LoRA, a bypass and a hook prevent them as well, because
+    they read the layer's float input.
+
+    Args:
+        layer: The layer; None, an absent layer, is no obstacle.
+        parts: The number of input parts that the block can feed; None for any number.
     """
     if layer is None:
         return None

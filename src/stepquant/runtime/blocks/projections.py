@@ -1,4 +1,4 @@
-"""What diffusers' UNets put around their transformer blocks, on codes."""
+"""The norm and projections around the transformer blocks of diffusers' UNets, on codes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from stepquant.support.refusal import Refusal
 
 
 class FastTransformer2DModel(Transformer2DModel):
-    """Norm and rounding in one pass on the way in; on the way out no copy to another layout."""
+    """`Transformer2DModel` on codes.
+
+    The input side fuses norm and rounding into one pass; the output side needs no layout copy.
+    """
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
-        """`[B, C, H, W]` to `[B, H * W, inner_dim]`, and the channels to come back to."""
+        """Tokens `[B, H * W, inner_dim]` of an image `[B, C, H, W]`, and diffusers' `inner_dim`."""
         x, norm, project = hidden_states, self.norm, self.proj_in
         plain = isinstance(norm, nn.GroupNorm) and untouched(norm)
         if not (_on_codes(project, x) and plain) or follows_gradient(norm, x):
@@ -46,7 +49,7 @@ class FastTransformer2DModel(Transformer2DModel):
         width: int,
         inner_dim: int,
     ) -> Tensor:
-        """`[B, H * W, inner_dim]` and the block's input to `[B, C, H, W]`."""
+        """The image `[B, C, H, W]` of tokens `[B, H * W, inner_dim]`, plus `residual`."""
         x, project = hidden_states, self.proj_out
         if not _on_codes(project, x) or wants_gradient(x, residual):
             return super()._get_output_for_continuous_inputs(
@@ -60,7 +63,7 @@ class FastTransformer2DModel(Transformer2DModel):
         return prepared.run(code, residual, residual.dtype)
 
     def why_plain(self) -> Refusal | None:
-        """Why one of the projections runs as in diffusers whatever it is called with, or None."""
+        """Why one of the projections runs diffusers' code for every input, or None."""
         layers = [why_no_codes(each, 1) for each in (self.proj_in, self.proj_out)]
         return layers[0] or layers[1]
 

@@ -1,4 +1,4 @@
-"""The resnet of diffusers' UNets, on codes."""
+"""The residual block of diffusers' UNets, on codes."""
 
 from __future__ import annotations
 
@@ -27,22 +27,30 @@ RESIZES = Refusal(RefusalCode.BLOCK, "a resnet that changes the size")
 
 
 class FastResnetBlock2D(ResnetBlock2D):
-    """Norm, SiLU and rounding in one pass; the time embedding joins the second one's.
+    """`ResnetBlock2D` with each norm, its SiLU and the rounding fused into one pass.
 
-    The residual is added in the last conv's kernel.
+    The second pass also adds the time embedding, and the last conv's kernel adds the residual.
     """
 
     def forward(
         self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """As `ResnetBlock2D`: `input_tensor [B, C_in, H, W]`, `temb [B, E]`: `[B, C_out, H, W]`."""
+        """As `ResnetBlock2D`.
+
+        `input_tensor`: float `[B, C_in, H, W]`. `temb`: float `[B, E]`, or None. Returns
+        `[B, C_out, H, W]`.
+        """
         inputs = (input_tensor, temb)
         if not self._runs_on_codes(*inputs) or follows_gradient(self, *inputs):
             return super().forward(input_tensor, temb, *args, **kwargs)
         return self._of_parts((input_tensor,), temb)
 
     def joined(self, parts: Sequence[Tensor], temb: Tensor | None) -> Tensor:
-        """What calling the block with `parts [B, C_i, H, W]`, joined over channels, gives."""
+        """The block's result for `parts [B, C_i, H, W]` concatenated over channels.
+
+        The fast path reads the parts in place, without a copy. `temb`: float `[B, E]`, or None.
+        Returns `[B, C_out, H, W]`.
+        """
         alike = all([part.dtype == parts[0].dtype for part in parts])
         if (
             alike
@@ -61,7 +69,7 @@ class FastResnetBlock2D(ResnetBlock2D):
             activation = "none" if self.skip_time_act else "silu"
             project = self.time_emb_proj.prepared()
             added = project.run(project.encode(temb, activation))
-            added = added.expand(len(y), -1)  # one embedding may be for all samples
+            added = added.expand(len(y), -1)  # all samples may share one embedding
         inner = _normed(self.norm2, (y,), added, self.conv2)
         dtype, scaled = parts[0].dtype, self.output_scale_factor != 1.0
         if self.conv_shortcut is not None:
@@ -83,7 +91,7 @@ class FastResnetBlock2D(ResnetBlock2D):
         )
 
     def why_plain(self) -> Refusal | None:
-        """Why the block runs the code of diffusers whatever it is called with, or None."""
+        """Why the block runs diffusers' code for every input, or None."""
         if self.time_embedding_norm != "default" or not isinstance(self.nonlinearity, nn.SiLU):
             return OTHER_FORM
         if self.upsample is not None or self.downsample is not None:
@@ -105,7 +113,7 @@ class FastResnetBlock2D(ResnetBlock2D):
 def _normed(
     norm: nn.GroupNorm, parts: Sequence[Tensor], added: Tensor | None, conv: IntegerConv2d
 ) -> list[Tensor]:
-    """The codes for `conv` of `silu(norm(parts + added))`."""
+    """Codes of `silu(norm(cat(parts) + added))`, one tensor for each input part of `conv`."""
     outputs = conv.prepared().outputs()
     return fused.group_norm_encode(
         parts, added, norm.num_groups, norm.weight, norm.bias, norm.eps, "silu", outputs

@@ -38,7 +38,10 @@ Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale and gate, each [B, C]
 
 
 class FastBasicTransformerBlock(BasicTransformerBlock):
-    """Norm, modulation and rounding in one pass; activation and rounding in another."""
+    """`BasicTransformerBlock` on codes.
+
+    One pass fuses norm, modulation and rounding; another fuses activation and rounding.
+    """
 
     def forward(
         self,
@@ -51,7 +54,7 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
         class_labels: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """As `BasicTransformerBlock`: `hidden_states [B, N, C]`, and so the result."""
+        """As `BasicTransformerBlock`: float `[B, N, C]`, and a result of the same shape."""
         x, context = hidden_states, encoder_hidden_states
         inputs = (x, context, timestep, attention_mask, encoder_attention_mask)
         if (
@@ -90,7 +93,7 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
     def _modulations(
         self, x: Tensor, timestep: Tensor | None, class_labels: Tensor | None
     ) -> tuple[Modulation | None, Modulation | None]:
-        """Those of attention and of the feed-forward layers; None without modulation."""
+        """The modulations of attention and feed-forward layers; None for blocks without them."""
         if self.norm_type == "ada_norm_zero":
             norm = self.norm1
             embedding = norm.emb(timestep, class_labels, hidden_dtype=x.dtype)
@@ -112,7 +115,7 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
         )
 
     def why_plain(self) -> Refusal | None:
-        """Why the block runs the code of diffusers whatever it is called with, or None."""
+        """Why the block runs diffusers' code for every input, or None."""
         if self.norm_type not in NORM_TYPES or self.pos_embed is not None:
             return Refusal(RefusalCode.BLOCK, f"norms of the kind {self.norm_type}")
         if self._chunk_size is not None or self.only_cross_attention:
@@ -137,7 +140,7 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
 
 
 def _why_not_site(site: Attention) -> Refusal | None:
-    """Why the block cannot run the attention `site` on codes itself."""
+    """Why the block cannot run the attention `site` on codes, or None."""
     if not untouched(site):
         return A_HOOK
     if site.group_norm is not None or site.residual_connection or site.rescale_output_factor != 1.0:
@@ -146,7 +149,10 @@ def _why_not_site(site: Attention) -> Refusal | None:
 
 
 def _why_not_feed(feed: FeedForward) -> Refusal | None:
-    """Why `feed` is not two packed layers that take codes, with GELU or GEGLU between them."""
+    """Why the block cannot run `feed` on codes, or None.
+
+    It needs two packed layers that take codes, with GELU or GEGLU between them.
+    """
     widen, narrow = feed.net[0], feed.net[2]
     if type(widen) not in (GELU, GEGLU):
         return Refusal(RefusalCode.BLOCK, f"feed-forward layers with {type(widen).__name__}")
@@ -159,7 +165,7 @@ def _why_not_feed(feed: FeedForward) -> Refusal | None:
 def _normed(
     norm: nn.LayerNorm, x: Tensor, modulation: Modulation | None, layers: list[IntegerLayer]
 ) -> list[Tensor]:
-    """Codes for each of `layers` of the normed and modulated `x [B, N, C]`."""
+    """Codes of the normed and modulated `x [B, N, C]`, one tensor for each of `layers`."""
     shift, scale = (None, None) if modulation is None else modulation[:2]
     grids = [layer.prepared().grid() for layer in layers]
     return fused.layer_norm_encode(x, norm.weight, norm.bias, norm.eps, scale, shift, grids)

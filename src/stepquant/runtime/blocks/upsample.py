@@ -19,12 +19,16 @@ NO_INTEGER_CONV = Refusal(RefusalCode.LAYER, "an upsampler without a packed conv
 
 
 class FastUpsample2D(Upsample2D):
-    """Rounds before it repeats pixels: equal values have equal codes."""
+    """`Upsample2D` that encodes before it repeats pixels, because equal values have equal codes."""
 
     def forward(
         self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """As `Upsample2D`: `[B, C, H, W]`, twice as high and wide or `output_size`."""
+        """As `Upsample2D`.
+
+        `hidden_states`: float `[B, C, H, W]`. The result has twice the height and width, or
+        `output_size`.
+        """
         x = hidden_states
         if not self._runs_on_codes(x) or follows_gradient(self, x):
             return super().forward(x, output_size, *args, **kwargs)
@@ -41,12 +45,12 @@ class FastUpsample2D(Upsample2D):
     def _runs_on_codes(self, x: Tensor) -> bool:
         return (
             is_encodable(x)
-            and x.shape[1] == self.channels  # or diffusers says that it is not
+            and x.shape[1] == self.channels  # otherwise diffusers' code raises its error
             and self.why_plain() is None
         )
 
     def why_plain(self) -> Refusal | None:
-        """Why the block runs the code of diffusers whatever it is called with, or None."""
+        """Why the block runs diffusers' code for every input, or None."""
         if self.name != "conv" or self.norm is not None or not self.interpolate:
             return OTHER_KIND
         if not isinstance(self.conv, IntegerConv2d):

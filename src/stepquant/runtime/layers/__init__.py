@@ -1,1 +1,1 @@
-"""Layers that hold quantized weights: integer, weight-only and dynamic ones, and LoRA branches."""
+"""Quantized layers (integer, weight-only, dynamic), quantized attention and LoRA branches."""

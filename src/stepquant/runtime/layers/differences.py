@@ -1,4 +1,4 @@
-"""From packed codes to the whole numbers that kernels multiply, and back, bit for bit."""
+"""Conversion between packed codes and the int8 weights that kernels multiply, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from stepquant.runtime.ops.layer_spec import LayerSpec
 def differences_of(
     packed: Tensor, zero_point: Tensor, channel_bits: Tensor | None, spec: LayerSpec
 ) -> Tensor:
-    """`code - zero point`, int8 `[C_out, C_in, kh, kw]` (linear: two dims), on one device.
+    """`code - zero point`, int8 `[C_out, C_in, kh, kw]`, or `[C_out, C_in]` for linear layers.
 
-    In half steps, `2 * code - 2 * zero point`, where the spec says `half_zero_points`. `packed`
-    uint8 `[bytes]` of one input part; `zero_point` uint8 `[C_out]` as in the layer's buffer;
-    `channel_bits` uint8 `[C_out]`, or None where all channels have `spec.weight_bits`.
+    If the spec sets `half_zero_points`, the result counts half steps: `2 * code - 2 * zero point`.
+    All arguments are on one device.
+
+    Args:
+        packed: uint8 `[bytes]`, the packed codes of one input part.
+        zero_point: uint8 `[C_out]`, as in the layer's buffer.
+        channel_bits: uint8 `[C_out]`; None if all channels have `spec.weight_bits`.
+        spec: The spec of the input part.
     """
     if channel_bits is None:
         count = spec.out_channels * spec.columns
@@ -25,7 +30,7 @@ def differences_of(
         codes = unpack_channels(packed, channel_bits.to(torch.int64), spec.columns)
     if spec.half_zero_points:
         codes <<= 1
-    # uint8 wraps around, and its bits are then those of the difference, which int8 holds.
+    # uint8 arithmetic wraps around, so the bits are those of the difference, which fits in int8.
     codes -= zero_point[:, None]
     return codes.view(torch.int8).view(spec.weight_shape)
 

@@ -1,8 +1,8 @@
-"""A parameter without values that tells the dtype and the device of a quantized layer.
+"""An empty parameter that carries the dtype and device of a quantized layer.
 
-Models and pipelines read `next(module.parameters()).dtype` to cast what they hand on. The tensors
-of quantized layers are codes, and scales that stay float32, so none of them tells the dtype of the
-activations. Neither state dicts nor accelerate's hooks see the marker.
+Models and pipelines read `next(module.parameters()).dtype` to choose the dtype of activations.
+Quantized layers hold codes, and scales that stay float32, so none of their tensors has that dtype.
+The marker has it. State dicts and accelerate's hooks do not see the marker.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ class MarksDtype(nn.Module):
         """Make a marker of `dtype` the first parameter."""
         others = {key: value for key, value in self._parameters.items() if key != NAME}
         self._parameters.clear()
-        cpu = torch.device("cpu")  # also where layers are made on the meta device
+        cpu = torch.device("cpu")  # explicit: layers may be created on the meta device
         empty = torch.empty(0, dtype=dtype, device=cpu)
         self.register_parameter(NAME, nn.Parameter(empty, requires_grad=False))
         self._parameters.update(others)
 
     def float_parameters(self) -> int:
-        """How many parameters the float layer has."""
+        """The number of parameters of the float layer."""
         raise NotImplementedError
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As `nn.Module`; without `recurse`, what hooks may move: all but the marker."""
+        """As `nn.Module`, but omits the marker without `recurse`, so that hooks do not move it."""
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
             if recurse or name.rpartition(".")[2] != NAME:
                 yield name, parameter
@@ -60,7 +60,7 @@ def is_marker(layer: nn.Module, tensor: Tensor) -> bool:
 
 
 def place_markers(model: nn.Module) -> None:
-    """Move each marker in `model` to the device of its layer, after a load."""
+    """Move each marker in `model` to its layer's device; call this after loading."""
     for module in model.modules():
         if isinstance(module, MarksDtype):
             tensors: list[Tensor] = [each for _, each in module.named_parameters(recurse=False)]
@@ -71,7 +71,7 @@ def place_markers(model: nn.Module) -> None:
 
 
 def count_as_float(model: nn.Module) -> None:
-    """Let `model.num_parameters()` tell the number of the float model."""
+    """Make `model.num_parameters()` return the number of parameters of the float model."""
     if hasattr(type(model), "num_parameters"):
         model.num_parameters = MethodType(_num_parameters, model)  # type: ignore[assignment]
 
@@ -79,7 +79,7 @@ def count_as_float(model: nn.Module) -> None:
 def _num_parameters(
     model: Any, only_trainable: bool = False, exclude_embeddings: bool = False
 ) -> int:
-    """As the method of the model's class, with quantized layers counted as float ones."""
+    """As the class's method, but counts quantized layers like the float layers they replace."""
     count: int = type(model).num_parameters(model, only_trainable, exclude_embeddings)
     if only_trainable:
         return count
@@ -91,5 +91,5 @@ def _num_parameters(
 
 
 def values_of(shape: tuple[int, ...], bias: Tensor | None) -> int:
-    """The number of values of a weight of `shape` and a bias."""
+    """The number of values in a weight of `shape` and its bias, if any."""
     return math.prod(shape) + (0 if bias is None else bias.numel())

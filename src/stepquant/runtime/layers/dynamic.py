@@ -1,7 +1,8 @@
-"""Linear and conv layers with 8-bit weights and activations whose scales are found at each call.
+"""Dynamic quantization: linear and conv layers with 8-bit weights and activations.
 
-For a float model that is quantized while it is loaded, without calibration: no step tables. The
-sums are those of whole numbers, on the kernels of the integer layers.
+Each call computes the activation scales, so these layers need neither calibration nor step tables.
+A float model can be quantized with them while it loads. They run on the integer layers' kernels,
+and their sums are exact integers.
 """
 
 from __future__ import annotations
@@ -33,10 +34,14 @@ ZERO = (
 
 
 def dynamic_codes(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """uint8 codes of `x` and float32 scales, one for each slice over `dims`, which are kept as 1.
+    """Quantize `x` symmetrically, with one scale for each slice over `dims`.
 
-    `x ~ (codes - 128) * scale`; the largest magnitude of a slice has the code 1 or 255, and a slice
-    of zeros the scale 1. A slice with NaN or infinity has the scale NaN, which lets them through.
+    `x ~ (codes - 128) * scale`. The largest magnitude of a slice gets the code 1 or 255; a slice
+    of zeros gets the scale 1. A slice with NaN or infinity gets the scale NaN, so that the layer's
+    result is NaN as well.
+
+    Returns:
+        uint8 codes of the shape of `x`, and float32 scales, in which `dims` have size 1.
     """
     x = x.to(torch.float32)
     largest = x.abs().amax(dim=dims, keepdim=True)
@@ -47,22 +52,22 @@ def dynamic_codes(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 class Dynamic(WeightOnly):
-    """What both kinds share: the kernel, laid out at the first call on a device."""
+    """Base class of the dynamic layers; the first call on a device lays the weight out."""
 
     _prepared: _Prepared | None = None
 
     def spec(self) -> LayerSpec:
-        """What a kernel has to know of the layer."""
+        """The layer's shape and bits, for the kernel."""
         raise NotImplementedError
 
     def held(self) -> list[Tensor]:
-        """Also the weight as it is laid out."""
+        """As `WeightOnly.held`, plus the kernel's layout of the weight."""
         prepared = self._prepared
         return [*super().held(), *(prepared.state if prepared else ())]
 
-    @torch.compiler.disable  # its result is a constant of the graph
+    @torch.compiler.disable  # graphs treat the result as a constant
     def prepare(self) -> _Prepared:
-        """Choose a kernel and lay the weight out for it; another thread waits until it is done."""
+        """Choose a kernel and lay the weight out for it; other threads wait until that is done."""
         with PREPARING:
             device, spec = self.weight.device, self.spec()
             found = self._prepared
@@ -76,9 +81,10 @@ class Dynamic(WeightOnly):
             return found
 
     def scaled_products(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
-        """The layer's result for `x` without the bias, float32; a scale for each slice over `dims`.
+        """The layer's result without the bias, float32, with one scale per slice over `dims`.
 
-        Its gradient is that of the float layer: scales cover every value, so nothing is clipped.
+        The gradient is that of the float layer: each scale covers all values of its slice, so the
+        grid clips nothing.
         """
 
         def compute(x: Tensor) -> Tensor:
@@ -94,7 +100,7 @@ class Dynamic(WeightOnly):
         return straight_through(x, compute, gradient)
 
     def products(self, codes: Tensor) -> Tensor:
-        """`weight_scale * sum((codes - 128) * weight)`, float32, without a bias."""
+        """`weight_scale * sum((codes - 128) * weight)` for uint8 `codes`: float32, without bias."""
         at = self._prepared
         if at is None or at.device != self.weight.device:
             at = self.prepare()
@@ -109,12 +115,12 @@ class Dynamic(WeightOnly):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy lays its weight out anew: the kernel's layout cannot be copied.
+        # The kernel's layout cannot be copied, so a copy lays out its weight again.
         return {**self.__dict__, "_prepared": None}
 
 
 class _Prepared:
-    """A kernel with the weight in its layout, and its constants."""
+    """A kernel, the weight in its layout, and the call's constants."""
 
     def __init__(
         self,
@@ -130,24 +136,27 @@ class _Prepared:
 
 
 class DynamicLinear(Dynamic, WeightOnlyLinear):
-    """`nn.Linear` on integers; a scale for each token, that is, each vector `[C_in]`."""
+    """`nn.Linear` in integer arithmetic, with one activation scale per token (vector `[C_in]`)."""
 
     def spec(self) -> LayerSpec:
-        """What a kernel has to know of the layer."""
+        """The layer's shape and bits, for the kernel."""
         return LayerSpec("linear", self.in_features, self.out_features, 8, 8)
 
     def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Linear`, in the dtype of `input [..., C_in]`."""
+        """As `nn.Linear`, for float `[..., C_in]`; the result `[..., C_out]` has its dtype.
+
+        Raises StepQuantError for an input that is not floating point.
+        """
         self.check_floating(x := input)
         y = self.scaled_products(x, (-1,))
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
 class DynamicConv2d(Dynamic, WeightOnlyConv2d):
-    """`nn.Conv2d` of one group with zero padding, on integers; a scale for each sample."""
+    """`nn.Conv2d` (one group, zero padding) in integer arithmetic, with one scale per sample."""
 
     def spec(self) -> LayerSpec:
-        """What a kernel has to know of the layer."""
+        """The layer's shape and bits, for the kernel."""
         return LayerSpec(
             "conv2d",
             self.in_channels,
@@ -161,7 +170,10 @@ class DynamicConv2d(Dynamic, WeightOnlyConv2d):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Conv2d`, in the dtype of `input [B, C_in, H, W]`."""
+        """As `nn.Conv2d`, for float `[B, C_in, H, W]`; the result has its dtype.
+
+        Raises StepQuantError for an input that is not floating point.
+        """
         self.check_floating(x := input)
         y = self.scaled_products(x, (1, 2, 3))
         return (y if self.bias is None else y + self.bias.view(1, -1, 1, 1)).to(x.dtype)

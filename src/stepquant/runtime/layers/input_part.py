@@ -1,7 +1,7 @@
 """One input part of an integer layer: its weight on a kernel, and its activation grid.
 
-Most layers have one part. The first conv of a decoder stage has two, the backbone's channels and
-the skip's, each with grids of its own.
+Most layers have one part. The first conv of a decoder stage has two, one for the backbone's
+channels and one for those of the skip connection; each part has its own grids.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from stepquant.support.refusal import Refusal, RefusalCode
 class InputPart:
     """In-channels `start` to `start + spec.in_channels` of a layer.
 
-    `grid`: the activation grid, at row 0. Where a method takes `row`, that is the row of the step
-    tables, int64 `[1]`, or None where all steps share one.
+    `grid` is the activation grid at row 0. The argument `row` of methods is the row of the step
+    table, int64 `[1]`; None if all steps share one row.
     """
 
     def __init__(self, weight: PackedWeight, grid: Grid, start: int) -> None:
-        """`weight` is prepared."""
+        """Combine a prepared `weight` with the activation grid of its in-channels."""
         self.weight, self.grid, self.start = weight, grid, start
         self.index = weight.index
         self.spec: LayerSpec = weight.spec
         self.no_codes = why_no_codes(weight)
-        """Why the part cannot be handed codes, or None."""
-        # The grid of the latest call in any thread, with its tensors' addresses. Calls of other
-        # threads replace it, and none uses one with the row of another call.
+        """Why the part cannot take codes, or None."""
+        # The grid of the latest call in any thread, with its tensors' addresses. Other threads may
+        # replace it; a call uses it only if the row is its own.
         self._in_force: tuple[Grid, tuple[int, ...]] | None = None
 
     def grid_at(self, row: Tensor | None) -> Grid:
-        """The activation grid at `row`, the same object while row and memory stay the same.
+        """The activation grid at `row`, with the C struct that native kernels read.
 
-        It has the C structure that native kernels read.
+        Returns the same object while the row and the tensors' addresses stay the same.
         """
         if torch.compiler.is_compiling():  # traced tensors have no addresses
             return self.grid._replace(row=row)
-        latest = self._in_force  # once: another thread may replace it
+        latest = self._in_force  # read once, because another thread may replace it
         if latest is not None:
             known, addresses = latest
             if known.row is row and addresses == grid_addresses(known):
@@ -57,7 +57,7 @@ class InputPart:
         return grid
 
     def encode(self, x: Tensor, activation: str, row: Tensor | None) -> Tensor:
-        """The codes of `activation(x)` for the kernel; `x` is the input of this part."""
+        """uint8 codes of `activation(x)`, padded for the kernel; `x` is the input of this part."""
         return fused.encode(x, activation, self.grid_at(row), self.spec.padding)
 
     def run_floats(
@@ -69,9 +69,15 @@ class InputPart:
         accumulate: Tensor | None,
         channel_dim: int,
     ) -> Tensor:
-        """The part's result for floats `x`, plus `bias` and `accumulate`; all samples at `row`.
+        """The part's float32 result for floats `x`, plus `bias` and `accumulate`.
 
-        `state`: of the weight (`PackedWeight.state`).
+        Args:
+            state: The weight's state (`PackedWeight.state`).
+            x: Float `[B, C, H, W]` or `[..., C]`.
+            row: int64 `[1]`, the step row of all samples.
+            bias: float32 `[C_out]`, or None.
+            accumulate: float32 sum of the input parts before this one, or None.
+            channel_dim: The channel dimension of `x`.
         """
         scale = self.grid.scale.index_select(0, row)
         zero_point = self.grid.zero_point.index_select(0, row)
@@ -82,7 +88,10 @@ class InputPart:
         return kernel.run(state, codes, scale, zero_point, bias, accumulate, self.spec)
 
     def input_error(self, x: Tensor, rows: Tensor, channel_dim: int) -> Tensor:
-        """`x` minus its value on the grid, float32; `x` is float32, `rows [B]`."""
+        """The quantization error of `x`: `x` minus its value on the grid, float32.
+
+        `x`: float32. `rows`: int64 `[B]`, the step row of each sample.
+        """
         scale, zero_point = self._at_rows(x, rows)
         factors = self.grid.factors_for(x, channel_dim)
         scaled = x if factors is None else x * factors
@@ -91,9 +100,9 @@ class InputPart:
         return error if factors is None else error / factors
 
     def slope(self, x: Tensor, rows: Tensor, channel_dim: int) -> Tensor:
-        """The gradient of the values that the weight multiplies, by `x`; arguments as above.
+        """The gradient of the quantized input with respect to `x`, float32; see `input_error`.
 
-        That is the factor of each in-channel, or 0 where the grid clips `x`.
+        It is the factor of each in-channel (1 without factors), and 0 where the grid clips `x`.
         """
         scale, zero_point = self._at_rows(x, rows)
         free = torch.round(self.grid.scaled(x, channel_dim) * (1.0 / scale)) + zero_point
@@ -101,19 +110,19 @@ class InputPart:
         return self.grid.scaled(inside.to(torch.float32), channel_dim)
 
     def _at_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and zero points of `rows`, in a shape that broadcasts over `x`."""
+        """Scales and zero points at `rows`, in a shape that broadcasts over `x`."""
         tables = (self.grid.scale, self.grid.zero_point)
         scale, zero_point = (table.index_select(0, rows) for table in tables)
         shape = (-1, *(1,) * (x.dim() - 1))
         return scale.view(shape), zero_point.view(shape)
 
     def read(self) -> list[Tensor]:
-        """The tensors that calls read, apart from the step tables, which are buffers."""
+        """The tensors that calls read, except the step tables, which are the layer's buffers."""
         return [*self.weight.read(), *([] if self.grid.factors is None else [self.grid.factors])]
 
 
 def why_no_codes(weight: PackedWeight) -> Refusal | None:
-    """Why the kernel of a prepared weight does not do with codes what it does with floats."""
+    """Why the kernel of a prepared weight cannot take codes, or None."""
     kernel = weight.kernel
     if not isinstance(kernel, TakesCodes):
         return Refusal(RefusalCode.OTHER_KERNEL, f"the kernel {kernel.name}")

@@ -1,4 +1,4 @@
-"""Linear and conv layers with packed weights, which run on integer kernels."""
+"""Linear and conv layers with packed weights that run on integer kernels."""
 
 from __future__ import annotations
 
@@ -38,24 +38,25 @@ from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.refusal import Refusal, RefusalCode
 
-FLOATS = (torch.float32, torch.bfloat16)  # the dtypes that are encoded in one pass
+FLOATS = (torch.float32, torch.bfloat16)  # dtypes that the fused encoding supports
 
 
 class Branches(Protocol):
     """Float branches beside a layer (`runtime.layers.lora_branch`)."""
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """`y`, the layer's result for `x`, plus all branches."""
+        """`y`, the layer's result for `x`, plus those of all branches, in the dtype of `y`."""
         ...
 
 
 class IntegerLayer(MarksDtype):
-    """The shared part of the integer linear and conv layers.
+    """Base class of the integer linear and conv layers.
 
-    Its buffers are those of `layer_tensors.LAYER_TENSORS`; absent ones are None.
+    `layer_tensors.LAYER_TENSORS` declares the buffers; absent ones are None.
 
-    `backend` and `memory` are read when the weight is laid out, by the first call after
-    `drop_layout`: the kernel, see `kernels.choose`, and the memory mode, see `packed_weight`.
+    `backend` chooses the kernel (see `kernels.choose`), `memory` the memory mode (see
+    `packed_weight`). Changes take effect when the first call after `drop_layout` lays the weight
+    out.
     """
 
     channel_dim: int
@@ -78,9 +79,17 @@ class IntegerLayer(MarksDtype):
         context: StepContext,
         optional: Collection[str] = (),
     ) -> None:
-        """Empty buffers of the right shapes, for `load_state_dict` or `simulation.packing`.
+        """Allocate buffers of the right shapes, for `load_state_dict` or `simulation.packing`.
 
-        `optional`: names of the optional tensors that the layer has.
+        Args:
+            spec: Shape and bits of the layer, over all input parts.
+            splits: In-channels of each input part.
+            steps: Rows of the step tables; 1 if all steps share one.
+            context: Provides the row of the current step.
+            optional: Names of the optional tensors that the layer has.
+
+        Raises:
+            StepQuantError: `spec` has weight or activation bits that are not supported.
         """
         super().__init__()
         check_bits(spec.weight_bits, "weight bits")
@@ -95,12 +104,12 @@ class IntegerLayer(MarksDtype):
             self.channel_bits.fill_(spec.weight_bits)
         self._not_for_codes = not_read(present, Reader.CODES)
         self._prepared: PreparedLayer | None = None
-        self.bypass: TakesErrors | None = None  # gets the errors of the input
+        self.bypass: TakesErrors | None = None  # receives the input's quantization error
         self.mark(torch.float32)
-        self.lora = None  # a module where there are branches, see `runtime.layers.lora_branch`
+        self.lora = None  # a module if there are branches, see `runtime.layers.lora_branch`
 
     def sizes(self) -> LayerSizes:
-        """What the shapes of the buffers depend on."""
+        """The sizes that determine the buffers' shapes."""
         return LayerSizes(self.spec, self.splits, self.steps)
 
     def present(self) -> list[str]:
@@ -112,11 +121,11 @@ class IntegerLayer(MarksDtype):
         return [replace(self.spec, in_channels=channels) for channels in self.splits]
 
     def float_parameters(self) -> int:
-        """How many parameters the float layer has."""
+        """The number of parameters of the float layer."""
         return values_of((self.spec.out_channels, self.spec.columns), self.bias)
 
     def packed_weights(self) -> list[PackedWeight]:
-        """The weight of each input part: the prepared ones, or new ones over the buffers."""
+        """The weight of each input part: the prepared weights, or new views of the buffers."""
         prepared = self._prepared
         if prepared is not None:
             return [part.weight for part in prepared.parts]
@@ -127,22 +136,23 @@ class IntegerLayer(MarksDtype):
         return found
 
     def packed_bytes(self) -> Tensor:
-        """The packed weight, uint8 `[bytes]`: the buffer, or the bytes made again."""
+        """The packed weight, uint8 `[bytes]`: the buffer, or the bytes restored from the layout."""
         return whole(self.weight_packed)
 
     def weight_differences(self) -> list[Tensor]:
         """`code - zero point` of each part, int8 `[C_out, C_part, kh, kw]` (linear: two dims).
 
-        In half steps, `2 * code - 2 * zero point`, where the spec says `half_zero_points`.
+        The tensors are on the CPU. If the spec sets `half_zero_points`, they count half steps:
+        `2 * code - 2 * zero point`.
         """
         return [weight.differences().cpu() for weight in self.packed_weights()]
 
     def difference_scales(self) -> Tensor:
-        """The unit of `weight_differences`, float32 `[P, C_out]`."""
+        """The step size of `weight_differences`, float32 `[parts, C_out]`."""
         return self.weight_scale / 2 if self.spec.half_zero_points else self.weight_scale
 
     def float_weight(self) -> Tensor:
-        """The weight that the codes stand for, float32 `[C_out, C_in, ...]`."""
+        """The dequantized weight, float32 `[C_out, C_in, ...]`, on the CPU."""
         parts = [
             difference.to(torch.float32) * scale.cpu().view(-1, *(1,) * (difference.dim() - 1))
             for difference, scale in zip(
@@ -151,9 +161,12 @@ class IntegerLayer(MarksDtype):
         ]
         return torch.cat(parts, dim=1)
 
-    @torch.compiler.disable  # its result is a constant of the graph
+    @torch.compiler.disable  # graphs treat the result as a constant
     def prepare(self) -> PreparedLayer:
-        """Choose kernels and lay the weight out for them. Otherwise the first call does it."""
+        """Choose kernels and lay the weight out for them, now instead of in the first call.
+
+        Raises StepQuantError if no kernel has the name `backend`.
+        """
         with PREPARING:
             device = self.weight_scale.device
             self.drop_layout()
@@ -172,32 +185,32 @@ class IntegerLayer(MarksDtype):
                 *(parts, self.splits, self.channel_dim, self.steps != 1),
                 *(self.context, self._buffers, device),
             )
-            # Elsewhere, and under its hooks, accelerate moves the layer's tensors itself.
+            # On other devices, and under its hooks, accelerate moves the layer's tensors itself.
             if self.weight_packed.is_cpu and not hasattr(self, "_hf_hook"):
                 weights = [part.weight for part in parts]
                 self.weight_packed = released(weights, self._buffers)
-            self._prepared = prepared  # at last: other threads may take it from now on
+            self._prepared = prepared  # last, because other threads may use it from now on
             return prepared
 
     def drop_layout(self) -> None:
-        """Hold the packed bytes, and nothing that was made from them."""
+        """Drop the kernel's layout and keep the packed bytes; the next call lays out again."""
         with PREPARING:
             self.weight_packed, self._prepared = self.packed_bytes(), None
 
     def prepared(self) -> PreparedLayer:
-        """The layer with its weight laid out, on the device where the tensors are now.
+        """The layer with its weight laid out on the tensors' current device.
 
-        accelerate's hooks put tensors on another device without asking the module. A weight whose
-        scales or zero points were changed in place is laid out anew. Of several threads that ask
-        for the first time, one prepares the layer, and the others wait for it.
+        accelerate's hooks move tensors to another device without telling the module, so each call
+        compares the device. In-place changes of scales or zero points cause a new layout. If
+        several threads call first, one prepares the layer and the others wait.
         """
         found = self._prepared
         return found if found is not None and self._is_fresh(found) else self._laid_out()
 
     def _is_fresh(self, prepared: PreparedLayer) -> bool:
-        scale = self._buffers["weight_scale"]  # asked at every call: quicker than the attribute
+        scale = self._buffers["weight_scale"]  # in every call, and faster than the attribute
         assert scale is not None
-        # A graph takes the layout for a constant.
+        # Graphs treat the layout as a constant.
         current = torch.compiler.is_compiling() or not prepared.is_outdated()
         return prepared.device == scale.device and current
 
@@ -208,15 +221,15 @@ class IntegerLayer(MarksDtype):
             return found if found is not None and self._is_fresh(found) else self.prepare()
 
     def prepared_parts(self) -> list[InputPart]:
-        """The input parts, prepared as `prepared` says."""
+        """The input parts of `prepared()`."""
         return self.prepared().parts
 
     def kernel_names(self) -> list[str]:
-        """The kernel that each part runs on."""
+        """The name of the kernel that runs each part."""
         return [part.weight.kernel.name for part in self.prepared_parts()]
 
     def fallback_reasons(self) -> list[str]:
-        """Why the parts that run on the reference kernel do."""
+        """Why parts run on the reference kernel: one text for each such part with a reason."""
         return [
             "; ".join(part.weight.reasons)
             for part in self.prepared_parts()
@@ -224,10 +237,10 @@ class IntegerLayer(MarksDtype):
         ]
 
     def weight_tensors(self) -> list[Tensor]:
-        """All tensors that are in memory for the weight now, without the biases."""
+        """All tensors that the weight currently keeps in memory, without the biases."""
         buffers = [self._buffers[name] for name, each in LAYER_TENSORS.items() if each.is_weight]
         held = [each for each in buffers if each is not None and not isinstance(each, Released)]
-        # A kernel may take a row of a buffer as it is.
+        # A kernel may use a row of a buffer without a copy.
         own = {buffer.untyped_storage().data_ptr() for buffer in held}
         prepared = self._prepared
         for part in [] if prepared is None else prepared.parts:
@@ -237,14 +250,17 @@ class IntegerLayer(MarksDtype):
         return held
 
     def tensors_read(self) -> list[Tensor]:
-        """The tensors that calls of the prepared layer read besides its buffers."""
+        """The strided tensors that calls of the prepared layer read, apart from its buffers.
+
+        oneDNN's weights, which have an opaque layout, are left out.
+        """
         prepared = self._prepared
         parts = [] if prepared is None else prepared.parts
         found = [tensor for part in parts for tensor in part.read()]
         return [each for each in found if each.layout == torch.strided]
 
     def why_no_codes(self) -> Refusal | None:
-        """Why the layer's result for codes is not that for floats now, or None."""
+        """Why the layer currently cannot take codes instead of floats, or None."""
         if self.backend != Backend.AUTO:
             return Refusal(RefusalCode.BACKEND, f"the backend '{self.backend}'")
         if self._not_for_codes:
@@ -252,9 +268,11 @@ class IntegerLayer(MarksDtype):
         return self.prepared().why_no_codes()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float in, float out, integers between; the result has the dtype of `x`.
+        """Quantize `x`, multiply in integers and dequantize the result.
 
-        The gradient passes straight through rounding; see `runtime.layers.straight_through`.
+        `x`: float `[B, C_in, H, W]`, or `[B, ..., C_in]` for linear layers. The result has its
+        dtype. The gradient is the straight-through estimator's; see
+        `runtime.layers.straight_through`.
         """
         if self.bypass is not None:
             self.bypass.take(self.input_error(x))
@@ -266,7 +284,7 @@ class IntegerLayer(MarksDtype):
         if x.dtype in FLOATS and self.why_no_codes() is None:
             y = prepared.run(prepared.encode(x), dtype=x.dtype)
             if torch.compiler.is_compiling() or native.available():
-                return y  # a look would cost as much as the native encoding
+                return y  # a check for non-finite values would cost as much as native encoding
             return let_through(y, x)
         return let_through(prepared.run_floats(x, self.bias, self.step_bias).to(x.dtype), x)
 
@@ -281,9 +299,9 @@ class IntegerLayer(MarksDtype):
         return straight_through(x, self._quantized, gradient)
 
     def input_error(self, x: Tensor) -> Tensor:
-        """`x` minus its value on the activation grids, in its shape, float32.
+        """The quantization error of the input: `x` minus its value on the grids, float32.
 
-        Its gradient by `x` is 0 on the grids, and 1 where they clip.
+        The error has the shape of `x`. Its gradient is 1 where the grids clip `x`, and 0 elsewhere.
         """
         with torch.no_grad():
             error = self.prepared().input_error(x)
@@ -294,7 +312,7 @@ class IntegerLayer(MarksDtype):
         return with_gradient_of(error, x.to(torch.float32) * clipped)
 
     def _apply(self, fn: Any, recurse: bool = True) -> IntegerLayer:
-        self.drop_layout()  # the kernel's layout belongs to the old device
+        self.drop_layout()  # the kernel's layout is valid only on the old device
 
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -307,7 +325,7 @@ class IntegerLayer(MarksDtype):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if keep_vars:  # else torch detaches, which makes the bytes
+        if keep_vars:  # without it, torch detaches the stand-in, which restores the bytes
             destination[f"{prefix}weight_packed"] = self.packed_bytes()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -315,12 +333,12 @@ class IntegerLayer(MarksDtype):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy lays its weight out anew: the kernel's layout cannot be copied.
+        # The kernel's layout cannot be copied, so a copy lays out its weight again.
         buffers = {**self._buffers, "weight_packed": self.packed_bytes()}
         return {**self.__dict__, "_buffers": buffers, "_prepared": None}
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """The layer's sizes and bits, as `print(model)` shows them."""
         spec = self.spec
         return (
             f"{spec.in_channels}, {spec.out_channels}, weight_bits={spec.weight_bits}, "
@@ -329,7 +347,7 @@ class IntegerLayer(MarksDtype):
 
 
 class IntegerLinear(IntegerLayer):
-    """Integer `nn.Linear`; inputs `[B, ..., C_in]`."""
+    """Integer `nn.Linear`, for inputs `[B, ..., C_in]`."""
 
     channel_dim = -1
 
@@ -345,7 +363,7 @@ class IntegerLinear(IntegerLayer):
 
 
 class IntegerConv2d(IntegerLayer):
-    """Integer `nn.Conv2d` with zero padding and one group; inputs `[B, C_in, H, W]`."""
+    """Integer `nn.Conv2d` with zero padding and one group, for inputs `[B, C_in, H, W]`."""
 
     channel_dim = 1
 

@@ -1,4 +1,4 @@
-"""Attention's two products as a checkpoint holds them: step tables only, no weights."""
+"""Quantized attention products: step tables for the two products, no weights."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ OPERANDS = ("query", "key", "value")
 
 
 class PackedAttention(nn.Module):
-    """Scaled dot-product attention with queries, keys, values and probabilities on their grids.
+    """Scaled dot-product attention with quantized queries, keys, values and probabilities.
 
-    Buffers, for `T` rows (1 or the length of the step grid): `act_scale` float32 `[3, T]` and
-    `act_zero_point` uint8 `[3, T]` of queries, keys and values, `probability_scale` float32 `[T]`,
-    `probability_log2` uint8 `[T]`, 1 where the probabilities of a step have the log2 grid.
+    Buffers, for `T` rows (1 or the length of the step grid):
 
-    The products are sums of whole numbers, computed in floating point, where they are exact (see
-    `numerics.attention_products`): integer matmuls of torch take two matrices, not batches of
-    small ones.
+    - `act_scale` float32 `[3, T]` and `act_zero_point` uint8 `[3, T]`: grids of queries, keys and
+      values;
+    - `probability_scale` float32 `[T]`;
+    - `probability_log2` uint8 `[T]`: 1 for steps whose probabilities use the log2 grid.
+
+    The products are exact integer sums, computed in floating point (see
+    `numerics.attention_products`), because torch's integer matmul takes two matrices, not a batch
+    of small ones.
     """
 
     act_scale: Tensor
@@ -35,7 +38,17 @@ class PackedAttention(nn.Module):
     probability_log2: Tensor
 
     def __init__(self, bits: int, probability_bits: int, steps: int, context: StepContext) -> None:
-        """Tables of the right shapes; `load_state_dict` or `simulation.packing` fills them."""
+        """Allocate step tables, for `load_state_dict` or `simulation.packing`.
+
+        Args:
+            bits: Bits of queries, keys and values.
+            probability_bits: Bits of the probabilities.
+            steps: Rows of the tables; 1 if all steps share one.
+            context: Provides the row of the current step.
+
+        Raises:
+            StepQuantError: one of the bit widths is not supported.
+        """
         super().__init__()
         self.bits = check_bits(bits, "attention bits")
         self.probability_bits = check_bits(probability_bits, "probability bits")
@@ -45,15 +58,15 @@ class PackedAttention(nn.Module):
         self.register_buffer("act_zero_point", torch.zeros(operands, steps, dtype=torch.uint8))
         self.register_buffer("probability_scale", torch.ones(steps))
         self.register_buffer("probability_log2", torch.zeros(steps, dtype=torch.uint8))
-        self._any_log2: bool | None = None  # looked up once, so that no forward waits for it
+        self._any_log2: bool | None = None  # cached, because reading it synchronizes the device
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """Attention of `query [B, H, N, D]` to `key` and `value [B, H, M, D]`: `[B, H, N, D]`.
+        """Attention of float `query [B, H, N, D]` to `key` and `value [B, H, M, D]`.
 
-        `mask` broadcasts to `[B, H, N, M]` and is added to the scores. The result has the dtype of
-        `query`. Its gradient passes straight through the roundings.
+        `mask` broadcasts to `[B, H, N, M]` and is added to the scores. The result `[B, H, N, D]`
+        has the dtype of `query`, and the gradient is the straight-through estimator's.
         """
         any_log2 = self._any_log2
         if any_log2 is None:
@@ -74,7 +87,7 @@ class PackedAttention(nn.Module):
         )
         operands = (query, key, value)
         with torch.no_grad():
-            # Zero, or NaN where the operand is not finite, which codes would hide.
+            # `0 * operand` is NaN for operands that are not finite, which codes would hide.
             differences = [
                 quantize(operand.to(torch.float32), scale, zero, self.bits) - zero + 0 * operand
                 for operand, scale, zero in zip(operands, scales, zeros, strict=True)
@@ -98,7 +111,7 @@ class PackedAttention(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Bits and steps, as `print(model)` shows them."""
         return f"bits={self.bits}, probability_bits={self.probability_bits}, steps={self.steps}"
 
 
@@ -108,9 +121,16 @@ def differentiable_attention(
     grids: AttentionGrids,
     mask: Tensor | None,
 ) -> Tensor:
-    """Attention of fake-quantized operands, whose gradient passes straight through the roundings.
+    """Attention of fake-quantized operands, with the straight-through estimator's gradient.
 
-    `operands` are queries, keys and values, `zeros [3, B or 1, 1, 1, 1]` their zero points.
+    Args:
+        operands: Float queries `[B, H, N, D]`, keys and values `[B, H, M, D]`.
+        zeros: Zero points of queries, keys and values, `[3, B or 1, 1, 1, 1]`.
+        grids: Scales and bits of the operands and the probabilities.
+        mask: Broadcasts to `[B, H, N, M]` and is added to the scores, or None.
+
+    Returns:
+        Float `[B, H, N, D]`, in the dtype of the queries.
     """
     scales = (grids.query, grids.key, grids.value)
     query, key, value = (

@@ -1,4 +1,4 @@
-"""The kinds of quantized models, told by their layers."""
+"""The kinds of quantized models, determined by their layers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Kind(str, Enum):
     """The arithmetic of quantized layers."""
 
     INTEGER = "integer"
-    """Integer products of calibrated codes: `quantize` with calibration."""
+    """Integer products with calibrated activation grids: `quantize` with calibration."""
     WEIGHT_ONLY = "weight-only"
     """Float products with dequantized weights: the recipe weight-only, `WeightOnlyConfig`."""
     DYNAMIC = "dynamic"
-    """Integer products whose activation scales are found at each call: `DynamicConfig`."""
+    """Integer products with activation scales computed in each call: `DynamicConfig`."""
 
 
 def kind_of(model: nn.Module) -> Kind | None:

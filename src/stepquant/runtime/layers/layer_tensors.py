@@ -1,7 +1,7 @@
-"""The tensors of an integer layer, each declared once.
+"""The declaration of an integer layer's tensors.
 
-Construction, packing, loading, validation, `quantization_config`, `inspect` and memory sizes follow
-from `LAYER_TENSORS`. Its order is that of the layer's buffers.
+Construction, packing, loading, validation, `quantization_config`, `inspect` and memory sizes all
+read `LAYER_TENSORS`. Its order is the order of the layer's buffers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stepquant.runtime.ops.layer_spec import LayerSpec
 
 
 class Values(Enum):
-    """Which values of a tensor are valid; `checkpoint.validate` checks them."""
+    """The valid values of a tensor; `checkpoint.validate` checks them."""
 
     ANY = "any"
     SCALES = "finite positive numbers with a finite inverse"
@@ -28,9 +28,9 @@ class Values(Enum):
 
 
 class Reader(Enum):
-    """Code besides the layer's own float path that reads a layer's tensors.
+    """Code that reads a layer's tensors, besides the layer's own float path.
 
-    Each refuses layers that have a tensor which it does not read.
+    A reader refuses layers with a tensor that it does not support.
     """
 
     CODES = "blocks that hand codes to their layers"
@@ -40,7 +40,11 @@ class Reader(Enum):
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """What the shapes of a layer's tensors depend on: `spec`, in-channels of parts, table rows."""
+    """The sizes that determine the shapes of a layer's tensors.
+
+    `spec`: shape and bits of the layer. `splits`: in-channels of each input part. `steps`: rows of
+    the step tables.
+    """
 
     spec: LayerSpec
     splits: tuple[int, ...]
@@ -59,19 +63,19 @@ class LayerTensor:
     Attributes:
         name: Key in the layer's state dict, and name of the attribute.
         dtype: float32 or uint8.
-        shape: Its shape.
-        meaning: For readers of the code.
-        values: Which values are valid.
-        fill: The value before the tensor is filled.
-        needed: Whether the layer has it, by its spec; None for an optional tensor, which a layer
-            has only if its constructor is told.
-        config_key: For an optional tensor, the key of the layer's entry in `quantization_config`
-            that says whether the layer has it. None if the float layer tells.
-        since_format_1: The entry always has the key. Younger keys are there only if true, so that
-            older checkpoints keep their bytes.
-        is_weight: Part of the weight, which memory sizes count.
-        readers: Who reads it besides the layer's own float path.
-        why_shape: The reason for its shape, for the error about a wrong one.
+        shape: Computes the shape from the layer's sizes.
+        meaning: A description for readers of the code.
+        values: The valid values.
+        fill: The initial value.
+        needed: Whether a layer with this spec has the tensor; None for an optional tensor, which a
+            layer has only if its constructor's `optional` names it.
+        config_key: For an optional tensor, the key in the layer's entry of `quantization_config`
+            that says whether the layer has it. None if the float layer determines that.
+        since_format_1: Entries always contain the key. Newer keys appear only if true, so that
+            older checkpoints stay byte-identical.
+        is_weight: Whether memory sizes count the tensor as part of the weight.
+        readers: Code that reads the tensor, besides the layer's own float path.
+        why_shape: Explains the shape in the error message about a wrong one.
     """
 
     name: str
@@ -88,7 +92,7 @@ class LayerTensor:
     why_shape: Callable[[LayerSizes], str] = lambda _: ""
 
     def empty(self, sizes: LayerSizes) -> Tensor:
-        """The tensor before it is filled."""
+        """A tensor of the right shape and dtype, filled with `fill`."""
         return torch.full(self.shape(sizes), self.fill, dtype=self.dtype)
 
 
@@ -96,7 +100,7 @@ ALL = frozenset(Reader)
 
 
 def _packed_bytes(sizes: LayerSizes) -> tuple[int, ...]:
-    # Each part by itself: its codes end with a whole byte.
+    # Part by part, because the codes of each part end at a byte boundary.
     parts = (replace(sizes.spec, in_channels=channels) for channels in sizes.splits)
     return (sum(part.packed_bytes for part in parts),)
 
@@ -224,7 +228,7 @@ IN_CONFIG = {
 
 
 def names_of(spec: LayerSpec, optional: Collection[str]) -> list[str]:
-    """The names of the tensors of a layer with `spec` that also has the `optional` ones."""
+    """The names of the tensors that a layer with `spec` and these `optional` tensors has."""
     return [
         name
         for name, tensor in LAYER_TENSORS.items()
@@ -233,5 +237,5 @@ def names_of(spec: LayerSpec, optional: Collection[str]) -> list[str]:
 
 
 def not_read(present: Collection[str], reader: Reader) -> list[str]:
-    """Those of the tensors `present` that `reader` does not read, and must not ignore."""
+    """The names in `present` that `reader` does not support; it must refuse the layer then."""
     return [name for name in present if reader not in LAYER_TENSORS[name].readers]

@@ -1,6 +1,6 @@
 """Low-rank float branches beside a layer: `y + scale * B(A(x))` (LoRA, Hu et al. 2021).
 
-A branch is never in a state dict, so a model with branches saves the same bytes as without.
+State dicts leave branches out, so a model saves the same bytes with and without them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from torch.utils.hooks import RemovableHandle
 from stepquant.runtime.layers.integer import IntegerLayer
 
 Layer = IntegerLayer | nn.Linear | nn.Conv2d
-PREFIX = "of_"  # a LoRA may be called like an attribute of nn.Module
+PREFIX = "of_"  # without it, a LoRA's name could clash with an attribute of nn.Module
 
 
 class LoraBranch(nn.Module):
-    """What one LoRA adds to one layer.
+    """The branch of one LoRA at one layer.
 
-    `A`: float32 `[r, C_in]`, or `[r, C_in, kh, kw]` with the stride, padding and dilation of the
-    layer. `B`: float32 `[C_out, r]`, or `[C_out, r, 1, 1]`. `factor`: of the file, `alpha / r`.
-    `scale`: the user's, which may be set at any time; a branch with scale 0 is not computed.
+    - `A`: float32 `[r, C_in]`, or `[r, C_in, kh, kw]` with the layer's stride, padding and
+      dilation.
+    - `B`: float32 `[C_out, r]`, or `[C_out, r, 1, 1]`.
+    - `factor`: `alpha / r`, from the LoRA's file.
+    - `scale`: the user's weight, which may change at any time; branches with scale 0 do not run.
     """
 
     A: Tensor
@@ -36,7 +38,7 @@ class LoraBranch(nn.Module):
         self.window: tuple[Any, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`scale * factor * B(A(x))` in the dtype of `A`."""
+        """`scale * factor * B(A(x))` in the dtype of `A`, for float `x` of any dtype."""
         x = x.to(self.A.dtype)
         if self.A.dim() == 2:
             y = F.linear(F.linear(x, self.A), self.B)
@@ -48,10 +50,10 @@ class LoraBranch(nn.Module):
 class LoraBranches(nn.ModuleDict):
     """The branches of one layer, by the name of their LoRA."""
 
-    handle: RemovableHandle | None = None  # of the hook, on a layer that is not packed
+    handle: RemovableHandle | None = None  # of the forward hook, on float layers only
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """`y`, what the layer gave for `x`, with all branches; in the dtype of `y`."""
+        """`y`, the layer's result for `x`, plus those of all branches, in the dtype of `y`."""
         for branch in self.values():
             assert isinstance(branch, LoraBranch)
             if branch.scale != 0:
@@ -60,9 +62,9 @@ class LoraBranches(nn.ModuleDict):
 
 
 def attach_branch(layer: Layer, name: str, branch: LoraBranch) -> None:
-    """Let `branch` add to what `layer` gives. Its tensors go to the device of the layer.
+    """Make `layer` add the result of `branch`; moves the branch to the layer's device.
 
-    A packed layer asks for its branches itself. A float layer gets a forward hook, as torch has it.
+    An integer layer calls its branches itself. A float layer gets a forward hook.
     """
     if isinstance(layer, IntegerLayer):
         device = layer.weight_packed.device
@@ -82,7 +84,7 @@ def attach_branch(layer: Layer, name: str, branch: LoraBranch) -> None:
 
 
 def detach_branch(layer: Layer, name: str) -> None:
-    """Take the branch `name` away; without the last one the layer is as it was."""
+    """Remove the branch `name`; removing the last branch restores the layer."""
     branches = branches_of(layer)
     assert branches is not None
     del branches[PREFIX + name]
@@ -96,13 +98,13 @@ def detach_branch(layer: Layer, name: str) -> None:
 
 
 def branches_of(layer: nn.Module) -> LoraBranches | None:
-    """The branches of a layer, or None."""
+    """The branches of `layer`, or None."""
     found = getattr(layer, "lora", None)
     return found if isinstance(found, LoraBranches) else None
 
 
 def named_branches(model: nn.Module) -> list[tuple[str, nn.Module, str, LoraBranch]]:
-    """`(layer's name, layer, LoRA's name, branch)` of all branches in `model`."""
+    """`(layer's name, layer, LoRA's name, branch)` for each branch in `model`."""
     return [
         (layer_name, layer, key.removeprefix(PREFIX), branch)
         for layer_name, layer in model.named_modules()

@@ -1,7 +1,7 @@
-"""A tensor that stands in for packed weights whose bytes are not kept.
+"""A tensor that stands in for packed weights without keeping their bytes in memory.
 
-A kernel's layout of the weight holds all that the packed bytes say. So the bytes need not be in
-memory as well, as long as whoever asks for them gets them.
+A kernel's layout of the weight contains all information of the packed bytes, so they can be
+restored from it on demand.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map
 
 from stepquant.support.errors import StepQuantError
 
-# What torch answers without asking `__torch_dispatch__`, and what may answer with the tensor
-# itself: a caller that asks for these wants bytes.
+# Methods that bypass `__torch_dispatch__`, or that may return the tensor itself. Their callers
+# need the bytes.
 _READS = {
     Tensor.__array__,
     Tensor.__deepcopy__,
@@ -36,18 +36,18 @@ _READS = {
 
 
 class Released(Tensor):
-    """uint8 `[bytes]` without memory: `restored` makes the bytes, and so does every operation.
+    """uint8 `[bytes]` without memory; every operation first restores the bytes.
 
-    Shape, dtype and device are those of the bytes, results of operations are plain tensors. It
-    cannot be written to. What it makes bytes from, it holds itself, and never changes: it is whole
-    whatever becomes of its layer.
+    Shape, dtype and device are those of the bytes, and operations return plain tensors. The
+    tensor is read-only. `restored` returns the bytes from data of its own that nothing changes, so
+    they stay available whatever happens to the layer.
     """
 
     restored: Callable[[], Tensor]
 
     @staticmethod
     def __new__(cls, count: int, restored: Callable[[], Tensor]) -> Released:
-        """Stands in for the `count` bytes that `restored` makes, on the CPU."""
+        """Create a stand-in for the `count` bytes that `restored` returns, on the CPU."""
         cpu = torch.device("cpu")
         made = Tensor._make_wrapper_subclass(cls, (count,), dtype=torch.uint8, device=cpu)
         made.restored = restored
@@ -60,7 +60,7 @@ class Released(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Methods of a tensor: those that read bytes get them, others go the usual way."""
+        """Run a tensor method; methods that read memory get the restored bytes."""
         del types
         if func in _READS:
             args, kwargs = tree_map(whole, (args, kwargs))
@@ -71,9 +71,9 @@ class Released(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # which torch types as a plain function
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Operators, on the bytes.
+        """Run an operator on the restored bytes.
 
-        Raises StepQuantError where one would write to them.
+        Raises StepQuantError if the operator would write to them.
         """
         del types
         kwargs = kwargs or {}
@@ -91,5 +91,5 @@ class Released(Tensor):
 
 
 def whole(value: Any) -> Any:
-    """`value`, or its bytes if it stands in for some."""
+    """`value`, or the restored bytes if it is a `Released` tensor."""
     return value.restored() if isinstance(value, Released) else value

@@ -1,4 +1,4 @@
-"""The memory that the weights of a model's integer layers take, and the mode that decides it."""
+"""Memory use of a quantized model's weights, and the memory mode that determines it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ FLOAT = 4  # bytes
 
 
 def set_memory_mode(model: nn.Module, mode: str) -> None:
-    """Choose what the integer layers of `model` keep of their weights: "fast" or "low".
+    """Choose how the integer layers of `model` keep their weights in memory.
 
-    "fast", the default: weights in the layout of the CPU's kernels, a quarter of float32, or an
-    eighth where the native kernel runs and the weights have 4 bits or less. The first call after
-    this one lays them out. "low": the packed bytes, an eighth of float32 at 4 bits, which each call
-    lays out anew. The model's results are the same.
+    - "fast", the default: in the kernels' layout, at a quarter of float32's size, or an eighth if
+      the native kernel runs and the weights have at most 4 bits. The next call lays them out.
+    - "low": as packed bytes, an eighth of float32's size at 4 bits. Each call lays them out again.
 
-    Raises StepQuantError for another mode, and if `model` has no integer layer.
+    The model's results are the same in both modes.
+
+    Raises StepQuantError for any other mode, and if `model` has no integer layer.
     """
     if mode not in MODES:
         raise StepQuantError(f"unknown memory mode '{mode}': expected {' or '.join(MODES)}")
@@ -42,10 +43,10 @@ def set_memory_mode(model: nn.Module, mode: str) -> None:
 
 
 class WeightBytes(NamedTuple):
-    """The memory that the weights of quantized layers take, in bytes."""
+    """Memory use of the weights of quantized layers, in bytes."""
 
     resident: int
-    """All tensors held for them: packed, laid out, scales, zero points, sums."""
+    """All tensors of the weights: packed bytes, layouts, scales, zero points and sums."""
     float32: int
     """The same weights in float32."""
 
@@ -56,9 +57,9 @@ class WeightBytes(NamedTuple):
 
 
 def weight_bytes_resident(model: nn.Module) -> WeightBytes:
-    """The memory that the weights of the quantized layers of `model` take now, without biases.
+    """The current memory use of the weights of the quantized layers in `model`, without biases.
 
-    Before the first call no weight is laid out.
+    The first call lays the weights out, so the figure may change with it.
     """
     layers = _layers(model)
     others = [module for module in model.modules() if isinstance(module, WeightOnly)]
@@ -71,7 +72,7 @@ def weight_bytes_resident(model: nn.Module) -> WeightBytes:
 
 def _size(tensor: Tensor) -> int:
     if tensor.is_mkldnn and hasattr(torch.ops.mkldnn, "_nbytes"):
-        return int(torch.ops.mkldnn._nbytes(tensor))  # channels are padded to whole blocks
+        return int(torch.ops.mkldnn._nbytes(tensor))  # oneDNN pads channels to whole blocks
     return tensor.numel() * tensor.element_size()
 
 

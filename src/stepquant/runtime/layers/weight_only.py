@@ -1,7 +1,7 @@
-"""Linear and conv layers with 8-bit or 4-bit weights and float arithmetic: smaller, not faster.
+"""Weight-only quantization: linear and conv layers with 8-bit or 4-bit weights, computed in float.
 
-For what runs once for each image, text encoders and VAE, and for denoisers that are packed without
-calibration. There are no step tables.
+They save memory, not time. They suit models that run once per image (text encoders and VAE) and
+denoisers quantized without calibration. They have no step tables.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from stepquant.support.errors import StepQuantError
 
 LARGEST = 127  # 8-bit codes are symmetric around zero
 WEIGHT_ONLY_BITS = (4, 8)
-AT_ONCE = 1 << 22  # weights that are rounded at a time: what the memory for it is bounded by
+AT_ONCE = 1 << 22  # weights to round at a time, which bounds the temporary memory
 
 
 def weight_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes of `weight [C_out, ...]` and float32 scales `[C_out]`, largest weight over 127.
+    """Quantize a float `weight [C_out, ...]` to 8 bits, symmetrically per out-channel.
 
-    An out-channel of zeros gets the scale 1.
+    Returns int8 codes of the same shape, and float32 scales `[C_out]`: the largest magnitude
+    divided by 127. An out-channel of zeros gets the scale 1.
     """
     weight = weight.detach().to(torch.float32)
     scale = scale_of(weight.flatten(1).abs().amax(dim=1), LARGEST, inverted=False)
@@ -44,10 +45,11 @@ def weight_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
 def weight_only_tensors(
     weight: Tensor, bits: int, find: GridSearch = minmax_weight_range
 ) -> dict[str, Tensor]:
-    """What a weight-only layer holds in the place of `weight [C_out, ...]`, by its name there.
+    """The tensors of a weight-only layer that replace a float `weight [C_out, ...]`, by name.
 
-    `bits`: 8, or 4, whose grids `find` chooses. Rounds few out-channels at a time, so that little
-    more memory is needed than the weight and the result take.
+    `bits`: 8, or 4, for which `find` chooses the grids. The function rounds a few out-channels at a
+    time, so that it needs little memory besides the weight and the result. `WeightOnly` describes
+    the tensors.
     """
     if bits == 8:
         codes, scale = weight_codes(weight)
@@ -56,7 +58,7 @@ def weight_only_tensors(
     scale, zero_point = (
         torch.empty(len(rows), dtype=torch.float32, device=weight.device) for _ in range(2)
     )
-    step = max(2, AT_ONCE // rows.shape[1] // 2 * 2)  # even: codes of two rows end with a byte
+    step = max(2, AT_ONCE // rows.shape[1] // 2 * 2)  # even: two rows end at a byte boundary
     packed = []
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
@@ -72,12 +74,15 @@ def weight_only_tensors(
 
 
 class WeightOnly(MarksDtype):
-    """What both kinds share: `weight` int8 `[n]`, `weight_scale` float32 `[C_out]`.
+    """Base class of the weight-only layers.
 
-    With 4 bits also `weight_zero_point` uint8 `[C_out]`, and each byte of `weight` holds two codes,
-    the first one in its low half. The codes lie in one dimension, in the order of the weight
-    `[C_out, ...]`: in its shape, a library that does not know the format would take them for the
-    weight, with a warning at most.
+    - `weight`: int8 `[n]`, the codes in the order of the weight `[C_out, ...]`. At 4 bits, each
+      byte holds two codes, the first in its low half.
+    - `weight_scale`: float32 `[C_out]`.
+    - `weight_zero_point`: uint8 `[C_out]` at 4 bits, None at 8.
+
+    The codes are one-dimensional on purpose. In the weight's shape, a library that does not know
+    the format would use them as the weight, with a warning at most.
     """
 
     weight: Tensor
@@ -86,24 +91,24 @@ class WeightOnly(MarksDtype):
     weight_shape: tuple[int, ...]
 
     def hold(self, weight_shape: tuple[int, ...], tensors: dict[str, Tensor]) -> None:
-        """Take what `weight_only_tensors` gave for a weight of that shape."""
+        """Store the result of `weight_only_tensors` for a weight of this shape."""
         self.weight_shape = tuple(weight_shape)
         self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
         self.register_buffer("weight_scale", tensors["weight_scale"])
         self.register_buffer("weight_zero_point", tensors.get("weight_zero_point"))
 
     def float_parameters(self) -> int:
-        """How many parameters the float layer has."""
+        """The number of parameters of the float layer."""
         bias: Any = self.bias
         return values_of(self.weight_shape, bias)
 
     def held(self) -> list[Tensor]:
-        """The tensors that stand for the weight in memory."""
+        """The tensors that hold the weight in memory."""
         tensors = [self.weight, self.weight_scale, self.weight_zero_point]
         return [tensor for tensor in tensors if tensor is not None]
 
     def float_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight that the codes stand for `[C_out, ...]`, computed in float32, in `dtype`."""
+        """The dequantized weight `[C_out, ...]`, computed in float32 and returned in `dtype`."""
         shape = (-1, *(1,) * (len(self.weight_shape) - 1))
         scale = self.weight_scale.view(shape)
         if self.weight_zero_point is None:
@@ -114,12 +119,15 @@ class WeightOnly(MarksDtype):
         return dequantize(codes, scale, self.weight_zero_point.view(shape)).to(dtype)
 
     def bias_for(self, x: Tensor) -> Tensor | None:
-        """The bias in the dtype of `x`: blocks may hand float32 to the layers of a bf16 model."""
+        """The bias in the dtype of `x`: blocks may pass float32 to the layers of a bf16 model."""
         bias: Any = self.bias
         return None if bias is None else bias.to(x.dtype)
 
     def check_floating(self, x: Tensor) -> None:
-        """An error where a model has cast its input to the dtype of `weight`, which are codes."""
+        """Raise StepQuantError if `x` is not floating point.
+
+        Some models cast their input to the dtype of `weight`, which is int8 here.
+        """
         if not x.is_floating_point():
             raise StepQuantError(
                 f"a weight-only layer got an input of {x.dtype}: expected floating point; the "
@@ -136,25 +144,31 @@ class WeightOnly(MarksDtype):
 
 
 class WeightOnlyLinear(WeightOnly, nn.Linear):
-    """`nn.Linear` whose weight is dequantized at each call."""
+    """`nn.Linear` that dequantizes its weight in each call."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Linear`, in the dtype of `input`."""
+        """As `nn.Linear`, in the dtype of `input [..., C_in]`.
+
+        Raises StepQuantError for an input that is not floating point.
+        """
         self.check_floating(input)
         return F.linear(input, self.float_weight(input.dtype), self.bias_for(input))
 
 
 class WeightOnlyConv2d(WeightOnly, nn.Conv2d):
-    """`nn.Conv2d` whose weight is dequantized at each call."""
+    """`nn.Conv2d` that dequantizes its weight in each call."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Conv2d`, in the dtype of `input`."""
+        """As `nn.Conv2d`, in the dtype of `input [B, C_in, H, W]`.
+
+        Raises StepQuantError for an input that is not floating point.
+        """
         self.check_floating(input)
         return self._conv_forward(input, self.float_weight(input.dtype), self.bias_for(input))
 
 
 def empty_tensors(weight_shape: tuple[int, ...], bits: int) -> dict[str, Tensor]:
-    """As `weight_only_tensors` for a weight of that shape, without data, on the meta device."""
+    """As `weight_only_tensors` for a weight of this shape, but on the meta device."""
     out, count = weight_shape[0], packed_size(math.prod(weight_shape), bits)
     kinds = {"weight": (count, torch.int8), "weight_scale": (out, torch.float32)}
     if bits < 8:
@@ -165,7 +179,10 @@ def empty_tensors(weight_shape: tuple[int, ...], bits: int) -> dict[str, Tensor]
 
 
 def check_weight_only_bits(bits: int, what: str) -> int:
-    """`bits` if there are weight-only layers of so many; otherwise an error that names `what`."""
+    """Return `bits` if weight-only layers support them.
+
+    Raises StepQuantError otherwise; `what` names the setting in the message.
+    """
     if bits not in WEIGHT_ONLY_BITS:
         raise StepQuantError(
             f"{what} is {bits!r}: expected one of {', '.join(map(str, WEIGHT_ONLY_BITS))}, the "
@@ -185,10 +202,14 @@ def weight_only_in_place_of(
     find: GridSearch = minmax_weight_range,
     kinds: Kinds = WEIGHT_ONLY,
 ) -> WeightOnly:
-    """A weight-only layer like `module`, with its weight rounded and its bias as it is.
+    """A weight-only layer that replaces `module`, an `nn.Linear` or `nn.Conv2d`; keeps its bias.
 
-    `empty`: on the meta device, to be loaded into. `bits`, `find`: see `weight_only_tensors`.
-    `kinds`: what linear and conv layers become.
+    Args:
+        module: The float layer.
+        empty: Create the quantized tensors on the meta device, for `load_state_dict`.
+        bits: 8 or 4.
+        find: Chooses the grids at 4 bits; see `weight_only_tensors`.
+        kinds: The classes that replace linear and conv layers.
     """
     assert isinstance(module, nn.Linear | nn.Conv2d)
     new: WeightOnly
