@@ -1,1 +1,1 @@
-"""Packed layers, their kernels, and the way from the simulation to them."""
+"""Quantized layers, the kernels that run them, and fast blocks that pass codes between them."""

@@ -1,1 +1,1 @@
-"""Passes between integer layers, and what kernels and passes say of a layer: specs and grids."""
+"""Fused operations between integer layers, and the specs and grids that describe a layer."""

@@ -1,7 +1,7 @@
-"""The fused passes on a CPU: native kernels where they take the tensors, else torch operations.
+"""The fused passes on the CPU: native kernels if they support the tensors, else torch operations.
 
-Arguments are those of the functions in `ops.fused` with the same names, already checked. Both the
-direct calls of eager code and the operators run these.
+The functions take the arguments of their namesakes in `ops.fused`, already checked. Eager code
+calls them directly; the `torch.library` operators run them as well.
 """
 
 from __future__ import annotations
@@ -131,7 +131,10 @@ def attention_codes(query: Tensor, key: Tensor, value: Tensor, heads: int, grid:
 
 
 def _library(*inputs: Tensor) -> Library | None:
-    """The native kernels, if they can take these inputs."""
+    """The native kernels if they support `inputs`, or None.
+
+    They support tensors on the CPU that are float32 or bfloat16 and not empty.
+    """
     for x in inputs:
         if not x.is_cpu or x.dtype not in checks.FLOATS or not x.numel():
             return None

@@ -1,4 +1,4 @@
-"""From floats to codes, and codes in the frame that a padded conv reads."""
+"""Quantization of floats to codes, and padding of codes for convs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from stepquant.numerics import max_code
 
 
 def encode(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """uint8 codes of `x` for `scale [1]` and `zero_point [1]`: `numerics.quantize` in one pass."""
+    """uint8 codes of float `x`, in its shape; the values of `numerics.quantize`.
+
+    `scale`: float32 `[1]`. `zero_point`: `[1]`. `bits`: of the codes.
+    """
     x = x.to(torch.float32)
     if torch.compiler.is_compiling():
         codes = torch.round(x * (1.0 / scale)) + zero_point
@@ -21,17 +24,17 @@ def encode(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
 
 
 def pad(codes: Tensor, zero_point: Tensor, padding: Sequence[int]) -> Tensor:
-    """`codes [B, C, H, W]` between rows and columns of `zero_point [1]`, channels last.
+    """Pad uint8 `codes [B, C, H, W]` with `zero_point [1]`; the result is channels last.
 
-    Part of the operator, not of what `torch.compile` sees: the code that it makes for copying uint8
-    into a frame is slower than the conv.
+    `padding`: rows above and below, columns left and right. Operators call this internally, hidden
+    from `torch.compile`, whose generated code for a padded uint8 copy is slower than the conv.
     """
     if not any(padding):
         return codes.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = codes.shape
     top, left = padding
     shape = (batch, channels, height + 2 * top, width + 2 * left)
-    # No copy of `zero_point`: torch.export takes that for a constant, which must not be written to.
+    # Not a padded copy of `zero_point`: torch.export would make it a constant, which is read-only.
     padded = torch.empty(
         shape, dtype=torch.uint8, device=codes.device, memory_format=torch.channels_last
     )

@@ -1,6 +1,6 @@
-"""Results of the fused passes without their values: what `torch.compile` plans with.
+"""Fake implementations of the fused passes: empty results from which `torch.compile` plans.
 
-Arguments are those of the functions in `ops.plain` with the same names, already checked.
+The functions take the arguments of their namesakes in `ops.plain`, already checked.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def group_norm_encode(
     activation: str,
     outputs: Sequence[Output],
 ) -> list[Tensor]:
-    """An image for each of `outputs`."""
+    """One uint8 image for each of `outputs`."""
     return [_image(parts[0], out.channels, out.padding) for out in outputs]
 
 
 def encode(x: Tensor, activation: str, output_grid: Grid, padding: tuple[int, int]) -> Tensor:
-    """An image with its padding, or a tensor of the shape of `x`."""
+    """A padded uint8 image, or uint8 of the shape of `x`."""
     return _image(x, x.shape[1], padding) if x.dim() == 4 else _codes(x)
 
 
@@ -44,19 +44,19 @@ def layer_norm_encode(
     shift: Tensor | None,
     grids: Sequence[Grid],
 ) -> list[Tensor]:
-    """A tensor of the shape of `x` for each of `grids`."""
+    """uint8 of the shape of `x` for each of `grids`."""
     return [_codes(x) for _ in grids]
 
 
 def gated_encode(x: Tensor, gate_activation: str, output_grid: Grid) -> Tensor:
-    """Half the channels of `x`."""
+    """uint8 with half the channels of `x`."""
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
 
 
 def epilogue(
     grid: Grid, sums: Tensor, bias: Tensor | None, step_bias: Tensor | None, add_share: bool
 ) -> tuple[Tensor, Tensor]:
-    """A scale and a bias."""
+    """A scale `[1]` and a float32 bias `[C_out]`."""
     return grid.scale.new_empty(1), sums.new_empty(sums.shape, dtype=torch.float32)
 
 
@@ -69,7 +69,7 @@ def tiled_product(
     dtype: torch.dtype,
     gate: Tensor | None,
 ) -> Tensor:
-    """The layer's result."""
+    """The layer's result, of `dtype`."""
     return empty_result(codes, spec, dtype)
 
 
@@ -82,13 +82,13 @@ def tiled_product_codes(
     gated: bool,
     output_grid: Grid,
 ) -> Tensor:
-    """The layer's result as codes, or half of its channels."""
+    """The layer's result as uint8 codes, with half the channels if `gated`."""
     channels = spec.out_channels // 2 if gated else spec.out_channels
     return codes.new_empty((*codes.shape[:-1], channels))
 
 
 def attention_codes(query: Tensor, key: Tensor, value: Tensor, heads: int, grid: Grid) -> Tensor:
-    """A tensor of the shape of `query`."""
+    """uint8 of the shape of `query`."""
     return _codes(query)
 
 

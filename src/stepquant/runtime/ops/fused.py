@@ -1,16 +1,17 @@
-"""What lies between a model's integer layers, done in one pass: float images in, codes out.
+"""Fused kernels for the operations between integer layers: floats in, codes out, in one pass.
 
 Each function is an operator of `torch.library`, `torch.ops.stepquant.<its name>`
 (`ops.operators`), so `torch.compile` and `torch.export` see one node. Eager calls on the CPU skip
-the dispatcher, which costs as much as a small image does (docs/explanation/runtime.md), and call
-`ops.cpu`: native kernels that read each value once or twice instead of ten times, or the torch
-operations of `ops.plain`. Other devices run what is registered for them, or `ops.plain`.
+the dispatcher, which takes as long as a small image (docs/explanation/runtime.md), and call
+`ops.cpu`: native kernels that read each value once or twice instead of ten times, or as a fallback
+the torch operations of `ops.plain`. Other devices run the kernels registered for them, or
+`ops.plain`.
 
-All compute in float32. Codes of two implementations differ only where the value before rounding is
-a tie, up to the last bits of a float; without a norm or an activation they do not differ.
+All implementations compute in float32. Their codes differ only if the value before rounding is a
+tie, up to the last bits of a float; without a norm or an activation, the codes are identical.
 
-Everything is forward only: codes have no gradient. All functions raise StepQuantError for shapes
-that do not fit and for unknown activations.
+All functions are forward only, because codes have no gradient. They raise StepQuantError for
+mismatched shapes and unknown activations.
 """
 
 from __future__ import annotations
@@ -55,12 +56,20 @@ def group_norm_encode(
 ) -> list[Tensor]:
     """Codes of `activation(group_norm(cat(parts) + added))`, one image for each of `outputs`.
 
-    `parts`: float images `[B, C_i, H, W]`, read where they lie if their channels lie side by side;
-    `C` is the sum of `C_i`, and groups may straddle parts. `added`: float `[B, C]`, the same for
-    all pixels, or None. `weight`, `bias`: float `[C]` or None. `activation`: "none" or "silu".
+    Args:
+        parts: Float images `[B, C_i, H, W]`, with `C` channels in all; groups may span parts. The
+            kernels read channels-last parts in place and copy others.
+        added: Float `[B, C]`, the same for all pixels, or None.
+        groups: The number of groups.
+        weight: Float `[C]`, or None.
+        bias: Float `[C]`, or None.
+        eps: Added to the variance.
+        activation: "none" or "silu".
+        outputs: The images to write; several may use the same channels.
 
-    Each result is uint8 `[B, channels, H + 2 ph, W + 2 pw]`, channels last: `encode` of the
-    output's channels. Outputs may take the same channels.
+    Returns:
+        For each output, uint8 `[B, channels, H + 2 ph, W + 2 pw]`, channels last, as `encode`
+        returns for the output's channels.
     """
     if _direct(parts[0]):
         checks.group_norm_encode(parts, added, groups, weight, bias, eps, activation, outputs)
@@ -77,12 +86,18 @@ def group_norm_encode(
 def encode(
     x: Tensor, activation: str, output_grid: Grid, padding: tuple[int, int] = (0, 0)
 ) -> Tensor:
-    """Codes of `activation(x)`: `clamp(round(y * (1 / scale)) + zero_point, 0, largest)`, uint8.
+    """Codes of `y = activation(x)`: `clamp(round(y * (1 / scale)) + zero_point, 0, largest)`.
 
-    `y` is first multiplied by the grid's factors, if it has any. `activation`: "none", "silu",
-    "gelu" or "gelu_tanh". `x`: float of any shape. Images `[B, C, H, W]` come back channels last,
-    with `padding` rows and columns of the zero point around them; anything else comes back
-    contiguous and of the same shape, and takes no padding.
+    Args:
+        x: Float of any shape; `[B, C, H, W]` is an image.
+        activation: "none", "silu", "gelu" or "gelu_tanh".
+        output_grid: The grid of the codes. If it has factors, `y` is multiplied by them first.
+        padding: For images, rows above and below and columns left and right, filled with the zero
+            point; (0, 0) for all other inputs.
+
+    Returns:
+        uint8. Images are padded and channels last; other results are contiguous, of the shape of
+        `x`.
     """
     if _direct(x):
         checks.encode(x, activation, output_grid, padding)
@@ -101,8 +116,14 @@ def layer_norm_encode(
 ) -> list[Tensor]:
     """Codes of `layer_norm(x) * (1 + scale) + shift`, uint8 of the shape of `x` for each grid.
 
-    `x`: float `[B, ..., C]`; the norm is over `C`. `weight`, `bias`: float `[C]` or None. `scale`,
-    `shift`: float `[B, C]`, the same for everything in a sample, or None.
+    Args:
+        x: Float `[B, ..., C]`; the norm is over `C`.
+        weight: Float `[C]`, or None.
+        bias: Float `[C]`, or None.
+        eps: Added to the variance.
+        scale: Float `[B, C]`, the same for all tokens of a sample, or None.
+        shift: Float `[B, C]`, the same for all tokens of a sample, or None.
+        grids: The grids of the codes, one for each result.
     """
     if _direct(x):
         checks.layer_norm_encode(x, weight, bias, eps, scale, shift, grids)
@@ -113,9 +134,9 @@ def layer_norm_encode(
 
 
 def gated_encode(x: Tensor, gate_activation: str, output_grid: Grid) -> Tensor:
-    """Codes of `first * activation(second)`, the halves of `x`.
+    """Codes of `first * activation(second)`, where `first` and `second` are the halves of `x`.
 
-    `x`: float `[..., 2 C]`; the result is uint8 `[..., C]`. `gate_activation` as in `encode`.
+    `x`: float `[..., 2 C]`; the result is uint8 `[..., C]`. `gate_activation`: as in `encode`.
     """
     if _direct(x):
         checks.gated_encode(x, gate_activation, output_grid)
@@ -126,11 +147,20 @@ def gated_encode(x: Tensor, gate_activation: str, output_grid: Grid) -> Tensor:
 def epilogue(
     grid: Grid, sums: Tensor, bias: Tensor | None, step_bias: Tensor | None, add_share: bool
 ) -> tuple[Tensor, Tensor]:
-    """`(scale, bias)` of an integer layer's call, float32 `[1]` and `[C_out]`.
+    """The activation scale and the total bias of an integer layer's call.
 
-    The bias is `bias + step_bias[row] - scale * zero_point * sums`: `bias [C_out]` and `step_bias
-    [T, C_out]` where they are given, the zero point's share with `sums [C_out]` (of the weight that
-    the codes stand for) if `add_share`.
+    The total bias is `bias + step_bias[row] - scale * zero_point * sums`. Terms that are None are
+    left out.
+
+    Args:
+        grid: The activation grid.
+        sums: float32 `[C_out]`, the sums of the dequantized weight over each out-channel.
+        bias: float32 `[C_out]`, or None.
+        step_bias: float32 `[T, C_out]`, or None.
+        add_share: Whether to add the zero point's share, the last term.
+
+    Returns:
+        Scale `[1]` and bias `[C_out]`, both float32.
     """
     if _direct(sums):
         checks.epilogue(grid, sums, bias, step_bias, add_share)
@@ -148,13 +178,20 @@ def tiled_product(
     dtype: torch.dtype = torch.float32,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """An integer layer of `codes` on `grid`, times `gate`, plus `added`.
+    """An integer layer's result for `codes` on `grid`, times `gate`, plus `added`.
 
-    `codes`: uint8 `[B, C, H + 2 ph, W + 2 pw]`, channels last, with the zero point around the
-    image, or `[..., C]`. `weight`: laid out by `native.tiles`, with the layer's biases. `added`:
-    float32 or bfloat16 in the result's shape; eager calls may write the result to its place if
-    `overwrite`. `gate`: float `[B, C_out]`, the same for everything in a sample. Sums are exact,
-    rounded once to float32, and to `dtype`.
+    Integer sums are exact; they are rounded once to float32, and once to `dtype`.
+
+    Args:
+        codes: uint8 `[B, C, H + 2 ph, W + 2 pw]`, channels last and padded with the zero point, or
+            `[..., C]` for linear layers.
+        grid: The activation grid.
+        weight: The weight in the layout of `native.tiles`, with the layer's biases.
+        spec: The layer's spec.
+        added: float32 or bfloat16 in the result's shape, or None.
+        overwrite: Whether eager calls may write the result to `added`.
+        dtype: The dtype of the result.
+        gate: Float `[B, C_out]`, the same for all pixels or tokens of a sample, or None.
     """
     if _direct(codes):
         return cpu.tiled_product(codes, grid, weight, spec, added, dtype, gate, overwrite)
@@ -173,12 +210,23 @@ def tiled_product_codes(
     gated: bool,
     output_grid: Grid,
 ) -> Tensor:
-    """Codes, on `output_grid`, of the activation of what a linear layer gives for `codes`.
+    """Codes of `activation(y)` on `output_grid`, where `y` is a linear layer's result for `codes`.
 
-    `gated`: of the first half of the channels times the activation of the second. The values
-    between are float32 and are not written to memory. `codes`, `activation` and the result
-    (uint8 `[..., C_out]`, or half of it) as in `encode` and `gated_encode`; `weight` as in
-    `tiled_product`. `native.tiles.fits_in_tiles` says which layers can.
+    The native kernel keeps the float32 values of `y` out of memory. `native.tiles.fits_in_tiles`
+    says which layers are supported.
+
+    Args:
+        codes: uint8 `[..., C_in]`.
+        grid: The activation grid of `codes`.
+        weight: As in `tiled_product`.
+        spec: The layer's spec.
+        activation: As in `encode`.
+        gated: Encode the first half of the channels of `y` times the activation of the second
+            half, as `gated_encode` does.
+        output_grid: The grid of the returned codes.
+
+    Returns:
+        uint8 `[..., C_out]`, or half of these channels if `gated`.
     """
     if _direct(codes):
         return cpu.tiled_product_codes(codes, grid, weight, spec, activation, gated, output_grid)
@@ -189,10 +237,10 @@ def tiled_product_codes(
 
 
 def attention_codes(query: Tensor, key: Tensor, value: Tensor, heads: int, grid: Grid) -> Tensor:
-    """Codes of `softmax(Q K^T / sqrt(d)) V`, head by head: uint8 `[B, N, heads * d]`.
+    """Codes of `softmax(Q K^T / sqrt(d)) V`, computed per head: uint8 `[B, N, heads * d]`.
 
-    `query [B, N, heads * d]`, `key` and `value [B, M, heads * d]`: float. `has_native_attention`
-    says whether there is a kernel for it, which takes bfloat16 and an even `d`.
+    `query`: float `[B, N, heads * d]`. `key`, `value`: float `[B, M, heads * d]`. If
+    `has_native_attention()`, a native kernel runs operands that are bfloat16 with an even `d`.
     """
     if _direct(query):
         checks.attention_codes(query, key, value, heads, grid)
@@ -208,5 +256,5 @@ def has_native_attention() -> bool:
 
 
 def _direct(x: Tensor) -> bool:
-    """Whether to skip the dispatcher: eager code with a real tensor of the CPU."""
+    """Whether to skip the dispatcher: in eager code, for a plain tensor on the CPU."""
     return not is_compiling() and type(x) is Tensor and x.is_cpu

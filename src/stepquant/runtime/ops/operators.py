@@ -1,11 +1,15 @@
-"""The fused passes as operators of `torch.library`, in the namespace `stepquant`.
+"""The fused passes as `torch.library` operators, in the namespace `stepquant`.
 
-The arguments of an operator must be types of a schema, so a `Grid` becomes its tensors, a list of
-grids one list for each field, and a layer's weight and spec their fields. `implement` undoes this:
-an implementation takes the arguments of the function of that name in `ops.plain`, after its check
-in `native.checks`. Each operator has three here: the CPU's (`ops.cpu`), the torch operations of
-`ops.plain` for every other device, and a fake one that gives shapes. A device with kernels of its
-own adds a line for each:
+Operators accept only schema types. So a `Grid` is passed as its fields, a list of grids as one
+list per field, and a layer's weight and spec as their fields. `implement` reverses this: an
+implementation takes the arguments of its namesake in `ops.plain`, which `native.checks` has
+checked. This module registers three implementations of each operator:
+
+- `ops.cpu` for the CPU;
+- `ops.plain`, torch operations, for all other devices;
+- `ops.fakes`, which returns shapes.
+
+A device with kernels of its own adds one line for each:
 
     implement("encode", "CUDA", kernels.encode)
 """
@@ -25,7 +29,7 @@ from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.ops.native import checks
 from stepquant.runtime.ops.native.tiled_weight import Weight, weight_of
 
-FIELDS = 5  # of a Grid that a schema holds: all but the structure
+FIELDS = 5  # fields of a Grid in a schema: all but the structure
 
 _GRID = "Tensor scale, Tensor zero_point, Tensor? row, int largest, Tensor? factors"
 _OUTPUT_GRID = ", ".join(part.replace(" ", " output_") for part in _GRID.split(", "))
@@ -38,17 +42,20 @@ _PRODUCT = (
 
 
 def grid_values(grid: Grid) -> tuple[Any, ...]:
-    """The fields of a grid, as an operator takes them."""
+    """The fields of a grid, as arguments of an operator."""
     return grid[:FIELDS]
 
 
 def grid_lists(grids: Sequence[Grid]) -> tuple[list[Any], ...]:
-    """The fields of some grids, a list for each."""
+    """The fields of several grids as arguments of an operator: one list for each field."""
     return tuple([[grid[field] for grid in grids] for field in range(FIELDS)])
 
 
 def product_values(weight: Weight, spec: LayerSpec, padding: tuple[int, int]) -> tuple[Any, ...]:
-    """A layer's weight and shape; `padding`: rows and columns that the codes do not have yet."""
+    """A layer's weight and shape, as arguments of an operator.
+
+    `padding`: rows and columns that the operator still has to add to the codes.
+    """
     return (
         *(weight.tiles, weight.scale, weight.sums, weight.bias, weight.step_bias),
         *(spec.kind == "linear", spec.in_channels),
@@ -59,7 +66,7 @@ def product_values(weight: Weight, spec: LayerSpec, padding: tuple[int, int]) ->
 class _Operator(NamedTuple):
     schema: str
     gather: Callable[..., tuple[Any, ...]]
-    """From the operator's arguments to those of its implementations."""
+    """Maps the operator's arguments to those of its implementations."""
 
 
 def _gather_group_norm(*values: Any) -> tuple[Any, ...]:
@@ -148,10 +155,10 @@ _LIBRARY = torch.library.Library("stepquant", "FRAGMENT")
 
 
 def implement(name: str, key: str, function: Callable[..., Any]) -> None:
-    """Let the operator `name` run `function` on tensors of the dispatch key `key`, such as "CUDA".
+    """Register `function` as the operator `name` for the dispatch key `key`, such as "CUDA".
 
-    `function` takes the arguments of the function of that name in `ops.plain`, already checked. It
-    must return new tensors that share no memory with each other.
+    `function` takes the arguments of its namesake in `ops.plain`, already checked. It must return
+    new tensors that share no memory with each other.
     """
     _LIBRARY.impl(name, _gathering(name, function), key)
 
@@ -168,7 +175,7 @@ def _gathering(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _apart(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """`function` with results that share no memory with each other or with its arguments."""
+    """`function` with its results cloned, so that they share no memory."""
     return lambda *arguments: tuple([each.clone() for each in function(*arguments)])
 
 

@@ -1,7 +1,7 @@
-"""The fused passes in torch operations: they define what the native kernels compute.
+"""The fused passes in torch operations: the reference for the native kernels, and their fallback.
 
-Arguments are those of the functions in `ops.fused` with the same names, already checked. All
-compute in float32, on any device.
+The functions take the arguments of their namesakes in `ops.fused`, already checked. They compute
+in float32 and run on any device.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def tiled_product(
     dtype: torch.dtype,
     gate: Tensor | None,
 ) -> Tensor:
-    """See `fused.tiled_product`; sums are exact, in float64."""
+    """See `fused.tiled_product`; float64 sums are exact."""
     sizes, memory_format = shape_of(codes, spec)
     scale, zero_point = grid.in_force()
     offsets = codes.to(torch.float64) - zero_point
@@ -154,7 +154,7 @@ def attention_codes(query: Tensor, key: Tensor, value: Tensor, heads: int, grid:
 
 
 def step_bias_in_force(step_bias: Tensor, grid: Grid) -> Tensor:
-    """The biases `[C_out]` of the grid's row, from `step_bias [T, C_out]`."""
+    """The biases `[C_out]` at the grid's current row, from `step_bias [T, C_out]`."""
     return step_bias[0] if grid.row is None else step_bias.index_select(0, grid.row)[0]
 
 

@@ -1,4 +1,4 @@
-"""What comes of codes, before a kernel writes there."""
+"""Output shapes of quantized layers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from stepquant.support.errors import StepQuantError
 
 
 class Shape(NamedTuple):
-    """Of a layer's result."""
+    """Shape and memory format of a layer's result."""
 
     sizes: tuple[int, ...]
     memory_format: torch.memory_format
 
 
 def check_channels(codes: Tensor, spec: LayerSpec) -> None:
-    """Raise StepQuantError for codes of another number of channels than the layer's."""
+    """Raise StepQuantError if `codes` do not have the layer's number of in-channels."""
     channels = codes.shape[-1 if spec.kind == "linear" else 1]
     if channels != spec.in_channels:
         raise StepQuantError(
@@ -29,9 +29,11 @@ def check_channels(codes: Tensor, spec: LayerSpec) -> None:
 
 
 def shape_of(codes: Tensor, spec: LayerSpec) -> Shape:
-    """What comes of `codes`: `[B, C, H + 2 ph, W + 2 pw]`, or `[..., C]` of a linear layer.
+    """The shape of a layer's result for `codes`.
 
-    Raises StepQuantError for codes of another number of channels, and for an image that is smaller
+    `codes`: `[B, C, H + 2 ph, W + 2 pw]`, or `[..., C]` for linear layers.
+
+    Raises StepQuantError for a wrong number of channels, and for a padded image that is smaller
     than the kernel.
     """
     check_channels(codes, spec)
@@ -48,13 +50,19 @@ def shape_of(codes: Tensor, spec: LayerSpec) -> Shape:
 
 
 def empty_result(codes: Tensor, spec: LayerSpec, dtype: torch.dtype) -> Tensor:
-    """The layer's result for no codes at all: it is empty, too."""
+    """The layer's result for empty `codes`: an empty tensor of `dtype`.
+
+    Raises StepQuantError as `shape_of` does.
+    """
     sizes, memory_format = shape_of(codes, spec)
     return torch.empty(sizes, dtype=dtype, device=codes.device, memory_format=memory_format)
 
 
 def planned_result(codes: Tensor, spec: LayerSpec) -> Tensor:
-    """What `torch.compile` plans with, for an image without its padding: float32, not computed."""
+    """An uninitialized float32 result, from which `torch.compile` plans.
+
+    `codes`: `[B, C, H, W]`, not padded, or `[..., C]` for linear layers.
+    """
     if spec.kind == "linear":
         return codes.new_empty((*codes.shape[:-1], spec.out_channels), dtype=torch.float32)
     padded = [codes.shape[2 + i] + 2 * spec.padding[i] for i in range(2)]
