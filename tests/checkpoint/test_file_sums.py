@@ -11,7 +11,7 @@ from diffusers import DDPMPipeline
 from packed_models import packed_pipeline
 from quantize_runs import refused
 from stepquant.checkpoint import file_sums
-from stepquant.checkpoint.file_sums import SUMS_NAME, check_sums, file_digests
+from stepquant.checkpoint.file_sums import SUMS_NAME, check_sums, file_digests, write_sums
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import save_pipeline
 
@@ -34,6 +34,16 @@ def test_they_cover_what_no_checksum_covers(folder):
     assert sums.keys() == {"model_index.json", SCHEDULER}
     assert all(digests[name] == wanted for name, wanted in sums.items())
     assert set(digests) > set(sums) | {SUMS_NAME}
+
+
+def test_they_leave_out_what_people_edit(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    (copied / ".git").mkdir()
+    for name in ("README.md", ".gitattributes", ".git/HEAD", "scheduler/.cache"):
+        (copied / name).write_text("x")
+    write_sums(copied)
+    sums = json.loads((copied / SUMS_NAME).read_text())
+    assert sums.keys() == {"model_index.json", SCHEDULER}
 
 
 def edit(path, **values):

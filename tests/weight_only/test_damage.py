@@ -238,6 +238,15 @@ def test_a_text_encoder_of_another_architecture_is_refused(text, key):
         CLIPTextModel.from_pretrained(text)
 
 
+def test_a_text_encoder_whose_config_changed_loads_again(text, tmp_path):
+    """As textual inversion changes it, which adds tokens."""
+    model = CLIPTextModel.from_pretrained(text)
+    more = model.config.vocab_size + 1
+    model.resize_token_embeddings(more)
+    model.save_pretrained(tmp_path / "again")
+    assert CLIPTextModel.from_pretrained(tmp_path / "again").config.vocab_size == more
+
+
 def test_a_text_encoder_loads_in_another_dtype_and_saves_again(text, tmp_path):
     loaded = CLIPTextModel.from_pretrained(text, dtype=torch.bfloat16)
     loaded.save_pretrained(tmp_path / "again")

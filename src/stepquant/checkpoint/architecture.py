@@ -17,7 +17,10 @@ BESIDE = frozenset(
     {"architectures", "dtype", "model_type", "quantization_config", "torch_dtype"}
     | {"transformers_version"}
 )
-REMEDY = "the file is damaged or was edited, so fetch or write the checkpoint again"
+REMEDY = (
+    "load it without arguments that change the config; otherwise the file is damaged or was "
+    "edited, so fetch or write the checkpoint again"
+)
 
 
 def architecture_of(model: Any) -> dict[str, Any] | None:

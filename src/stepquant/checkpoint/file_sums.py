@@ -16,6 +16,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from stepquant.checkpoint.checksum import CHECKSUM_NAME
+from stepquant.checkpoint.folder import INDEX_NAME
 from stepquant.support.errors import StepQuantError
 from stepquant.support.json_text import read_json
 
@@ -28,16 +29,17 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def write_sums(folder: Path) -> None:
-    """Write the digests of the files below `folder` to `stepquant_sha256.json` in it.
+    """Write the digests of what a load of `folder` reads to `stepquant_sha256.json` in it.
 
-    The files of components with a checksum of their own are left out.
+    That is `model_index.json` and the folders of components. The files of components with a
+    checksum of their own are left out, and so are a model card and hidden files, which people edit.
     """
     (folder / SUMS_NAME).unlink(missing_ok=True)
     covered = {part.name for part in folder.iterdir() if part.is_dir() and _has_checksum(part)}
     sums = {
         name: _digest(folder / name)
         for name in _names(folder)
-        if name.partition("/")[0] not in covered
+        if name.partition("/")[0] not in covered and _is_read(name)
     }
     if not sums:
         return
@@ -80,6 +82,11 @@ def _has_checksum(part: Path) -> bool:
             if CHECKSUM_NAME in file.keys():  # noqa: SIM118
                 return True
     return False
+
+
+def _is_read(name: str) -> bool:
+    hidden = any(part.startswith(".") for part in name.split("/"))
+    return not hidden and ("/" in name or name == INDEX_NAME)
 
 
 def _names(folder: Path) -> Iterator[str]:

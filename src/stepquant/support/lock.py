@@ -70,7 +70,7 @@ def _acquire(file: Path, path: Path) -> int:
             if not _locked(descriptor, owner):
                 raise _in_use(path, file, owner)
             # Whoever held the lock until now has deleted the file that it was on.
-            if not file.exists() or os.fstat(descriptor).st_ino != file.stat().st_ino:
+            if not _is_at(descriptor, file):
                 os.close(descriptor)
                 continue
             os.ftruncate(descriptor, 0)
@@ -80,6 +80,13 @@ def _acquire(file: Path, path: Path) -> int:
             os.close(descriptor)
             raise
         return descriptor
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    try:
+        return os.fstat(descriptor).st_ino == file.stat().st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _locked(descriptor: int, owner: str) -> bool:

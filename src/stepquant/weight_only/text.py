@@ -128,7 +128,8 @@ class TextWeightOnlyQuantizer(HfQuantizer):
                 )
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Note the digest in the config, which transformers writes next, and change no tensor."""
+        """Note the model's config and the digest in the config, which transformers writes next."""
+        self.quantization_config.architecture = architecture_of(model)
         self.quantization_config.sha256 = codes_digest(model, self.quantization_config)
         model.config.quantization_config = self.quantization_config
         return None, {}

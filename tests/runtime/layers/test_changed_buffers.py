@@ -35,3 +35,19 @@ def test_a_change_in_place_counts_at_once(key, recorded):
     assert all(map(torch.equal, found, wanted))
     assert not all(map(torch.equal, found, before))
     assert all(map(torch.equal, outputs(run), wanted))
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["eager", "recorded"])
+@pytest.mark.parametrize("key", ["weight_scale", "act_scale", "bias"])
+def test_another_tensor_in_the_place_of_a_buffer_counts_at_once(key, recorded):
+    model = packed_unet()
+    run = RecordedDenoiser(model) if recorded else model
+    before = [outputs(run) for _ in range(3)][-1]
+    layer = model.get_submodule(CHANGES[key][0])
+    setattr(layer, key, getattr(layer, key) * 2 + 0.1)
+    fresh = packed_unet()
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
+    found, wanted = outputs(run), outputs(fresh)
+    assert all(map(torch.equal, found, wanted))
+    assert not all(map(torch.equal, found, before))
+    assert all(map(torch.equal, outputs(run), wanted))

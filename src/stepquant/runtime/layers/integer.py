@@ -211,8 +211,10 @@ class IntegerLayer(MarksDtype):
         scale = self._buffers["weight_scale"]  # in every call, and faster than the attribute
         assert scale is not None
         # Graphs treat the layout as a constant.
-        current = torch.compiler.is_compiling() or not prepared.is_outdated()
-        return prepared.device == scale.device and current
+        if torch.compiler.is_compiling():
+            return prepared.device == scale.device
+        outdated = prepared.is_outdated(replaced="_hf_hook" not in self.__dict__)
+        return prepared.device == scale.device and not outdated
 
     @torch.compiler.disable
     def _laid_out(self) -> PreparedLayer:

@@ -52,14 +52,22 @@ class PreparedLayer:
         self._is_linear = self.parts[0].spec.kind == "linear"
         self._buffers = buffers
         # Inference tensors have no version counter.
-        made_of = [buffers[name] for name in LAID_OUT]
-        found = [each for each in made_of if each is not None and not each.is_inference()]
-        self._made_of = [(each, each._version) for each in found]
+        found = [(name, each) for name in LAID_OUT if (each := buffers[name]) is not None]
+        self._made_of = [
+            (name, each, -1 if each.is_inference() else each._version) for name, each in found
+        ]
 
-    def is_outdated(self) -> bool:
-        """Whether a tensor behind the layout has been changed in place since its preparation."""
-        for tensor, version in self._made_of:  # noqa: SIM110  # in every call, faster than any()
-            if tensor._version != version:
+    def is_outdated(self, replaced: bool = True) -> bool:
+        """Whether a tensor behind the layout has been changed in place since its preparation.
+
+        `replaced`: whether another tensor in its place counts, too. Hooks that move tensors put
+        equal ones there.
+        """
+        buffers = self._buffers
+        for name, tensor, version in self._made_of:  # in every call: faster than any()
+            if version >= 0 and tensor._version != version:
+                return True
+            if replaced and buffers[name] is not tensor:
                 return True
         return False
 
