@@ -6,15 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := src/stepquant/runtime/ops/native
-KERNELS := $(NATIVE)/_kernels.so
+KERNELS := $(NATIVE)/_kernels.$(if $(filter Darwin,$(shell uname)),dylib,so)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-wheel fuzz lint format docs clean
+.PHONY: help demo test test-slow test-wheel sanitize fuzz lint format docs clean
 
 help:
 	@echo "make demo       quantize the embedded model, sample it, compare it with the float model"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-slow  the slow tests"
+	@echo "make sanitize   the tests of the native kernels, compiled with the compiler's sanitizers"
 	@echo "make test-wheel  build the wheel, install it into an empty environment, quantize and sample"
 	@echo "make fuzz       damaged and hostile files of every kind that stepquant reads, about a minute"
 	@echo "make lint       ruff, mypy, and the order of the rooms"
@@ -70,6 +71,9 @@ test-wheel: $(STAMP)
 	cd build/wheel/run && ../venv/bin/stepquant sample packed --num 2 --steps 2 --grid grid.png
 	test -s build/wheel/run/grid.png
 
+sanitize: $(STAMP)
+	$(BIN)/python tests/helpers/sanitized_kernels.py build/sanitize
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -91,5 +95,5 @@ docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(KERNELS) build dist demo site .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(NATIVE)/_kernels.* build dist demo site .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find src tests benchmarks training -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -500,6 +500,32 @@ def operator_overhead_in_models() -> str:
     return markdown(["Model, W4A8", "Passes", "Direct", "Operators", "Longer by"], rows)
 
 
+WAYS = {
+    "call by call": "call by call",
+    "kept memory": "call by call, the allocator keeps its memory",
+    "compiled": "`torch.compile`",
+    "exported": "`torch.export` and AOTInductor",
+    "captured": "captured call",
+}
+
+
+@table
+def captured_calls() -> str:
+    """Five ways to call a packed denoiser."""
+    rows = []
+    for each in read("captured_calls.json")["rows"]:
+        model = {"paper": "35.7 M DDPM", "embedded": "`builtin:fashion-ddpm`"}[each["model"]]
+        cells = [f"{model}, batch {each['batch']}", WAYS[each["way"]]]
+        if "error" in each:
+            rows.append([*cells, "-", "-", "-"])
+            continue
+        equal = "yes" if each["largest_difference"] == 0 else f"{each['largest_difference']:.0e}"
+        setup = f"{each['setup_seconds']:.1f} s"
+        rows.append([*cells, f"{each['milliseconds']:.1f} ms", setup, equal])
+    head = ["Model, W8A8", "Way", "A call", "Until it is ready", "Same bits"]
+    return markdown(head, rows)
+
+
 @table
 def feature_sensitivity() -> str:
     """What the feature distance sees."""
