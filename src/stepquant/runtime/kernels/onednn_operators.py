@@ -1,7 +1,8 @@
 """oneDNN's products as stepquant operators, which `torch.compile` treats as opaque nodes.
 
 `stepquant::linear_u8s8` takes uint8 codes `[N, C]`; `stepquant::conv2d_u8s8` takes uint8 codes
-`[B, C, H, W]` and pads them. Activation scale and zero point are tensors `[1]`; results are float32.
+`[B, C, H, W]` and pads them. Activation scale and zero point are tensors `[1]`, and results are
+float32.
 """
 
 from __future__ import annotations
