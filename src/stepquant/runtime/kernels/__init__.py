@@ -1,4 +1,4 @@
-"""Integer kernels: what one is (`kernel`), our own, and the registry that chooses between them."""
+"""Integer kernels: their interface (`kernel`), the built-in ones, and the registry of all."""
 
 from stepquant.runtime.kernels import int_mm, native, onednn, reference
 from stepquant.runtime.kernels.backend import Backend

@@ -1,4 +1,4 @@
-"""The names of the kernels that a user may ask for."""
+"""The names of the backends that a user can choose."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from enum import Enum
 
 
 class Backend(str, Enum):
-    """What integer layers run on; a string with the same characters does as well.
+    """The backend that runs integer layers; a plain string with the same value works as well.
 
-    `register_kernel` may add further names.
+    `register_kernel` may add names that are not members.
     """
 
     AUTO = "auto"
-    """The first kernel, in order of preference, that takes the layer."""
+    """The first kernel, in order of preference, that supports the layer."""
     NATIVE = "native"
     ONEDNN = "onednn"
     INT_MM = "int_mm"
     REFERENCE = "reference"
 
-    # As an `enum.StrEnum`, which Python 3.10 lacks.
+    # As in `enum.StrEnum`, which Python 3.10 lacks.
     __str__ = str.__str__
     __format__ = str.__format__  # type: ignore[assignment]

@@ -1,6 +1,6 @@
-"""Matrix product of int8 with int32 sums (`torch._int_mm`), convs through im2col; for CUDA.
+"""CUDA kernel: int8 matrix product with int32 sums (`torch._int_mm`), with im2col for convs.
 
-It also runs on the CPU, which is how it is tested where there is no GPU.
+It also runs on the CPU, so that tests do not need a GPU.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from stepquant.runtime.kernels.registry import kernel_of, register_kernel
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.refusal import Refusal, RefusalCode
 
-SHIFT = 128  # takes codes 0..255 to int8
-LEAST_ROWS = 32  # cuBLAS wants more than 16 rows
+SHIFT = 128  # shifts codes from 0..255 into int8
+LEAST_ROWS = 32  # cuBLAS needs more than 16 rows
 
 
 @register_kernel(priority=100)
 class IntMmKernel(Kernel):
-    """`torch._int_mm`: int8 by int8 with int32 sums."""
+    """`torch._int_mm`: int8 times int8 with int32 sums. The layout is `[K, C_out]`."""
 
     name = Backend.INT_MM.value
     device_types = ("cuda",)
 
     def why_not(self, spec: LayerSpec, device: torch.device) -> Refusal | None:
-        """Why this kernel cannot take the layer on `device`, or None."""
+        """Why this kernel cannot run the layer on `device`, or None."""
         if device.type != "cuda":
             return Refusal(RefusalCode.DEVICE, f"made for CUDA, the layer is on {device.type}")
         if spec.columns % 8 or spec.out_channels % 8:
@@ -91,9 +91,10 @@ INT_MM = kernel_of(IntMmKernel)
 
 
 def _im2col(signed: Tensor, fill: Tensor, spec: LayerSpec) -> tuple[Tensor, tuple[int, int, int]]:
-    """Patches `[B * H_out * W_out, C * kh * kw]` of `signed [B, C, H, W]`, padded with `fill [1]`.
+    """The patches of `signed [B, C, H, W]` as rows, and the result's `(B, H_out, W_out)`.
 
-    `fill` stays a tensor: reading it would make the host wait for the device at every layer.
+    The rows are `[B * H_out * W_out, C * kh * kw]`. `fill [1]` is the padding value; it stays a
+    tensor, because reading it would synchronize with the device in every layer.
     """
     (ph, pw), (kh, kw), (sh, sw) = spec.padding, spec.kernel_size, spec.stride
     batch, channels, height, width = signed.shape

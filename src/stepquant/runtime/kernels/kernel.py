@@ -1,14 +1,20 @@
-"""What an integer kernel computes, and the methods that it has.
+"""The interface of integer kernels.
 
 A kernel computes, for one input part of a layer,
 
     y = act_scale * weight_scale * sum((codes - act_zero_point) * weight) + bias (+ accumulate)
 
-with integer sums, from `codes` uint8 (`[B, C, H, W]`, or `[..., C]` for linear), `weight` int8
-differences `code - zero point` (`[C_out, C_in, kh, kw]` or `[C_out, C_in]`), `act_scale [1]`
-float32 and `act_zero_point [1]` int32, `weight_scale [C_out]` float32; `y` is float32. Zero padding
-is float zero, that is, code `act_zero_point`. Sums are exact. A kernel may join `sum(codes *
-weight)` and the zero point's share in float32, which is exact as long as each is below 2^24.
+where
+
+- `codes` is uint8 `[B, C, H, W]`, or `[..., C]` for linear layers;
+- `weight` is int8 `[C_out, C_in, kh, kw]` or `[C_out, C_in]`: differences `code - zero point`;
+- `act_scale` is float32 `[1]`, and `act_zero_point` int32 `[1]`;
+- `weight_scale` and `bias` are float32 `[C_out]`;
+- `y` and `accumulate` are float32 in the result's shape.
+
+Padding is float zero, that is, the code `act_zero_point`. Sums are exact integers. A kernel may add
+`sum(codes * weight)` and the zero point's share in float32, which is exact while each is below
+2^24.
 """
 
 from __future__ import annotations
@@ -28,32 +34,32 @@ State = tuple[Tensor, ...]
 
 
 class Kernel(ABC):
-    """An integer kernel. It has no state of its own: one object serves all layers."""
+    """An integer kernel, without state of its own: one object serves all layers."""
 
     name: ClassVar[str]
-    """The backend that a user asks for."""
+    """The backend name by which users choose the kernel."""
     device_types: ClassVar[tuple[str, ...]] = ()
-    """The types of device, as torch names them, that it is made for; none: it runs everywhere."""
+    """The supported device types, by torch's names; empty: all devices."""
 
     @abstractmethod
     def why_not(self, spec: LayerSpec, device: torch.device) -> Refusal | None:
-        """Why this kernel cannot take the layer on `device`, or None."""
+        """Why this kernel cannot run the layer on `device`, or None."""
 
     @abstractmethod
     def prepare(self, weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> State:
-        """The state that `run` takes: what `lay_out` returns, then small tensors of the weight.
+        """The state for `run`: the result of `lay_out`, then small tensors derived from the weight.
 
-        `weight`, `weight_scale`: see the module docstring. Called once after loading or moving;
-        the state is never saved.
+        The layer calls this once after loading or moving, and never saves the state. For `weight`
+        and `weight_scale` see the module docstring.
         """
 
     @abstractmethod
     def lay_out(self, weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> Tensor:
-        """The weight alone, in the kernel's layout. In the memory mode "low" each call asks."""
+        """The weight in the kernel's layout. In the memory mode "low", each call runs this."""
 
     @abstractmethod
     def differences(self, laid_out: Tensor, spec: LayerSpec) -> Tensor:
-        """The int8 weight that `lay_out` was given, bit for bit."""
+        """The inverse of `lay_out`: the int8 weight, bit for bit."""
 
     @abstractmethod
     def run(
@@ -66,17 +72,20 @@ class Kernel(ABC):
         accumulate: Tensor | None,
         spec: LayerSpec,
     ) -> Tensor:
-        """See the module docstring. `accumulate`: the sum of the input parts before this one."""
+        """The float32 result `y` of the module docstring.
+
+        `accumulate`: the sum over the input parts before this one, or None.
+        """
 
 
 class TakesCodes(Kernel):
-    """A kernel that takes codes where they lie, in a padded image, and reads the step table.
+    """A kernel that reads codes in place, from a padded image, and reads the step table itself.
 
-    What stands before a layer can then make its codes in the pass that writes its result.
+    The operation before a layer can then write the codes in the same pass as its own result.
     """
 
     def why_no_codes(self, spec: LayerSpec) -> Refusal | None:
-        """Why the layer cannot be handed codes, or None."""
+        """Why the kernel cannot take codes for the layer, or None."""
         del spec
         return None
 
@@ -86,18 +95,19 @@ class TakesCodes(Kernel):
     ) -> BoundWeight:
         """The weight with its biases, for calls with codes.
 
-        `bias` float32 `[C_out]` and `step_bias` float32 `[T, C_out]`, added to it at each step.
+        `state`: from `prepare`. `bias`: float32 `[C_out]`, or None. `step_bias`: float32
+        `[T, C_out]`, added to `bias` at each step, or None.
         """
 
 
 class BoundWeight(ABC):
-    """A weight with its biases, as a kernel reads them in each call with codes."""
+    """A weight with its biases, in the form that a kernel reads in calls with codes."""
 
     spec: LayerSpec
 
     @abstractmethod
     def is_current(self, bias: Tensor | None, step_bias: Tensor | None) -> bool:
-        """Whether these biases are the bound ones, and all tensors lie where they lay."""
+        """Whether these are the bound biases, and all tensors are still at their addresses."""
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -115,11 +125,16 @@ class BoundWeight(ABC):
     ) -> Tensor:
         """The layer's result for `codes` on `grid`, times `gate`, plus `added`.
 
-        `codes`: uint8 `[B, C, H + 2 ph, W + 2 pw]`, channels last, with the zero point around the
-        image, or `[..., C]`. `added`: float32 or bfloat16 in the result's shape; the kernel may
-        write the result to its place if `overwrite`. `gate`: float `[B, C_out]`, one factor for all
-        pixels or tokens of a sample. The result has `dtype`; sums are rounded once to float32, and
-        once to `dtype`.
+        Integer sums are rounded once to float32, and once to `dtype`.
+
+        Args:
+            codes: uint8 `[B, C, H + 2 ph, W + 2 pw]`, channels last and padded with the zero point,
+                or `[..., C]` for linear layers.
+            grid: The activation grid.
+            added: float32 or bfloat16 in the result's shape, or None.
+            overwrite: Whether the kernel may write the result to `added`.
+            dtype: The dtype of the result.
+            gate: Float `[B, C_out]`, one factor for all pixels or tokens of a sample, or None.
         """
 
     def run_to_codes(
@@ -131,11 +146,21 @@ class BoundWeight(ABC):
         output_grid: Grid,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Codes, on `output_grid`, of the activation of a linear layer's result for `codes`.
+        """Codes of `activation(y)` on `output_grid`, where `y` is a linear layer's result.
 
-        `gated`: of the first half of the channels times the activation of the second half. Here the
-        result has `dtype` and is written to memory; a kernel may encode it on the way. `codes`,
-        `activation` and the codes returned are as in `fused.encode` and `fused.gated_encode`.
+        This default writes `y` to memory; a fused kernel may encode it directly.
+
+        Args:
+            codes: uint8 `[..., C_in]`.
+            grid: The activation grid of `codes`.
+            activation: As in `fused.encode`.
+            gated: Encode the first half of the channels of `y` times the activation of the second
+                half, as `fused.gated_encode` does.
+            output_grid: The grid of the returned codes.
+            dtype: The dtype of `y`, if it is written to memory.
+
+        Returns:
+            uint8 `[..., C_out]`, or half of these channels if `gated`.
         """
         y = self.run(codes, grid, None, False, dtype, None)
         if gated:

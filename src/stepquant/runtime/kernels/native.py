@@ -1,9 +1,14 @@
-"""Our own u8 x s8 products for x86 CPUs with AVX2 and later, and for ARM (`runtime.ops.native`).
+"""Native u8 x s8 products for x86 CPUs from AVX2 on, and for ARM (`runtime.ops.native`).
 
-Compared with oneDNN's kernels through torch: calls set nothing up, and a denoiser makes a hundred
-of them, most on small images; scale, zero point and bias are read from the step table in place; the
-zero point's share is subtracted in integers; gate and residual are applied as the result is
-written. The product itself is `ops.fused.tiled_product`.
+Compared with oneDNN's kernels through torch,
+
+- calls have no setup cost, which matters because a denoiser makes a hundred of them, most on small
+  images;
+- the kernel reads scale, zero point and bias from the step table in place;
+- it subtracts the zero point's share in integers;
+- it applies gate and residual while it writes the result.
+
+The product itself is `ops.fused.tiled_product`.
 """
 
 from __future__ import annotations
@@ -22,18 +27,18 @@ from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.ops.native import build, tiled_weight, tiles
 from stepquant.support.refusal import Refusal, RefusalCode
 
-MOST_COLUMNS = 1 << 16  # whose products, and the zero point's, an int32 holds
+MOST_COLUMNS = 1 << 16  # with more, the sum or the zero point's share may overflow int32
 
 
 @register_kernel(priority=300)
 class NativeKernel(TakesCodes):
-    """Integer products in C++; `ops.native.tiles` is their layout."""
+    """Integer products in C++; `ops.native.tiles` defines the layout."""
 
     name = Backend.NATIVE.value
     device_types = ("cpu",)
 
     def why_not(self, spec: LayerSpec, device: torch.device) -> Refusal | None:
-        """Why this kernel cannot take the layer on `device`, or None."""
+        """Why this kernel cannot run the layer on `device`, or None."""
         if device.type != "cpu":
             return Refusal(RefusalCode.DEVICE, f"made for the CPU, the layer is on {device.type}")
         if platform.machine().lower() not in build.MACHINES:
@@ -92,7 +97,7 @@ NATIVE = kernel_of(NativeKernel)
 
 
 class NativeWeight(BoundWeight):
-    """Keeps the C structure that says where weight and biases lie."""
+    """Caches the C struct with the addresses of weight and biases."""
 
     def __init__(
         self, state: State, bias: Tensor | None, step_bias: Tensor | None, spec: LayerSpec
@@ -101,7 +106,7 @@ class NativeWeight(BoundWeight):
         self.held, self.spec = tiled_weight.weight_of(laid_out, scale, sums, bias, step_bias), spec
 
     def is_current(self, bias: Tensor | None, step_bias: Tensor | None) -> bool:
-        """Whether these biases are the bound ones, and all tensors lie where they lay."""
+        """Whether these are the bound biases, and all tensors are still at their addresses."""
         held = self.held
         return held.bias is bias and held.step_bias is step_bias and held.in_place()
 
@@ -132,7 +137,7 @@ class NativeWeight(BoundWeight):
         output_grid: Grid,
         dtype: torch.dtype,
     ) -> Tensor:
-        """See `BoundWeight`; a layer that fits in tiles is encoded as it is written."""
+        """See `BoundWeight`; layers of whole tiles run as one fused kernel."""
         if not tiles.fits_in_tiles(self.spec, gated):
             return super().run_to_codes(codes, grid, activation, gated, output_grid, dtype)
         return fused.tiled_product_codes(

@@ -1,16 +1,15 @@
 """oneDNN's u8 x s8 kernels, which torch ships for x86 CPUs.
 
-The weight is laid out for the kernel once; activation scale and zero point are arguments of each
-call, so a step table costs nothing.
+The weight is laid out for the kernel once. Activation scale and zero point are arguments of each
+call, so step tables have no cost.
 
 A conv kernel that gets a zero point sums up its whole weight in each call, which takes up to twice
-as long as the conv itself where images are small. So convs never get it: the zero point's share,
-`zero_point * sum(weight)`, is subtracted from the bias, and the codes are padded with the zero
-point.
+as long as the conv itself on small images. So conv calls pass the zero point 0: the bias includes
+the zero point's share, `-zero_point * sum(weight)`, and the codes are padded with the zero point.
 
-On a CPU without VNNI (or with oneDNN capped to such an instruction set) the kernels add pairs of
+On CPUs without VNNI (or with oneDNN capped to such an instruction set), the kernels add pairs of
 products in int16 and saturate at full-range codes. There the codes run as two exact halves,
-`2 * (codes >> 1) + (codes & 1)`: twice the work, the same numbers.
+`2 * (codes >> 1) + (codes & 1)`: twice the work, the same values.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ NO_VNNI = Refusal(RefusalCode.NO_VNNI, "no VNNI")
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the prepacking below
 def pairs_saturate() -> bool:
-    """Whether this machine's kernels saturate sums of two products at int16 (no VNNI)."""
+    """Whether oneDNN's kernels on this machine saturate sums of two products at int16 (no VNNI)."""
     return _pairs_saturate()
 
 
 @functools.cache
 def _pairs_saturate() -> bool:
-    # Whatever the default dtype and device are: the answer is kept.
+    # Explicit dtype and device, because the cached answer must not depend on torch's defaults.
     codes = torch.full((1, 64), 255, dtype=torch.uint8, device="cpu")
     weight = torch.full((16, 64), 127, dtype=torch.int8, device="cpu")
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
@@ -57,13 +56,13 @@ def _pairs_saturate() -> bool:
 
 @register_kernel(priority=200)
 class OneDnnKernel(TakesCodes):
-    """oneDNN through torch. The layout is an opaque tensor of oneDNN's own."""
+    """oneDNN through torch; the layout is an opaque oneDNN tensor."""
 
     name = Backend.ONEDNN.value
     device_types = ("cpu",)
 
     def why_not(self, spec: LayerSpec, device: torch.device) -> Refusal | None:
-        """Why this kernel cannot take the layer on `device`, or None."""
+        """Why this kernel cannot run the layer on `device`, or None."""
         del spec
         if device.type != "cpu":
             return Refusal(RefusalCode.DEVICE, f"made for the CPU, the layer is on {device.type}")
@@ -76,13 +75,14 @@ class OneDnnKernel(TakesCodes):
         return None
 
     def why_no_codes(self, spec: LayerSpec) -> Refusal | None:
-        """No VNNI, where the layer's products would saturate: it takes two calls."""
+        """`NO_VNNI` if the layer's products would saturate, so that it needs two calls; or None."""
         return NO_VNNI if spec.pair_overflows_int16 and pairs_saturate() else None
 
     def prepare(self, weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> State:
-        """`(weight in the kernel's layout, weight_scale, weight zero points: all 0, weight sums)`.
+        """`(weight in the kernel's layout, weight_scale, zero points, sums)`.
 
-        The sums `[C_out]` float32 are those of the weight that the codes stand for.
+        The zero points of the weight are int32 `[C_out]`, all 0. The sums over the dequantized
+        weight are float32 `[C_out]`.
         """
         zeros = torch.zeros(spec.out_channels, dtype=torch.int32, device=weight.device)
         sums = weight.flatten(1).sum(dim=1).to(torch.float32) * weight_scale
@@ -139,7 +139,7 @@ def one_call(
     accumulate: Tensor | None,
     spec: LayerSpec,
 ) -> Tensor:
-    """As `Kernel.run`; without VNNI it saturates at full-range codes."""
+    """As `Kernel.run`, but without VNNI it saturates at full-range codes."""
     packed, weight_scale, zeros, sums = state
     if spec.kind == "linear":
         y = torch.ops.stepquant.linear_u8s8(
@@ -172,10 +172,10 @@ def one_call(
 
 @dataclass(frozen=True)
 class CallConstants:
-    """The arguments of a kernel call beside codes and weight.
+    """The arguments of a kernel call besides codes and weight.
 
-    `scale`, `zero_point`: of the activation grid. `bias`: float32 `[C_out]`; a conv's includes the
-    zero point's share, see the module docstring.
+    `scale`, `zero_point`: the activation grid. `bias`: float32 `[C_out]`; for convs it includes
+    the zero point's share, see the module docstring.
     """
 
     scale: float
@@ -184,7 +184,7 @@ class CallConstants:
 
 
 class OneDnnWeight(BoundWeight):
-    """Keeps the constants of a call where all steps have the same ones."""
+    """Caches the constants of a call if all steps share them."""
 
     def __init__(
         self, state: State, bias: Tensor | None, step_bias: Tensor | None, spec: LayerSpec
@@ -193,7 +193,7 @@ class OneDnnWeight(BoundWeight):
         self._constants: CallConstants | None = None
 
     def is_current(self, bias: Tensor | None, step_bias: Tensor | None) -> bool:
-        """Whether these biases are the bound ones."""
+        """Whether these are the bound biases."""
         return self.bias is bias and self.step_bias is step_bias
 
     def tensors(self) -> list[Tensor]:
@@ -203,7 +203,7 @@ class OneDnnWeight(BoundWeight):
         return [each for each in found if each is not None]
 
     def constants(self, grid: Grid) -> CallConstants:
-        """Those of the step that `grid` is at."""
+        """The call constants at the current step of `grid`."""
         if self._constants is not None:
             return self._constants
         scale, bias = self._epilogue(grid)
@@ -213,7 +213,7 @@ class OneDnnWeight(BoundWeight):
         return found
 
     def _epilogue(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Scale `[1]` and bias `[C_out]` of the step that `grid` is at."""
+        """Scale `[1]` and bias `[C_out]` at the current step of `grid`, both float32."""
         is_conv = self.spec.kind == "conv2d"
         return fused.epilogue(grid, self.state[3], self.bias, self.step_bias, is_conv)
 
@@ -247,10 +247,13 @@ def run_codes(
     dtype: torch.dtype,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """As `BoundWeight.run`, with `constants` in the place of grid and biases."""
+    """As `BoundWeight.run`, with `constants` instead of grid and biases.
+
+    Raises AssertionError if the products would saturate: check `why_no_codes` first.
+    """
     packed, weight_scale, zeros, _ = state
     own = dtype if added is None and gate is None else torch.float32
-    if not codes.numel():  # oneDNN gives [0, C_out] for every shape
+    if not codes.numel():  # oneDNN would return [0, C_out] for every shape
         return empty_result(codes, spec, dtype)
     if spec.pair_overflows_int16 and pairs_saturate():
         raise AssertionError(
@@ -290,13 +293,13 @@ def run_codes_traced(
     dtype: torch.dtype,
     gate: Tensor | None,
 ) -> Tensor:
-    """`run_codes` in a graph, whose scale and zero point are tensors `[1]`, not numbers."""
+    """`run_codes` for traced graphs, where scale and zero point are tensors `[1]`, not numbers."""
     packed, weight_scale, zeros, _ = state
     arguments = (scale, zero_point.to(torch.int32), packed, weight_scale, zeros, bias)
     if spec.kind == "linear":
         y = torch.ops.stepquant.linear_u8s8(codes.reshape(-1, spec.in_channels), *arguments)
         y = y.view(*codes.shape[:-1], spec.out_channels)
-    else:  # the codes have their frame already
+    else:  # the codes are already padded
         geometry = (spec.kernel_size, spec.stride, (0, 0), spec.dilation)
         y = torch.ops.stepquant.conv2d_u8s8(codes, *arguments, *geometry)
     if gate is not None:

@@ -1,7 +1,8 @@
-"""oneDNN's products as operators of our own, which `torch.compile` treats as opaque nodes.
+"""oneDNN's products as stepquant operators, which `torch.compile` treats as opaque nodes.
 
-`stepquant::linear_u8s8` takes codes `[N, C]`, `stepquant::conv2d_u8s8` codes `[B, C, H, W]` without
-their frame. Scale and zero point are tensors of one element.
+`stepquant::linear_u8s8` takes uint8 codes `[N, C]`; `stepquant::conv2d_u8s8` takes uint8 codes
+`[B, C, H, W]` and pads them. Activation scale and zero point are tensors `[1]`, and results are
+float32.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _conv2d_shape(  # type: ignore[no-untyped-def]
     return planned_result(codes, spec)
 
 
-# The prepacked weight lives on oneDNN's own backend, hence "CompositeExplicitAutograd".
+# "CompositeExplicitAutograd", because the prepacked weight belongs to oneDNN's own backend.
 _library.impl("linear_u8s8", _linear, "CompositeExplicitAutograd")
 _library.impl("conv2d_u8s8", _conv2d, "CompositeExplicitAutograd")
 torch.library.register_fake("stepquant::linear_u8s8", _linear_shape, lib=_library)

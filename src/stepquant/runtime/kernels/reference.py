@@ -1,4 +1,4 @@
-"""The reference: plain torch in float64, where integer sums below 2^53 are exact."""
+"""The reference kernel: torch operations in float64, where integer sums below 2^53 are exact."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from stepquant.support.refusal import Refusal
 
 @register_kernel(priority=0)
 class ReferenceKernel(Kernel):
-    """Takes every layer on every device that has float64; its layout is the weight as it is."""
+    """Runs every layer on every device with float64; its layout is the unchanged weight."""
 
     name = Backend.REFERENCE.value
 
     def why_not(self, spec: LayerSpec, device: torch.device) -> Refusal | None:
-        """None."""
+        """None, because this kernel runs every layer."""
         del spec, device
         return None
 
@@ -29,12 +29,12 @@ class ReferenceKernel(Kernel):
         return self.lay_out(weight, weight_scale, spec), weight_scale
 
     def lay_out(self, weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> Tensor:
-        """The int8 differences as they are."""
+        """The int8 differences, unchanged."""
         del weight_scale, spec
         return weight
 
     def differences(self, laid_out: Tensor, spec: LayerSpec) -> Tensor:
-        """The int8 differences as they are."""
+        """The int8 differences, unchanged."""
         del spec
         return laid_out
 

@@ -1,4 +1,4 @@
-"""The registered kernels, and the choice between them."""
+"""The registry of kernels, and the choice of a layer's kernel."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ PLUG_INS = PlugIns("kernel", "stepquant.kernels")
 
 
 def register_kernel(*, priority: int) -> Callable[[type[K]], type[K]]:
-    """Class decorator: integer layers may run on the kernel, and users may ask for its name.
+    """Class decorator: makes a kernel available to integer layers and its name to users.
 
     Args:
-        priority: The backend `auto` asks kernels in descending order of it. Our own have 300
-            (native), 200 (onednn), 100 (int_mm) and 0 (reference, which takes every layer).
+        priority: The backend `auto` tries kernels in descending order of priority. The built-in
+            kernels have 300 (native), 200 (onednn), 100 (int_mm) and 0 (reference, which runs
+            every layer).
 
     Raises:
-        StepQuantError: another kernel has the name, or the name is that of a backend that is none.
+        StepQuantError: The name belongs to another kernel, or to a backend that is not a kernel.
     """
 
     def register(kind: type[K]) -> type[K]:
@@ -59,13 +60,14 @@ def register_kernel(*, priority: int) -> Callable[[type[K]], type[K]]:
 
 
 def registered_kernels(device_type: str | None = None) -> dict[str, Kernel]:
-    """`{name: kernel}` in order of preference.
+    """The registered kernels by name, in order of preference.
 
-    `device_type`: only kernels that are made for it ("cpu", "cuda") or for every device. Installed
-    packages add theirs through the entry-point group `stepquant.kernels`.
+    Installed packages add kernels through the entry-point group `stepquant.kernels`.
+
+    `device_type`: return only kernels for this type ("cpu", "cuda") or for all devices; None: all.
     """
     _import_plug_ins()
-    # Sorting is stable: of two kernels with one priority, the one that was registered first wins.
+    # Sorting is stable: of two kernels with equal priority, the one registered first wins.
     ordered = sorted(_REGISTERED.items(), key=lambda item: -item[1].priority)
     return {
         name: registered.kernel
@@ -76,12 +78,12 @@ def registered_kernels(device_type: str | None = None) -> dict[str, Kernel]:
 
 @functools.cache
 def _import_plug_ins() -> None:
-    """Import the packages that add kernels, once; warn of one that cannot be imported."""
+    """Import the packages that add kernels, once; warn about those that fail to import."""
     for name in PLUG_INS.entries:
         try:
             PLUG_INS.load(name)
         except StepQuantError as error:
-            # `auto` has to go on: without this kernel, it takes the next one.
+            # Only a warning, because `auto` can use the next kernel.
             warnings.warn(str(error), stacklevel=2)
 
 
@@ -93,11 +95,11 @@ def kernel_of(kind: type[K]) -> K:
 
 
 class Choice(NamedTuple):
-    """The kernel of a layer."""
+    """The kernel chosen for a layer."""
 
     kernel: Kernel
     refusals: dict[str, Refusal]
-    """By kernel's name: why preferred kernels do not take the layer."""
+    """By kernel name: why preferred kernels cannot run the layer."""
 
     @property
     def reasons(self) -> list[str]:
@@ -106,12 +108,13 @@ class Choice(NamedTuple):
 
 
 def choose(spec: LayerSpec, device: torch.device, backend: str = Backend.AUTO) -> Choice:
-    """The first kernel, in order of preference, that takes the layer.
+    """Choose the kernel of a layer on `device`.
 
-    `backend` names one kernel, or is "auto". A layer that the named kernel does not take runs on
-    the reference kernel, with the refusal.
+    `backend` is "auto", for the first kernel in order of preference that supports the layer, or the
+    name of a kernel. If the named kernel refuses the layer, the fallback is the reference kernel,
+    and the choice holds the refusal.
 
-    Raises StepQuantError for a name that no kernel has.
+    Raises StepQuantError if no kernel is called `backend`.
     """
     kernels = registered_kernels()
     if backend != Backend.AUTO:

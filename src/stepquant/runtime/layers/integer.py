@@ -355,12 +355,12 @@ class IntegerLinear(IntegerLayer):
 
     @property
     def in_features(self) -> int:
-        """As in `nn.Linear`."""
+        """The number of in-channels, as in `nn.Linear`."""
         return self.spec.in_channels
 
     @property
     def out_features(self) -> int:
-        """As in `nn.Linear`."""
+        """The number of out-channels, as in `nn.Linear`."""
         return self.spec.out_channels
 
 

@@ -1,11 +1,13 @@
-"""Kernels in C++ for x86-64 and 64-bit ARM CPUs: integer products, and what lies between them.
+"""C++ kernels for x86-64 and 64-bit ARM CPUs: integer products and fused passes.
 
-The library is compiled when the package is built or installed (`hatch_build.py`), or by
-`python -m stepquant.runtime.ops.native`. Where there is none, or `STEPQUANT_NATIVE` is 0,
-`ops.fused` and oneDNN's kernels compute the same with torch, only slower. Integer products are
-there for CPUs with AVX2, AVX-VNNI, AVX-512 VNNI and AMX, and for ARM's NEON, its dot products and
-its matrix products; what caps oneDNN's instruction set on x86-64 caps them, and the fused passes,
-too.
+Building or installing the package compiles the library (`hatch_build.py`), and so does
+`python -m stepquant.runtime.ops.native`. Without the library, or if `STEPQUANT_NATIVE` is 0,
+`ops.fused` falls back to torch operations, and integer layers to oneDNN's kernels: slower, with the
+same results.
+
+Integer products need AVX2, AVX-VNNI, AVX-512 VNNI or AMX on x86-64, and NEON on ARM, where they use
+dot products and matrix products if the CPU has them. On x86-64, a cap on oneDNN's instruction set
+also applies to integer products and fused passes.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from typing import Any
 from stepquant.runtime.ops.native import build, structures
 from stepquant.support.refusal import Refusal, RefusalCode
 
-SWITCH = "STEPQUANT_NATIVE"  # set to 0 or off, the library is not loaded
-ISA_CAPS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # the first that is set counts
+SWITCH = "STEPQUANT_NATIVE"  # 0 or off: do not load the library
+ISA_CAPS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # the first one that is set applies
 
-# The arguments of each function, as in its definition.
+# Argument types of each function, as in its C++ definition.
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "group_norm_encode": (
         *(c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_double, c_int32),
@@ -47,11 +49,11 @@ FUNCTIONS = (*_ARGUMENTS, "products", "attention")
 
 
 class Library:
-    """The functions of one instruction set, which `native.calls` calls.
+    """The library's functions for one instruction set; `native.calls` calls them.
 
-    `products` is None, and so is `product_level`, where the machine or the compiler that made the
-    library knows none of `build.PRODUCT_LEVELS`, or the cap of oneDNN's instruction set forbids it.
-    `attention` is None where that is not the last of these levels.
+    `products` and `product_level` are None if the machine or the library's compiler supports none
+    of `build.PRODUCT_LEVELS`, or if the cap on oneDNN's instruction set forbids them. `attention`
+    is None unless `product_level` is "amx".
     """
 
     def __init__(
@@ -60,16 +62,24 @@ class Library:
         level: str | None = None,
         product_level: str | None = None,
     ) -> None:
-        """Load them; the levels are keys of `build.LEVELS` and of `build.PRODUCT_LEVELS`.
+        """Load the library at `path`.
 
-        None: the machine's best. Raises OSError, with a sentence, where that does not work.
+        Args:
+            path: The compiled library.
+            level: A key of `build.LEVELS`; None: the best that machine and cap allow.
+            product_level: A key of `build.PRODUCT_LEVELS`; None: the best that machine and cap
+                allow.
+
+        Raises:
+            OSError: There is no library, it does not fit this package, or the machine does not
+                support a level. The message is a sentence.
         """
         if not path.exists():
             raise OSError(
                 f"there is no compiled library at {path}: "
                 "python -m stepquant.runtime.ops.native makes it"
             )
-        # torch has to be loaded: the OpenMP functions that are used are those of its library.
+        # torch must be loaded first, because the library uses its OpenMP runtime.
         loaded = ctypes.CDLL(str(path))
         loaded.sources.restype = ctypes.c_char_p
         if loaded.sources().decode() != build.digest():
@@ -106,12 +116,12 @@ class Library:
             self.attention.argtypes, self.attention.restype = _ATTENTION_ARGUMENTS, c_int32
 
     def __getattr__(self, name: str) -> Any:
-        """Only for names that are no function: those are attributes."""
+        """Raise AttributeError; Python calls this only for names that are not attributes."""
         raise AttributeError(f"the native library has no function '{name}'")
 
 
 def _product_levels(loaded: ctypes.CDLL) -> dict[str, Any]:
-    """The functions that this machine can run and that the cap allows, the fastest first."""
+    """The product functions that machine and cap allow, by level, fastest first."""
     found, runs = {}, loaded.product_levels()
     for place, name in reversed(list(enumerate(build.PRODUCT_LEVELS))):
         if not runs >> place & 1 or _forbids(name) or not hasattr(loaded, f"products_{name}"):
@@ -122,16 +132,16 @@ def _product_levels(loaded: ctypes.CDLL) -> dict[str, Any]:
 
 
 def cap() -> str:
-    """The instruction set that oneDNN is capped to, in capitals; "ALL" without a cap."""
+    """The cap on oneDNN's instruction set, in capitals; "ALL" without a cap."""
     found = next((os.environ[name].upper() for name in ISA_CAPS if os.environ.get(name)), "ALL")
     return "ALL" if found == "DEFAULT" else found
 
 
 def _forbids(level: str) -> bool:
-    """Whether oneDNN, capped as it is, would not use the instructions of `level`.
+    """Whether the cap on oneDNN's instruction set rules out the instructions of `level`.
 
-    `level` is a key of `build.LEVELS` or of `build.PRODUCT_LEVELS`. Caps name instruction sets of
-    x86-64, so none forbids those of ARM.
+    `level` is a key of `build.LEVELS` or of `build.PRODUCT_LEVELS`. Caps name x86-64 instruction
+    sets, so they never forbid an ARM level.
     """
     capped = cap()
     if capped == "ALL" or level == "base" or level in build.ARM.product_levels:
@@ -153,7 +163,7 @@ def _load() -> Library | str:
         return f"{SWITCH} is {os.environ[SWITCH]}"
     try:
         return Library()
-    except (OSError, AttributeError) as error:  # no attribute: it is another library's file
+    except (OSError, AttributeError) as error:  # AttributeError: the file is another library
         return str(error)
 
 
@@ -162,7 +172,7 @@ _INSTEAD: ContextVar[Library | None] = ContextVar("instead", default=None)
 
 @contextmanager
 def called_instead(library: Library) -> Iterator[None]:
-    """While this lasts, and in this thread, `library()` is the one given."""
+    """Make `library()` return the given library within this context, in this thread only."""
     token = _INSTEAD.set(library)
     try:
         yield
@@ -171,7 +181,7 @@ def called_instead(library: Library) -> Iterator[None]:
 
 
 def library() -> Library | None:
-    """The machine's library, loaded by the first call, or None."""
+    """The machine's library, or None; the first call loads it."""
     instead = _INSTEAD.get()
     if instead is not None:
         return instead
@@ -180,12 +190,12 @@ def library() -> Library | None:
 
 
 def available() -> bool:
-    """Whether there are native kernels."""
+    """Whether the native kernels are available."""
     return library() is not None
 
 
 def why_no_products() -> Refusal | None:
-    """Why there are no native integer products, or None where there are."""
+    """Why native integer products are unavailable, or None."""
     loaded = _load()
     if isinstance(loaded, str):
         return Refusal(RefusalCode.NO_LIBRARY, loaded)
@@ -199,6 +209,6 @@ def why_no_products() -> Refusal | None:
 
 
 def why_not() -> Refusal | None:
-    """Why there is no library, or None where there is one."""
+    """Why the library is unavailable, or None."""
     loaded = _load()
     return Refusal(RefusalCode.NO_LIBRARY, loaded) if isinstance(loaded, str) else None

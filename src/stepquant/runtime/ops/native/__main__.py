@@ -1,4 +1,4 @@
-"""`python -m stepquant.runtime.ops.native`: compile the kernels where the package lies."""
+"""`python -m stepquant.runtime.ops.native`: compile the kernels into the package's directory."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The native attention called with tensors."""
+"""Calls the native attention kernel with tensors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _pack_attention = structures.ATTENTION.pack
 def attention_codes(
     library: Library, query: Tensor, key: Tensor, value: Tensor, heads: int, grid: Grid
 ) -> Tensor:
-    """See `fused.attention_codes`; operands are bfloat16, `d` is even, none is empty.
+    """See `fused.attention_codes`; operands are bfloat16 and not empty, and `d` is even.
 
-    Products are of bfloat16, exponentials rounded to it, sums float32.
+    The kernel multiplies in bfloat16, rounds exponentials to bfloat16 and sums in float32.
     """
     assert library.attention is not None
     batch, queries, channels = query.shape
@@ -41,10 +41,10 @@ def attention_codes(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`x` if the kernel can step through it as it lies."""
+    """`x` if the kernel can read it in place, otherwise a contiguous copy."""
     even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    pairs = x.stride(1) % 2 == 0  # of values are read together
+    pairs = x.stride(1) % 2 == 0  # the kernel reads values in pairs
     if x.stride(2) == 1 and even and pairs:
         return x
-    # Not `contiguous`, which keeps strides that say nothing, of dimensions of size 1.
+    # Not `contiguous`, which keeps arbitrary strides of dimensions of size 1.
     return x.clone(memory_format=torch.contiguous_format)

@@ -1,8 +1,8 @@
-"""The native kernels' functions called with tensors: `runtime.ops.fused` says what they compute.
+"""Calls the native kernels with tensors; `runtime.ops.fused` says what they compute.
 
-Arguments are as there, on the CPU and not empty, images and rows float32 or bfloat16. A model makes
-hundreds of these calls in a forward, so they do little besides: structures (`native.structures`)
-are packed as bytes, tensors are passed by their addresses.
+Arguments are as there, on the CPU and not empty; images and rows are float32 or bfloat16. A forward
+pass makes hundreds of these calls, so they add little overhead: they pack structures
+(`native.structures`) as bytes and pass tensors by address.
 """
 
 from __future__ import annotations
@@ -180,8 +180,7 @@ def epilogue(
     return scale, found
 
 
-# Results name their dtype and device: a default that somebody has set is no place for the kernels
-# to write to.
+# Explicit dtype and device: the kernels cannot write to tensors of a default that the user has set.
 def _empty(batch: int, channels: int, height: int, width: int, padding: tuple[int, int]) -> Tensor:
     shape = (batch, channels, height + 2 * padding[0], width + 2 * padding[1])
     return torch.empty(shape, dtype=torch.uint8, device="cpu", memory_format=torch.channels_last)
@@ -192,14 +191,14 @@ def _empty_rows(shape: Sequence[int]) -> Tensor:
 
 
 def floats(x: Tensor | None) -> Tensor | None:
-    """`x` as the kernels read it: float32, its values side by side."""
+    """`x` as the kernels read it: float32 and contiguous."""
     if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
         return x
     return x.to(torch.float32).contiguous()
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
-    """As `floats`, but rows may lie apart: they are often chunks of one tensor."""
+    """As `floats`, but with any row stride, because rows are often chunks of one tensor."""
     return x if x is not None and x.dtype is torch.float32 and x.stride(1) == 1 else floats(x)
 
 
@@ -212,7 +211,7 @@ def _image(x: Tensor) -> bytes:
 
 
 def grid_addresses(grid: Grid) -> tuple[int, ...]:
-    """Where a grid's tensors lie now."""
+    """The current addresses of a grid's tensors; 0 for None."""
     scale, zero_point, row, _, factors, _ = grid
     return (
         *(scale.data_ptr(), zero_point.data_ptr()),
@@ -221,7 +220,10 @@ def grid_addresses(grid: Grid) -> tuple[int, ...]:
 
 
 def grid_structure(grid: Grid) -> bytes:
-    """Where a grid lies; raises StepQuantError for one that the kernels would misread."""
+    """The C struct of a grid, as bytes.
+
+    Raises StepQuantError for tensors that the kernels would misread.
+    """
     if grid.structure is not None:
         return grid.structure
     scale, zero_point, row, largest, factors, _ = grid
@@ -250,7 +252,10 @@ def _output(out: Output, result: Tensor) -> bytes:
 
 
 def fail(status: int) -> None:
-    """Raise what a function's status other than 0 stands for."""
+    """Raise the error that a native function's status other than 0 stands for.
+
+    Raises StepQuantError for a row outside the step table, and MemoryError if an allocation failed.
+    """
     if status == STATUS["row_outside"]:
         raise StepQuantError("a grid's row is outside its table")
     assert status == STATUS["no_memory"], status

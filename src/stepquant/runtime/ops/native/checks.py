@@ -1,7 +1,7 @@
-"""Refusals of the fused passes: arguments that no implementation can take.
+"""Argument checks of the fused passes, for all implementations.
 
-Each function takes the arguments of the pass of its name in `ops.fused` and raises StepQuantError.
-The native kernels read memory by these numbers, so every implementation is called after its check.
+Each function takes the arguments of its namesake in `ops.fused` and raises StepQuantError for
+invalid ones. Native kernels compute addresses from these arguments, so every call is checked first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def group_norm_encode(
     activation: str,
     outputs: Sequence[Output],
 ) -> None:
-    """Shapes of the parts and of what joins them, and the channels of each output."""
+    """Check the shapes of all operands, and the channels of each output."""
     del eps
     if activation not in ("none", "silu"):
         raise StepQuantError(f"activation '{activation}' after a group norm: expected none or silu")
@@ -60,7 +60,7 @@ def group_norm_encode(
 
 
 def encode(x: Tensor, activation: str, output_grid: Grid, padding: tuple[int, int]) -> None:
-    """The activation's name, the padding, and the factors' channels."""
+    """Check the activation's name, the padding, and the number of factors."""
     _check_activation(activation)
     if x.dim() != 4 and any(padding):
         raise StepQuantError(f"padding {padding} around {x.dim()} dimensions: expected 4")
@@ -77,7 +77,7 @@ def layer_norm_encode(
     shift: Tensor | None,
     grids: Sequence[Grid],
 ) -> None:
-    """Shapes of weight, bias and modulation, and the factors' channels."""
+    """Check the shapes of weight, bias and modulation, and the number of factors."""
     del eps
     _check_biases(x.shape[-1], weight, bias)
     for name, each in (("scale", scale), ("shift", shift)):
@@ -91,7 +91,7 @@ def layer_norm_encode(
 
 
 def gated_encode(x: Tensor, gate_activation: str, output_grid: Grid) -> None:
-    """The activation's name, an even number of channels, and the factors' channels."""
+    """Check the activation's name, that channels are even, and the number of factors."""
     _check_activation(gate_activation)
     if x.shape[-1] % 2:
         raise StepQuantError(f"{x.shape[-1]} channels have no halves: expected an even number")
@@ -101,7 +101,7 @@ def gated_encode(x: Tensor, gate_activation: str, output_grid: Grid) -> None:
 def epilogue(
     grid: Grid, sums: Tensor, bias: Tensor | None, step_bias: Tensor | None, add_share: bool
 ) -> None:
-    """Shapes of the biases."""
+    """Check the shapes of the biases."""
     del add_share
     channels = sums.shape[0]
     _check_biases(channels, None, bias)
@@ -117,7 +117,7 @@ def tiled_product(
     dtype: torch.dtype,
     gate: Tensor | None,
 ) -> None:
-    """The weight's layout, and shapes and dtypes of what goes into the result."""
+    """Check the weight's layout, and the shapes and dtypes of all operands."""
     del dtype
     _check_weight(weight, grid, spec)
     product_operands(shape_of(codes, spec).sizes, spec, added, gate)
@@ -126,7 +126,7 @@ def tiled_product(
 def product_operands(
     sizes: tuple[int, ...], spec: LayerSpec, added: Tensor | None, gate: Tensor | None
 ) -> None:
-    """Shapes and dtypes of what is joined with a result of `sizes`."""
+    """Check the shapes and dtypes of `added` and `gate` for a result of `sizes`."""
     if gate is not None:
         _check_float("gate", gate, (sizes[0], spec.out_channels))
     if added is not None:
@@ -142,7 +142,7 @@ def tiled_product_codes(
     gated: bool,
     output_grid: Grid,
 ) -> None:
-    """The weight's layout, whole tiles of a linear layer, and the factors' channels."""
+    """Check that the weight is a linear layer's in whole tiles, and the number of factors."""
     _check_activation(activation)
     check_channels(codes, spec)
     _check_weight(weight, grid, spec)
@@ -155,7 +155,7 @@ def tiled_product_codes(
 
 
 def attention_codes(query: Tensor, key: Tensor, value: Tensor, heads: int, grid: Grid) -> None:
-    """Shapes of the operands, whole heads, and the factors' channels."""
+    """Check the operands' shapes, that channels divide into heads, and the number of factors."""
     batch, channels = query.shape[0], query.shape[2]
     expected = (batch, key.shape[1], channels)
     if key.shape != value.shape or key.shape != expected:

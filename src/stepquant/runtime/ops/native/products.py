@@ -1,4 +1,4 @@
-"""The native integer product called with tensors: `ops.fused` says what it computes."""
+"""Calls the native integer product with tensors; `ops.fused` says what it computes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _pack_result, _pack_encoded = structures.RESULT.pack, structures.ENCODED.pack
 
 
 def _image(codes: Tensor, spec: LayerSpec, sizes: tuple[int, ...]) -> bytes:
-    """The structure of `codes`, which are not empty; contiguous, or channels last."""
+    """The C struct of `codes`, which are not empty: contiguous, or channels-last images."""
     if spec.kind == "linear":
         batch, channels = codes.shape[0] if codes.dim() > 1 else 1, spec.in_channels
         rows = codes.numel() // (batch * channels)

@@ -1,8 +1,8 @@
 """The C structures and enumerations of `abi.h`, as Python packs them.
 
-This is their only definition in Python. When the library is loaded, its own description of them
-(`layout` in `level.cpp`) is compared with this one, so a field that was added, moved or renamed on
-one side is reported instead of read as something else.
+This is their only definition in Python. On loading, `Library` compares the library's own
+description (`layout` in `level.cpp`) with this one. So it reports a field that was added, moved or
+renamed on one side only, instead of misreading it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ class Structure:
     """
 
     def __init__(self, name: str, fields: str, last: tuple[str, Structure] | None = None) -> None:
-        """`fields`: names separated by spaces; `last`: name and format of a nested structure."""
+        """Define a structure.
+
+        `fields`: names separated by spaces. `last`: name and format of a nested structure, or None.
+        """
         words = fields.split()
         self.name = name
         self.fields = {field: WORD * place for place, field in enumerate(words)}
@@ -34,7 +37,7 @@ class Structure:
         self.pack: Callable[..., bytes] = compiled.pack
 
     def __str__(self) -> str:
-        """One line, as the library writes it: the size, then each field with its offset."""
+        """The size and each field's offset in bytes, on one line, as the library writes them."""
         return f"{self.name} {self.size}: " + _listed(self.fields)
 
 
@@ -67,13 +70,16 @@ STATUS = {"done": 0, "row_outside": 1, "no_memory": 2}
 
 
 def layout() -> list[str]:
-    """One line for each structure and enumeration."""
+    """The description that the library must match: one line per structure and enumeration."""
     lines = [str(each) for each in STRUCTURES]
     return [*lines, f"Activation: {_listed(ACTIVATIONS)}", f"Status: {_listed(STATUS)}"]
 
 
 def difference(found: str) -> str | None:
-    """Where the library's description differs from this module's, in a sentence, or None."""
+    """The first difference between the library's description and this module's, or None.
+
+    `found`: the library's description. The difference is a sentence for an error message.
+    """
     theirs, ours = found.splitlines(), layout()
     for line, own in zip(theirs, ours, strict=False):
         if line != own:

@@ -1,4 +1,4 @@
-"""A layer's weight and biases in tiles, with the C structure through which kernels find them."""
+"""A layer's tiled weight and biases, with the C struct that the kernels read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from stepquant.runtime.ops.native.calls import floats
 
 
 class Weight(NamedTuple):
-    """A layer's tensors as the kernel reads them, and the structure that says where they lie."""
+    """A layer's tensors as the kernel reads them, and the C struct with their addresses."""
 
     tiles: Tensor
-    """int8, or uint8 of four bits each, see `native.tiles.lay_out`"""
+    """int8, or uint8 with two 4-bit weights per byte, see `native.tiles.lay_out`"""
     scale: Tensor
     """float32 `[C_out]`"""
     sums: Tensor
@@ -28,16 +28,16 @@ class Weight(NamedTuple):
     structure: bytes
 
     def in_place(self) -> bool:
-        """Whether the tensors still lie where the structure says (some move a tensor's memory)."""
+        """Whether the tensors are still at the addresses in the struct."""
         return self.addresses == addresses_of(*self[:5])
 
 
 def weight_of(
     tiles: Tensor, scale: Tensor, sums: Tensor, bias: Tensor | None, step_bias: Tensor | None
 ) -> Weight:
-    """The tensors with their structure, all contiguous.
+    """The tensors with their C struct; biases become float32 and contiguous.
 
-    Tensors that torch traces, or that are not on the CPU, have no structure.
+    Traced tensors, and tensors that are not on the CPU, get an empty struct.
     """
     if torch.compiler.is_compiling() or type(tiles) is not Tensor or not tiles.is_cpu:
         return Weight(tiles, scale, sums, bias, step_bias, (), b"")
@@ -49,5 +49,5 @@ def weight_of(
 
 
 def addresses_of(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Where each tensor's memory begins; 0 for None."""
+    """The address of each tensor's first element; 0 for None."""
     return tuple([0 if each is None else each.data_ptr() for each in tensors])

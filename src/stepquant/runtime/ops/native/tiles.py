@@ -13,12 +13,15 @@ CHUNK, TILE, GROUP = 64, 16, 4  # columns of a chunk, out-channels of a tile, co
 
 
 def lay_out(weight: Tensor, spec: LayerSpec) -> Tensor:
-    """int8 `[tiles, chunks, 16, 16, 4]`: 16 out-channels, and 64 columns in groups of four.
+    """Lay out an int8 `weight [C_out, C_in, kh, kw]` (or `[C_out, C_in]`) in tiles.
 
-    A column is one in-channel of one tap, taps first. Tiles are filled up with zeros. If the
-    weights of each out-channel span no more than 4 bits, the result is uint8 `[tiles, bytes]`
-    instead, half as large (`native/weights.h` describes it); the kernel unpacks what it is about to
-    read.
+    The result is int8 `[tiles, chunks, 16, 16, 4]`: each tile has 16 out-channels, each chunk 64
+    columns as 16 groups of four. A column is one in-channel of one tap, with taps outermost.
+    Partial tiles and chunks are filled up with zeros.
+
+    If the weights of each out-channel span at most 4 bits, the result is uint8 `[tiles, bytes]`
+    instead, about half as large (`native/weights.h` describes it). The kernel unpacks it as it
+    reads.
     """
     rows = weight.permute(0, 2, 3, 1).flatten(1) if weight.dim() == 4 else weight
     missing = (-spec.columns % CHUNK, -spec.out_channels % TILE)
@@ -42,12 +45,15 @@ def differences(laid_out: Tensor, spec: LayerSpec) -> Tensor:
 
 
 def fits_in_tiles(spec: LayerSpec, gated: bool) -> bool:
-    """Whether a layer like `spec` can write codes: a linear layer of whole tiles, or of pairs."""
+    """Whether the kernel can write codes for a layer with this spec.
+
+    It needs a linear layer with whole tiles of out-channels, or pairs of tiles if `gated`.
+    """
     return spec.kind == "linear" and spec.out_channels % ((2 if gated else 1) * TILE) == 0
 
 
 def check(laid_out: Tensor, spec: LayerSpec) -> None:
-    """Raise StepQuantError if `laid_out` is not the layout of a layer like `spec`."""
+    """Raise StepQuantError if `laid_out` is not the layout of a layer with this spec."""
     tiles, chunks = -(-spec.out_channels // TILE), -(-spec.columns // CHUNK)
     whole = (tiles, chunks, CHUNK // GROUP, TILE, GROUP)
     halved = (tiles, TILE * GROUP + chunks * CHUNK * TILE // 2)
@@ -61,7 +67,7 @@ def check(laid_out: Tensor, spec: LayerSpec) -> None:
 
 
 def _halved(tiles: Tensor, lowest: Tensor) -> Tensor:
-    """`tiles` in four bits, with the `lowest` int8 value of each row before them."""
+    """`tiles` in 4 bits, preceded by the `lowest` int8 value of each out-channel."""
     head = lowest.view(-1, TILE, 1).expand(-1, TILE, GROUP)  # [tiles, 16, 4]
     codes = (tiles - head[:, None, None]).view(torch.uint8).flatten(3)  # [tiles, chunks, 16, 64]
     body = codes[:, :, 0::2] | (codes[:, :, 1::2] << 4)
@@ -69,7 +75,7 @@ def _halved(tiles: Tensor, lowest: Tensor) -> Tensor:
 
 
 def _doubled(halved: Tensor) -> Tensor:
-    """The tiles that `_halved` was given."""
+    """The inverse of `_halved`: int8 tiles."""
     head = halved[:, : TILE * GROUP].view(torch.int8).view(-1, 1, 1, TILE, GROUP)
     body = halved[:, TILE * GROUP :].view(len(halved), -1, CHUNK // GROUP // 2, TILE * GROUP)
     codes = torch.stack([body & 15, body >> 4], dim=3).flatten(2, 3)
