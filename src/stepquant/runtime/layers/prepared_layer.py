@@ -20,8 +20,10 @@ from stepquant.runtime.layers.input_part import InputPart
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.support.refusal import Refusal, RefusalCode
 
-# Buffers whose values enter the kernel's layout; calls read the other buffers directly.
+# Buffers whose values enter the kernel's layout, and buffers that grids read where they lie. Calls
+# read the other buffers directly.
 LAID_OUT = ("weight_scale", "weight_zero_point", "channel_bits", "act_channel_scale")
+IN_PLACE = ("act_scale", "act_zero_point")
 APART = Refusal(RefusalCode.TIMESTEPS, "samples at different timesteps")
 
 
@@ -52,9 +54,11 @@ class PreparedLayer:
         self._is_linear = self.parts[0].spec.kind == "linear"
         self._buffers = buffers
         # Inference tensors have no version counter.
-        found = [(name, each) for name in LAID_OUT if (each := buffers[name]) is not None]
+        names = (*LAID_OUT, *IN_PLACE)
+        found = [(name, each) for name in names if (each := buffers[name]) is not None]
         self._made_of = [
-            (name, each, -1 if each.is_inference() else each._version) for name, each in found
+            (name, each, -1 if name in IN_PLACE or each.is_inference() else each._version)
+            for name, each in found
         ]
 
     def is_outdated(self, replaced: bool = True) -> bool:
