@@ -5,7 +5,8 @@
 
 Each way runs in a process of its own on one thread, in turns, `--rounds` times; the exported one,
 which takes minutes to get ready, in the first round only. A call's time is the processor time of
-its process, so that work beside it counts less. Writes `captured_calls.json`.
+its process, so that work beside it counts less. Writes `captured_calls.json`; rows of other models
+and ways that the file has stay.
 
 Kept memory is glibc's allocator told never to return memory to the system: what the arena of a
 captured call gains without the replay. The exported way is `torch.export`, then AOTInductor.
@@ -171,6 +172,15 @@ def rows_of(model: str, batch: int, args: argparse.Namespace) -> list[dict[str, 
     return rows
 
 
+def merged(known: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`known` rows with `new` ones in the place of those of the same model, batch and way."""
+
+    def key(row: dict[str, Any]) -> tuple[int, int, int]:
+        return list(MODELS).index(row["model"]), row["batch"], list(WAYS).index(row["way"])
+
+    return [row for _, row in sorted({key(row): row for row in [*known, *new]}.items())]
+
+
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -189,17 +199,18 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(args.child, args.models, args.batch[0], args.repeats)))
         return
-    rows = []
+    file = args.out / "captured_calls.json"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
     for model in args.model or MODELS:
         for batch in args.batch or (1, 4):
-            rows += rows_of(model, batch, args)
+            rows = merged(rows, rows_of(model, batch, args))
             record = {
                 "machine": machine(),
                 "seed": 0,
                 "repeats": args.repeats,
                 "rounds": args.rounds,
             }
-            write_record({**record, "rows": rows}, args.out / "captured_calls.json")
+            write_record({**record, "rows": rows}, file)
 
 
 if __name__ == "__main__":
