@@ -61,14 +61,14 @@ def test_an_output_layer_that_stayed_float_is_refused(tiny_session):
     session = tiny_session(4, 4)
     session.ensure_ranges()
     session.model.conv_out = session.float_model.conv_out
-    with pytest.raises(StepQuantError, match="the last layer 'conv_out' is not quantized"):
+    with pytest.raises(StepQuantError, match="the last layer 'conv_out', which is not quantized"):
         BiasCorrection().apply(session)
 
 
 def test_a_layer_whose_result_is_not_the_prediction_is_refused(tiny_session, monkeypatch):
     session = tiny_session(4, 4)
     monkeypatch.setattr(type(session.adapter), "input_output_layers", lambda *_: {"conv_in"})
-    with pytest.raises(StepQuantError, match="'conv_in' does not give the prediction itself"):
+    with pytest.raises(StepQuantError, match="'conv_in', which does not give the prediction"):
         BiasCorrection().apply(session)
 
 

@@ -33,9 +33,9 @@ def test_each_round_draws_with_the_model_as_it_is_then(tiny_session):
     session = ready(tiny_session)
     draw, drawn = session.draw, []
 
-    def watch(num, seed, denoiser=None):
+    def watch(num, seed, denoiser=None, reporter=None):
         drawn.append((num, seed, {k: v.clone() for k, v in denoiser.state_dict().items()}))
-        return draw(num, seed, denoiser)
+        return draw(num, seed, denoiser, reporter)
 
     session.draw = watch
     ProgressiveAlignment(rounds=2, **TINY).apply(session)

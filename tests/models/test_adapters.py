@@ -312,7 +312,7 @@ def test_an_architecture_has_one_adapter():
         architecture = "UNet2DModel"
 
     told = refused(lambda: register_adapter(Mine))
-    assert "has the name of stepquant.models.unet2d.UNet2DAdapter: expected a name" in told
+    assert "has the name of stepquant.models.unet2d.UNet2DAdapter: expected an unused name" in told
     assert "the architecture of the adapter DiffusersAdapter is None" in refused(
         lambda: register_adapter(DiffusersAdapter)
     )

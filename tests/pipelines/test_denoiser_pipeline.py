@@ -258,7 +258,7 @@ def test_another_module_is_refused(packed, tmp_path):
     wider.head = nn.Conv2d(16, 2, 3, padding=1)
     assert "'head." in refused(lambda: load_module(wider, packed[1]))
     assert "does not have" in refused(lambda: load_module(nn.Linear(2, 2), packed[1]))
-    assert "expected a folder that quantize wrote" in refused(
+    assert "expected the config of a packed module" in refused(
         lambda: load_module(denoiser(), tmp_path)
     )
 

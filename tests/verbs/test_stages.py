@@ -115,5 +115,5 @@ def test_components_and_weight_only_runs_report_their_stages(folders, tmp_path):
     folder, _, _ = folders
     stages = Stages()
     quantize(folder, "weight-only", out=tmp_path / "out", reporter=stages)
-    assert list(stages.seen) == ["copying the other components", "packing the component 'unet'"]
+    assert list(stages.seen) == ["copying the other components", "quantizing the component 'unet'"]
     stages.check_complete()

@@ -19,17 +19,16 @@ from stepquant.support.errors import StepQuantError
 def let_through(y: Tensor, x: Tensor) -> Tensor:
     """`y`, a layer's result for `x`, with NaN for each sample whose `x` is not finite.
 
-    Both have the samples in their first dimension. A sum tells most calls apart in one pass, which
-    takes less than 1 % of the layer's time; it may overflow for finite values, so that on the CPU a
-    second look decides.
+    Both have the samples in their first dimension. The extremes of a sample tell: NaN is the least
+    and the greatest of its values. Python reads no number, so that the call can be captured.
     """
+    if x.numel() == 0:
+        return y
     dims = tuple(range(1, x.dim()))
-    good = torch.isfinite(x.sum(dim=dims, dtype=torch.float32) if dims else x.sum())
-    if x.is_cpu and not torch.compiler.is_compiling():
-        if bool(good.all()):
-            return y
-        good = torch.isfinite(x)
-        good = good.flatten(1).all(dim=1) if dims else good.all()
+    if dims:
+        good = torch.isfinite(x.amin(dim=dims)) & torch.isfinite(x.amax(dim=dims))
+    else:
+        good = torch.isfinite(x).all()
     return _filled(y, ~good)
 
 

@@ -71,7 +71,7 @@ def quantize_components(
         size = float32_bytes(part)
         part = copy.deepcopy(part)
         grids = "minmax" if WAYS[way] < 8 else None
-        with reporter.task(f"packing the component '{name}'", total=None):
+        with reporter.task(f"quantizing the component '{name}'", total=None):
             quantize_weights(part, f"the component '{name}'", WAYS[way], grids)
         pipeline.register_modules(**{name: part})
         layers = sum(isinstance(module, WeightOnly) for module in part.modules())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +73,8 @@ def place_markers(model: nn.Module) -> None:
 def count_as_float(model: nn.Module) -> None:
     """Make `model.num_parameters()` return the number of parameters of the float model."""
     if hasattr(type(model), "num_parameters"):
-        model.num_parameters = MethodType(_num_parameters, model)  # type: ignore[assignment]
+        # Not a bound method, which pickle would look up by its name on the model.
+        model.num_parameters = partial(_num_parameters, model)  # type: ignore[assignment]
 
 
 def _num_parameters(
