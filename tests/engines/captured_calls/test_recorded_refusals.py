@@ -114,11 +114,11 @@ def test_a_replay_that_gives_other_numbers_is_not_used(caplog):
 
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
-            self.inner, self.calls = inner, 0
+            self.inner, self.calls = inner, [0]  # an attribute of its own would be seen
 
         def forward(self, sample: Tensor, timestep: Tensor, **more: object) -> Tensor:
-            self.calls += 1
-            return self.inner(sample, timestep=timestep, **more)[0] * self.calls
+            self.calls[0] += 1
+            return self.inner(sample, timestep=timestep, **more)[0] * self.calls[0]
 
     model = RecordedDenoiser(Multiplied(packed("sd")).eval())
     plain = packed("sd")
