@@ -108,6 +108,26 @@ def test_constants_of_numpy_are_not_read_by_their_address():
         assert torch.equal(predict(model, given), predict(plain, given))
 
 
+def test_a_denoiser_whose_calls_change_it_is_recorded_once_at_most(caplog):
+    class Counting(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.calls = inner, 0
+
+        def forward(self, sample: Tensor, timestep: Tensor, **more: object) -> Tensor:
+            self.calls += 1
+            return self.inner(sample, timestep=timestep, **more)[0] * self.calls
+
+    model = RecordedDenoiser(Counting(packed("sd")).eval())
+    plain = packed("sd")
+    with caplog.at_level("INFO"):
+        for number in range(6):
+            given = inputs(plain, 1 + number % 2, seed=number)
+            assert torch.equal(predict(model, given), predict(plain, given) * (number + 1))
+    assert model.reasons == ["a call changes attributes of the denoiser"]
+    assert caplog.text.count("are not recorded") == 1
+
+
 def test_a_replay_that_gives_other_numbers_is_not_used(caplog):
     class Multiplied(nn.Module):
         """Python that a replay does not run."""

@@ -45,6 +45,7 @@ class RecordedDenoiser(StandIn):
     - in training mode, with a LoRA, with foreign hooks or in the memory mode "low";
     - if it draws random numbers, or if its samples are at different timesteps;
     - if the timestep is not a tensor, or a tensor is not on the CPU;
+    - if a call assigns an attribute of one of the denoiser's modules;
     - on machines without native integer products.
 
     A failed attempt to record a call runs that call twice.
@@ -108,6 +109,8 @@ class RecordedDenoiser(StandIn):
 
     def _captured(self, arguments: dict[str, Any], plain: Callable[[], Any]) -> Any:
         """The output of a recorded, compared or replayed call; AS_EVER if it runs uncaptured."""
+        if self._known.changes_itself:
+            return AS_EVER
         if self._known.state is not None and not self._known.state.unchanged():
             self.forget()
         # A local reference: a `forget` during this call replaces `self._known`.
@@ -136,7 +139,11 @@ class RecordedDenoiser(StandIn):
         if refusal is None:
             try:
                 recording, output = _record(self.denoiser, arguments, state)
-                known.shapes[key], known.state = recording, state
+                if state.unchanged():
+                    known.shapes[key], known.state = recording, state
+                else:  # so would every call, and each recording would be dropped at once
+                    known.changes_itself = True
+                    self._stay(known, key, "a call changes attributes of the denoiser")
                 return output
             except NotRecordable as error:
                 reason = str(error)
@@ -188,6 +195,7 @@ class _Known:
         # or a sentence that says why there is none.
         self.shapes: dict[Any, Any] = {}
         self.state: State | None = None
+        self.changes_itself = False  # a call assigns an attribute of the denoiser
 
     def of(self, kind: type) -> list[Any]:
         return [each for each in self.shapes.values() if isinstance(each, kind)]
