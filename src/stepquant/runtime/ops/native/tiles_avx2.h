@@ -153,6 +153,22 @@ void widen_weight(const int8_t* weight, Widened& to) {
         }
 }
 
+// Two values of R rows, `stride` values apart, with two values of 16 columns; all in 16 bits.
+template <int R>
+INLINE void add_wide_pairs(const int16_t* codes, int64_t stride, const int16_t* weight,
+                           __m256i (&total)[R][kVectors]) {
+    const __m256i first = load_vector(weight), second = load_vector(weight + 16);
+    for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        memcpy(&pair, codes + r * stride, sizeof pair);
+        const __m256i code = _mm256_set1_epi32(pair);
+        total[r][0] = _mm256_add_epi32(total[r][0], _mm256_madd_epi16(code, first));
+        total[r][1] = _mm256_add_epi32(total[r][1], _mm256_madd_epi16(code, second));
+        in_this_order(total[r][0]);
+        in_this_order(total[r][1]);
+    }
+}
+
 template <int R>
 void multiply_widened(const Widened& x, int64_t row, int32_t* sums) {
     __m256i total[R][kVectors];
@@ -160,19 +176,9 @@ void multiply_widened(const Widened& x, int64_t row, int32_t* sums) {
         for (int v = 0; v < kVectors; ++v)
             total[r][v] = load_vector(sums + r * kBlockColumns + v * kColumnsInVector);
     for (int64_t i = 0; i < kGroups; ++i)
-        for (int part = 0; part < 2; ++part) {
-            const __m256i first = load_vector(x.weight[i][part][0]);
-            const __m256i second = load_vector(x.weight[i][part][1]);
-            for (int r = 0; r < R; ++r) {
-                int32_t pair;
-                memcpy(&pair, x.codes[row + r][part][i], sizeof pair);
-                const __m256i code = _mm256_set1_epi32(pair);
-                total[r][0] = _mm256_add_epi32(total[r][0], _mm256_madd_epi16(code, first));
-                total[r][1] = _mm256_add_epi32(total[r][1], _mm256_madd_epi16(code, second));
-                in_this_order(total[r][0]);
-                in_this_order(total[r][1]);
-            }
-        }
+        for (int part = 0; part < 2; ++part)
+            add_wide_pairs<R>(x.codes[row][part][i], sizeof x.codes[0] / sizeof(int16_t),
+                              x.weight[i][part][0], total);
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < kVectors; ++v)
             store_vector(sums + r * kBlockColumns + v * kColumnsInVector, total[r][v]);

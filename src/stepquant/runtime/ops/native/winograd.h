@@ -139,18 +139,8 @@ void multiply_point(const int16_t* input, const int16_t* weight, int64_t channel
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < kVectors; ++v) total[r][v] = _mm256_setzero_si256();
     for (int64_t c = 0; c < channels; c += kGroup)
-        for (int part = 0; part < 2; ++part, weight += 32) {
-            const __m256i first = load_vector(weight), second = load_vector(weight + 16);
-            for (int r = 0; r < R; ++r) {
-                int32_t pair;
-                memcpy(&pair, input + r * channels + part * (channels / 2) + c / 2, sizeof pair);
-                const __m256i code = _mm256_set1_epi32(pair);
-                total[r][0] = _mm256_add_epi32(total[r][0], _mm256_madd_epi16(code, first));
-                total[r][1] = _mm256_add_epi32(total[r][1], _mm256_madd_epi16(code, second));
-                in_this_order(total[r][0]);
-                in_this_order(total[r][1]);
-            }
-        }
+        for (int part = 0; part < 2; ++part, weight += 32)
+            add_wide_pairs<R>(input + part * (channels / 2) + c / 2, channels, weight, total);
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < kVectors; ++v)
             store_vector(sums + r * kTileColumns + v * kColumnsInVector, total[r][v]);
