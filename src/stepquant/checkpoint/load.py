@@ -186,13 +186,13 @@ def _fetch_sums(source: str, folder: Path) -> None:
     """
     if folder.parent.name != "snapshots":
         return
-    commit = {"revision": folder.name}
+    commit = folder.name
     with suppress(EntryNotFoundError):
-        path = Path(hf_hub_download(source, SUMS_NAME, **commit))
+        path = Path(hf_hub_download(source, SUMS_NAME, revision=commit))
         for name in read_sums(path):
             below = not Path(name).is_absolute() and ".." not in Path(name).parts
             if below and not (folder / name).is_file():
-                hf_hub_download(source, name, **commit)
+                hf_hub_download(source, name, revision=commit)
 
 
 def _fetch_error(source: str, error: Exception) -> StepQuantError:
