@@ -21,6 +21,7 @@ TESTS = (
     "test_native_attention.py",
     "test_fused.py",
     "test_fused_rows.py",
+    "test_fused_non_finite.py",
 )
 # Emulated products take long with checks: threads and bfloat16 results are the same code for all.
 CHOICE = "not (emulated and (threads or dtype1))"

@@ -22,7 +22,7 @@ from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
 from stepquant.models.attention_processor import ProductsProcessor
 from stepquant.models.input_bypass import InputBypass, bypass_of, detach_bypass
-from stepquant.models.non_finite import NonFiniteInputs
+from stepquant.models.non_finite import NonFiniteSamples
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.blocks import use_fast_blocks, use_plain_blocks
@@ -187,7 +187,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         bypass = bypass_of(model)
         if bypass is not None:
             bypass.read_slopes(model)
-        NonFiniteInputs.attach(model)
+        NonFiniteSamples.attach(model)
         use_fast_blocks(model)
         model.requires_grad_(False)  # as after quantize: calls follow gradients where asked to
         place_markers(model)
@@ -271,7 +271,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         delattr(model, validate.STEP_GRID_NAME)
         vars(model).pop("num_parameters", None)
         detach_bypass(model)
-        NonFiniteInputs.detach(model)
+        NonFiniteSamples.detach(model)
         kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model.config)(kept)  # a config entry cannot be unregistered
         return model

@@ -204,8 +204,9 @@ def test_encode_equals_the_packed_layers(path: Path, grid: Grid) -> None:
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_activations_far_out(path: Path, activation: str) -> None:
     grid = Grid(torch.tensor([1.0]), torch.tensor([128], dtype=torch.uint8), None, 255)
-    x = torch.tensor([-1e30, -1000.0, -90.0, 0.0, 90.0, 1000.0, 1e30])
-    assert path.encode(x, activation, grid).tolist() == [128, 128, 128, 128, 218, 255, 255]
+    x = torch.tensor([-3.4e38, -1e30, -1000.0, -90.0, 0.0, 90.0, 1000.0, 1e30, 3.4e38])
+    codes = path.encode(x, activation, grid).tolist()
+    assert codes == [128, 128, 128, 128, 128, 218, 255, 255, 255]
 
 
 @pytest.mark.parametrize("row", [-1, 3])

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stepquant.models.non_finite import let_through
+from stepquant.models.non_finite import NonFiniteError, let_through
 from stepquant.numerics import check_bits, max_code
 from stepquant.quantizers.activation import TakesErrors
 from stepquant.quantizers.step_grid import StepContext
@@ -284,10 +284,13 @@ class IntegerLayer(MarksDtype):
     def _quantized(self, x: Tensor) -> Tensor:
         prepared = self.prepared()
         if x.dtype in FLOATS and self.why_no_codes() is None:
-            y = prepared.run(prepared.encode(x), dtype=x.dtype)
             if torch.compiler.is_compiling() or native.available():
-                return y  # a check for non-finite values would cost as much as native encoding
-            return let_through(y, x)
+                try:
+                    return prepared.run(prepared.encode(x), dtype=x.dtype)
+                except NonFiniteError:  # outside a denoiser's call, whose hooks need no error
+                    pass
+            else:
+                return let_through(prepared.run(prepared.encode(x), dtype=x.dtype), x)
         return let_through(prepared.run_floats(x, self.bias, self.step_bias).to(x.dtype), x)
 
     def _differentiable(self, x: Tensor) -> Tensor:
