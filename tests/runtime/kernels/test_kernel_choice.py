@@ -50,7 +50,7 @@ def test_our_own_kernel_knows_its_machines(
     assert (refusal is None) == fits
     if refusal is not None:
         assert refusal.code is RefusalCode.MACHINE
-        assert str(refusal) == f"made for x86-64 and 64-bit ARM, the machine is {machine}"
+        assert str(refusal) == f"needs x86-64 or 64-bit ARM, but the machine is {machine}"
 
 
 def test_auto_on_a_device_that_no_kernel_is_made_for_says_why_it_is_slow() -> None:
@@ -83,15 +83,15 @@ def test_an_unknown_backend_is_refused() -> None:
         (LayerSpec("linear", 20, 16, 4, 8), "multiples of 8, got 20 and 16"),
         (LayerSpec("conv2d", 3, 16, 4, 8, (3, 3)), "multiples of 8, got 27 and 16"),
         (LayerSpec("conv2d", 8, 3, 4, 8, (3, 3)), "multiples of 8, got 72 and 3"),
-        (LayerSpec("conv2d", 8, 8, 4, 8, (3, 3), dilation=(2, 1)), "no dilation, got (2, 1)"),
+        (LayerSpec("conv2d", 8, 8, 4, 8, (3, 3), dilation=(2, 1)), "a dilation of 1, got (2, 1)"),
     ],
     ids=["fits", "in-channels", "columns", "out-channels", "dilation"],
 )
 def test_why_int_mm_does_not_take_a_layer(spec: LayerSpec, reason: str | None) -> None:
     found = KERNELS["int_mm"].why_not(spec, CUDA)
     assert found is None if reason is None else found is not None and reason in found.text
-    assert str(KERNELS["int_mm"].why_not(spec, CPU)) == "made for CUDA, the layer is on cpu"
+    assert str(KERNELS["int_mm"].why_not(spec, CPU)) == "needs CUDA, but the layer is on cpu"
     choice = choose(spec, CUDA)
     assert (choice.kernel.name == "int_mm") == (reason is None)
-    apart = "made for the CPU, the layer is on cuda"
+    apart = "needs the CPU, but the layer is on cuda"
     assert choice.reasons[:2] == [f"native: {apart}", f"onednn: {apart}"]

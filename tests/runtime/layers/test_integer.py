@@ -238,7 +238,7 @@ def test_a_kernel_that_cannot_take_the_layer_says_why_and_the_numbers_stay(simul
     layer = simulate(seeded("conv3x3"), splits=(7, 5))
     packed, x = pack_layer(layer), input_for("conv3x3")
     packed.backend = "int_mm"
-    assert packed.fallback_reasons() == ["int_mm: made for CUDA, the layer is on cpu"] * 2
+    assert packed.fallback_reasons() == ["int_mm: needs CUDA, but the layer is on cpu"] * 2
     assert packed.kernel_names() == ["reference", "reference"]
     assert_agrees(packed(x), layer(x))
 

@@ -37,7 +37,7 @@ def test_a_library_of_other_sources_is_a_reason(tmp_path: Path) -> None:
     source = build.FOLDER / build.LEVEL
     options = ['-DSOURCES="of another day"', "-shared", "-fPIC", "-o", str(path)]
     subprocess.run([*compiler, str(source), *options], check=True)
-    with pytest.raises(OSError, match="of other sources"):
+    with pytest.raises(OSError, match="compiled from other sources"):
         Library(path)
     assert ctypes.CDLL(str(path)).best_level() in range(len(build.LEVELS))
 
@@ -123,7 +123,7 @@ def test_a_structure_of_another_layout_is_refused(
 ) -> None:
     others = [changed if each is structures.SHAPE else each for each in structures.STRUCTURES]
     monkeypatch.setattr(structures, "STRUCTURES", tuple(others))
-    with pytest.raises(OSError, match="does not fit this package: the library has 'Shape 32: "):
+    with pytest.raises(OSError, match="does not match this package: the library has 'Shape 32: "):
         Library()
 
 
@@ -136,7 +136,7 @@ def test_another_enumeration_and_a_missing_structure_are_refused(
         with pytest.raises(OSError, match="Activation"):
             Library()
     monkeypatch.setattr(structures, "STRUCTURES", structures.STRUCTURES[:-1])
-    with pytest.raises(OSError, match="does not fit"):
+    with pytest.raises(OSError, match="does not match"):
         Library()
     monkeypatch.setattr(structures, "layout", lambda: [])
     with pytest.raises(OSError, match="describes 12 types"):

@@ -158,7 +158,7 @@ def test_what_is_added_may_lie_in_another_order(loaded: Library) -> None:
 @pytest.mark.parametrize("row", [-1, 3])
 def test_a_row_outside_the_table_is_refused(loaded: Library, row: int) -> None:
     case = LARGE[0]
-    with pytest.raises(StepQuantError, match="outside its table"):
+    with pytest.raises(StepQuantError, match="outside its step table"):
         run(loaded, case, table(case, row), torch.ones(case.spec.out_channels))
 
 

@@ -48,7 +48,7 @@ def test_a_row_of_the_output_grid_outside_its_table_is_refused(loaded: Library) 
         *NATIVE.prepare(inputs["weight"], torch.ones(spec.out_channels), spec), None, None
     )
     outside = TABLE._replace(row=torch.tensor([3]))
-    with pytest.raises(StepQuantError, match="outside its table"):
+    with pytest.raises(StepQuantError, match="outside its step table"):
         products.product_codes(
             loaded, inputs["codes"], grid_of(case), held, spec, "none", False, outside
         )
