@@ -46,9 +46,18 @@ def test_no_compiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CXX", "no-such-compiler")
     target = tmp_path / "library.so"
     target.write_bytes(b"an old one")
-    reason = build.build(target)
-    assert reason is not None and ("no-such-compiler" in reason or "made for Linux" in reason)
+    reason = build.build(target, "linux", "x86_64")
+    assert reason == "the C++ compiler 'no-such-compiler' is not in PATH: correct or unset CXX"
     assert not target.exists()
+
+
+def test_a_path_without_a_compiler_is_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    reason = build.build(tmp_path / "library.so", "linux", "x86_64")
+    assert reason == "PATH has no C++ compiler: install g++, or set CXX"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +99,9 @@ def test_a_mac_gets_no_openmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_failing_compiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
     reason = build.build(tmp_path / "library.so")
-    assert reason is not None and ("false failed with 1" in reason or "made for Linux" in reason)
+    assert reason is not None and (
+        "false failed with exit code 1" in reason or "expected Linux" in reason
+    )
     assert list(tmp_path.iterdir()) == []
 
 
