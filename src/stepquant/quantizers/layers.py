@@ -134,16 +134,11 @@ class QuantLayer(TrainableWeight):
 
     def scaled_input(self, x: Tensor) -> Tensor:
         """Return `x` after the per-in-channel scaling that was not folded."""
-        return x * self._inverse_scale_for(x) if self.scales_input else x
+        return x * self._over_positions(self.inverse_channel_scale, x) if self.scales_input else x
 
     def unscaled_input(self, x: Tensor) -> Tensor:
         """Undo `scaled_input`."""
-        return x / self._inverse_scale_for(x) if self.scales_input else x
-
-    def _inverse_scale_for(self, x: Tensor) -> Tensor:
-        shape = [1] * x.dim()
-        shape[self.channel_dim] = -1
-        return self.inverse_channel_scale.view(shape)
+        return x / self._over_positions(self.inverse_channel_scale, x) if self.scales_input else x
 
     def input_parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the scaled input, split into one tensor for each activation quantizer."""
@@ -186,9 +181,9 @@ class QuantLayer(TrainableWeight):
             return y
         return y + self._over_positions(self.step_bias[spread_rows(self.context.rows, len(y))], y)
 
-    def _over_positions(self, values: Tensor, y: Tensor) -> Tensor:
-        """Reshape `values [C_out]` or `[R, C_out]` to broadcast over the output `y`."""
-        shape = [1] * y.dim()
+    def _over_positions(self, values: Tensor, x: Tensor) -> Tensor:
+        """Reshape `values [C]` or `[R, C]` to broadcast over `x`, an input or output."""
+        shape = [1] * x.dim()
         shape[self.channel_dim] = -1
         if values.dim() == 2:
             shape[0] = len(values)
