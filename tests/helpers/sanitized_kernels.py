@@ -18,6 +18,9 @@ from stepquant.runtime.ops.native import build
 ROOT = Path(__file__).parents[2]
 TESTS = (
     "test_native_products.py",
+    "test_product_codes.py",
+    "test_product_layouts.py",
+    "test_product_levels.py",
     "test_native_attention.py",
     "test_fused.py",
     "test_fused_rows.py",

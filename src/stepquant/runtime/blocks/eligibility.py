@@ -13,7 +13,7 @@ from stepquant.support.refusal import Refusal, RefusalCode
 A_HOOK = Refusal(RefusalCode.HOOK, "a hook")
 A_LORA = Refusal(RefusalCode.LORA, "a LoRA")
 TRAINING = Refusal(RefusalCode.TRAINING, "training mode")
-_BYPASS = Refusal(RefusalCode.INPUT_BYPASS, "an input error bypass")
+_BYPASS = Refusal(RefusalCode.INPUT_BYPASS, "the input error bypass")
 _SEVERAL_PARTS = Refusal(RefusalCode.LAYER, "a layer with several input parts")
 
 

@@ -236,9 +236,8 @@ def grid_structure(grid: Grid) -> bytes:
         and (factors is None or _are_floats(factors))
     ):
         raise StepQuantError(
-            "a grid is not as the native kernels read it: expected float32 scales and factors, as "
-            "many uint8 zero points as scales, all contiguous, and an int64 row on the CPU, found "
-            f"{grid}"
+            f"the native kernels cannot read the grid {grid}: expected contiguous float32 scales "
+            "and factors, one uint8 zero point for each scale, and an int64 row, all on the CPU"
         )
     *tables, of_channels = grid_addresses(grid)
     return _pack_grid(*tables, scale.numel(), largest, of_channels)
@@ -271,6 +270,10 @@ def fail(status: int) -> None:
     Raises StepQuantError for a row outside the step table, and MemoryError if an allocation failed.
     """
     if status == STATUS["row_outside"]:
-        raise StepQuantError("a grid's row is outside its table")
+        raise StepQuantError(
+            "a grid's row is outside its step table: expected the row of a calibrated step"
+        )
     assert status == STATUS["no_memory"], status
-    raise MemoryError("no memory for what a native kernel keeps during a call")
+    raise MemoryError(
+        "a native kernel could not allocate its buffers: free some memory or lower the batch size"
+    )
