@@ -12,6 +12,7 @@ from torch.nn.modules import module as global_hooks
 from stepquant.models.input_bypass import InputBypass
 from stepquant.models.non_finite import NonFiniteInputs
 from stepquant.quantizers.step_grid import StepContext
+from stepquant.runtime.layers.adapters import adapted_layer
 from stepquant.runtime.layers.integer import IntegerLayer, is_packed
 from stepquant.runtime.ops import native
 from stepquant.support.refusal import Refusal, RefusalCode
@@ -40,6 +41,8 @@ def why_not(denoiser: nn.Module) -> Refusal | None:
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if not isinstance(getattr(hook, "__self__", None), OWN_HOOKS):
                 return Refusal(RefusalCode.HOOK, "a hook")
+        if adapted_layer(module) is not None:
+            return Refusal(RefusalCode.LORA, "a LoRA")
         if isinstance(module, IntegerLayer):
             if module.lora is not None:
                 return Refusal(RefusalCode.LORA, "a LoRA")
