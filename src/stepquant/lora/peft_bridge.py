@@ -20,7 +20,7 @@ def register() -> None:
     """Wrap the functions of peft and diffusers, now or as soon as they are imported."""
     when_imported("peft.tuners.lora.model", _choose_layers)
     when_imported("peft.tuners.tuners_utils", _check_adapters)
-    when_imported("diffusers.loaders.peft", _refuse_fusing_of_models)
+    when_imported("diffusers.loaders.peft", _fuse_and_save_models)
     when_imported("diffusers.loaders.lora_base", _refuse_fusing_of_pipelines)
     when_imported("diffusers.loaders.lora_pipeline", _read_widths_of_flux)
 
@@ -53,17 +53,28 @@ def _check_adapters(peft: ModuleType) -> None:
     peft.BaseTuner.inject_adapter = inject
 
 
-def _refuse_fusing_of_models(loaders: ModuleType) -> None:
-    original = loaders.PeftAdapterMixin.fuse_lora
+def _fuse_and_save_models(loaders: ModuleType) -> None:
+    fuse_model, save_adapter = (
+        loaders.PeftAdapterMixin.fuse_lora,
+        loaders.PeftAdapterMixin.save_lora_adapter,
+    )
 
-    @wraps(original)
+    @wraps(fuse_model)
     def fuse(model: Any, *args: Any, **kwargs: Any) -> Any:
         from stepquant.lora.peft_checks import check_not_fused
 
         check_not_fused(model)
-        return original(model, *args, **kwargs)
+        return fuse_model(model, *args, **kwargs)
+
+    @wraps(save_adapter)
+    def save(model: Any, *args: Any, **kwargs: Any) -> Any:
+        from stepquant.lora.peft_checks import quantized_layers
+        from stepquant.lora.peft_saving import Uncast
+
+        return save_adapter(Uncast(model) if quantized_layers(model) else model, *args, **kwargs)
 
     loaders.PeftAdapterMixin.fuse_lora = fuse
+    loaders.PeftAdapterMixin.save_lora_adapter = save
 
 
 def _refuse_fusing_of_pipelines(loaders: ModuleType) -> None:

@@ -38,8 +38,8 @@ class _OnQuantizedLayer(lora.LoraLayer):
     @property
     def weight(self) -> Tensor:
         """A tensor with the model's dtype and the layer's device, for callers that read these."""
-        marker: Tensor = self.get_base_layer().dtype_marker
-        return marker
+        base: Any = self.get_base_layer()
+        return base.dtype_marker
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         if isinstance(module, nn.Linear | IntegerLinear):
@@ -48,6 +48,11 @@ class _OnQuantizedLayer(lora.LoraLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
         return base_layer.weight_scale.device, torch.float32
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, in the mode of the base layer: a new dropout must not run in sampling."""
+        super().update_layer(*args, **kwargs)
+        self.train(self.base_layer.training)  # type: ignore[attr-defined]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: raises StepQuantError, because quantized weights cannot take a LoRA in."""
@@ -97,7 +102,7 @@ class LoraOnConv2d(_OnQuantizedLayer, lora.Conv2d):
 
     def get_base_layer(self) -> Any:
         """The quantized layer."""
-        base = super().get_base_layer()
+        base: Any = super().get_base_layer()
         if not self._described:
             return base
         return nn.Conv2d(

@@ -34,6 +34,8 @@ def why_not(denoiser: nn.Module) -> Refusal | None:
     if not is_packed(denoiser):
         return Refusal(RefusalCode.MODEL, "no packed layers")
     for module in denoiser.modules():
+        if adapted_layer(module) is not None:
+            return Refusal(RefusalCode.LORA, "a LoRA")
         if module.training:
             return Refusal(RefusalCode.TRAINING, "training mode")
         if any(name in module.__dict__ for name in PATCHES):
@@ -41,8 +43,6 @@ def why_not(denoiser: nn.Module) -> Refusal | None:
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if not isinstance(getattr(hook, "__self__", None), OWN_HOOKS):
                 return Refusal(RefusalCode.HOOK, "a hook")
-        if adapted_layer(module) is not None:
-            return Refusal(RefusalCode.LORA, "a LoRA")
         if isinstance(module, IntegerLayer):
             if module.lora is not None:
                 return Refusal(RefusalCode.LORA, "a LoRA")
