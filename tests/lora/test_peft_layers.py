@@ -16,6 +16,7 @@ from torch import nn
 
 pytest.importorskip("peft", reason="diffusers' LoRA calls need peft, which is not installed")
 
+from accelerate import cpu_offload
 from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
@@ -23,6 +24,7 @@ from adapted_models import CONFIGS, KINDS, dequantized, quantized, weight_only
 from architectures import ARCHITECTURES, build, session
 from concurrent_calls import at_once
 from lora_files import ALPHA, RANK, kohya, matrices, of
+from quantize_runs import refused
 from stepquant.api import RecordedDenoiser, load_lora, set_lora_scales, unload_lora
 from stepquant.calibration.trajectories import predict
 from stepquant.lora.peft_layers import LoraOnConv2d, LoraOnLinear
@@ -30,6 +32,7 @@ from stepquant.models.calling import call_denoiser
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.weight_only import WeightOnly
 from stepquant.runtime.ops import native
+from stepquant.support.refusal import RefusalCode
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 LAYERS = {
@@ -354,3 +357,35 @@ def test_dropout_does_not_run_in_sampling(kind):
     assert not any(module.training for module in pipeline.unet.modules())
     pipeline.unet.train()
     assert all(module.training for module in pipeline.unet.modules())
+
+
+@pytest.mark.parametrize("kind", ["w4", "dynamic", "w4a4"])
+@torch.no_grad()
+def test_offloaded_models(kind):
+    """accelerate's hooks move what peft has wrapped, too."""
+    pipeline = fresh("sd", kind)
+    put(pipeline, "sd", lora("sd"))
+    wanted = output(pipeline, "sd")
+    cpu_offload(pipeline.unet, torch.device("cpu"))
+    close(output(pipeline, "sd"), wanted)
+    away = fresh("sd", kind)
+    cpu_offload(away.unet, torch.device("cpu"), offload_buffers=True)
+    message = refused(lambda: away.unet.load_lora_adapter(lora("sd"), prefix=None))
+    assert "has its tensors offloaded" in message and "before offloading" in message
+    parameters = fresh("sd", kind)  # in which packed layers hold nothing
+    cpu_offload(parameters.unet, torch.device("cpu"))
+    if kind == "w4a4":
+        parameters.unet.load_lora_adapter(lora("sd"), prefix=None, adapter_name="a")
+        close(output(parameters, "sd"), wanted)
+    else:
+        refused(lambda: parameters.unet.load_lora_adapter(lora("sd"), prefix=None))
+
+
+def test_blocks_say_that_a_lora_keeps_them_from_codes():
+    pipeline = fresh("sd", "w8a8")
+    block = pipeline.unet.get_submodule(BLOCK)
+    before = block.why_plain()
+    put(pipeline, "sd", lora("sd"))
+    assert before is None and block.why_plain().code == RefusalCode.LORA
+    pipeline.unload_lora_weights()
+    assert block.why_plain() is None

@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("peft", reason="diffusers' LoRA calls need peft, which is not installed")
 
 from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -122,9 +121,7 @@ def test_a_trained_lora_is_saved_and_loaded_by_both_ways(kind, tmp_path):
     pipeline, plain = with_adapter(kind), copy.deepcopy(original(kind))
     wanted = predict(pipeline.unet, inputs())
     pipeline.unet.save_lora_adapter(tmp_path / "adapter", "a")
-    layers = convert_state_dict_to_diffusers(
-        get_peft_model_state_dict(pipeline.unet, adapter_name="a")
-    )
+    layers = get_peft_model_state_dict(pipeline.unet, adapter_name="a")
     StableDiffusionPipeline.save_lora_weights(tmp_path / "weights", unet_lora_layers=layers)
     file = tmp_path / "adapter" / "pytorch_lora_weights.safetensors"
     assert all("lora_" in key for key in load_file(file))

@@ -66,7 +66,8 @@ def check_adapter(
         )
     scaled = scaled_layers(model)
     for key in sorted(wanted):
-        if layers[key].weight_scale.is_meta:
+        layer = layers[key]
+        if any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers())):
             raise StepQuantError(
                 f"the layer '{key}' has its tensors offloaded: expected them in memory; load the "
                 "LoRA through the pipeline, or before offloading"
