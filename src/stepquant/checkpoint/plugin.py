@@ -26,6 +26,11 @@ from stepquant.models.non_finite import NonFiniteSamples
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.blocks import use_fast_blocks, use_plain_blocks
+from stepquant.runtime.layers.adapters import (
+    adapters_text,
+    check_no_adapter_tensors,
+    named_adapters,
+)
 from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.layer_tensors import Reader, not_read
@@ -218,14 +223,15 @@ class StepQuantQuantizer(FrozenQuantizer):
         """Check that a load would take tensors of these `names`.
 
         Raises:
-            StepQuantError: the model has lost or gained tensors, or a module that its config does
-                not describe.
+            StepQuantError: the model has lost or gained tensors, an adapter of peft, or a module
+                that its config does not describe.
         """
         if self.why_not_saved is not None:
             raise StepQuantError(self.why_not_saved)
+        found = set(names)
+        check_no_adapter_tensors(found)
         if self.saved_names is None:
             return
-        found = set(names)
         for changed, what in (
             (self.saved_names - found, "has lost the tensor"),
             (found - self.saved_names, "has gained the tensor"),
@@ -250,6 +256,11 @@ class StepQuantQuantizer(FrozenQuantizer):
             raise StepQuantError(
                 f"the layer '{name}' has a branch of the LoRA '{lora}', which a dequantized layer "
                 "would lose: expected a model without LoRA; call unload_lora first"
+            )
+        for name, adapters in named_adapters(model):
+            raise StepQuantError(
+                f"the layer '{name}' has {adapters_text(adapters)} of peft: expected a model "
+                "without them; call unload_lora_weights of the pipeline first"
             )
         for name, layer in validate.packed_layers(model).items():
             unread = not_read(layer.present(), Reader.DEQUANTIZED)

@@ -12,6 +12,7 @@ from torch.nn.modules import module as global_hooks
 from stepquant.models.input_bypass import InputBypass
 from stepquant.models.non_finite import NonFiniteSamples
 from stepquant.quantizers.step_grid import StepContext
+from stepquant.runtime.layers.adapters import adapted_layer
 from stepquant.runtime.layers.integer import IntegerLayer, is_packed
 from stepquant.runtime.ops import native
 from stepquant.support.refusal import Refusal, RefusalCode
@@ -33,6 +34,8 @@ def why_not(denoiser: nn.Module) -> Refusal | None:
     if not is_packed(denoiser):
         return Refusal(RefusalCode.MODEL, "no packed layers")
     for module in denoiser.modules():
+        if adapted_layer(module) is not None:
+            return Refusal(RefusalCode.LORA, "a LoRA")
         if module.training:
             return Refusal(RefusalCode.TRAINING, "training mode")
         if any(name in module.__dict__ for name in PATCHES):

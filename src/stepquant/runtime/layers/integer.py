@@ -20,6 +20,7 @@ from stepquant.runtime.layers.straight_through import (
     wants_gradient,
     with_gradient_of,
 )
+from stepquant.runtime.layers.window_of_spec import WindowOfSpec
 from stepquant.runtime.ops import native
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.support.moved_modules import old_names
@@ -139,7 +140,7 @@ class IntegerLinear(IntegerLayer):
         return self.spec.out_channels
 
 
-class IntegerConv2d(IntegerLayer):
+class IntegerConv2d(WindowOfSpec, IntegerLayer):
     """Integer `nn.Conv2d` with zero padding and one group, for inputs `[B, C_in, H, W]`."""
 
     channel_dim = 1
