@@ -8,6 +8,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from stepquant.checkpoint.casts import allow_all_casts
+from stepquant.runtime.layers.adapters import adapters_text, named_adapters
 from stepquant.runtime.layers.lora_branch import named_branches
 from stepquant.support.errors import StepQuantError
 
@@ -31,7 +32,7 @@ def check_device_map(device_map: Any) -> None:
 
 
 def check_no_branches(model: nn.Module) -> None:
-    """Check that no layer has a LoRA, which dequantizing would lose.
+    """Check that no layer has a LoRA of stepquant or an adapter of peft, before dequantizing.
 
     Raises:
         StepQuantError: one has.
@@ -40,6 +41,11 @@ def check_no_branches(model: nn.Module) -> None:
         raise StepQuantError(
             f"the layer '{name}' has a branch of the LoRA '{lora}', which a dequantized layer "
             "would lose: expected a model without LoRA; call unload_lora first"
+        )
+    for name, adapters in named_adapters(model):
+        raise StepQuantError(
+            f"the layer '{name}' has {adapters_text(adapters)} of peft: expected a model without "
+            "them; call unload_lora_weights of the pipeline first"
         )
 
 

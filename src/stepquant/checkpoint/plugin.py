@@ -23,10 +23,11 @@ from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
 from stepquant.models.attention_processor import ProductsProcessor
 from stepquant.models.input_bypass import SLOPES_NAME, InputBypass, bypass_of, detach_bypass
-from stepquant.models.non_finite import NonFiniteInputs
+from stepquant.models.non_finite import NonFiniteSamples
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.blocks import use_fast_blocks, use_plain_blocks
+from stepquant.runtime.layers.adapters import check_no_adapter_tensors
 from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.layer_tensors import Reader, not_read
@@ -183,7 +184,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         bypass = bypass_of(model)
         if bypass is not None:
             bypass.read_slopes(model)
-        NonFiniteInputs.attach(model)
+        NonFiniteSamples.attach(model)
         use_fast_blocks(model)
         model.requires_grad_(False)  # as after quantize: calls follow gradients where asked to
         place_markers(model)
@@ -215,14 +216,15 @@ class StepQuantQuantizer(FrozenQuantizer):
         """Check that a load would take tensors of these `names`.
 
         Raises:
-            StepQuantError: the model has lost or gained tensors, or a module that its config does
-                not describe.
+            StepQuantError: the model has lost or gained tensors, an adapter of peft, or a module
+                that its config does not describe.
         """
         if self.why_not_saved is not None:
             raise StepQuantError(self.why_not_saved)
+        found = set(names)
+        check_no_adapter_tensors(found)
         if self.saved_names is None:
             return
-        found = set(names)
         for changed, what in (
             (self.saved_names - found, "has lost the tensor"),
             (found - self.saved_names, "has gained the tensor"),
@@ -262,7 +264,7 @@ class StepQuantQuantizer(FrozenQuantizer):
                 module.set_processor(AttnProcessor2_0())
         delattr(model, validate.STEP_GRID_NAME)
         detach_bypass(model)
-        NonFiniteInputs.detach(model)
+        NonFiniteSamples.detach(model)
         return model
 
 

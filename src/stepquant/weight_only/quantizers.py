@@ -26,6 +26,7 @@ from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
 from stepquant.checkpoint.validate import REMEDY
 from stepquant.checkpoint.validate import check_names as check_tensor_names
 from stepquant.quantizers.weight import GridSearch, minmax_weight_range
+from stepquant.runtime.layers.adapters import check_no_adapter_tensors
 from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
 from stepquant.support.errors import StepQuantError
 from stepquant.weight_only.config import WeightOnlyConfig
@@ -149,8 +150,10 @@ class WeightOnlyQuantizer(FrozenQuantizer):
         """Return the tensors that `save_pretrained` writes, with the checksum, and no metadata.
 
         Raises:
-            StepQuantError: a tensor holds NaN or infinity, which a load would refuse.
+            StepQuantError: a tensor holds NaN or infinity, which a load would refuse, or peft has
+                added an adapter.
         """
+        check_no_adapter_tensors(state_dict)
         config = self.quantization_config
         if config.architecture is None:  # loaded from an older folder
             return state_dict, {}

@@ -23,6 +23,7 @@ from stepquant.checkpoint.frozen_quantizer import (
     check_no_branches,
 )
 from stepquant.checkpoint.validate import REMEDY
+from stepquant.runtime.layers.adapters import check_no_adapter_tensors
 from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
 from stepquant.support.errors import StepQuantError
 from stepquant.support.safetensors_file import opened
@@ -154,7 +155,12 @@ class TextWeightOnlyQuantizer(HfQuantizer):
         return model if dtype is None else model.to(dtype)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Note the model's config and the digest in the config, which transformers writes next."""
+        """Note the model's config and the digest in the config, which transformers writes next.
+
+        Raises:
+            StepQuantError: peft has added an adapter.
+        """
+        check_no_adapter_tensors(model.state_dict())
         self.quantization_config.architecture = architecture_of(model)
         self.quantization_config.sha256 = codes_digest(model, self.quantization_config)
         model.config.quantization_config = self.quantization_config
