@@ -23,6 +23,7 @@ from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
 from stepquant.models.attention_processor import ProductsProcessor
 from stepquant.models.input_bypass import InputBypass, bypass_of, detach_bypass
 from stepquant.models.non_finite import NonFiniteInputs
+from stepquant.models.rewriting import rewrite, without_rewritten
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.blocks import use_fast_blocks, use_plain_blocks
@@ -107,6 +108,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         """
         config = self.quantization_config
         check_architecture(model, config.architecture)
+        rewrite(model, set(config.rewritten_layers))
         modules = dict(model.named_modules())
         unknown = sorted((set(config.layers) | set(config.attention)) - set(modules))
         if unknown:
@@ -264,6 +266,7 @@ class StepQuantQuantizer(FrozenQuantizer):
                 float_layer(module, dtype) if isinstance(module, IntegerLayer) else None
             ),
         )
+        without_rewritten(model)
         use_plain_blocks(model)  # whose attention lets go of its products
         for module in model.modules():
             if isinstance(getattr(module, "processor", None), ProductsProcessor):
