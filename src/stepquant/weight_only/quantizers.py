@@ -14,6 +14,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from stepquant.checkpoint.architecture import architecture_of, check_architecture
+from stepquant.checkpoint.casts import allow_casts
 from stepquant.checkpoint.checksum import (
     CHECKSUM_NAME,
     FileChecksum,
@@ -33,6 +34,7 @@ from stepquant.weight_only.model import (
     check_finite,
     check_loaded,
     check_tensor,
+    put_float_layers,
     put_layer,
     put_layers,
     resolved,
@@ -130,12 +132,17 @@ class WeightOnlyQuantizer(FrozenQuantizer):
         check_loaded(model, config)
         place_markers(model)
         count_as_float(model)
+        allow_casts(model, other_dtypes=True)
         if not self.pre_quantized:
             config.architecture = architecture_of(model)
         elif config.architecture is not None:
             self._checksum.check(config.layers_json(), REMEDY)
         self._checksum, self._loaded_keys, self._expected = FileChecksum(), [], {}
         model.register_to_config(quantization_config=config)
+
+    def _dequantize(self, model: Any) -> Any:
+        put_float_layers(model)
+        return model
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
@@ -207,6 +214,7 @@ def mark_weight_only(model: Any, config: WeightOnlyConfig, what: str) -> None:
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = config.quant_method
     count_as_float(model)
+    allow_casts(model, other_dtypes=True)
 
 
 def _text_quantizer(model: Any, config: WeightOnlyConfig, what: str) -> Any:
