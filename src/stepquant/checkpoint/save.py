@@ -14,6 +14,7 @@ from torch import nn
 
 from stepquant.checkpoint.architecture import architecture_of
 from stepquant.checkpoint.attention_config import AttentionConfig
+from stepquant.checkpoint.casts import allow_casts
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.file_sums import write_sums
 from stepquant.checkpoint.layer_config import LayerConfig
@@ -54,9 +55,10 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
 
     Afterwards `save_pretrained` of a diffusers `ModelMixin` writes a checkpoint; `save_pipeline`
     does so for other modules. The function sets `layers`, `attention`, `steps`,
-    `input_error_bypass`, `architecture` and `rewritten_layers` of `config` from the model. The caller sets the rest.
-    The model's step context must be attached already (`StepContext.attach`). From here on diffusers
-    treats the model as quantized: it moves between devices, but not to another dtype.
+    `input_error_bypass`, `architecture` and `rewritten_layers` of `config` from the model. The
+    caller sets the rest. The model's step context must be attached already (`StepContext.attach`).
+    From here on diffusers treats the model as quantized: it moves between devices, but not to
+    another dtype.
 
     Raises:
         StepQuantError: `model` has no packed layer, layers of several step contexts, or tensors
@@ -79,6 +81,7 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     model.hf_quantizer = quantizer
     model.is_quantized = True
     count_as_float(model)
+    allow_casts(model, other_dtypes=False)
     model.quantization_method = config.quant_method
     if hasattr(model, "register_to_config"):
         model.register_to_config(quantization_config=config)
