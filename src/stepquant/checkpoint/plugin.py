@@ -105,8 +105,15 @@ class StepQuantQuantizer(FrozenQuantizer):
             StepQuantError: the model lacks such a layer or does not fit the config, or the
                 checkpoint lacks a tensor or has one too many.
         """
+        check_architecture(model, self.quantization_config.architecture)
+        context = self._put_packed(model)
+        validate.check_names([*model.state_dict(), CHECKSUM_NAME], self._loaded_keys)
+        self._owned = validate.packed_names(model)
+        self._model, self._context = model, context
+
+    def _put_packed(self, model: Any) -> StepContext:
+        """Replace the layers that the config names, and return the step context that they share."""
         config = self.quantization_config
-        check_architecture(model, config.architecture)
         modules = dict(model.named_modules())
         unknown = sorted((set(config.layers) | set(config.attention)) - set(modules))
         if unknown:
@@ -132,9 +139,11 @@ class StepQuantQuantizer(FrozenQuantizer):
         if config.input_error_bypass is not None:
             slopes = torch.empty(config.steps, device="meta")
             InputBypass(config.input_error_bypass).attach(model, slopes)
-        validate.check_names([*model.state_dict(), CHECKSUM_NAME], self._loaded_keys)
-        self._owned = validate.packed_names(model)
-        self._model, self._context = model, context
+        return context
+
+    def _loadable(self, built: Any) -> dict[str, Tensor]:
+        self._put_packed(built)
+        return built.state_dict()
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Check each tensor as it is in the file, before diffusers casts it.
@@ -192,7 +201,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         model.requires_grad_(False)  # as after quantize: calls follow gradients where asked to
         place_markers(model)
         count_as_float(model)
-        self.saved_names = frozenset(model.state_dict())
+        self.saved_names, self.saved_model = frozenset(model.state_dict()), model
         self._loaded_keys, self._checksum, self._owned = [], FileChecksum(), set()
         self._model = self._context = None
 

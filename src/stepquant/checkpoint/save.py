@@ -72,7 +72,7 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     model.register_buffer(STEP_GRID_NAME, grid.timesteps.clone().to(device))
     check_model(model)
     quantizer = StepQuantQuantizer(config)
-    quantizer.saved_names = frozenset(model.state_dict())
+    quantizer.saved_names, quantizer.saved_model = frozenset(model.state_dict()), model
     quantizer.why_not_saved = why_not_rebuilt(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True

@@ -135,6 +135,11 @@ class WeightOnlyQuantizer(FrozenQuantizer):
             self._checksum.check(config.layers_json(), REMEDY)
         self._checksum, self._loaded_keys, self._expected = FileChecksum(), [], {}
         model.register_to_config(quantization_config=config)
+        self.saved_model = model
+
+    def _loadable(self, built: Any) -> dict[str, Tensor]:
+        put_layers(built, self.quantization_config, empty=True)
+        return built.state_dict()
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
@@ -197,6 +202,7 @@ def mark_weight_only(model: Any, config: WeightOnlyConfig, what: str) -> None:
     config.architecture = architecture_of(model)
     if isinstance(model, ModelMixin):
         quantizer = WeightOnlyQuantizer(config)
+        quantizer.saved_model = model
         model.register_to_config(quantization_config=config)
     else:
         quantizer = _text_quantizer(model, config, what)
