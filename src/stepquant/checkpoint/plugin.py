@@ -27,6 +27,7 @@ from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.blocks import use_fast_blocks, use_plain_blocks
 from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
+from stepquant.runtime.layers.fusion import refuse_fusion
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.layer_tensors import Reader, not_read
 from stepquant.runtime.layers.lora_branch import named_branches
@@ -201,6 +202,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         model.requires_grad_(False)  # as after quantize: calls follow gradients where asked to
         place_markers(model)
         count_as_float(model)
+        refuse_fusion(model)
         self.saved_names, self.saved_model = frozenset(model.state_dict()), model
         self._loaded_keys, self._checksum, self._owned = [], FileChecksum(), set()
         self._model = self._context = None

@@ -31,6 +31,7 @@ from stepquant.models.attention_processor import PRODUCTS
 from stepquant.models.input_bypass import bypass_of
 from stepquant.quantizers import StepContext
 from stepquant.runtime.layers.dtype_marker import count_as_float
+from stepquant.runtime.layers.fusion import refuse_fusion
 from stepquant.support.atomic import atomic_folder, user_path
 from stepquant.support.errors import StepQuantError
 
@@ -77,6 +78,7 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     model.hf_quantizer = quantizer
     model.is_quantized = True
     count_as_float(model)
+    refuse_fusion(model)
     model.quantization_method = config.quant_method
     if hasattr(model, "register_to_config"):
         model.register_to_config(quantization_config=config)

@@ -26,6 +26,7 @@ from stepquant.checkpoint.validate import REMEDY
 from stepquant.checkpoint.validate import check_names as check_tensor_names
 from stepquant.quantizers.weight import GridSearch, minmax_weight_range
 from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
+from stepquant.runtime.layers.fusion import refuse_fusion
 from stepquant.support.errors import StepQuantError
 from stepquant.weight_only.config import WeightOnlyConfig
 from stepquant.weight_only.model import (
@@ -129,6 +130,7 @@ class WeightOnlyQuantizer(FrozenQuantizer):
         check_loaded(model, config)
         place_markers(model)
         count_as_float(model)
+        refuse_fusion(model)
         if not self.pre_quantized:
             config.architecture = architecture_of(model)
         elif config.architecture is not None:
@@ -210,6 +212,7 @@ def mark_weight_only(model: Any, config: WeightOnlyConfig, what: str) -> None:
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = config.quant_method
     count_as_float(model)
+    refuse_fusion(model)
 
 
 def _text_quantizer(model: Any, config: WeightOnlyConfig, what: str) -> Any:
