@@ -8,13 +8,14 @@ import statistics
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cells import machine
 from cpu_engines import EAGER, ENGINES, NNCF, Call, Loader, import_for, one_sentence
+from cpu_grid import Cell
 from integer_peak import count_macs, integer_peak
 from speed_files import load_denoiser, read_config
 from speed_models import MODELS, Inputs, call, random_inputs
@@ -23,9 +24,6 @@ from stepquant.runtime.layers.integer import is_packed
 from stepquant.runtime.layers.resident import MODES, set_memory_mode, weight_bytes_resident
 from stepquant.support.process_memory import peak_memory_mb
 from stepquant.support.progress import Reporter
-
-if TYPE_CHECKING:
-    from cpu_runtime import Cell
 
 MODE_CALLS = 5
 

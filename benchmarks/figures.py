@@ -16,19 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from doc_tables import (
-    ENGINES,
-    HEADLINE,
-    HEADLINE_ENGINES,
-    MODELS,
-    PAPERS,
-    ROOT,
-    WIDTHS,
-    is_float,
-    read,
-    summary_cells,
-    timing,
-)
+from quality_cells import PAPERS, WIDTHS, is_float, summary_cells
+from speed_tables import ENGINES, HEADLINE, HEADLINE_ENGINES, MODELS, timing
+from table_registry import ROOT, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

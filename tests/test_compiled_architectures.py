@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from architectures import ARCHITECTURES, build
-from stepquant.api import quantize
+from stepquant.api import DynamicConfig, WeightOnlyConfig, quantize, set_backend
 from stepquant.methods import TemporalQuantizer
 from stepquant.methods.recipe import Recipe
 from stepquant.models.adapter import adapter_for
@@ -96,3 +98,37 @@ def test_inductor_gives_the_eager_prediction():
         found = compiled(sample, timestep=at, **arguments)[0]
         wanted = denoiser(sample, timestep=at, **arguments)[0]
         assert float((found - wanted).square().mean() / wanted.square().mean()) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    build("sd").save_pretrained(folder / "float")
+    arguments = {"steps": 2, "settings": FEW, **ARCHITECTURES["sd"].arguments}
+    quantize(build("sd"), "minmax", 8, 8, out=folder / "integer", **arguments)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["integer", "dynamic", "weight-only"])
+@pytest.mark.parametrize("way", ["whole", "in place", "repeated blocks"])
+@torch.no_grad()
+def test_a_loaded_denoiser_is_one_graph_before_its_first_call(folders, kind, way):
+    """Integer and dynamic layers are laid out by `set_backend`; weight-only ones have no layout."""
+    configs = {"dynamic": DynamicConfig(), "weight-only": WeightOnlyConfig()}
+    more = {"quantization_config": configs[kind]} if kind in configs else {}
+    source = folders / ("float" if kind in configs else kind)
+    load = partial(UNet2DConditionModel.from_pretrained, source, subfolder="unet", **more)
+    unet = load()
+    set_backend(unet, "auto")
+    called = unet
+    if way == "whole":
+        called = torch.compile(unet, fullgraph=True, backend="eager")
+    elif way == "in place":
+        unet.compile(fullgraph=True, backend="eager")
+    else:
+        unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    generator = torch.Generator().manual_seed(0)
+    x, text = (torch.randn(shape, generator=generator) for shape in [(2, 4, 8, 8), (2, 8, 16)])
+    found = called(x, torch.tensor(10), text).sample
+    torch.testing.assert_close(found, load()(x, torch.tensor(10), text).sample)

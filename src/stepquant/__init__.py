@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from stepquant.lora import peft_bridge
 from stepquant.support.late_registration import register_late
 from stepquant.support.moved_modules import keep_old_names
 from stepquant.support.old_module_names import OLD_MODULE_NAMES
@@ -187,6 +188,7 @@ register_late(
         "AUTO_QUANTIZATION_CONFIG_MAPPING": _WEIGHT_ONLY_CONFIGS,
     },
 )
+peft_bridge.register()
 keep_old_names(
     {
         f"stepquant.{old}": tuple(f"stepquant.{name}" for name in new.split())

@@ -181,7 +181,7 @@ def test_nested_arguments_come_back_nested():
     assert torch.equal(again["added_cond_kwargs"]["text_embeds"], texts)
 
 
-def test_tuples_of_tensors_come_back_as_tuples():
+def test_tuples_and_lists_of_tensors_come_back_as_such():
     cosine, sine = torch.randn(5, 4), torch.randn(5, 4)  # of tokens
     residuals = [torch.randn(2, 3, 4) for _ in range(11)]  # of samples, more than ten
     given = {
@@ -192,6 +192,8 @@ def test_tuples_of_tensors_come_back_as_tuples():
     }
     found = Conditions.from_tensors(recorded((given, 2)).take(torch.tensor([1])).to_tensors())
     again = found.arguments()
+    assert isinstance(again["rotary"], tuple) and isinstance(again["residuals"], list)
+    assert again["residuals"] is not found.arguments()["residuals"]  # a denoiser may pop entries
     assert all(torch.equal(a, b) for a, b in zip(again["rotary"], (cosine, sine), strict=True))
     assert all(torch.equal(a, b[1:]) for a, b in zip(again["residuals"], residuals, strict=True))
     assert again["sizes"] == [8, 8]  # plain values are kept as JSON keeps them

@@ -233,7 +233,7 @@ def test_the_untampered_copy_loads(folder, tmp_path):
 
 
 def test_layers_on_the_disk_are_refused(folder, tmp_path):
-    with pytest.raises(StepQuantError, match="device_map puts layers on 'disk'"):
+    with pytest.raises(StepQuantError, match="device_map puts all layers on 'disk'"):
         UNet2DModel.from_pretrained(
             folder, subfolder="unet", device_map={"": "disk"}, offload_folder=tmp_path
         )

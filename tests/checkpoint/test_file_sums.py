@@ -6,11 +6,12 @@ import json
 import shutil
 
 import pytest
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, DiffusionPipeline
+from huggingface_hub.errors import EntryNotFoundError
 
 from packed_models import packed_pipeline
 from quantize_runs import refused
-from stepquant.checkpoint import file_sums
+from stepquant.checkpoint import file_sums, load
 from stepquant.checkpoint.file_sums import SUMS_NAME, check_sums, file_digests, write_sums
 from stepquant.checkpoint.load import load_pipeline
 from stepquant.checkpoint.save import save_pipeline
@@ -86,3 +87,61 @@ def test_a_file_that_cannot_be_read_is_named(copy, monkeypatch):
 
     monkeypatch.setattr(file_sums.Path, "open", forbidden)
     assert "cannot be read (Permission denied)" in refused(lambda: check_sums(copy))
+
+
+def hub(monkeypatch, folder, cache, missing=()):
+    """A hub with the one repository `folder`, of which diffusers fetches all but `missing`."""
+    snapshot = cache / "models--org--name" / "snapshots" / ("0" * 40)
+    fetched = []
+
+    def download(*_, **__):
+        shutil.copytree(folder, snapshot, ignore=lambda *_: [SUMS_NAME, *missing])
+        return str(snapshot)
+
+    def one(source, name, revision):
+        assert (source, revision) == ("org/name", snapshot.name)
+        fetched.append(name)
+        if not (folder / name).is_file():
+            raise EntryNotFoundError(f"no {name}")
+        shutil.copyfile(folder / name, snapshot / name)
+        return str(snapshot / name)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    monkeypatch.setattr(load, "hf_hub_download", one)
+    return fetched
+
+
+def test_they_are_fetched_from_the_hub(copy, tmp_path, monkeypatch):
+    fetched = hub(monkeypatch, copy, tmp_path)
+    load_pipeline("org/name")
+    assert fetched == [SUMS_NAME]
+
+
+def test_what_differs_on_the_hub_is_told(copy, tmp_path, monkeypatch):
+    (copy / SCHEDULER).write_text((copy / SCHEDULER).read_text() + " ")
+    hub(monkeypatch, copy, tmp_path)
+    assert SCHEDULER in refused(lambda: load_pipeline("org/name"))
+
+
+def test_digests_that_cannot_be_read_are_told_of_the_hub_too(copy, tmp_path, monkeypatch):
+    (copy / SUMS_NAME).write_text("[]")
+    hub(monkeypatch, copy, tmp_path)
+    assert refused(lambda: load_pipeline("org/name")).endswith("changed the folder yourself")
+
+
+def test_a_file_that_diffusers_does_not_fetch_is_fetched_if_it_lies_in_the_repository(
+    copy, tmp_path, monkeypatch
+):
+    (copy / "unet" / "notes.txt").write_text("a note")
+    sums = json.loads((copy / SUMS_NAME).read_text())
+    sums |= {"unet/notes.txt": file_digests(copy)["unet/notes.txt"], "../../out.txt": "0"}
+    (copy / SUMS_NAME).write_text(json.dumps(sums))
+    fetched = hub(monkeypatch, copy, tmp_path, ["notes.txt"])
+    assert "'../../out.txt'" in refused(lambda: load_pipeline("org/name"))
+    assert fetched == [SUMS_NAME, "unet/notes.txt"]
+
+
+def test_a_model_on_the_hub_without_them_loads(copy, tmp_path, monkeypatch):
+    (copy / SUMS_NAME).unlink()
+    assert hub(monkeypatch, copy, tmp_path) == []
+    load_pipeline("org/name")

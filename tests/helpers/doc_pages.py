@@ -131,6 +131,7 @@ STAGE: dict[str, Callable[[Path], Any]] = {
     "style.safetensors": lambda path: save_as_one_file(build("sd"), path),
     "ink.safetensors": lora,
     "fox.safetensors": lora,
+    "sea.safetensors": lora,
     "prompts.txt": lambda path: path.write_text("a cat\na boat\n"),
     "mine.yaml": lambda path: path.write_text(""),
 }

@@ -18,9 +18,13 @@ from stepquant.runtime.ops.native import build
 ROOT = Path(__file__).parents[2]
 TESTS = (
     "test_native_products.py",
+    "test_product_codes.py",
+    "test_product_layouts.py",
+    "test_product_levels.py",
     "test_native_attention.py",
     "test_fused.py",
     "test_fused_rows.py",
+    "test_fused_non_finite.py",
 )
 # Emulated products take long with checks: threads and bfloat16 results are the same code for all.
 CHOICE = "not (emulated and (threads or dtype1))"

@@ -49,6 +49,9 @@ def test_the_settings_of_peft_beside_the_file_and_in_its_header(tmp_path):
         "unet": {"lora_alpha": 4, "alpha_pattern": {"conv_in": 1}},
         "text_encoder": {"r": 2},
     }
+    bare = {"lora_alpha": 4, "r": 2}  # from `save_lora_adapter`, of one model
+    save_file(PAIR, path, {"format": "pt", "lora_adapter_metadata": json.dumps(bare)})
+    assert read_lora_file(path).configs == {"": bare}
 
 
 def test_settings_that_are_no_json_are_told(tmp_path):

@@ -3,23 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ConfigDict
-from torch import nn
 
-from stepquant.calibration.block_inputs import BlockData, capture_inputs
-from stepquant.calibration.observe import quant_layers
+from quantize_runs import SMALL
+from stepquant.calibration.block_inputs import BlockData
 from stepquant.methods import BlockDistillation, TemporalQuantizer
-from stepquant.methods.training.block_training import mixed_batches, train_blocks, training_inputs
 from stepquant.support.errors import StepQuantError
 from stepquant.support.work_folder import WorkFolder
 
 TINY = {"iterations": 16, "batch": 8, "samples": 32}
-# A UNet of nine blocks, where what is tested is the same for all of them.
-SMALL = {
-    "block_out_channels": (16,),
-    "down_block_types": ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-    "sample_size": 8,
-}
 ATTENTION = "mid_block.attentions.0"
 
 
@@ -262,25 +253,16 @@ def test_the_same_seed_gives_the_same_bits(tiny_session, one_thread):
     assert not all(torch.equal(value, other[name]) for name, value in first.items())
 
 
-@pytest.mark.parametrize("order", ["sequential", "mixed"])
-def test_batches_come_from_the_training_inputs(order):
+def test_sequential_batches_are_of_one_step_each_from_the_training_inputs():
     timestep = torch.arange(5).repeat(10) * 10
     train = torch.arange(100, 150)
-    generator = torch.Generator().manual_seed(0)
-    if order == "sequential":
-        step = BlockDistillation(iterations=30, batch=6, step_order=order)
-        batches = step._one_step_each(timestep, train, generator)
-    else:
-        batches = mixed_batches(train, 6, 30, generator)
+    step = BlockDistillation(iterations=30, batch=6, step_order="sequential")
+    batches = step._one_step_each(timestep, train, torch.Generator().manual_seed(0))
     assert [len(batch) for batch in batches] == [6] * 30
     assert all(torch.isin(batch, train).all() for batch in batches)
-    together = [timestep[batch - 100].unique().numel() for batch in batches]
-    if order == "sequential":
-        assert together == [1] * 30
-        walked = [int(timestep[batch - 100][0]) for batch in batches]
-        assert walked == [40, 30, 20, 10, 0] * 6
-    else:
-        assert min(together) > 1
+    assert all(timestep[batch - 100].unique().numel() == 1 for batch in batches)
+    walked = [int(timestep[batch - 100][0]) for batch in batches]
+    assert walked == [40, 30, 20, 10, 0] * 6
 
 
 def test_sequential_training_sees_one_step_at_a_time(tiny_session, monkeypatch):
@@ -320,36 +302,11 @@ def test_few_inputs_are_enough(tiny_session):
     assert len(session.summary["block_distillation"]) == 9
 
 
-def test_blocks_of_float_layers_only_are_passed_over(tiny_session):
-    session = ready(tiny_session, num=4, **SMALL)
-    conv = session.float_model.conv_out
-    session.model.conv_out = nn.Conv2d(16, 1, 3, padding=1)
-    session.model.conv_out.load_state_dict(conv.state_dict())
-    BlockDistillation(iterations=0, batch=4, samples=16).apply(session)
-    blocks = [record["block"] for record in session.summary["block_distillation"]]
-    assert "conv_out" not in blocks
-    assert len(blocks) == 8
-
-
 def test_ranges_are_made_where_no_step_has_asked_for_them(tiny_session):
     session = tiny_session(num=4, **SMALL)
     BlockDistillation(iterations=0, batch=4, samples=16).apply(session)
     assert session.ranges_ready
     assert all(layer.quantizing for layer in session.layers().values())
-
-
-def test_targets_that_do_not_fit_at_once_are_made_in_parts(tiny_session, monkeypatch):
-    session, whole = ready(tiny_session, num=4, **SMALL), ready(tiny_session, num=4, **SMALL)
-    settings = {"iterations": 1, "batch": 4, "samples": 16}
-    BlockDistillation(**settings).apply(whole)
-    passes = []
-    handle = session.float_model.register_forward_pre_hook(lambda _m, args: passes.append(1))
-    monkeypatch.setattr("stepquant.methods.training.block_training.BYTES_OF_TARGETS", 200_000)
-    BlockDistillation(**settings).apply(session)
-    handle.remove()
-    assert len(passes) > 6  # an ordinary run has two batches and one probe
-    for name, value in whole.model.state_dict().items():
-        torch.testing.assert_close(session.model.state_dict()[name], value, msg=name)
 
 
 def test_finished_blocks_are_taken_from_the_work_folder(tiny_session, tmp_path, one_thread):
@@ -374,23 +331,3 @@ def test_finished_blocks_are_taken_from_the_work_folder(tiny_session, tmp_path, 
     ):
         assert a["block"] == b["block"]
         assert a["loss_after"] == pytest.approx(b["loss_after"])
-
-
-def test_each_block_gets_what_the_whole_chain_gives(tiny_session):
-    """Finished blocks are replayed; what a block is trained on is that of a plain forward."""
-    session = ready(tiny_session, **SMALL)
-    data = training_inputs(session, "test", 16)
-    compared = []
-
-    def train(name, block, examples, _generator):
-        args, kwargs = capture_inputs(session.model, name, data, 8)
-        assert kwargs.keys() == examples.kwargs.keys()
-        for found, expected in zip(examples.args, args, strict=True):
-            assert torch.equal(found, expected), name
-        for layer in quant_layers(block).values():
-            layer.weight.data.mul_(1.01)  # as training would
-        compared.append(name)
-        return 1.0, 1.0
-
-    train_blocks(session, "test", "testing", data, 4, train)
-    assert len(compared) == 9

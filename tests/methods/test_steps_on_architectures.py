@@ -19,7 +19,7 @@ from stepquant.methods.block_reconstruction import BlockReconstruction
 from stepquant.methods.channel_reparameterization import ChannelReparameterization
 from stepquant.methods.input_error_bypass import InputErrorBypass
 from stepquant.methods.temporal_quantizer import TemporalQuantizer
-from stepquant.methods.training.block_training import GuardedBlock
+from stepquant.methods.training.guarded_block import GuardedBlock
 from stepquant.models.input_bypass import common_channels, detach_bypass
 from stepquant.simulation.packing import pack_model
 

@@ -158,3 +158,45 @@ def test_a_function_is_recorded_by_its_name_and_an_unknown_thing_refused():
     assert described == {"x": "stepquant.verbs.sample.sample"}
     with pytest.raises(StepQuantError, match="'x' of the call is a Plain, whose contents a record"):
         Conditioning.of(call={"x": Plain()}).describe()
+
+
+class Pictures:
+    """Takes pictures as diffusers' pipelines do."""
+
+    def __call__(self, prompt=None, image=None, mask_image=None, ip_adapter_image=None):
+        pass
+
+
+A, B, C = (Image.new("RGB", (2, 2), color) for color in ("red", "green", "blue"))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (A, A),  # for all images
+        ([A], [A]),
+        ([A, B], [A, B]),  # of another meaning than one for each prompt
+        ([A, B, C], [B, C, A]),
+        ((A, B, C), [B, C, A]),
+        ([[A, B, C], A], [[B, C, A], A]),  # of two ControlNets
+        ([], []),
+        ([0.1, 0.2, 0.3], [0.1, 0.2, 0.3]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["image", "mask_image"])
+def test_a_list_with_a_picture_for_each_prompt_is_taken_in_turn(name, given, wanted):
+    conditioning = Conditioning.of(["a", "b", "c"], call={name: given})
+    assert conditioning.arguments(Pictures(), 1, 3)[name] == wanted
+
+
+def test_a_list_for_ip_adapters_has_one_entry_for_each():
+    conditioning = Conditioning.of(["a", "b"], call={"ip_adapter_image": [A, B]})
+    assert conditioning.arguments(Pictures(), 1, 1)["ip_adapter_image"] == [A, B]
+
+
+def test_arrays_and_tensors_are_pictures():
+    for several in ([np.zeros(3), np.ones(3)], [torch.zeros(3), torch.ones(3)]):
+        conditioning = Conditioning.of(["a", "b"], call={"image": several})
+        (found,) = conditioning.arguments(Pictures(), 1, 1)["image"]
+        assert found is several[1]

@@ -115,7 +115,8 @@ def test_a_named_scheduler_keeps_the_noise_schedule(tiny_pipeline, name):
 
 
 def test_an_unknown_scheduler_is_named(pipeline):
-    with pytest.raises(StepQuantError, match="unknown scheduler 'heun': expected one of ddim, "):
+    known = "unknown scheduler 'heun': expected one of auto, own, ddim, "
+    with pytest.raises(StepQuantError, match=known):
         sample_images(pipeline, 1, 1, scheduler="heun")
 
 

@@ -13,6 +13,25 @@ from stepquant.support import lock
 from stepquant.support.errors import StepQuantError
 from stepquant.support.lock import held
 
+TAKE = """
+import errno, sys, time
+from pathlib import Path
+from stepquant.support import lock
+from stepquant.support.errors import StepQuantError
+
+def flock(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+lock.fcntl.flock = flock
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with lock.held(Path(sys.argv[1])):
+        print("held", flush=True)
+        sys.stdin.readline()
+except StepQuantError:
+    print("refused", flush=True)
+"""
 HOLD = """
 import sys
 from pathlib import Path
@@ -113,3 +132,47 @@ def test_a_planted_link_is_not_written_to(path):
 def test_a_place_that_cannot_be_written_to_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot be made" in refused(tmp_path / "file" / "out.work")
+
+
+@pytest.mark.parametrize("left", [None, "dead"], ids=["new", "of a process that died"])
+def test_without_locks_one_of_many_processes_holds_it(path, left):
+    """All start at once, with and without a lock that may be taken over."""
+    for _ in range(3):
+        if left:
+            ended = subprocess.Popen([sys.executable, "-c", ""])
+            ended.wait()
+            file = path.parent / ".out.work.lock"
+            file.write_text(f"{ended.pid} {socket.gethostname()}\n")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        takers = [subprocess.Popen([sys.executable, "-c", TAKE, path], **pipes) for _ in range(4)]
+        assert [taker.stdout.readline() for taker in takers] == ["ready\n"] * 4
+        for taker in takers:
+            taker.stdin.write("\n")
+            taker.stdin.flush()
+        found = [taker.stdout.readline() for taker in takers]
+        for taker in takers:
+            taker.communicate("\n")
+        assert sorted(found) == ["held\n", *["refused\n"] * 3]
+        assert os.listdir(path.parent) == []
+
+
+def test_without_locks_a_file_that_was_just_made_is_held(path, monkeypatch):
+    """Its owner has not yet written who it is."""
+    without_locks(monkeypatch)
+    (path.parent / ".out.work.lock").write_text("")
+    assert "in use by another process" in refused(path)
+    with held(path.with_name("other.work")):
+        assert "in use by process" in refused(path.with_name("other.work"))
+
+
+def test_without_locks_a_takeover_that_another_has_begun_is_left_to_it(path, other, monkeypatch):
+    without_locks(monkeypatch)
+    other.kill()
+    other.wait()
+    second = path.parent / ".out.work.lock.takeover"
+    second.write_text("")
+    assert "in use by process" in refused(path)
+    second.unlink()
+    with held(path):
+        pass
+    assert os.listdir(path.parent) == []

@@ -15,8 +15,8 @@ from torch import nn
 
 from architectures import ARCHITECTURES, WAN_CALL, build, condition_unet, wan, with_weights
 from plain_denoiser import SHAPE, denoiser
-from quantize_runs import FAST_MINMAX, refused
-from stepquant.api import load, quantize
+from quantize_runs import FAST_MINMAX, refused, tree
+from stepquant.api import load, quantize, sample
 from stepquant.calibration.called_layers import REASON
 from stepquant.calibration.survey import general_adapter
 from stepquant.calibration.trajectories import capture_trajectories, predict
@@ -188,3 +188,37 @@ def test_a_packed_denoiser_that_cannot_be_called_is_not_written(tmp_path):
     assert "the quantized denoiser of 'DenoiserPipeline' cannot be called" in told
     assert "'IntegerConv2d' object has no attribute 'weight'" in told
     assert not (tmp_path / "out").exists()
+
+
+def compiled(pipeline, way):
+    if way == "torch.compile":
+        pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    elif way == "in place":
+        pipeline.unet.compile(backend="eager")
+    return pipeline
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "in place"])
+def test_a_compiled_denoiser_is_quantized_as_it_was_before(way, tmp_path):
+    """Its layers are looked at and changed, for which nothing need be compiled."""
+    arguments = {"steps": 2, "settings": FAST_MINMAX, **ARCHITECTURES["sd"].arguments}
+    pipeline = compiled(build("sd"), way)
+    before = pipeline.unet
+    quantize(pipeline, "minmax", 8, 8, out=tmp_path / "out", **arguments)
+    quantize(build("sd"), "minmax", 8, 8, out=tmp_path / "plain", **arguments)
+    assert tree(tmp_path / "out") == tree(tmp_path / "plain")
+    assert pipeline.unet is before  # the caller's stays compiled
+    kept = getattr(before, "_orig_mod", before)
+    assert (kept._compiled_call_impl is not None) == (way == "in place")
+
+
+def test_own_is_the_scheduler_of_the_pipeline(tmp_path):
+    arguments = {"steps": 2, **ARCHITECTURES["sd"].arguments}
+    for name in ("own", None):
+        settings = {**FAST_MINMAX, "calibration.scheduler": name}
+        quantize(build("sd"), "minmax", out=tmp_path / str(name), settings=settings, **arguments)
+    assert tree(tmp_path / "own") == tree(tmp_path / "None")
+    images = [sample(build("sd"), 1, scheduler=name, **arguments) for name in ("own", None)]
+    assert torch.equal(*images)
+    told = refused(lambda: sample(build("sd"), 1, scheduler="odd", **arguments))
+    assert "unknown scheduler 'odd': expected one of auto, own, ddim" in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -199,3 +200,10 @@ def test_a_float32_activation_may_reach_a_layer_of_half_precision(kind, dtype, m
     found = packed(input=x)
     assert found.dtype == torch.float32
     assert float((found - wanted).norm() / wanted.norm()) < 0.15
+
+
+@pytest.mark.parametrize("config", [WeightOnlyConfig(["a"]), DynamicConfig(), StepQuantConfig()])
+def test_a_config_is_printed_as_those_of_diffusers(config):
+    name, _, text = str(config).partition(" ")
+    assert name == type(config).__name__ and json.loads(text) == config.to_dict()
+    assert "\n" not in repr(config)  # a denoiser has hundreds of layers

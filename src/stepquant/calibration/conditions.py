@@ -15,7 +15,8 @@ from stepquant.models.calling import tensors_in
 from stepquant.support.errors import StepQuantError
 
 SEPARATOR = "."  # between the names of nested arguments
-POSITION = "#"  # before the index of a tuple's entry
+# Before the index of an entry. Denoisers may pop the entries of a list, so it stays a list.
+MARKS: dict[str, type[tuple[Any, ...]] | type[list[Any]]] = {"#": tuple, "@": list}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Conditions:
     - `constants`: values that are not tensors.
 
     Names of nested arguments are joined by dots, such as `added_cond_kwargs.time_ids`. Entries of
-    tuples have an index, such as `image_rotary_emb.#0`.
+    tuples have an index, such as `image_rotary_emb.#0`, and those of lists one such as `@0`.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -59,7 +60,7 @@ class Conditions:
             for parent in parents:
                 place = place.setdefault(parent, {})
             place[last] = value
-        return _with_tuples(nested)
+        return _with_sequences(nested)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the tensors to store in a safetensors file; none if there are no conditions."""
@@ -205,7 +206,8 @@ class ConditionRecorder:
                     f"keys that are texts without '{SEPARATOR}'",
                 )
             if isinstance(value, tuple | list) and tensors_in(value):
-                value = {f"{POSITION}{index}": entry for index, entry in enumerate(value)}
+                mark = "@" if isinstance(value, list) else "#"
+                value = {f"{mark}{index}": entry for index, entry in enumerate(value)}
             if isinstance(value, dict) and value:
                 flat |= self._flat(value, f"{prefix}{name}{SEPARATOR}")
             else:
@@ -216,11 +218,12 @@ class ConditionRecorder:
         raise StepQuantError(f"{self._owner} {found}: expected {expected}")
 
 
-def _with_tuples(value: Any) -> Any:
-    """Turn dictionaries of positions in `value` back into tuples; a list becomes a tuple, too."""
+def _with_sequences(value: Any) -> Any:
+    """Turn dictionaries of positions in `value` back into new tuples and lists."""
     if not isinstance(value, dict):
         return value
-    entries = {name: _with_tuples(entry) for name, entry in value.items()}
-    if entries and all(name.startswith(POSITION) for name in entries):
-        return tuple(entries[f"{POSITION}{index}"] for index in range(len(entries)))
+    entries = {name: _with_sequences(entry) for name, entry in value.items()}
+    for mark, kind in MARKS.items():
+        if entries and all(name.startswith(mark) for name in entries):
+            return kind(entries[f"{mark}{index}"] for index in range(len(entries)))
     return entries

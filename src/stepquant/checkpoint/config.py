@@ -156,6 +156,10 @@ class StepQuantConfig(QuantizationConfigMixin):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StepQuantConfig) and self.to_dict() == other.to_dict()
 
+    def __str__(self) -> str:
+        """As diffusers prints configs: the class and its JSON. `repr` is short."""
+        return f"{type(self).__name__} {self.to_json_string()}"
+
     def __repr__(self) -> str:
         return (
             f"StepQuantConfig(format_version={self.format_version}, scheme={self.scheme}, "

@@ -56,15 +56,8 @@ def check_sums(folder: Path) -> None:
     path = folder / SUMS_NAME
     if not path.is_file():
         return
-    remedy = (
-        f"fetch or write the folder again, or delete '{path}' if you have changed the folder "
-        "yourself"
-    )
-    sums = read_json(path, "the digests of a folder")
-    known = isinstance(sums, dict) and all(isinstance(each, str) for each in sums.values())
-    if not known:
-        raise StepQuantError(f"'{path}' holds no digests by file name: {remedy}")
-    for name, wanted in sums.items():
+    remedy = _remedy(path)
+    for name, wanted in read_sums(path).items():
         if not (folder / name).is_file():
             raise StepQuantError(f"'{folder}' has no file '{name}', which '{path}' names: {remedy}")
         found = _digest(folder / name)
@@ -73,6 +66,25 @@ def check_sums(folder: Path) -> None:
                 f"'{folder / name}' has the SHA-256 {found}: expected {wanted}, as '{path}' says; "
                 f"one of the two is damaged or was changed, so {remedy}"
             )
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """Return the digests in the file `path` by file name.
+
+    Raises:
+        StepQuantError: the digests cannot be read.
+    """
+    sums = read_json(path, "the digests of a folder")
+    if not isinstance(sums, dict) or not all(isinstance(each, str) for each in sums.values()):
+        raise StepQuantError(f"'{path}' holds no digests by file name: {_remedy(path)}")
+    return sums
+
+
+def _remedy(path: Path) -> str:
+    return (
+        f"fetch or write the folder again, or delete '{path}' if you have changed the folder "
+        "yourself"
+    )
 
 
 def _has_checksum(part: Path) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
-from stepquant.checkpoint.file_sums import check_sums
+from stepquant.checkpoint.file_sums import SUMS_NAME, check_sums, read_sums
 from stepquant.checkpoint.folder import (
     HUB_ID,
     INDEX_NAME,
@@ -167,9 +169,30 @@ def _fetch(source: str, revision: str | None, pipeline_class: Any) -> Path:
             "id like 'org/name'"
         )
     try:
-        return Path(pipeline_class.download(source, revision=revision, use_safetensors=True))
+        folder = Path(pipeline_class.download(source, revision=revision, use_safetensors=True))
+        _fetch_sums(source, folder)
+        return folder
+    except StepQuantError:
+        raise
     except (OSError, ValueError) as error:
         raise _fetch_error(source, error) from error
+
+
+def _fetch_sums(source: str, folder: Path) -> None:
+    """Fetch the digests of the hub's pipeline `source` to `folder`, and the files that they name.
+
+    diffusers fetches only what it reads. Without a connection, or without digests on the hub, the
+    folder stays as it is, and is loaded without this check.
+    """
+    if folder.parent.name != "snapshots":
+        return
+    commit = folder.name
+    with suppress(EntryNotFoundError):
+        path = Path(hf_hub_download(source, SUMS_NAME, revision=commit))
+        for name in read_sums(path):
+            below = not Path(name).is_absolute() and ".." not in Path(name).parts
+            if below and not (folder / name).is_file():
+                hf_hub_download(source, name, revision=commit)
 
 
 def _fetch_error(source: str, error: Exception) -> StepQuantError:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stepquant.checkpoint import validate
 from stepquant.checkpoint.architecture import check_architecture
+from stepquant.checkpoint.casts import allow_casts
 from stepquant.checkpoint.checksum import (
     CHECKSUM_NAME,
     FileChecksum,
@@ -21,16 +22,18 @@ from stepquant.checkpoint.checksum import (
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
 from stepquant.models.attention_processor import ProductsProcessor
-from stepquant.models.input_bypass import InputBypass, bypass_of, detach_bypass
-from stepquant.models.non_finite import NonFiniteInputs
+from stepquant.models.input_bypass import SLOPES_NAME, InputBypass, bypass_of, detach_bypass
+from stepquant.models.non_finite import NonFiniteSamples
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.blocks import use_fast_blocks, use_plain_blocks
+from stepquant.runtime.layers.adapters import (
+    check_no_adapter_tensors,
+)
 from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
 from stepquant.runtime.layers.fusion import refuse_fusion
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.layer_tensors import Reader, not_read
-from stepquant.runtime.layers.lora_branch import named_branches
 from stepquant.support.errors import StepQuantError
 
 
@@ -68,18 +71,14 @@ class StepQuantQuantizer(FrozenQuantizer):
         self.why_not_saved: str | None = None
         """Why a load could not build the model again, or None."""
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a `device_map` that would leave packed tensors on the disk.
-
-        Raises:
-            StepQuantError: `device_map` has a layer on "disk".
-        """
-        device_map = kwargs.get("device_map")
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise StepQuantError(
-                "device_map puts layers on 'disk': expected devices with memory, because packed "
-                "layers lay their weights out for the integer kernels at load"
-            )
+    def update_device_map(self, device_map: Any) -> Any:
+        """Return `device_map`, with a place for the tensors that the float model does not have."""
+        if not isinstance(device_map, dict) or not device_map or "" in device_map:
+            return device_map
+        own = [validate.STEP_GRID_NAME]
+        if self.quantization_config.input_error_bypass is not None:
+            own.append(SLOPES_NAME)
+        return {**dict.fromkeys(own, next(iter(device_map.values()))), **device_map}
 
     def maybe_update_loaded_keys(
         self, loaded_keys: list[str], checkpoint_files: list[str]
@@ -197,12 +196,13 @@ class StepQuantQuantizer(FrozenQuantizer):
         bypass = bypass_of(model)
         if bypass is not None:
             bypass.read_slopes(model)
-        NonFiniteInputs.attach(model)
+        NonFiniteSamples.attach(model)
         use_fast_blocks(model)
         model.requires_grad_(False)  # as after quantize: calls follow gradients where asked to
         place_markers(model)
         count_as_float(model)
         refuse_fusion(model)
+        allow_casts(model, other_dtypes=False)
         self.saved_names, self.saved_model = frozenset(model.state_dict()), model
         self._loaded_keys, self._checksum, self._owned = [], FileChecksum(), set()
         self._model = self._context = None
@@ -229,14 +229,15 @@ class StepQuantQuantizer(FrozenQuantizer):
         """Check that a load would take tensors of these `names`.
 
         Raises:
-            StepQuantError: the model has lost or gained tensors, or a module that its config does
-                not describe.
+            StepQuantError: the model has lost or gained tensors, an adapter of peft, or a module
+                that its config does not describe.
         """
         if self.why_not_saved is not None:
             raise StepQuantError(self.why_not_saved)
+        found = set(names)
+        check_no_adapter_tensors(found)
         if self.saved_names is None:
             return
-        found = set(names)
         for changed, what in (
             (self.saved_names - found, "has lost the tensor"),
             (found - self.saved_names, "has gained the tensor"),
@@ -254,14 +255,9 @@ class StepQuantQuantizer(FrozenQuantizer):
         Activations are no longer quantized.
 
         Raises:
-            StepQuantError: a LoRA is loaded, or a layer has a tensor that no float layer can use.
+            StepQuantError: a layer has a tensor that no float layer can use.
         """
         dtype = model.dtype
-        for name, _, lora, _ in named_branches(model):
-            raise StepQuantError(
-                f"the layer '{name}' has a branch of the LoRA '{lora}', which a dequantized layer "
-                "would lose: expected a model without LoRA; call unload_lora first"
-            )
         for name, layer in validate.packed_layers(model).items():
             unread = not_read(layer.present(), Reader.DEQUANTIZED)
             if unread:
@@ -280,11 +276,8 @@ class StepQuantQuantizer(FrozenQuantizer):
             if isinstance(getattr(module, "processor", None), ProductsProcessor):
                 module.set_processor(AttnProcessor2_0())
         delattr(model, validate.STEP_GRID_NAME)
-        vars(model).pop("num_parameters", None)
         detach_bypass(model)
-        NonFiniteInputs.detach(model)
-        kept = {key: value for key, value in model.config.items() if key != "quantization_config"}
-        model._internal_dict = type(model.config)(kept)  # a config entry cannot be unregistered
+        NonFiniteSamples.detach(model)
         return model
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from stepquant.checkpoint.architecture import architecture_of
 from stepquant.checkpoint.attention_config import AttentionConfig
+from stepquant.checkpoint.casts import allow_casts
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.file_sums import write_sums
 from stepquant.checkpoint.layer_config import LayerConfig
@@ -79,6 +80,7 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     model.is_quantized = True
     count_as_float(model)
     refuse_fusion(model)
+    allow_casts(model, other_dtypes=False)
     model.quantization_method = config.quant_method
     if hasattr(model, "register_to_config"):
         model.register_to_config(quantization_config=config)

@@ -95,15 +95,21 @@ def sample(
             backend=backend,
             **conditions(prompt, prompts, label, guidance, call),
         )
-        files = [] if out is None else images.save_images(drawn, out)
+        video = drawn.dim() == 5
+        # Each frame of a video is a picture; a row of the grid is a video.
+        frames = drawn.flatten(0, 1) if video else drawn
+        files = [] if out is None else images.save_images(frames, out)
         if grid is not None:
-            images.save_grid(drawn, grid, columns=math.ceil(math.sqrt(num)))
+            columns = drawn.shape[1] if video else math.ceil(math.sqrt(num))
+            images.save_grid(frames, grid, columns=columns)
         shape = list(drawn.shape[1:])
         output.results = {"num": num, "shape": shape, "grid": grid, "out": out, "files": files}
         output.results["loras"] = loras
         packed_ran = Target.parse(backend).engine is Engine.LAYERS
         output.results["slow_paths"] = api.slow_paths(pipeline) if packed_ran else []
-        output.table([{"images": num, "channels": shape[0], "height": shape[1], "width": shape[2]}])
+        sizes = dict(zip(("channels", "height", "width"), shape[-3:], strict=True))
+        counts = {"videos": num, "frames": shape[0]} if video else {"images": num}
+        output.table([{**counts, **sizes}])
         for entry in loras:
             output.line(lora_line(entry))
         for place in (grid, out):

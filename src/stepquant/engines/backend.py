@@ -17,12 +17,16 @@ from stepquant.engines.target import Engine, Target
 from stepquant.models.surgery import copy_around
 from stepquant.pipelines.resolved import ResolvedPipeline
 from stepquant.runtime.kernels.backend import Backend
+from stepquant.runtime.layers.dynamic import Dynamic
 from stepquant.runtime.layers.integer import IntegerLayer, is_packed
 from stepquant.support.errors import StepQuantError
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
-    """Run every integer layer of `model` on `backend`.
+    """Run every integer layer of `model` on `backend`, and lay its weight out at once.
+
+    Dynamic layers, which choose their kernels themselves, are laid out, too. Afterwards
+    `torch.compile(fullgraph=True)` finds one graph; laying a weight out would break it.
 
     Args:
         model: a module with integer layers.
@@ -40,6 +44,8 @@ def set_backend(model: nn.Module, backend: str) -> None:
     for module in model.modules():
         if isinstance(module, IntegerLayer):
             module.backend = str(backend)
+            module.prepare()
+        elif isinstance(module, Dynamic):
             module.prepare()
 
 

@@ -26,6 +26,7 @@ from stepquant.numerics import max_code
 from stepquant.quantizers.activation import spread_rows
 from stepquant.quantizers.step_grid import StepContext
 from stepquant.runtime.kernels.onednn import ONEDNN, pairs_saturate
+from stepquant.runtime.layers.adapters import adapters_text, named_adapters
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.integer_attention import PackedAttention
 from stepquant.runtime.layers.layer_tensors import Reader, not_read
@@ -217,7 +218,7 @@ def check_exportable(denoiser: nn.Module, device: str = "CPU") -> None:
 
 
 def check_no_lora_branch(denoiser: nn.Module) -> None:
-    """Check that no layer has a LoRA branch.
+    """Check that no layer has a LoRA branch, or an adapter of peft.
 
     Raises:
         StepQuantError: a layer has one; a compiled model would ignore changes of its scale.
@@ -226,6 +227,12 @@ def check_no_lora_branch(denoiser: nn.Module) -> None:
         raise StepQuantError(
             f"the layer '{name}' has the LoRA '{lora}': expected none for the backend openvino, "
             f"which would not see its scale change; unload it, or {DEFAULT}"
+        )
+    for name, adapters in named_adapters(denoiser):
+        raise StepQuantError(
+            f"the layer '{name}' has {adapters_text(adapters)} of peft: expected none for the "
+            f"backend openvino, which would not see them change; call unload_lora_weights, or "
+            f"{DEFAULT}"
         )
 
 

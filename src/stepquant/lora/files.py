@@ -148,7 +148,8 @@ def _configs(path: Path, header: dict[str, str]) -> dict[str, dict[str, Any]]:
     where = f"the header of '{path}'"
     found = _object(parse_json(text or "{}", where, what), where, what)
     for key, value in found.items():
-        component, _, setting = key.partition(".")
+        # diffusers' `save_lora_adapter`, of one model, names no component.
+        component, _, setting = key.rpartition(".")
         configs.setdefault(component, {})[setting] = value
     return configs
 

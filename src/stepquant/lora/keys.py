@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stepquant.lora.files import LoraFile
 from stepquant.models.stand_in import original
+from stepquant.runtime.layers.adapters import adapted_layer
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.lora_branch import Layer
 from stepquant.support.errors import StepQuantError
@@ -184,6 +185,11 @@ def _layer(label: str, key: str, pipeline: Any, component: str, name: str) -> La
             f"{label} has the key '{key}', but {type(model).__name__} has no layer '{name}': "
             f"expected names of its linear and conv layers, such as '{example}'; the LoRA is for "
             "another model"
+        )
+    if adapted_layer(layer) is not None:
+        raise StepQuantError(
+            f"{label} has the key '{key}', but '{name}' of {type(model).__name__} has an adapter "
+            "of peft: expected none; load all LoRAs with load_lora, or all with load_lora_weights"
         )
     plain = isinstance(layer, kinds) and getattr(layer, "groups", 1) == 1
     if not plain or getattr(layer, "padding_mode", "zeros") != "zeros":

@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from stepquant.lora.files import read_lora_file
 from stepquant.lora.keys import lora_layers, models_of
-from stepquant.methods import STEPS, Step
-from stepquant.methods.equivalent_scaling import ScalingStep
-from stepquant.models.adapter import ADAPTERS, adapter_for
+from stepquant.lora.scaled_layers import scaled_layers
 from stepquant.pipelines.resolved import ResolvedPipeline
-from stepquant.runtime.layers.integer import IntegerConv2d, IntegerLayer
+from stepquant.runtime.layers.adapters import adapters_text, named_adapters
+from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.lora_branch import (
     LoraBranch,
     attach_branch,
@@ -71,7 +69,7 @@ def load_lora(
         )
     file = read_lora_file(source, weight_name)
     layers = lora_layers(file, pipeline, component)
-    scaled = _scaled_layers(pipeline, denoiser)
+    scaled = {} if hasattr(type(pipeline), "make_adapter") else scaled_layers(denoiser)
     for (part, layer_name), (layer, _) in layers.items():
         _check_ready(file.label, pipeline, part, layer_name, layer)
         if part == component and layer_name in scaled:
@@ -127,7 +125,9 @@ def lora_scales(pipeline: DiffusionPipeline) -> dict[str, float]:
 
 
 def check_no_lora(pipeline: DiffusionPipeline) -> None:
-    """Check that no LoRA is loaded: calibration would include its effect, the result would not.
+    """Check that no LoRA is loaded, by stepquant or by peft.
+
+    Calibration would include its effect, and the packed model would not.
 
     Raises:
         StepQuantError: a LoRA is loaded.
@@ -137,6 +137,13 @@ def check_no_lora(pipeline: DiffusionPipeline) -> None:
             f"the {type(pipeline).__name__} has the LoRA '{lora}' loaded: expected none; call "
             "unload_lora first, and load the LoRA into the quantized pipeline"
         )
+    for component, model in models_of(pipeline).items():
+        for layer, adapters in named_adapters(model):
+            raise StepQuantError(
+                f"the layer '{component}.{layer}' has {adapters_text(adapters)} of peft: expected "
+                "none; call unload_lora_weights first, and fuse_lora before that to quantize the "
+                "model with the LoRA in it"
+            )
 
 
 def _branches(pipeline: DiffusionPipeline) -> list[tuple[str, nn.Module, str, LoraBranch]]:
@@ -178,33 +185,3 @@ def _check_ready(
             f"{label} is for the layer '{name}' of {component}, which is float and compiled "
             "already: expected it uncompiled; load the LoRA before torch.compile"
         )
-
-
-def _scaled_layers(pipeline: DiffusionPipeline, denoiser: Any) -> dict[str, str]:
-    """Return the layers whose inputs or outputs a step of the recipe has scaled, with that step.
-
-    Equivalent scaling divides the output of one layer and multiplies the weights of its consumers.
-    A LoRA was trained on undivided values, and the checkpoint does not keep the factors.
-    """
-    known = any(kind.__name__ in ADAPTERS for kind in type(denoiser).__mro__)
-    if hasattr(type(pipeline), "make_adapter") or not known:
-        return {}  # quantized with a `ModuleAdapter`, which folds nothing
-    if not any(isinstance(module, IntegerLayer) for module in denoiser.modules()):
-        return {}
-    adapter = adapter_for(denoiser)
-    groups = [(producer, consumers) for producer, consumers in adapter.folds(denoiser)]
-    groups += [(entry.linear, entry.consumers) for entry in adapter.modulations(denoiser)]
-    layers = dict(denoiser.named_modules())
-    found: dict[str, str] = {}
-    for entry in denoiser.hf_quantizer.quantization_config.recipe.get("steps", []):
-        for step, settings in entry.items():
-            fold = settings.get("fold")  # suffices even if the step's package is not installed
-            if fold is None:  # an older recipe, from before steps had `fold`, or no scaling step
-                fold = issubclass(STEPS.get(step, Step), ScalingStep)
-            if not fold:
-                continue
-            for producer, consumers in groups:
-                convs = all(isinstance(layers[name], IntegerConv2d) for name in consumers)
-                if convs or settings.get("layers") != "conv":
-                    found.update({name: step for name in (producer, *consumers)})
-    return found

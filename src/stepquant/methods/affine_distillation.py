@@ -35,7 +35,7 @@ from stepquant.calibration.influence import MIXED, shared_power, why_not_followe
 from stepquant.calibration.trajectories import Trajectories, predict
 from stepquant.methods.session import Session
 from stepquant.methods.step import CORRECTED, Step, register_step
-from stepquant.methods.training.block_training import is_check
+from stepquant.methods.training.guarded_block import is_check
 from stepquant.methods.training.layer_optimizer import AdamOptimizer
 from stepquant.methods.training.steps_together import (
     check_together,

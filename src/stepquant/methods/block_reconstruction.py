@@ -48,13 +48,12 @@ from stepquant.calibration.trajectories import Trajectories
 from stepquant.methods.session import Session
 from stepquant.methods.step import CORRECTED, Step, register_step
 from stepquant.methods.training.block_training import (
-    GuardedBlock,
-    is_check,
     steps_taken,
     train_blocks,
     trained_layers,
     training_inputs,
 )
+from stepquant.methods.training.guarded_block import GuardedBlock, is_check
 from stepquant.methods.training.layer_optimizer import LayerOptimizer
 from stepquant.methods.training.steps_together import check_together
 from stepquant.quantizers import QuantLayer

@@ -49,7 +49,7 @@ class Calibration(BaseModel):
     Attributes:
         trajectories: number of sampled images.
         steps: sampling steps of each image.
-        scheduler: name of the scheduler; None keeps the pipeline's own.
+        scheduler: name of the scheduler; None or "own" keeps the pipeline's own.
         batch: images sampled at the same time.
     """
 
@@ -58,6 +58,11 @@ class Calibration(BaseModel):
     steps: int = Field(50, ge=1)
     scheduler: str | None = "ddim"
     batch: int = Field(64, ge=1)
+
+    @field_validator("scheduler")
+    @classmethod
+    def _own_is_none(cls, value: str | None) -> str | None:
+        return None if value == "own" else value
 
 
 class Ranges(BaseModel):

@@ -36,6 +36,27 @@ def variants_of(folder: Path) -> set[str]:
     return {match[2] for match in map(VARIANT.fullmatch, names) if match}
 
 
+def without_variant(path: Path, name: str | None = None) -> str:
+    """Return the name of the weights or index `path` without its variant.
+
+    `name` is that of another file beside it. A name stays as it is if the folder has weights
+    without a variant, several variants, or another one.
+    """
+    name = name or path.name
+    variants = variants_of(path.parent)
+    if len(variants) != 1:
+        return name
+    (variant,) = variants
+    for stem in STEMS:
+        for ending in (f".{variant}.safetensors", f".safetensors.index.{variant}.json"):
+            if name == stem + ending:
+                return stem + ending.replace(f".{variant}", "")
+        shard = re.fullmatch(rf"{stem}\.{re.escape(variant)}({SHARD})\.safetensors", name)
+        if shard:
+            return f"{stem}{shard[1]}.safetensors"
+    return name
+
+
 def shard_names(index: Path) -> list[str]:
     """Return the file names in the index of shards `index`, sorted.
 

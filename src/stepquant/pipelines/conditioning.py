@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ RESERVED = {
     "return_dict": "nothing: images come as arrays",
 }
 TEXTS = ("negative_prompt", "prompt_")  # prefixes of arguments with a text for each image
+# Arguments with a picture for each image; an IP-Adapter's list has one entry for each adapter.
+PICTURES = re.compile(r"(?!ip_adapter)(\w+_)?image")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Conditioning:
     - `prompts`, `labels`: one entry for each image in turn, repeated from the start after the last.
       Without labels, a class-conditional pipeline uses all its classes, in a fixed shuffled order.
     - `guidance`: scale of classifier-free guidance; None keeps the pipeline's own.
-    - `call`: further arguments of the pipeline, such as `height`, the same for all images.
+    - `call`: further arguments of the pipeline, such as `height`, the same for all images; but a
+      list of several pictures that is as long as `prompts` has one for each prompt, and so has each
+      list in a list, which pipelines with several ControlNets take.
     """
 
     prompts: tuple[str, ...] = ()
@@ -102,6 +107,9 @@ class Conditioning:
             name: _texts(value, chosen) if name.startswith(TEXTS) else value
             for name, value in self.call.items()
         }
+        for name, value in found.items():
+            if PICTURES.fullmatch(name):
+                found[name] = _pictures(value, chosen, len(self.prompts))
         if self.guidance is not None:
             found["guidance_scale"] = self.guidance
         for name in found:
@@ -193,6 +201,21 @@ def _texts(value: Any, chosen: Sequence[int]) -> Any:
     if not isinstance(several, list | tuple) or not all(isinstance(v, str) for v in several):
         return value
     return [several[i % len(several)] for i in chosen] if several else value
+
+
+def _pictures(value: Any, chosen: Sequence[int], prompts: int) -> Any:
+    """Return a picture for each of the images `chosen`, if `value` is a list with one per prompt.
+
+    Other values are returned unchanged, except that each list in a list is such a list.
+    """
+    if not isinstance(value, list | tuple):
+        return value
+    if any(isinstance(entry, list | tuple) for entry in value):
+        return [_pictures(entry, chosen, prompts) for entry in value]
+    each = isinstance(value[0], Image.Image | np.ndarray | torch.Tensor) if value else False
+    if not each or len(value) != prompts or prompts == 1:
+        return value
+    return [value[i % prompts] for i in chosen]
 
 
 def described(value: Any, what: str) -> Any:

@@ -69,6 +69,15 @@ class ResolvedPipeline:
         vars(other)[self.name] = denoiser
         return replace(self, pipeline=other, denoiser=denoiser)
 
+    def uncompiled(self) -> ResolvedPipeline:
+        """With the denoiser as it was before `torch.compile`, if it is compiled as a whole."""
+        inner = getattr(self.denoiser, "_orig_mod", None)
+        if isinstance(inner, nn.Module):  # torch.compile(model)
+            return self.with_denoiser(inner)
+        if getattr(self.denoiser, "_compiled_call_impl", None) is not None:  # model.compile()
+            return self.with_denoiser(copy.copy(self.denoiser))  # copies are not compiled
+        return self
+
     def with_scheduler(self, name: str | None) -> ResolvedPipeline:
         """With the scheduler `name`, or a copy of its own; see `sampling.set_scheduler`."""
         other = copy.copy(self.pipeline)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -28,6 +29,7 @@ SCHEDULERS = {
 }
 FLOW = "FlowMatch"  # prefix of classes for flow matching only; some others have a setting for it
 AUTO = "auto"  # "ddim", or the pipeline's own scheduler if DDIM cannot be used
+OWN = "own"  # the pipeline's own scheduler, as None
 LARGEST_SEED = 2**48  # stepquant also seeds generators with multiples of the seed
 
 
@@ -47,10 +49,12 @@ def needs_own_scheduler(pipeline: DiffusionPipeline) -> bool:
 
 
 def resolve_scheduler(pipeline: DiffusionPipeline, name: str | None) -> str | None:
-    """Return `name`, with "auto" resolved to "ddim" or None.
+    """Return `name`, with "auto" resolved to "ddim" or None, and "own" to None.
 
     None is the pipeline's own scheduler. "auto" is resolved to None if DDIM cannot be used.
     """
+    if name == OWN:
+        return None
     if name != AUTO:
         return name
     return None if needs_own_scheduler(pipeline) else "ddim"
@@ -70,7 +74,9 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str | None) -> None:
         pipeline.scheduler = copy.copy(pipeline.scheduler)  # because sampling sets its steps
         return
     if name not in SCHEDULERS:
-        raise StepQuantError(f"unknown scheduler '{name}': expected one of {', '.join(SCHEDULERS)}")
+        raise StepQuantError(
+            f"unknown scheduler '{name}': expected one of {AUTO}, {OWN}, {', '.join(SCHEDULERS)}"
+        )
     if getattr(pipeline.scheduler, "owns_sampling", False):
         raise StepQuantError(
             f"scheduler '{name}' was named for a DenoiserPipeline that draws with its own "
@@ -191,6 +197,8 @@ def sample_images(
 ) -> Tensor:
     """Sample `num` images and return them as float32 `[num, C, H, W]` in [0, 1].
 
+    Videos are returned as `[num, F, C, H, W]`, with `F` frames each.
+
     Image `i` starts from the noise of a generator with seed `seed + first + i`. Two models sampled
     with the same seed can therefore be compared image by image, and the batch size has no effect on
     the noise. Image `i` has condition number `first + i` of `conditioning`.
@@ -200,7 +208,7 @@ def sample_images(
         num: number of images.
         steps: number of sampling steps.
         seed: seed of the first image's noise, if `first` is 0.
-        scheduler: a name from `SCHEDULERS`, "auto", or None for the pipeline's own.
+        scheduler: a name from `SCHEDULERS`, "auto", or "own" or None for the pipeline's own.
         batch: largest number of images sampled at once.
         reporter: shows progress; None shows none.
         first: number of the first image.
@@ -246,8 +254,24 @@ def sample_images(
                 **call,
             )
             if decode:
-                images.append(torch.from_numpy(result.images).permute(0, 3, 1, 2))
+                images.append(drawn_in(result))
             task.advance(count)
     if not decode:
         return torch.empty(0)
     return torch.cat(images).contiguous().to(torch.float32)
+
+
+def drawn_in(result: Any) -> Tensor:
+    """Return the images `[N, C, H, W]` or the videos `[N, F, C, H, W]` in a pipeline's result.
+
+    Raises:
+        StepQuantError: the result holds neither.
+    """
+    for name in ("images", "frames"):
+        found = getattr(result, name, None)
+        if isinstance(found, np.ndarray):
+            return torch.from_numpy(found).movedim(-1, -3)
+    raise StepQuantError(
+        f"the pipeline returned a {type(result).__name__}: expected one with arrays as 'images' or "
+        "'frames'; call the pipeline itself for other results"
+    )

@@ -16,37 +16,29 @@ from torch.nn import functional
 
 from stepquant.numerics import check_bits
 from stepquant.quantizers.activation import ActivationQuantizer, TakesErrors, spread_rows
-from stepquant.quantizers.low_rank import LowRankAdapter
-from stepquant.quantizers.rounding import SoftRounding
 from stepquant.quantizers.step_grid import StepContext
-from stepquant.quantizers.weight import GridSearch, WeightQuantizer
+from stepquant.quantizers.trainable_weight import TrainableWeight
+from stepquant.quantizers.weight import WeightQuantizer
 from stepquant.support.errors import StepQuantError
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(TrainableWeight):
     """Base class of the simulated linear and conv layers.
 
-    - `weight [C_out, C_in, ...]`, `bias [C_out]`: the float layer's parameters in float32,
-      trainable.
-    - `splits`: number of in-channels of each part.
+    - `weight`, `splits`, `adapter`, `roundings`: see `TrainableWeight`.
+    - `bias [C_out]`: the float layer's bias in float32, trainable, or None.
     - `inverse_channel_scale [C_in]`: factor per in-channel, applied to the input before it is
       quantized. It is all ones unless an equivalent scaling could not be folded into the producer.
-    - `adapter`: low-rank change that training adds to the weight, or None.
-    - `roundings`: learned rounding of each part's weight while it is trained. They are not
-      submodules: training ends by writing its result into `weight`, so the state dict is the same
-      with and without them.
     - `bypass`: receives the input error while the layer quantizes, or None.
     - `step_bias [T, C_out]`: added to the output at each step while the layer quantizes, or None.
     - `quantizing`: False runs the layer in float, with the scaling and without any rounding.
     """
 
-    weight: nn.Parameter
     bias: nn.Parameter | None
     channel_dim: int  # of the input
     inverse_channel_scale: Tensor
     step_bias: Tensor | None
     activation_quantizers: nn.ModuleList
-    weight_quantizers: nn.ModuleList
 
     def _setup(
         self,
@@ -79,40 +71,18 @@ class QuantLayer(nn.Module):
         self.register_buffer("step_bias", None)
         self.scales_input = False
         self.bypass: TakesErrors | None = None
-        self.adapter: LowRankAdapter | None = None
-        self.roundings: tuple[SoftRounding, ...] = ()
-
-    def weight_parts(self) -> tuple[Tensor, ...]:
-        """Return the weight of each part, `[C_out, C_part, ...]`, with the adapter's change."""
-        return self.merged_weight().split(self.splits, dim=1)
+        self.adapter = None
+        self.roundings = ()
 
     def parts(self) -> Iterator[tuple[ActivationQuantizer, WeightQuantizer, Tensor]]:
         """Yield activation quantizer, weight quantizer and weight of each part.
 
         The weight is `[C_out, C_part, ...]`, with the adapter's change.
         """
-        for activations, weights, weight in zip(
-            self.activation_quantizers, self.weight_quantizers, self.weight_parts(), strict=True
-        ):
+        pairs = zip(self.activation_quantizers, self.quantized_parts(), strict=True)
+        for activations, (weights, weight) in pairs:
             assert isinstance(activations, ActivationQuantizer)
-            assert isinstance(weights, WeightQuantizer)
             yield activations, weights, weight
-
-    @property
-    def channel_bits(self) -> Tensor:
-        """Weight bits of each out-channel, uint8 `[C_out]`; the same in every part."""
-        quantizer = self.weight_quantizers[0]
-        assert isinstance(quantizer, WeightQuantizer)
-        return quantizer.channel_bits
-
-    def set_channel_bits(self, bits: Tensor) -> None:
-        """Set the weight bits of each out-channel to `bits [C_out]`.
-
-        The weight grids must then be fitted again.
-        """
-        for quantizer in self.weight_quantizers:
-            assert isinstance(quantizer, WeightQuantizer)
-            quantizer.channel_bits.copy_(bits)
 
     def set_activation_bits(self, bits: int) -> None:
         """Set the bits of the input to `bits`.
@@ -148,53 +118,6 @@ class QuantLayer(nn.Module):
             found["act_channel_scale"] = 1.0 / self.inverse_channel_scale
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def fit_weights(self, find: GridSearch) -> None:
-        """Fit the weight grids of every part with `find`."""
-        for _, quantizer, weight in self.parts():
-            quantizer.fit(weight, find)
-
-    def attach_adapter(self, adapter: LowRankAdapter) -> None:
-        """Add `adapter` to the weight from now on, before quantization."""
-        self.adapter = adapter
-
-    def merge_adapter(self) -> None:
-        """Merge the adapter's change into `weight` and remove the adapter."""
-        if self.adapter is not None:
-            self.weight.data.copy_(self.merged_weight().detach())
-            self.adapter = None
-
-    def merged_weight(self) -> Tensor:
-        """Return the weight with the adapter's change, `[C_out, C_in, ...]`."""
-        if self.adapter is None:
-            return self.weight
-        return self.weight + self.adapter().view_as(self.weight)
-
-    def attach_roundings(self, weight: Tensor) -> None:
-        """Train the rounding of `weight [C_out, C_in, ...]` from now on, not the weight itself.
-
-        While gradients are recorded, the layer computes with the softly rounded weight. Otherwise
-        it computes with its own weight, which stays unchanged until `settle_roundings`. If its own
-        weight differs from `weight`, it is the result of an earlier rounding of `weight`, and the
-        new rounding starts there.
-        """
-        again = not torch.equal(weight, self.weight)
-        pairs = zip(self.parts(), weight.split(self.splits, dim=1), strict=True)
-        self.roundings = tuple(
-            SoftRounding(quantizer, part, own if again else None)
-            for (_, quantizer, own), part in pairs
-        )
-
-    @torch.no_grad()
-    def settle_roundings(self) -> None:
-        """Write the weight at its learned codes into `weight`; the roundings stay attached."""
-        if self.roundings:
-            rounded = [rounding.rounded() for rounding in self.roundings]
-            self.weight.copy_(torch.cat(rounded, dim=1))
-
-    def detach_roundings(self) -> None:
-        """Remove the roundings; the layer then computes with its own weight alone."""
-        self.roundings = ()
-
     def multiply_channel_scale(self, scale: Tensor) -> None:
         """Divide the input by `scale [C_in]` from now on, in addition to any earlier scaling."""
         # The packed layer stores the float32 scale and inverts it. Inverting the same float32
@@ -211,16 +134,11 @@ class QuantLayer(nn.Module):
 
     def scaled_input(self, x: Tensor) -> Tensor:
         """Return `x` after the per-in-channel scaling that was not folded."""
-        return x * self._inverse_scale_for(x) if self.scales_input else x
+        return x * self._over_positions(self.inverse_channel_scale, x) if self.scales_input else x
 
     def unscaled_input(self, x: Tensor) -> Tensor:
         """Undo `scaled_input`."""
-        return x / self._inverse_scale_for(x) if self.scales_input else x
-
-    def _inverse_scale_for(self, x: Tensor) -> Tensor:
-        shape = [1] * x.dim()
-        shape[self.channel_dim] = -1
-        return self.inverse_channel_scale.view(shape)
+        return x / self._over_positions(self.inverse_channel_scale, x) if self.scales_input else x
 
     def input_parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the scaled input, split into one tensor for each activation quantizer."""
@@ -238,17 +156,6 @@ class QuantLayer(nn.Module):
             scale = quantizer.scale[rows].view(-1, *(1,) * (x.dim() - 1))
             errors.append(part - quantizer.differences(part, rows) * scale)
         return self.unscaled_input(torch.cat(errors, dim=self.channel_dim))
-
-    def quantized_weight(self) -> Tensor:
-        """Return the fake-quantized weight `[C_out, C_in, ...]`, differentiable.
-
-        With roundings attached, it is the softly rounded weight, which may lie between grid points.
-        """
-        if self.roundings:
-            parts = [rounding() for rounding in self.roundings]
-        else:
-            parts = [quantizer(weight) for _, quantizer, weight in self.parts()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer; while `quantizing`, with quantized input and weight.
@@ -274,9 +181,9 @@ class QuantLayer(nn.Module):
             return y
         return y + self._over_positions(self.step_bias[spread_rows(self.context.rows, len(y))], y)
 
-    def _over_positions(self, values: Tensor, y: Tensor) -> Tensor:
-        """Reshape `values [C_out]` or `[R, C_out]` to broadcast over the output `y`."""
-        shape = [1] * y.dim()
+    def _over_positions(self, values: Tensor, x: Tensor) -> Tensor:
+        """Reshape `values [C]` or `[R, C]` to broadcast over `x`, an input or output."""
+        shape = [1] * x.dim()
         shape[self.channel_dim] = -1
         if values.dim() == 2:
             shape[0] = len(values)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from stepquant.models.non_finite import NonFiniteInputs
+from stepquant.models.non_finite import NonFiniteSamples
 from stepquant.models.surgery import replace_modules
 from stepquant.numerics import WEIGHT_ZERO_POINT_8BIT, max_code, max_codes, pack_channels
 from stepquant.quantizers import (
@@ -184,5 +184,5 @@ def pack_model(model: nn.Module, reporter: Reporter | None = None) -> nn.Module:
 
         replace_modules(model, packed)
     if model._forward_pre_hooks:  # a denoiser, which its step context is attached to
-        NonFiniteInputs.attach(model)
+        NonFiniteSamples.attach(model)
     return use_fast_blocks(model)

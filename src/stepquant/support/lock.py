@@ -31,8 +31,8 @@ def held(path: Path | None) -> Iterator[None]:
 
     The lock is the hidden file `.NAME.lock` beside `path`. It holds the process and the host of its
     owner, and is deleted at the end. The operating system releases the lock of a process that dies.
-    Where a file system has no locks, the file alone is the lock; one of a process that has died on
-    this host is taken over.
+    Where a file system has no locks, the file alone is the lock: whoever creates it holds it. One
+    of a process that has died on this host is taken over; one of another host has to be deleted.
 
     Raises:
         StepQuantError: another process, or another thread, holds the lock, or the file cannot be
@@ -60,26 +60,42 @@ def held(path: Path | None) -> Iterator[None]:
 
 
 def _acquire(file: Path, path: Path) -> int:
-    """Return the descriptor of the locked `file`."""
+    """Return the descriptor of `file`, which this process holds from now on."""
     while True:
-        # Never through a link, which would write to the link's target.
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        descriptor = os.open(file, flags, 0o666)
+        descriptor, is_new = _opened(file)
         try:
             owner = os.read(descriptor, 1000).decode(errors="replace")
-            if not _locked(descriptor, owner):
+            locked = _locked(descriptor)
+            if locked is None and not is_new:
+                locked = _taken_over(file, owner)
+            if locked is False:
                 raise _in_use(path, file, owner)
             # Whoever held the lock until now has deleted the file that it was on.
             if not _is_at(descriptor, file):
                 os.close(descriptor)
                 continue
-            os.ftruncate(descriptor, 0)
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
+            _write_owner(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
         return descriptor
+
+
+def _opened(file: Path) -> tuple[int, bool]:
+    """Open or create `file`; return the descriptor, and whether this call has created it."""
+    # Never through a link, which would write to the link's target.
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            return os.open(file, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+            return os.open(file, flags), False
+
+
+def _write_owner(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
 
 
 def _is_at(descriptor: int, file: Path) -> bool:
@@ -89,8 +105,8 @@ def _is_at(descriptor: int, file: Path) -> bool:
         return False
 
 
-def _locked(descriptor: int, owner: str) -> bool:
-    """Lock the open file, which `owner` has written to; False if somebody else has locked it."""
+def _locked(descriptor: int) -> bool | None:
+    """Lock the open file; False if somebody else has locked it, None if it cannot be locked."""
     if fcntl is not None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,8 +116,46 @@ def _locked(descriptor: int, owner: str) -> bool:
                 return False
             if error.errno not in NO_LOCKS:
                 raise
+    return None
+
+
+def _taken_over(file: Path, owner: str) -> bool:
+    """Take over the lock `file`, which is no more than a file, of an `owner` that has died.
+
+    Only the process that creates a second file may write to the lock of a dead owner, so that of
+    several that find it one takes it over.
+    """
+    if not _has_died(owner):
+        return False
+    second = _second(file)
+    try:
+        os.close(os.open(second, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError:
+        return False
+    try:
+        # Another process may have taken it over and ended since the owner was read.
+        now = os.open(file, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            if os.read(now, 1000).decode(errors="replace") != owner:
+                return False
+            _write_owner(now)
+        finally:
+            os.close(now)
+        return True
+    except FileNotFoundError:
+        return False
+    finally:
+        second.unlink()
+
+
+def _second(file: Path) -> Path:
+    return file.with_name(f"{file.name}.takeover")
+
+
+def _has_died(owner: str) -> bool:
+    """Whether the process that wrote `owner` ran on this host and has ended."""
     pid, _, host = owner.partition(" ")
-    return not owner or (host.strip() == socket.gethostname() and not is_alive(pid))
+    return host.strip() == socket.gethostname() and not is_alive(pid)
 
 
 def is_alive(pid: Any) -> bool:

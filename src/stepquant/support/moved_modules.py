@@ -1,4 +1,4 @@
-"""Old names of moved modules, importable and runnable for one release."""
+"""Old names of moved modules, classes and functions, kept for one release."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.abc
 import importlib.util
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 from typing import Any
@@ -20,6 +20,29 @@ def keep_old_names(moved: Mapping[str, Sequence[str]]) -> None:
     new ones; among equal names, the first module's counts. `python -m OLD` runs the first.
     """
     sys.meta_path.append(_MovedModules(moved))
+
+
+def old_names(module: str, moved: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a `__getattr__` for `module` (PEP 562) that keeps the old names in it importable.
+
+    `moved` maps old names to new ones, `package.module.name`. Each use of an old name gives a
+    DeprecationWarning with the new one.
+    """
+
+    def attribute(name: str) -> Any:
+        if name not in moved:
+            raise AttributeError(f"module '{module}' has no attribute '{name}'")
+        new = moved[name]
+        warnings.warn(
+            f"{module}.{name} is now {new}: import it from there; the old name will be removed in "
+            "the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        home, _, new_name = new.rpartition(".")
+        return getattr(importlib.import_module(home), new_name)
+
+    return attribute
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):

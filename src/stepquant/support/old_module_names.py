@@ -34,7 +34,7 @@ OLD_MODULE_NAMES: dict[str, str] = {
     "inspection_plots": "reporting.plots",
     "judge": "verbs.evaluate evaluation.metrics.class_shares",
     "memory": "verbs.memory_plan support.process_memory",
-    "methods.block_training": "methods.training.block_training",
+    "methods.block_training": "methods.training.block_training methods.training.guarded_block",
     "methods.coherence": "methods.training.steps_together",
     "methods.layer_optimizer": "methods.training.layer_optimizer",
     "models.attention": "models.attention_processor",

@@ -52,7 +52,7 @@ def evaluate(
         against: the float pipeline, its folder, a hub id, or "builtin:NAME".
         num: images sampled with each model; image i starts from the noise of `seed + i`.
         steps: sampling steps.
-        scheduler: name of the scheduler; "auto" chooses one, None keeps the pipeline's own.
+        scheduler: name of the scheduler; "auto" chooses one, "own" keeps the pipeline's.
         features: name or folder of a feature network; by default that of an embedded model.
         seed: seed of the first image.
         batch: images sampled at a time.

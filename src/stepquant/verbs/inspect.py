@@ -65,7 +65,7 @@ def inspect(
         model: a pipeline, its folder, a hub id, or "builtin:NAME".
         plots: new folder for plots, which need the extra [evaluate]; None draws none.
         steps: sampling steps of a float model.
-        scheduler: its scheduler; "auto" chooses one, None keeps the pipeline's own.
+        scheduler: its scheduler; "auto" chooses one, "own" keeps the pipeline's.
         num: number of images.
         seed: seed of the first image.
         reporter: where progress is shown; silent by default.

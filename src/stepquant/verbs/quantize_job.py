@@ -161,6 +161,7 @@ def open_float(
         StepQuantError: the denoiser or one of `components` cannot be quantized.
     """
     source = ResolvedPipeline.of(open_pipeline(model, map_large=True, reporter=reporter))
+    source = source.uncompiled()  # steps look at layers and change them
     check_no_lora(source.pipeline)
     check_components(source.pipeline, source.name, components)
     check_denoiser(source.denoiser, f"{source.name} of '{source.kind}'")

@@ -42,7 +42,7 @@ def sample(
         num: number of images.
         steps: sampling steps.
         seed: image i starts from the noise of `seed + i`.
-        scheduler: name of the scheduler; "auto" chooses one, None keeps the pipeline's own.
+        scheduler: name of the scheduler; "auto" chooses one, "own" keeps the pipeline's.
         batch: images sampled at a time; their noise does not depend on it.
         reporter: where progress is shown; silent by default.
         prompts: prompts, which the images take in turn.
@@ -53,7 +53,8 @@ def sample(
         **more: further arguments of the pipeline, as in `call`.
 
     Returns:
-        float32 `[num, C, H, W]` in [0, 1], on the CPU.
+        float32 `[num, C, H, W]` in [0, 1], on the CPU; of a pipeline for videos
+        `[num, F, C, H, W]`, with F frames each.
 
     Raises:
         StepQuantError: a model or an argument is not as described.

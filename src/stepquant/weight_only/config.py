@@ -173,6 +173,10 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         del use_diff
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
+    def __str__(self) -> str:
+        """As diffusers prints configs: the class and its JSON. `repr` is short."""
+        return f"{type(self).__name__} {self.to_json_string()}"
+
     def __repr__(self) -> str:
         count = "all" if self.layers is None else len(self.layers)
         return f"{type(self).__name__}(layers={count}, bits={self.bits})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import stat
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from stepquant.checkpoint.file_sums import SUMS_NAME
+from stepquant.models.weight_files import shard_names, without_variant
 from stepquant.support.errors import StepQuantError
 
 
@@ -28,6 +30,8 @@ def check_contained(folder: Path) -> list[Path]:
 def copy_files(folder: Path, files: list[Path], target: Path) -> dict[str, int]:
     """Copy `files` of `folder` to the same places below `target`; return their modes.
 
+    Weights that a component has in one variant only, such as "fp16", lose the variant in their
+    names, because the quantized weights beside them have none and diffusers looks for one variant.
     The modes are by path below `target`, so that a copy need not be readable by more people.
     """
     modes = {}
@@ -35,8 +39,16 @@ def copy_files(folder: Path, files: list[Path], target: Path) -> dict[str, int]:
         name = path.relative_to(folder).as_posix()
         if name == SUMS_NAME:
             continue
+        plain = without_variant(path)
+        name = (path.relative_to(folder).parent / plain).as_posix()
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / name)
+        if plain != path.name and path.suffix == ".json":
+            text = path.read_text(encoding="utf-8")
+            for shard in shard_names(path):
+                text = text.replace(json.dumps(shard), json.dumps(without_variant(path, shard)))
+            (target / name).write_text(text, encoding="utf-8")
+        else:
+            shutil.copyfile(path, target / name)
         modes[name] = stat.S_IMODE(path.stat().st_mode)
     return modes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Collection
 from typing import Any, TypeVar
@@ -157,6 +158,35 @@ def put_layer(model: nn.Module, name: str, weight: Tensor, config: WeightOnlyCon
     setattr(model.get_submodule(parent), child, new)
 
 
+def put_float_layers(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace the weight-only layers of `model` by float ones with the dequantized weights.
+
+    A float layer has the dtype of the model that its weight-only layer was made for, or `dtype`.
+    For inputs of that dtype it computes the same bits.
+    """
+    replace_modules(
+        model,
+        lambda _, module: float_layer(module, dtype) if isinstance(module, WeightOnly) else None,
+    )
+
+
+def float_layer(layer: WeightOnly, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return the `nn.Linear` or `nn.Conv2d` with the dequantized weight and the bias of `layer`."""
+    dtype = dtype or layer.marked_dtype()
+    new: Any = copy.copy(layer)
+    new.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    # accelerate's forward would call the old layer.
+    own = ("weight_shape", "_prepared", "forward", "_old_forward", "_hf_hook")
+    new.__dict__ = {key: value for key, value in vars(layer).items() if key not in own}
+    bias: Any = layer.bias
+    new._parameters = {
+        "weight": nn.Parameter(layer.float_weight(dtype)),
+        "bias": None if bias is None else nn.Parameter(bias.to(dtype)),
+    }
+    new._buffers = {}
+    return new
+
+
 def check_tensor(name: str, tensor: Tensor, wanted: Tensor) -> None:
     """Check a loaded tensor against the one that it replaces.
 
@@ -198,14 +228,16 @@ def check_loaded(model: nn.Module, config: WeightOnlyConfig) -> None:
         if not isinstance(layer, WeightOnly):
             raise StepQuantError(
                 f"the layer '{name}' got no weight: expected the tensor '{name}.weight' in the "
-                "files, and a device with memory for it; the folder is incomplete"
+                "files, and a device with memory for it; load without offload_state_dict, or fetch "
+                "the folder again"
             )
         for key in tensor_keys(config.bits):
             tensor = getattr(layer, key)
             if tensor.is_meta or tensor.dtype != TENSORS[key]:
                 raise StepQuantError(
                     f"tensor '{name}.{key}' was loaded as {tensor.dtype} on {tensor.device}: "
-                    f"expected {TENSORS[key]} on a device with memory; the file is incomplete"
+                    f"expected {TENSORS[key]} on a device with memory; load without offload_folder "
+                    "and offload_state_dict, or fetch the folder again"
                 )
         scale = layer.weight_scale
         if not bool(((scale > 0) & torch.isfinite(scale)).all()):

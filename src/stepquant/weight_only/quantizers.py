@@ -14,6 +14,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from stepquant.checkpoint.architecture import architecture_of, check_architecture
+from stepquant.checkpoint.casts import allow_casts
 from stepquant.checkpoint.checksum import (
     CHECKSUM_NAME,
     FileChecksum,
@@ -25,6 +26,7 @@ from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
 from stepquant.checkpoint.validate import REMEDY
 from stepquant.checkpoint.validate import check_names as check_tensor_names
 from stepquant.quantizers.weight import GridSearch, minmax_weight_range
+from stepquant.runtime.layers.adapters import check_no_adapter_tensors
 from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
 from stepquant.runtime.layers.fusion import refuse_fusion
 from stepquant.support.errors import StepQuantError
@@ -33,6 +35,7 @@ from stepquant.weight_only.model import (
     check_finite,
     check_loaded,
     check_tensor,
+    put_float_layers,
     put_layer,
     put_layers,
     resolved,
@@ -131,6 +134,7 @@ class WeightOnlyQuantizer(FrozenQuantizer):
         place_markers(model)
         count_as_float(model)
         refuse_fusion(model)
+        allow_casts(model, other_dtypes=True)
         if not self.pre_quantized:
             config.architecture = architecture_of(model)
         elif config.architecture is not None:
@@ -143,14 +147,20 @@ class WeightOnlyQuantizer(FrozenQuantizer):
         put_layers(built, self.quantization_config, empty=True)
         return built.state_dict()
 
+    def _dequantize(self, model: Any) -> Any:
+        put_float_layers(model)
+        return model
+
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors that `save_pretrained` writes, with the checksum, and no metadata.
 
         Raises:
-            StepQuantError: a tensor holds NaN or infinity, which a load would refuse.
+            StepQuantError: a tensor holds NaN or infinity, which a load would refuse, or peft has
+                added an adapter.
         """
+        check_no_adapter_tensors(state_dict)
         config = self.quantization_config
         if config.architecture is None:  # loaded from an older folder
             return state_dict, {}
@@ -213,6 +223,7 @@ def mark_weight_only(model: Any, config: WeightOnlyConfig, what: str) -> None:
     model.quantization_method = config.quant_method
     count_as_float(model)
     refuse_fusion(model)
+    allow_casts(model, other_dtypes=True)
 
 
 def _text_quantizer(model: Any, config: WeightOnlyConfig, what: str) -> Any:

@@ -15,8 +15,15 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from stepquant.checkpoint.architecture import architecture_of, check_architecture
+from stepquant.checkpoint.casts import allow_all_casts, allow_casts
 from stepquant.checkpoint.checksum import checksum, tensor_line
+from stepquant.checkpoint.frozen_quantizer import (
+    check_device_map,
+    check_in_memory,
+    check_no_adapters,
+)
 from stepquant.checkpoint.validate import REMEDY
+from stepquant.runtime.layers.adapters import check_no_adapter_tensors
 from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
 from stepquant.support.errors import StepQuantError
 from stepquant.support.safetensors_file import opened
@@ -24,6 +31,7 @@ from stepquant.weight_only.config import WeightOnlyConfig
 from stepquant.weight_only.model import (
     check_finite,
     check_loaded,
+    put_float_layers,
     put_layers,
     resolved_at_load,
     tensor_keys,
@@ -89,16 +97,17 @@ class TextWeightOnlyQuantizer(HfQuantizer):
     quantization_config: WeightOnlyConfig  # type: ignore[assignment]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Check the version of transformers: older ones call quantizers differently.
+        """Check the version of transformers, as older ones call quantizers differently.
 
         Raises:
-            StepQuantError: transformers is older than 5.
+            StepQuantError: transformers is older than 5, or `device_map` has a layer on "disk".
         """
         if not is_transformers_version(">=", "5.0.0"):
             raise StepQuantError(
                 f"transformers {transformers.__version__} is installed: expected 5 or newer for "
                 "weight-only text encoders; pip install 'stepquant[text]'"
             )
+        check_device_map(kwargs.get("device_map"))
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
@@ -117,6 +126,7 @@ class TextWeightOnlyQuantizer(HfQuantizer):
         check_loaded(model, config)
         place_markers(model)
         count_as_float(model)
+        allow_casts(model, other_dtypes=True)
         for name, parameter in model.named_parameters():
             check_finite(name, parameter)
         if self.pre_quantized and config.sha256 is not None:
@@ -127,8 +137,30 @@ class TextWeightOnlyQuantizer(HfQuantizer):
                     f"expected {config.sha256}, as its config says; {REMEDY}"
                 )
 
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Replace the quantized layers of `model` by float ones, in place, and return `model`.
+
+        The float layers hold the dequantized weights. `dtype` casts all floats of the model; None
+        leaves them as they are.
+
+        Raises:
+            StepQuantError: a LoRA is loaded, or a tensor is offloaded.
+        """
+        check_no_adapters(model)
+        check_in_memory(model)
+        put_float_layers(model)
+        self.remove_quantization_config(model)
+        vars(model).pop("num_parameters", None)
+        allow_all_casts(model)
+        return model if dtype is None else model.to(dtype)
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Note the model's config and the digest in the config, which transformers writes next."""
+        """Note the model's config and the digest in the config, which transformers writes next.
+
+        Raises:
+            StepQuantError: peft has added an adapter.
+        """
+        check_no_adapter_tensors(model.state_dict())
         self.quantization_config.architecture = architecture_of(model)
         self.quantization_config.sha256 = codes_digest(model, self.quantization_config)
         model.config.quantization_config = self.quantization_config

@@ -163,7 +163,7 @@ def test_native_refuses_other_factors() -> None:
     doubles = GRID._replace(factors=torch.ones(4, dtype=torch.float64))
     apart = GRID._replace(factors=torch.ones(8)[::2])
     for grid in (doubles, apart):
-        with pytest.raises(StepQuantError, match="expected float32 scales and factors"):
+        with pytest.raises(StepQuantError, match="expected contiguous float32 scales and factors"):
             fused.encode(draw(2, 4), "none", grid)
 
 

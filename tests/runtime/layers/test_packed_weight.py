@@ -148,7 +148,7 @@ def test_a_stand_in_cannot_be_written_to(simulate):
     layer(input_for("linear"))
     for write in (lambda t: t.zero_(), lambda t: t.copy_(before), lambda t: t.bitwise_not_()):
         with pytest.raises(
-            StepQuantError, match="expected load_state_dict, or a call of set_memory_mode"
+            StepQuantError, match="change them with load_state_dict, or call set_memory_mode"
         ):
             write(layer.weight_packed)
     assert torch.equal(layer.weight_packed, before)

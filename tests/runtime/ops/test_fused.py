@@ -204,8 +204,9 @@ def test_encode_equals_the_packed_layers(path: Path, grid: Grid) -> None:
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_activations_far_out(path: Path, activation: str) -> None:
     grid = Grid(torch.tensor([1.0]), torch.tensor([128], dtype=torch.uint8), None, 255)
-    x = torch.tensor([-1e30, -1000.0, -90.0, 0.0, 90.0, 1000.0, 1e30])
-    assert path.encode(x, activation, grid).tolist() == [128, 128, 128, 128, 218, 255, 255]
+    x = torch.tensor([-3.4e38, -1e30, -1000.0, -90.0, 0.0, 90.0, 1000.0, 1e30, 3.4e38])
+    codes = path.encode(x, activation, grid).tolist()
+    assert codes == [128, 128, 128, 128, 128, 218, 255, 255, 255]
 
 
 @pytest.mark.parametrize("row", [-1, 3])
@@ -222,7 +223,7 @@ def test_native_refuses_a_row_outside_the_table(name: str, row: int) -> None:
             [image(1, 4, 2, 2)], None, 2, None, None, 1e-5, "none", [Output(0, 4, grid, (0, 0))]
         ),
     ):
-        with pytest.raises(StepQuantError, match="outside its table"):
+        with pytest.raises(StepQuantError, match="outside its step table"):
             call()
 
 
@@ -242,7 +243,7 @@ def test_public_functions_take_what_the_native_ones_cannot() -> None:
 @pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
 def test_native_refuses_other_grids() -> None:
     grid = GRID._replace(zero_point=torch.tensor([20], dtype=torch.int32))
-    with pytest.raises(StepQuantError, match="as many uint8 zero points"):
+    with pytest.raises(StepQuantError, match="one uint8 zero point for each scale"):
         fused.encode(draw(4), "none", grid)
 
 
@@ -250,11 +251,17 @@ def test_native_refuses_other_grids() -> None:
     ("changes", "message"),
     [
         ({"activation": "gelu"}, "expected none or silu"),
-        ({"groups": 3}, "8 channels do not make 3 groups"),
+        ({"groups": 3}, "8 channels: expected a multiple of its 3 groups"),
         ({"weight": torch.ones(7)}, "the weight is"),
-        ({"added": torch.ones(2, 7)}, "what is added is"),
-        ({"outputs": [Output(4, 5, GRID, (0, 0))]}, "takes channels 4 to 9 of 8"),
-        ({"parts": [torch.ones(2, 4, 3, 3), torch.ones(2, 4, 3, 4)]}, "the same batch"),
+        ({"added": torch.ones(2, 7)}, "the added tensor is"),
+        (
+            {"outputs": [Output(4, 5, GRID, (0, 0))]},
+            "takes channels 4 to 9: expected a range within the 8",
+        ),
+        (
+            {"parts": [torch.ones(2, 4, 3, 3), torch.ones(2, 4, 3, 4)]},
+            "expected equal batch, height",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -117,7 +117,7 @@ def test_inputs_may_be_parts_of_one_tensor(loaded: Library) -> None:
 
 def test_a_row_outside_the_table_is_refused(loaded: Library) -> None:
     q, k, v = inputs(SHAPES["one-key"])
-    with pytest.raises(StepQuantError, match="outside its table"):
+    with pytest.raises(StepQuantError, match="outside its step table"):
         attention_codes(loaded, q, k, v, 1, TABLE._replace(row=torch.tensor([2])))
 
 

@@ -37,7 +37,7 @@ def test_a_library_of_other_sources_is_a_reason(tmp_path: Path) -> None:
     source = build.FOLDER / build.LEVEL
     options = ['-DSOURCES="of another day"', "-shared", "-fPIC", "-o", str(path)]
     subprocess.run([*compiler, str(source), *options], check=True)
-    with pytest.raises(OSError, match="of other sources"):
+    with pytest.raises(OSError, match="compiled from other sources"):
         Library(path)
     assert ctypes.CDLL(str(path)).best_level() in range(len(build.LEVELS))
 
@@ -46,9 +46,18 @@ def test_no_compiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CXX", "no-such-compiler")
     target = tmp_path / "library.so"
     target.write_bytes(b"an old one")
-    reason = build.build(target)
-    assert reason is not None and ("no-such-compiler" in reason or "made for Linux" in reason)
+    reason = build.build(target, "linux", "x86_64")
+    assert reason == "the C++ compiler 'no-such-compiler' is not in PATH: correct or unset CXX"
     assert not target.exists()
+
+
+def test_a_path_without_a_compiler_is_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    reason = build.build(tmp_path / "library.so", "linux", "x86_64")
+    assert reason == "PATH has no C++ compiler: install g++, or set CXX"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +99,9 @@ def test_a_mac_gets_no_openmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_failing_compiler_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "false")
     reason = build.build(tmp_path / "library.so")
-    assert reason is not None and ("false failed with 1" in reason or "made for Linux" in reason)
+    assert reason is not None and (
+        "false failed with exit code 1" in reason or "expected Linux" in reason
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,7 +134,7 @@ def test_a_structure_of_another_layout_is_refused(
 ) -> None:
     others = [changed if each is structures.SHAPE else each for each in structures.STRUCTURES]
     monkeypatch.setattr(structures, "STRUCTURES", tuple(others))
-    with pytest.raises(OSError, match="does not fit this package: the library has 'Shape 32: "):
+    with pytest.raises(OSError, match="does not match this package: the library has 'Shape 32: "):
         Library()
 
 
@@ -136,7 +147,7 @@ def test_another_enumeration_and_a_missing_structure_are_refused(
         with pytest.raises(OSError, match="Activation"):
             Library()
     monkeypatch.setattr(structures, "STRUCTURES", structures.STRUCTURES[:-1])
-    with pytest.raises(OSError, match="does not fit"):
+    with pytest.raises(OSError, match="does not match"):
         Library()
     monkeypatch.setattr(structures, "layout", lambda: [])
     with pytest.raises(OSError, match="describes 12 types"):

@@ -5,73 +5,19 @@ A set that the machine lacks is emulated; the ids of the tests say which is whic
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import replace
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from emulated_products import MACROS, emulated
-from fused_paths import ACTIVATIONS, TABLE, assert_codes
-from kernel_cases import CASES, Case, int64_reference
-from stepquant.runtime.kernels import native as kernel
+from kernel_cases import CASES, Case
+from product_cases import LARGE, conv, grid_of, run, sums_of
 from stepquant.runtime.kernels.native import NATIVE
-from stepquant.runtime.ops import native
-from stepquant.runtime.ops.encoding import pad
 from stepquant.runtime.ops.grids import Grid
 from stepquant.runtime.ops.layer_spec import LayerSpec
-from stepquant.runtime.ops.native import Library, build, products, tiled_weight, tiles
+from stepquant.runtime.ops.native import Library, products, tiled_weight
 from stepquant.runtime.ops.result_shapes import shape_of
 from stepquant.support.errors import StepQuantError
 
-LEVELS = (*build.X86.product_levels, *build.ARM.product_levels)
-
-
-def conv(channels: int, out: int, size: int = 3, **more: tuple[int, int]) -> LayerSpec:
-    return LayerSpec("conv2d", channels, out, 8, 8, (size, size), **more)
-
-
-# What the cases of test_kernels.py are too small for.
-LARGE = [
-    Case("rows-in-place", conv(64, 40, padding=(1, 1)), (2, 3, 16), 9),
-    Case("rows-of-48", conv(64, 33, padding=(1, 1)), (1, 5, 48), 200),
-    Case("strided-in-place", conv(128, 16, padding=(1, 1), stride=(2, 2)), (1, 6, 32), 3),
-    Case("many-chunks", conv(256, 70, padding=(1, 1)), (1, 8, 16), 255, extreme=True),
-    Case("many-chunks-gathered", conv(136, 48, padding=(1, 1)), (2, 9, 11), 1),
-    Case("one-tile", conv(64, 3, padding=(1, 1)), (4, 28, 28), 77),
-    Case("one-by-one-in-place", conv(128, 64, 1), (2, 4, 8), 31),
-    Case("tokens", LayerSpec("linear", 192, 100, 8, 8), (2, 77), 4),
-    Case("even-tokens", LayerSpec("linear", 320, 64, 4, 4), (3, 64), 7),
-    Case("wide", LayerSpec("linear", 4096, 300, 8, 8), (2, 3), 128, extreme=True),
-]
-# By minimal filtering where there is AVX2 only: whole and parted runs of tiles, one and several
-# blocks of runs, and the most channels whose sums fit.
-LARGE += [
-    Case("filtered-smallest", conv(32, 5, padding=(1, 1)), (1, 8, 8), 17),
-    Case("filtered-wide-rows", conv(32, 16, padding=(1, 1)), (2, 4, 70), 128),
-    Case("filtered-no-padding", conv(64, 33), (3, 8, 12), 0),
-    Case("filtered-many-blocks", conv(96, 20, padding=(1, 1)), (2, 32, 32), 255),
-    Case("filtered-extreme", conv(320, 24, padding=(1, 1)), (1, 8, 16), 0, extreme=True),
-    Case("filtered-deepest", conv(1792, 16, padding=(1, 1)), (1, 8, 8), 255, extreme=True),
-    Case("too-deep-to-filter", conv(1824, 16, padding=(1, 1)), (1, 8, 8), 255, extreme=True),
-    Case("odd-height", conv(32, 16, padding=(1, 1)), (1, 9, 8), 40),
-    Case("odd-width", conv(32, 16, padding=(1, 1)), (1, 8, 9), 40),
-]
-# The same with weights of four bits or less, which are unpacked.
-FOUR_BITS = [
-    replace(
-        case,
-        name=f"{case.name}-w{bits}",
-        spec=replace(case.spec, weight_bits=bits, activation_bits=8),
-    )
-    for number, case in enumerate(LARGE)
-    for bits in ((4,) if number % 3 else (2, 4))
-]
-LARGE += FOUR_BITS
 THREADS = (1, 2, 5)
 # Neighbouring weights whose products with the largest codes just fit in 16 bits, once, eight and
 # sixteen times, and those that just do not: (largest code, weight, other weight).
@@ -94,72 +40,6 @@ PAIRS = [
     (15, -128, -9),
     (1, 127, 127),
 ]
-
-
-@functools.cache
-def library(level: str) -> Library | str:
-    try:
-        return Library(product_level=level)
-    except OSError as error:
-        return str(error)
-
-
-def form_of(level: str) -> str:
-    """How the tests of the level run on this machine."""
-    if isinstance(library(level), Library):
-        return "real"
-    return "emulated" if level in MACROS else "missing"
-
-
-@pytest.fixture(scope="session")
-def emulated_products(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Library]:
-    folder = tmp_path_factory.mktemp("emulated")
-    return functools.cache(lambda level: emulated(level, folder))
-
-
-@pytest.fixture(params=LEVELS, ids=lambda level: f"{level}-{form_of(level)}")
-def loaded(request: pytest.FixtureRequest, emulated_products: Callable[[str], Library]) -> Library:
-    found = library(request.param)
-    if isinstance(found, Library):
-        return found
-    if request.param not in MACROS:
-        pytest.skip(found)
-    try:
-        return emulated_products(request.param)
-    except OSError as error:
-        pytest.skip(str(error))
-
-
-def grid_of(case: Case, scale: float = 1.0) -> Grid:
-    zero_point = torch.tensor([case.act_zero_point], dtype=torch.uint8)
-    return Grid(torch.tensor([scale]), zero_point, None, 255)
-
-
-def run(
-    loaded: Library,
-    case: Case,
-    grid: Grid,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    step_bias: Tensor | None = None,
-    added: Tensor | None = None,
-    overwrite: bool = False,
-    dtype: torch.dtype = torch.float32,
-    gate: Tensor | None = None,
-) -> Tensor:
-    inputs, spec = case.inputs(), case.spec
-    tiles, scale, sums = NATIVE.prepare(inputs["weight"], weight_scale, spec)
-    held = tiled_weight.weight_of(tiles, scale, sums, bias, step_bias)
-    codes = inputs["codes"]
-    if spec.kind == "conv2d":
-        codes = pad(codes, torch.tensor([case.act_zero_point]), spec.padding)
-    return products.products(loaded, codes, grid, held, spec, added, overwrite, dtype, gate)
-
-
-@functools.cache
-def sums_of(case: Case) -> Tensor:
-    inputs = case.inputs()
-    return int64_reference(inputs["codes"], inputs["weight"], case.act_zero_point, case.spec)
 
 
 @pytest.mark.parametrize(("largest", "first", "second"), PAIRS)
@@ -278,145 +158,8 @@ def test_what_is_added_may_lie_in_another_order(loaded: Library) -> None:
 @pytest.mark.parametrize("row", [-1, 3])
 def test_a_row_outside_the_table_is_refused(loaded: Library, row: int) -> None:
     case = LARGE[0]
-    with pytest.raises(StepQuantError, match="outside its table"):
+    with pytest.raises(StepQuantError, match="outside its step table"):
         run(loaded, case, table(case, row), torch.ones(case.spec.out_channels))
-
-
-CODED = [
-    Case("tokens-64", LayerSpec("linear", 192, 64, 8, 8), (2, 77), 4),
-    Case("even-tokens-96", LayerSpec("linear", 320, 96, 4, 4), (3, 64), 7),
-    Case("deep-tokens-32", LayerSpec("linear", 4200, 32, 8, 8), (2, 40), 128),
-    Case("tokens-192-w4", LayerSpec("linear", 192, 192, 4, 8), (2, 77), 4),
-    Case("deep-tokens-64-w3", LayerSpec("linear", 4200, 64, 3, 8), (2, 40), 128),
-]
-
-
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("case", CODED, ids=lambda case: case.name)
-def test_codes_are_those_of_the_floats(
-    loaded: Library, case: Case, activation: str, gated: bool
-) -> None:
-    """What is not written to memory is what would be."""
-    inputs, spec = case.inputs(), case.spec
-    weight_scale = torch.rand(spec.out_channels) / spec.in_channels
-    bias = torch.randn(spec.out_channels)
-    held = tiled_weight.weight_of(*NATIVE.prepare(inputs["weight"], weight_scale, spec), bias, None)
-    arguments = (loaded, inputs["codes"], grid_of(case, 0.01), held, spec)
-    found = products.product_codes(*arguments, activation, gated, TABLE)
-    y = products.products(*arguments, None, False, torch.float32).double()
-    values, gates = y.chunk(2, dim=-1) if gated else (None, y)
-    y = ACTIVATIONS[activation](gates)
-    assert_codes(found, y if values is None else values * y, TABLE)
-
-
-def test_a_row_of_the_output_grid_outside_its_table_is_refused(loaded: Library) -> None:
-    case = CODED[0]
-    inputs, spec = case.inputs(), case.spec
-    held = tiled_weight.weight_of(
-        *NATIVE.prepare(inputs["weight"], torch.ones(spec.out_channels), spec), None, None
-    )
-    outside = TABLE._replace(row=torch.tensor([3]))
-    with pytest.raises(StepQuantError, match="outside its table"):
-        products.product_codes(
-            loaded, inputs["codes"], grid_of(case), held, spec, "none", False, outside
-        )
-
-
-@pytest.mark.parametrize(
-    ("out_channels", "gated", "fits"),
-    [(48, False, True), (48, True, False), (64, True, True), (40, False, False)],
-)
-def test_codes_take_whole_tiles(out_channels: int, gated: bool, fits: bool) -> None:
-    assert tiles.fits_in_tiles(LayerSpec("linear", 8, out_channels, 8, 8), gated) == fits
-    assert not tiles.fits_in_tiles(LayerSpec("conv2d", 8, out_channels, 8, 8), gated)
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    kind=st.sampled_from(["linear", "conv2d"]),
-    channels=st.integers(1, 140),
-    out=st.integers(1, 40),
-    kernel_size=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    bits=st.integers(1, 8),
-)
-def test_the_layout_gives_the_weight_back(
-    kind: str, channels: int, out: int, kernel_size: tuple[int, int], bits: int
-) -> None:
-    size = kernel_size if kind == "conv2d" else (1, 1)
-    spec = LayerSpec(kind, channels, out, bits, 8, size)
-    generator = torch.Generator().manual_seed(channels)
-    codes = torch.randint(0, 2**bits, spec.weight_shape, generator=generator)
-    lowest = torch.randint(
-        -128, 129 - 2**bits, (out, *(1,) * (codes.dim() - 1)), generator=generator
-    )
-    weight = (codes + lowest).to(torch.int8)
-    laid_out = NATIVE.lay_out(weight, torch.ones(out), spec)
-    assert torch.equal(NATIVE.differences(laid_out, spec), weight)
-    tiles, chunks = -(-out // 16), -(-spec.columns // 64)
-    if laid_out.dtype == torch.uint8:
-        assert laid_out.shape == (tiles, 64 + chunks * 512)
-    else:
-        assert laid_out.shape == (tiles, chunks, 16, 16, 4)
-
-
-@pytest.mark.parametrize(("span", "dtype"), [(15, torch.uint8), (16, torch.int8)])
-def test_four_bits_are_for_what_fits_in_each_row(span: int, dtype: torch.dtype) -> None:
-    weight = torch.zeros(20, 64, dtype=torch.int8)
-    weight[:, 0] = torch.arange(20) * 5 - 50
-    weight[:, 1:] = weight[:, :1]
-    weight[7, 5] += span
-    spec = LayerSpec("linear", 64, 20, 8, 8)
-    laid_out = NATIVE.lay_out(weight, torch.ones(20), spec)
-    assert laid_out.dtype == dtype and torch.equal(NATIVE.differences(laid_out, spec), weight)
-
-
-def test_columns_that_overflow_are_left_to_other_kernels() -> None:
-    spec = LayerSpec("linear", kernel.MOST_COLUMNS + 1, 1, 8, 8)
-    reason = NATIVE.why_not(spec, torch.device("cpu"))
-    assert reason is not None and f"the layer has {spec.columns}" in reason.text
-    # The most extreme codes and weights still fit, with the zero point's share.
-    assert 255 * 128 * kernel.MOST_COLUMNS < 2**31
-
-
-ALL_X86 = tuple(build.X86.product_levels)
-
-
-@pytest.mark.skipif(build.X86.levels != build.LEVELS, reason="a cap names x86-64's sets only")
-@pytest.mark.parametrize(
-    ("cap", "expected", "passes"),
-    [
-        ("", ALL_X86, "avx512"),
-        ("ALL", ALL_X86, "avx512"),
-        ("default", ALL_X86, "avx512"),
-        ("AVX512_CORE_AMX", ALL_X86, "avx512"),
-        ("avx10_1_512_amx", ALL_X86, "avx512"),
-        ("AVX512_CORE_BF16", ("avx2", "avx_vnni", "vnni"), "avx512"),
-        ("AVX512_CORE_VNNI", ("avx2", "avx_vnni", "vnni"), "avx512"),
-        ("AVX512_CORE", ("avx2", "avx_vnni"), "avx512"),
-        ("AVX2_VNNI_2", ("avx2", "avx_vnni"), "avx2"),
-        ("AVX2_VNNI", ("avx2", "avx_vnni"), "avx2"),
-        ("AVX2", ("avx2",), "avx2"),
-        ("AVX", (), "base"),
-        ("SSE41", (), "base"),
-    ],
-)
-def test_a_cap_of_onednn_is_one_of_ours(
-    cap: str, expected: tuple[str, ...], passes: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    uncapped = {name: isinstance(library(name), Library) for name in LEVELS}
-    if not native.available():
-        pytest.skip(str(native.why_not()))
-    best = Library().level
-    monkeypatch.setenv("DNNL_MAX_CPU_ISA", cap)
-    for level in LEVELS:
-        found = library.__wrapped__(level)
-        assert isinstance(found, Library) == (level in expected and uncapped[level])
-        assert isinstance(found, Library) or "no integer products of" in found
-    names = list(build.LEVELS)
-    assert Library().level == min(best, passes, key=names.index)
 
 
 @pytest.mark.parametrize(

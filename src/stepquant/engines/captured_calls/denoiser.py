@@ -21,6 +21,7 @@ from stepquant.models.calling import (
     with_prediction,
     with_tensors,
 )
+from stepquant.models.non_finite import NonFiniteError
 from stepquant.models.stand_in import StandIn
 from stepquant.runtime.layers.integer import is_packed
 
@@ -103,6 +104,8 @@ class RecordedDenoiser(StandIn):
             self._busy = True
             try:
                 output = self._captured(arguments, plain)
+            except NonFiniteError:  # only the denoiser's own hooks say which samples
+                output = AS_EVER
             finally:
                 self._busy = False
         return plain() if output is AS_EVER else output
@@ -145,6 +148,8 @@ class RecordedDenoiser(StandIn):
                     known.changes_itself = True
                     self._stay(known, key, "a call changes attributes of the denoiser")
                 return output
+            except NonFiniteError:  # the next call may be another matter
+                raise
             except NotRecordable as error:
                 reason = str(error)
             except Exception as error:  # from an operator that the recorder does not support

@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_map_only
 
 from stepquant.engines.captured_calls.memory import Memory, storage_address
 from stepquant.models.calling import tensors_in, with_tensors
+from stepquant.models.non_finite import NonFiniteError
 from stepquant.runtime.ops.native import FUNCTIONS, Library, called_instead, library
-from stepquant.runtime.ops.native.calls import fail
+from stepquant.runtime.ops.native.calls import NOT_FINITE, fail
 
 aten = torch.ops.aten
 EMPTY = (
@@ -43,10 +44,10 @@ class NativeCall:
     arguments: tuple[Any, ...]
 
     def __call__(self) -> None:
-        """Run the function; raises as `native.calls.fail` does if its status is not 0."""
+        """Run the function; raises NonFiniteError, or as `native.calls.fail` does."""
         status = self.function(*self.arguments)
         if status:
-            fail(status)
+            _fail(status)
 
     def addresses(self) -> Iterator[int]:
         """The addresses that the function reads or writes.
@@ -91,9 +92,18 @@ class _Listening(Library):
 def _noted(function: Callable[..., int], note: Callable[[NativeCall], None]) -> Callable[..., int]:
     def call(*arguments: Any) -> int:
         note(NativeCall(function, arguments))
-        return function(*arguments)
+        status = function(*arguments)
+        if status == NOT_FINITE:
+            _fail(status)
+        return status
 
     return call
+
+
+def _fail(status: int) -> None:
+    if status == NOT_FINITE:
+        raise NonFiniteError("a captured kernel met NaN or infinity: expected finite numbers")
+    fail(status)
 
 
 class _NoReading(TorchFunctionMode):

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from stepquant.models.input_bypass import InputBypass
-from stepquant.models.non_finite import NonFiniteInputs
+from stepquant.models.non_finite import NonFiniteSamples
 from stepquant.quantizers.step_grid import StepContext
+from stepquant.runtime.layers.adapters import adapted_layer
 from stepquant.runtime.layers.integer import IntegerLayer, is_packed
 from stepquant.runtime.ops import native
 from stepquant.support.refusal import Refusal, RefusalCode
 
 NO_PRODUCTS = Refusal(RefusalCode.NO_PRODUCTS, "no native integer products on this machine")
-OWN_HOOKS = (StepContext, InputBypass, NonFiniteInputs)  # replays reproduce their effects
+OWN_HOOKS = (StepContext, InputBypass, NonFiniteSamples)  # replays reproduce their effects
 # Dictionaries that every module has and that `forward` does not read.
 NOT_OF_CALLS = {name for name, value in nn.Module().__dict__.items() if isinstance(value, dict)} - {
     *("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"),
@@ -33,6 +34,8 @@ def why_not(denoiser: nn.Module) -> Refusal | None:
     if not is_packed(denoiser):
         return Refusal(RefusalCode.MODEL, "no packed layers")
     for module in denoiser.modules():
+        if adapted_layer(module) is not None:
+            return Refusal(RefusalCode.LORA, "a LoRA")
         if module.training:
             return Refusal(RefusalCode.TRAINING, "training mode")
         if any(name in module.__dict__ for name in PATCHES):

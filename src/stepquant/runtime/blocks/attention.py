@@ -33,8 +33,8 @@ from stepquant.runtime.ops.fused import Output
 from stepquant.support.errors import StepQuantError
 from stepquant.support.refusal import Refusal, RefusalCode
 
-OTHER_KIND = Refusal(RefusalCode.BLOCK, "attention of another kind")
-OTHER_NORM = Refusal(RefusalCode.BLOCK, "another norm than group norm")
+OTHER_KIND = Refusal(RefusalCode.BLOCK, "an unsupported kind of attention")
+OTHER_NORM = Refusal(RefusalCode.BLOCK, "a norm other than group norm")
 
 
 class FastAttention(Attention):
@@ -96,7 +96,7 @@ class FastAttention(Attention):
         if fuse and isinstance(self.to_q, IntegerLayer):
             raise StepQuantError(
                 "fuse_qkv_projections was called on a packed denoiser: expected a float one, "
-                "because packed projections have codes of their own; load the float denoiser"
+                "because each packed projection has its own grids; load the float denoiser"
             )
         super().fuse_projections(fuse)
 

@@ -44,7 +44,7 @@ def set_attention_precision(model: nn.Module, precision: str) -> None:
     if not sites:
         raise StepQuantError(
             f"{type(model).__name__} has no attention with integer projections: expected a packed "
-            "denoiser of a UNet, DiT or PixArt, because only its attention has a precision"
+            "denoiser of a UNet, DiT or PixArt, because only these have an attention precision"
         )
     for site in sites:
         site.attention_precision = precision  # type: ignore[assignment]

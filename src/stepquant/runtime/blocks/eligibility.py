@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from stepquant.runtime.layers.adapters import adapted_layer
 from stepquant.runtime.layers.integer import FLOATS, IntegerLayer
 from stepquant.runtime.layers.straight_through import wants_gradient
 from stepquant.support.refusal import Refusal, RefusalCode
@@ -13,7 +14,7 @@ from stepquant.support.refusal import Refusal, RefusalCode
 A_HOOK = Refusal(RefusalCode.HOOK, "a hook")
 A_LORA = Refusal(RefusalCode.LORA, "a LoRA")
 TRAINING = Refusal(RefusalCode.TRAINING, "training mode")
-_BYPASS = Refusal(RefusalCode.INPUT_BYPASS, "an input error bypass")
+_BYPASS = Refusal(RefusalCode.INPUT_BYPASS, "the input error bypass")
 _SEVERAL_PARTS = Refusal(RefusalCode.LAYER, "a layer with several input parts")
 
 
@@ -59,6 +60,8 @@ def why_no_codes(layer: nn.Module | None, parts: int | None = None) -> Refusal |
     """
     if layer is None:
         return None
+    if adapted_layer(layer) is not None:
+        return A_LORA
     if not isinstance(layer, IntegerLayer):
         return Refusal(RefusalCode.LAYER, f"a layer of the class {type(layer).__name__}")
     if layer.lora is not None:

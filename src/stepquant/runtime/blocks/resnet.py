@@ -21,9 +21,9 @@ from stepquant.runtime.layers.integer import IntegerConv2d
 from stepquant.runtime.ops import fused
 from stepquant.support.refusal import Refusal, RefusalCode
 
-OTHER_NORM = Refusal(RefusalCode.BLOCK, "another norm than group norm")
-OTHER_FORM = Refusal(RefusalCode.BLOCK, "another norm or activation than group norm and SiLU")
-RESIZES = Refusal(RefusalCode.BLOCK, "a resnet that changes the size")
+OTHER_NORM = Refusal(RefusalCode.BLOCK, "a norm other than group norm")
+OTHER_FORM = Refusal(RefusalCode.BLOCK, "a norm or activation other than group norm and SiLU")
+RESIZES = Refusal(RefusalCode.BLOCK, "a resnet block that resizes")
 
 
 class FastResnetBlock2D(ResnetBlock2D):

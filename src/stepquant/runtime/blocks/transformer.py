@@ -31,9 +31,9 @@ from stepquant.runtime.ops import fused
 from stepquant.support.refusal import Refusal, RefusalCode
 
 NORM_TYPES = ("layer_norm", "ada_norm_zero", "ada_norm_single")
-CHUNKED = Refusal(RefusalCode.BLOCK, "chunked layers or cross-attention alone")
+CHUNKED = Refusal(RefusalCode.BLOCK, "chunked feed-forward layers or cross-attention only")
 NO_EMBEDDING = Refusal(RefusalCode.BLOCK, "a norm without an embedding")
-OTHER_NORM = Refusal(RefusalCode.BLOCK, "another norm than layer norm")
+OTHER_NORM = Refusal(RefusalCode.BLOCK, "a norm other than layer norm")
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale and gate, each [B, C]
 
 
@@ -117,7 +117,7 @@ class FastBasicTransformerBlock(BasicTransformerBlock):
     def why_plain(self) -> Refusal | None:
         """Why the block runs diffusers' code for every input, or None."""
         if self.norm_type not in NORM_TYPES or self.pos_embed is not None:
-            return Refusal(RefusalCode.BLOCK, f"norms of the kind {self.norm_type}")
+            return Refusal(RefusalCode.BLOCK, f"the norm type {self.norm_type}")
         if self._chunk_size is not None or self.only_cross_attention:
             return CHUNKED
         if self.training:
@@ -155,7 +155,7 @@ def _why_not_feed(feed: FeedForward) -> Refusal | None:
     """
     widen, narrow = feed.net[0], feed.net[2]
     if type(widen) not in (GELU, GEGLU):
-        return Refusal(RefusalCode.BLOCK, f"feed-forward layers with {type(widen).__name__}")
+        return Refusal(RefusalCode.BLOCK, f"a feed-forward network with {type(widen).__name__}")
     if not all([untouched(module) for module in (feed, *feed.net)]):
         return A_HOOK
     reason = why_no_codes(widen.proj, parts=1)

@@ -14,8 +14,8 @@ from stepquant.runtime.ops import fused
 from stepquant.runtime.ops.encoding import pad
 from stepquant.support.refusal import Refusal, RefusalCode
 
-OTHER_KIND = Refusal(RefusalCode.BLOCK, "an upsampler of another kind")
-NO_INTEGER_CONV = Refusal(RefusalCode.LAYER, "an upsampler without a packed conv")
+OTHER_KIND = Refusal(RefusalCode.BLOCK, "an unsupported kind of upsampler")
+NO_INTEGER_CONV = Refusal(RefusalCode.LAYER, "an upsampler without an integer convolution")
 
 
 class FastUpsample2D(Upsample2D):

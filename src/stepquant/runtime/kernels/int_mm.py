@@ -29,15 +29,15 @@ class IntMmKernel(Kernel):
     def why_not(self, spec: LayerSpec, device: torch.device) -> Refusal | None:
         """Why this kernel cannot run the layer on `device`, or None."""
         if device.type != "cuda":
-            return Refusal(RefusalCode.DEVICE, f"made for CUDA, the layer is on {device.type}")
+            return Refusal(RefusalCode.DEVICE, f"needs CUDA, but the layer is on {device.type}")
         if spec.columns % 8 or spec.out_channels % 8:
             return Refusal(
                 RefusalCode.SHAPE,
-                "wants in and out sizes in multiples of 8, got "
+                "needs matrix sizes that are multiples of 8, got "
                 f"{spec.columns} and {spec.out_channels}",
             )
         if spec.dilation != (1, 1):
-            return Refusal(RefusalCode.SHAPE, f"takes no dilation, got {spec.dilation}")
+            return Refusal(RefusalCode.SHAPE, f"needs a dilation of 1, got {spec.dilation}")
         return None
 
     def prepare(self, weight: Tensor, weight_scale: Tensor, spec: LayerSpec) -> State:

@@ -40,16 +40,16 @@ class NativeKernel(TakesCodes):
     def why_not(self, spec: LayerSpec, device: torch.device) -> Refusal | None:
         """Why this kernel cannot run the layer on `device`, or None."""
         if device.type != "cpu":
-            return Refusal(RefusalCode.DEVICE, f"made for the CPU, the layer is on {device.type}")
+            return Refusal(RefusalCode.DEVICE, f"needs the CPU, but the layer is on {device.type}")
         if platform.machine().lower() not in build.MACHINES:
             return Refusal(
                 RefusalCode.MACHINE,
-                f"made for x86-64 and 64-bit ARM, the machine is {platform.machine()}",
+                f"needs x86-64 or 64-bit ARM, but the machine is {platform.machine()}",
             )
         if spec.columns > MOST_COLUMNS:
             return Refusal(
                 RefusalCode.SHAPE,
-                f"holds sums of {MOST_COLUMNS} products, the layer has {spec.columns}",
+                f"sums at most {MOST_COLUMNS} products, but the layer has {spec.columns}",
             )
         return native.why_no_products()
 

@@ -65,13 +65,13 @@ class OneDnnKernel(TakesCodes):
         """Why this kernel cannot run the layer on `device`, or None."""
         del spec
         if device.type != "cpu":
-            return Refusal(RefusalCode.DEVICE, f"made for the CPU, the layer is on {device.type}")
+            return Refusal(RefusalCode.DEVICE, f"needs the CPU, but the layer is on {device.type}")
         if platform.machine().lower() not in ("x86_64", "amd64"):
             return Refusal(
-                RefusalCode.MACHINE, f"made for x86-64, the machine is {platform.machine()}"
+                RefusalCode.MACHINE, f"needs x86-64, but the machine is {platform.machine()}"
             )
         if not torch.backends.mkldnn.is_available():
-            return Refusal(RefusalCode.MACHINE, "this torch is built without oneDNN")
+            return Refusal(RefusalCode.MACHINE, "needs oneDNN, but torch was built without it")
         return None
 
     def why_no_codes(self, spec: LayerSpec) -> Refusal | None:

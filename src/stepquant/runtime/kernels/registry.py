@@ -45,13 +45,13 @@ def register_kernel(*, priority: int) -> Callable[[type[K]], type[K]]:
         known = _REGISTERED.get(name)
         if name in (Backend.AUTO, "fastest") or name.partition(":")[0] == "openvino":
             raise StepQuantError(
-                f"a kernel is called '{name}': expected another name, because this one stands for "
-                "a backend that is no kernel"
+                f"a kernel is called '{name}': expected another name, because this one is "
+                "a backend without a kernel"
             )
         if known is not None and type(known.kernel) is not kind:
             raise StepQuantError(
                 f"there are two kernels called '{name}', {type(known.kernel).__qualname__} and "
-                f"{kind.__qualname__}: expected a name of its own for each"
+                f"{kind.__qualname__}: expected different names"
             )
         _REGISTERED[name] = _Registered(kind(), priority)
         return kind

@@ -30,6 +30,12 @@ class MarksDtype(nn.Module):
         self.register_parameter(NAME, nn.Parameter(empty, requires_grad=False))
         self._parameters.update(others)
 
+    def marked_dtype(self) -> torch.dtype:
+        """The dtype of the marker: that of the model's float tensors."""
+        marker = self._parameters[NAME]
+        assert marker is not None
+        return marker.dtype
+
     def float_parameters(self) -> int:
         """The number of parameters of the float layer."""
         raise NotImplementedError

@@ -86,7 +86,7 @@ class PreparedLayer:
             if rows.numel() != 1:
                 return APART
             if not rows.is_cpu:
-                return Refusal(RefusalCode.TIMESTEPS, f"timesteps on {rows.device.type}")
+                return Refusal(RefusalCode.TIMESTEPS, f"timesteps on the device {rows.device.type}")
         for part in self.parts:
             if part.no_codes is not None:
                 return part.no_codes

@@ -82,9 +82,8 @@ class Released(Tensor):
             writes = argument.alias_info is not None and argument.alias_info.is_write
             if writes and isinstance(given, Released):
                 raise StepQuantError(
-                    "the packed weights of a layer were changed in place after they were laid out "
-                    "for a kernel: expected load_state_dict, or a call of set_memory_mode(model, "
-                    "'low') first"
+                    "a layer's packed weights were changed in place after a kernel laid them out: "
+                    "change them with load_state_dict, or call set_memory_mode(model, 'low') first"
                 )
         args, kwargs = tree_map(whole, (args, kwargs))
         return func(*args, **kwargs)

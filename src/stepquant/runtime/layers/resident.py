@@ -35,7 +35,7 @@ def set_memory_mode(model: nn.Module, mode: str) -> None:
     if not layers:
         raise StepQuantError(
             f"{type(model).__name__} has no packed layer: expected a denoiser that stepquant "
-            "quantize packed, because only its layers have memory modes"
+            "quantize packed, because only packed layers have memory modes"
         )
     for layer in layers:
         layer.drop_layout()

@@ -130,8 +130,8 @@ class WeightOnly(MarksDtype):
         """
         if not x.is_floating_point():
             raise StepQuantError(
-                f"a weight-only layer got an input of {x.dtype}: expected floating point; the "
-                "model casts inputs to the dtype of the weight, so it cannot have such layers"
+                f"a weight-only layer got an input of {x.dtype}: expected floating point; a "
+                "model that casts inputs to the weight's dtype cannot be quantized this way"
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -186,7 +186,7 @@ def check_weight_only_bits(bits: int, what: str) -> int:
     if bits not in WEIGHT_ONLY_BITS:
         raise StepQuantError(
             f"{what} is {bits!r}: expected one of {', '.join(map(str, WEIGHT_ONLY_BITS))}, the "
-            "bits of layers that dequantize their weights on use"
+            "bits of weight-only layers"
         )
     return bits
 

@@ -37,7 +37,7 @@ class Grid(NamedTuple):
         if self.factors is not None and self.factors.shape != (channels,):
             raise StepQuantError(
                 f"a grid has factors of {tuple(self.factors.shape)} for {channels} channels: "
-                "expected one for each"
+                "expected one factor per channel"
             )
 
     def factors_for(self, x: Tensor, channel_dim: int) -> Tensor | None:

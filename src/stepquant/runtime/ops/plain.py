@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from stepquant.models.non_finite import report
 from stepquant.runtime.ops.encoding import encode as packed_encode
 from stepquant.runtime.ops.encoding import pad
 from stepquant.runtime.ops.grids import Grid, Output
@@ -35,6 +36,7 @@ def group_norm_encode(
     x = torch.cat([part.to(torch.float32) for part in parts], dim=1)
     if added is not None:
         x = x + added.to(torch.float32)[:, :, None, None]
+    report(x)
     y = functional.group_norm(x, groups, _float32(weight), _float32(bias), eps)
     y = _activate(y, activation)
     return [
@@ -47,6 +49,7 @@ def encode(
     x: Tensor, activation: str, output_grid: Grid, padding: tuple[int, int] = (0, 0)
 ) -> Tensor:
     """See `fused.encode`."""
+    report(x)
     channel_dim = 1 if x.dim() == 4 else -1
     codes = _codes(_activate(x.to(torch.float32), activation), output_grid, channel_dim)
     if x.dim() != 4:
@@ -72,11 +75,13 @@ def layer_norm_encode(
         y = y * (1 + scale.to(torch.float32).view(middle))
     if shift is not None:
         y = y + shift.to(torch.float32).view(middle)
+    report(y)
     return [_codes(y, grid) for grid in grids]
 
 
 def gated_encode(x: Tensor, gate_activation: str, output_grid: Grid) -> Tensor:
     """See `fused.gated_encode`."""
+    report(x)
     values, gates = x.to(torch.float32).chunk(2, dim=-1)
     return _codes(values * _activate(gates, gate_activation), output_grid)
 
@@ -150,6 +155,7 @@ def attention_codes(query: Tensor, key: Tensor, value: Tensor, heads: int, grid:
         for each in (query, key, value)
     )
     y = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    report(y)
     return _codes(y, grid)
 
 

@@ -23,8 +23,8 @@ def check_channels(codes: Tensor, spec: LayerSpec) -> None:
     channels = codes.shape[-1 if spec.kind == "linear" else 1]
     if channels != spec.in_channels:
         raise StepQuantError(
-            f"a layer's input has {channels} channels: expected {spec.in_channels}, in an input of "
-            f"{tuple(codes.shape)}"
+            f"a layer's input of {tuple(codes.shape)} has {channels} channels: expected "
+            f"{spec.in_channels}"
         )
 
 
@@ -43,8 +43,7 @@ def shape_of(codes: Tensor, spec: LayerSpec) -> Shape:
     if height < 1 or width < 1:
         raise StepQuantError(
             f"an image of {codes.shape[2]} x {codes.shape[3]}, with its padding, is smaller than "
-            f"the kernel of {spec.kernel_size[0]} x {spec.kernel_size[1]}: expected at least its "
-            "size"
+            f"the kernel: expected at least {spec.kernel_size[0]} x {spec.kernel_size[1]}"
         )
     return Shape((codes.shape[0], spec.out_channels, height, width), torch.channels_last)
 

@@ -71,31 +71,33 @@ class Library:
                 allow.
 
         Raises:
-            OSError: There is no library, it does not fit this package, or the machine does not
+            OSError: There is no library, it does not match this package, or the machine does not
                 support a level. The message is a sentence.
         """
         if not path.exists():
             raise OSError(
-                f"there is no compiled library at {path}: "
-                "python -m stepquant.runtime.ops.native makes it"
+                f"there is no compiled library at {path}: run "
+                "python -m stepquant.runtime.ops.native to compile it"
             )
         # torch must be loaded first, because the library uses its OpenMP runtime.
         loaded = ctypes.CDLL(str(path))
         loaded.sources.restype = ctypes.c_char_p
         if loaded.sources().decode() != build.digest():
             raise OSError(
-                f"the library at {path} is of other sources: "
-                "python -m stepquant.runtime.ops.native makes it anew"
+                f"the library at {path} was compiled from other sources: run "
+                "python -m stepquant.runtime.ops.native to compile it again"
             )
         loaded.layout.restype = ctypes.c_char_p
         differs = structures.difference(loaded.layout().decode())
         if differs is not None:
-            raise OSError(f"the library at {path} does not fit this package: {differs}")
+            raise OSError(f"the library at {path} does not match this package: {differs}")
         best, names = loaded.best_level(), list(build.LEVELS)
         allowed = [name for name in names[: best + 1] if not _forbids(name)]
         self.level = allowed[-1] if level is None else level
         if names.index(self.level) > best:
-            raise OSError(f"this machine has no {self.level}, its best is {names[best]}")
+            raise OSError(
+                f"this machine does not support {self.level}: its best level is {names[best]}"
+            )
         for name, arguments in _ARGUMENTS.items():
             function = getattr(loaded, f"{name}_{self.level}")
             function.argtypes, function.restype = arguments, c_int32
@@ -107,8 +109,8 @@ class Library:
             self.product_level = product_level
         else:
             raise OSError(
-                f"no integer products of {product_level} on this machine: there are those of "
-                f"{', '.join(products) or 'no instruction set'}"
+                f"this machine has no integer products for {product_level}: expected one of "
+                f"{', '.join(products) or 'none'}"
             )
         self.products = products.get(self.product_level or "")
         self.attention = getattr(loaded, f"attention_{self.product_level}", None)
@@ -203,8 +205,8 @@ def why_no_products() -> Refusal | None:
         return None
     return Refusal(
         RefusalCode.NO_PRODUCTS,
-        f"the machine or the compiler has none of {', '.join(build.PRODUCT_LEVELS)}, or a cap of "
-        "oneDNN's instruction set leaves them out",
+        f"the machine or the compiler supports none of {', '.join(build.PRODUCT_LEVELS)}, or a "
+        "cap on oneDNN's instruction set excludes them",
     )
 
 

@@ -79,8 +79,9 @@ struct Attention {  // of bfloat16 [batch, queries or keys, heads * head_dim], s
     Grid grid;
 };
 
-// Results of the functions.
-enum Status : int32_t { kDone = 0, kRowOutside = 1, kNoMemory = 2 };
+// Results of the functions. kNotFinite: all is computed, but a float that was to become a code was
+// NaN or infinite, or its sum or square was.
+enum Status : int32_t { kDone = 0, kRowOutside = 1, kNoMemory = 2, kNotFinite = 3 };
 
 // Activations, as in structures.ACTIVATIONS.
 enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3 };

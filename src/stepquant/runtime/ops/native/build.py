@@ -1,7 +1,7 @@
-"""Compiles the native kernels; `python -m stepquant.runtime.ops.native` calls it.
+"""Compiles the native kernels, for `python -m stepquant.runtime.ops.native`.
 
-`hatch_build.py` loads this file by its path when a wheel is built or the package is installed, so
-it needs the standard library only.
+`hatch_build.py` also loads this file, by its path, to build a wheel or install the package.
+Therefore this file imports the standard library only.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ LEVEL = "level.cpp"
 
 
 class Family(NamedTuple):
-    """Instruction sets of a family of CPUs: their names, and the compiler's options for each."""
+    """The instruction sets of a CPU family, each with its compiler options."""
 
-    # In the order of `best_level`, which checks for the options.
+    # Slowest first. `best_level` in level.cpp numbers them in this order, and checks what the CPU
+    # supports.
     levels: dict[str, tuple[str, ...]]
-    # The same for integer products: place i stands for bit i of `product_levels`, and later ones
-    # are faster. A compiler that does not know one leaves it out.
+    # The same for integer products; entry i is bit i of `product_levels` in level.cpp. The build
+    # omits levels whose options the compiler does not support.
     product_levels: dict[str, tuple[str, ...]]
 
 
@@ -55,7 +56,7 @@ X86 = Family(
         "amx": _AMX,
     },
 )
-# Apple's compiler would take the instructions of the M1 everywhere, if it were not told otherwise.
+# Without -march, Apple's compiler uses the M1's instructions everywhere.
 ARM = Family(
     levels={"base": ("-march=armv8-a",)},
     product_levels={
@@ -64,31 +65,31 @@ ARM = Family(
         "i8mm": ("-march=armv8.2-a+i8mm",),
     },
 )
-# What `platform.machine()` calls them. Big-endian CPUs have other names.
+# By the names of `platform.machine()`. Big-endian CPUs have other names.
 MACHINES = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 PLATFORMS = (("linux", X86), ("linux", ARM), ("darwin", ARM))
-# Those of this machine; where there is no library, names of nothing.
+# The levels of this machine; on other CPUs, which have no library, "base" alone.
 LEVELS, PRODUCT_LEVELS = MACHINES.get(platform.machine().lower(), Family({"base": ()}, {}))
 
-# No contraction: torch rounds a product before it adds to it. Without errno and traps, which
-# nobody looks at, the loops become vectors.
+# No contraction, because torch rounds a product before it adds it. errno and floating-point traps
+# are unused, and without them the compiler vectorizes more loops.
 FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
-# Linked without OpenMP: its functions are found in the library that torch has loaded, so that there
-# is one pool of threads.
+# Compiled but not linked with OpenMP: the kernels call the OpenMP runtime that torch has loaded, so
+# that both share one thread pool.
 OPENMP = ("-fopenmp",)
 SHARED = ("-shared", "-Wl,--as-needed")
-# Apple's compiler comes without OpenMP. Whether the kernels would find its functions in the library
-# that torch has loaded has not been tried on a Mac, so they run in one thread there.
-MAC_VERSION = "11.0"  # the first for ARM
+# Apple's compiler has no OpenMP, and torch's runtime is untested with these kernels on a Mac, so
+# they run in one thread there.
+MAC_VERSION = "11.0"  # the first macOS for ARM
 MAC_FLAGS = ("-fopenmp-simd", f"-mmacosx-version-min={MAC_VERSION}")
 MAC_SHARED = ("-dynamiclib", f"-mmacosx-version-min={MAC_VERSION}")
 
 
 def digest() -> str:
-    """The state of the sources, 16 hexadecimal digits."""
+    """Return the digest of all sources, 16 hexadecimal digits."""
     found = hashlib.sha256()
     for name in (*HEADERS, *KERNELS, PRODUCTS, ATTENTION, LEVEL, Path(__file__).name):
         found.update((FOLDER / name).read_bytes())
@@ -96,7 +97,7 @@ def digest() -> str:
 
 
 def compiler() -> list[str] | None:
-    """The command of the C++ compiler: what `CXX` says, or the first one in the path."""
+    """Return the command of the C++ compiler: `CXX`, else g++ or c++ if PATH has one, else None."""
     chosen = shlex.split(os.environ.get("CXX", ""))
     if chosen:
         return chosen if shutil.which(chosen[0]) else None
@@ -106,26 +107,32 @@ def compiler() -> list[str] | None:
 def build(
     target: Path = LIBRARY, system: str = sys.platform, machine: str = platform.machine()
 ) -> str | None:
-    """Write the library to `target`; None, or the reason why there is none now.
+    """Compile the library to `target`; return None, or why it failed.
 
-    `system` and `machine` are those that the library is for, which a cross compiler can choose.
+    `system` and `machine` name the platform that the library is for. A cross compiler may target
+    another platform than this one.
     """
     try:
-        target.unlink(missing_ok=True)  # a library of other sources is worse than none
+        target.unlink(missing_ok=True)  # a stale library is worse than none
         return _build(target, system, MACHINES.get(machine.lower()), machine)
     except OSError as error:
-        return f"the library could not be written: {error}"
+        return f"cannot write the library: {error}"
 
 
 def _build(target: Path, system: str, family: Family | None, machine: str) -> str | None:
     if family is None or (system, family) not in PLATFORMS:
         return (
-            "made for Linux on x86-64 and 64-bit ARM, and for macOS on ARM, "
-            f"this is {system} on {machine}"
+            "expected Linux on x86-64 or 64-bit ARM, or macOS on ARM, but this is "
+            f"{system} on {machine}"
         )
     command = compiler()
     if command is None:
-        return f"no C++ compiler: CXX is {os.environ.get('CXX')!r}, nor is one in the path"
+        chosen = os.environ.get("CXX")
+        return (
+            f"the C++ compiler '{chosen}' is not in PATH: correct or unset CXX"
+            if chosen
+            else "PATH has no C++ compiler: install g++, or set CXX"
+        )
     mac = system == "darwin"
     flags = (*FLAGS, *(MAC_FLAGS if mac else OPENMP))
     levels = family.product_levels
@@ -157,7 +164,7 @@ def _build(target: Path, system: str, family: Family | None, machine: str) -> st
 
 
 def _takes(command: list[str], options: tuple[str, ...]) -> bool:
-    """Whether the compiler knows the options."""
+    """Whether the compiler supports the options."""
     nothing = [*command, "-x", "c++", "-c", os.devnull, "-o", os.devnull]
     return _run([*nothing, *options]) is None
 
@@ -166,9 +173,9 @@ def _run(command: list[str]) -> str | None:
     try:
         done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
     except OSError as error:
-        return f"{command[0]} did not start: {error}"
+        return f"cannot start {command[0]}: {error}"
     if done.returncode == 0:
         return None
     lines = done.stderr.strip().splitlines() or ["no message"]
     errors = [line for line in lines if "error" in line]
-    return f"{command[0]} failed with {done.returncode}: {(errors or lines)[0]}"
+    return f"{command[0]} failed with exit code {done.returncode}: {(errors or lines)[0]}"

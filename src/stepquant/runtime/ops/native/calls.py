@@ -13,11 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stepquant.models.non_finite import report_found
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.native import Library, structures
 from stepquant.runtime.ops.native.structures import ACTIVATIONS, STATUS
 from stepquant.support.errors import StepQuantError
 
+NOT_FINITE = STATUS["not_finite"]
 _pack_shape, _pack_image = structures.SHAPE.pack, structures.IMAGE.pack
 _pack_output, _pack_rows = structures.OUTPUT.pack, structures.ROWS.pack
 _pack_grid = structures.GRID.pack
@@ -58,7 +60,7 @@ def group_norm_encode(
         torch.get_num_threads(),
     )
     if status:
-        fail(status)
+        check(status, *parts, added)
     return results
 
 
@@ -94,7 +96,7 @@ def encode(
             threads,
         )
     if status:
-        fail(status)
+        check(status, x)
     return result
 
 
@@ -131,7 +133,7 @@ def layer_norm_encode(
         torch.get_num_threads(),
     )
     if status:
-        fail(status)
+        check(status, x, scale, shift)
     return results
 
 
@@ -150,7 +152,7 @@ def gated_encode(library: Library, x: Tensor, gate_activation: str, grid: Grid) 
         torch.get_num_threads(),
     )
     if status:
-        fail(status)
+        check(status, x)
     return result
 
 
@@ -234,9 +236,8 @@ def grid_structure(grid: Grid) -> bytes:
         and (factors is None or _are_floats(factors))
     ):
         raise StepQuantError(
-            "a grid is not as the native kernels read it: expected float32 scales and factors, as "
-            "many uint8 zero points as scales, all contiguous, and an int64 row on the CPU, found "
-            f"{grid}"
+            f"the native kernels cannot read the grid {grid}: expected contiguous float32 scales "
+            "and factors, one uint8 zero point for each scale, and an int64 row, all on the CPU"
         )
     *tables, of_channels = grid_addresses(grid)
     return _pack_grid(*tables, scale.numel(), largest, of_channels)
@@ -251,12 +252,28 @@ def _output(out: Output, result: Tensor) -> bytes:
     return _pack_output(result.data_ptr(), out.start, out.channels, *out.padding, grid)
 
 
+def check(status: int, *inputs: Tensor | None) -> None:
+    """Report what is not finite among `inputs`, the floats of a call; raise as `fail` does.
+
+    Raises NonFiniteError where nobody collects the report.
+    """
+    if status != NOT_FINITE:
+        fail(status)
+    for x in inputs:
+        if x is not None:
+            report_found(x)
+
+
 def fail(status: int) -> None:
     """Raise the error that a native function's status other than 0 stands for.
 
     Raises StepQuantError for a row outside the step table, and MemoryError if an allocation failed.
     """
     if status == STATUS["row_outside"]:
-        raise StepQuantError("a grid's row is outside its table")
+        raise StepQuantError(
+            "a grid's row is outside its step table: expected the row of a calibrated step"
+        )
     assert status == STATUS["no_memory"], status
-    raise MemoryError("no memory for what a native kernel keeps during a call")
+    raise MemoryError(
+        "a native kernel could not allocate its buffers: free some memory or lower the batch size"
+    )

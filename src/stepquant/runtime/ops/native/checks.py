@@ -35,7 +35,9 @@ def group_norm_encode(
     """Check the shapes of all operands, and the channels of each output."""
     del eps
     if activation not in ("none", "silu"):
-        raise StepQuantError(f"activation '{activation}' after a group norm: expected none or silu")
+        raise StepQuantError(
+            f"unknown activation '{activation}' after a group norm: expected none or silu"
+        )
     batch, _, height, width = parts[0].shape
     channels = 0
     for part in parts:
@@ -43,18 +45,23 @@ def group_norm_encode(
         channels += shape[1]
         if shape[0] != batch or shape[2] != height or shape[3] != width:
             raise StepQuantError(
-                f"parts of {tuple(shape)} and {tuple(parts[0].shape)}: expected the same batch, "
-                "height and width"
+                f"input parts have the shapes {tuple(parts[0].shape)} and {tuple(shape)}: expected "
+                "equal batch, height and width"
             )
     if channels % groups:
-        raise StepQuantError(f"{channels} channels do not make {groups} groups")
+        raise StepQuantError(
+            f"a group norm has {channels} channels: expected a multiple of its {groups} groups"
+        )
     _check_biases(channels, weight, bias)
     if added is not None and added.shape != (batch, channels):
-        raise StepQuantError(f"what is added is {tuple(added.shape)}: expected {(batch, channels)}")
+        raise StepQuantError(
+            f"the added tensor is {tuple(added.shape)}: expected {(batch, channels)}"
+        )
     for out in outputs:
         if out.start < 0 or out.start + out.channels > channels:
             raise StepQuantError(
-                f"an output takes channels {out.start} to {out.start + out.channels} of {channels}"
+                f"an output takes channels {out.start} to {out.start + out.channels}: expected a "
+                f"range within the {channels} channels of the input"
             )
         out.grid.check_channels(out.channels)
 
@@ -63,7 +70,9 @@ def encode(x: Tensor, activation: str, output_grid: Grid, padding: tuple[int, in
     """Check the activation's name, the padding, and the number of factors."""
     _check_activation(activation)
     if x.dim() != 4 and any(padding):
-        raise StepQuantError(f"padding {padding} around {x.dim()} dimensions: expected 4")
+        raise StepQuantError(
+            f"padding is {padding} for {x.dim()} dimensions: expected none, or 4 dimensions"
+        )
     if output_grid.factors is not None:
         output_grid.check_channels(x.shape[1 if x.dim() == 4 else -1])
 
@@ -83,8 +92,8 @@ def layer_norm_encode(
     for name, each in (("scale", scale), ("shift", shift)):
         if each is not None and (x.dim() < 2 or each.shape != (x.shape[0], x.shape[-1])):
             raise StepQuantError(
-                f"{name} is {tuple(each.shape)} for {tuple(x.shape)}: expected a row for each "
-                "sample"
+                f"the modulation's {name} is {tuple(each.shape)} for an input of {tuple(x.shape)}: "
+                "expected one row of channels per sample"
             )
     for grid in grids:
         grid.check_channels(x.shape[-1])
@@ -94,7 +103,7 @@ def gated_encode(x: Tensor, gate_activation: str, output_grid: Grid) -> None:
     """Check the activation's name, that channels are even, and the number of factors."""
     _check_activation(gate_activation)
     if x.shape[-1] % 2:
-        raise StepQuantError(f"{x.shape[-1]} channels have no halves: expected an even number")
+        raise StepQuantError(f"a gated input has {x.shape[-1]} channels: expected an even number")
     output_grid.check_channels(x.shape[-1] // 2)
 
 
@@ -148,8 +157,9 @@ def tiled_product_codes(
     _check_weight(weight, grid, spec)
     if not tiles.fits_in_tiles(spec, gated):
         raise StepQuantError(
-            f"a {spec.kind} layer of {spec.out_channels} channels makes no codes itself: expected "
-            f"a linear layer of whole tiles of {tiles.TILE}, two for each tile of gated codes"
+            f"a {spec.kind} layer with {spec.out_channels} out-channels cannot return codes: "
+            f"expected a linear layer with a multiple of {tiles.TILE * (2 if gated else 1)} "
+            "out-channels"
         )
     output_grid.check_channels(spec.out_channels // 2 if gated else spec.out_channels)
 
@@ -160,11 +170,13 @@ def attention_codes(query: Tensor, key: Tensor, value: Tensor, heads: int, grid:
     expected = (batch, key.shape[1], channels)
     if key.shape != value.shape or key.shape != expected:
         raise StepQuantError(
-            f"attention's keys are {tuple(key.shape)}, its values {tuple(value.shape)}: expected "
-            f"{expected}"
+            f"attention's keys are {tuple(key.shape)} and its values {tuple(value.shape)}: "
+            f"expected {expected} for both"
         )
     if channels % heads:
-        raise StepQuantError(f"{channels} channels do not make {heads} heads")
+        raise StepQuantError(
+            f"attention has {channels} channels: expected a multiple of its {heads} heads"
+        )
     grid.check_channels(channels)
 
 
@@ -184,8 +196,7 @@ def _check_biases(channels: int, weight: Tensor | None, bias: Tensor | None) -> 
 def _check_step_bias(step_bias: Tensor | None, grid: Grid, channels: int) -> None:
     if step_bias is not None and step_bias.shape != (grid.scale.shape[0], channels):
         raise StepQuantError(
-            f"the biases of steps are {tuple(step_bias.shape)}: "
-            f"expected {(grid.scale.shape[0], channels)}"
+            f"the step bias is {tuple(step_bias.shape)}: expected {(grid.scale.shape[0], channels)}"
         )
 
 
@@ -193,8 +204,8 @@ def _check_weight(weight: Weight, grid: Grid, spec: LayerSpec) -> None:
     tiles.check(weight.tiles, spec)
     if weight.sums.shape != (spec.out_channels,) or weight.sums.dtype is not torch.int32:
         raise StepQuantError(
-            f"a weight's sums are {weight.sums.dtype} {tuple(weight.sums.shape)}: expected int32 "
-            f"{(spec.out_channels,)}"
+            f"the weight's sums are {weight.sums.dtype} {tuple(weight.sums.shape)}: expected "
+            f"int32 {(spec.out_channels,)}"
         )
     _check_biases(spec.out_channels, weight.scale, weight.bias)
     _check_step_bias(weight.step_bias, grid, spec.out_channels)

@@ -29,6 +29,14 @@ INLINE float float_of(uint32_t bits) {
     return x;
 }
 
+// Grows with |x|; from kNotFiniteSize on, x is infinite or NaN. Loops keep the largest: a check of
+// each value would cost more.
+INLINE int32_t size_of(float x) { return int32_t(bits_of(x) & 0x7FFFFFFFu); }
+
+static const int32_t kNotFiniteSize = 0x7F800000;
+
+INLINE int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+
 INLINE float load(const float* x, int64_t i) { return x[i]; }
 INLINE float load(const uint16_t* x, int64_t i) { return float_of(uint32_t(x[i]) << 16); }
 
@@ -59,7 +67,12 @@ INLINE float exp_of(float x) {
     return p * float_of((bits_of(shifted) << 23) + 0x3F800000u);  // times 2^n
 }
 
-INLINE float silu_of(float x) { return x / (1.0f + exp_of(-x)); }
+// `exp_of` stops growing at 88, so below -88 the quotient must not grow either.
+INLINE float over_one_plus_exp(float x, float minus_exponent) {
+    return (x > -88.0f ? x : -88.0f) / (1.0f + exp_of(-minus_exponent));
+}
+
+INLINE float silu_of(float x) { return over_one_plus_exp(x, x); }
 
 // Abramowitz and Stegun 7.1.26, as in torch's own vectors: an absolute error below 2e-7.
 INLINE float erf_of(float x) {
@@ -78,7 +91,7 @@ INLINE float gelu_of(float x) { return 0.5f * x * (1.0f + erf_of(x * 0.707106781
 // 0.5 * x * (1 + tanh(u)) = x * sigmoid(2 u)
 INLINE float gelu_tanh_of(float x) {
     const float u = 0.79788456080286536f * madd(0.044715f * x * x, x, x);
-    return x / (1.0f + exp_of(-2.0f * u));
+    return over_one_plus_exp(x, 2.0f * u);
 }
 
 template <int kind>
@@ -130,14 +143,21 @@ INLINE void encode_floats(const float* y, int64_t count, const Levels& levels, u
 // Activations go through a small buffer: vectors of bytes would leave long tails of single values.
 static const int64_t kSpan = 512;
 
+// Whether all `x` are finite.
 template <int kind, typename T>
-INLINE void activate_span(const T* x, int64_t count, float* y) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) y[i] = activate<kind>(load(x, i));
+INLINE bool activate_span(const T* x, int64_t count, float* y) {
+    int32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < count; ++i) {
+        const float v = load(x, i);
+        largest = larger(largest, size_of(v));
+        y[i] = activate<kind>(v);
+    }
+    return largest < kNotFiniteSize;
 }
 
-// `values` from number `start`, activated, into `y`.
-static void activate_values(const void* values, bool bf16, int64_t start, int64_t count, int kind,
+// `values` from number `start`, activated, into `y`; whether all are finite.
+static bool activate_values(const void* values, bool bf16, int64_t start, int64_t count, int kind,
                             float* y) {
     const float* f = static_cast<const float*>(values) + start;
     const uint16_t* h = static_cast<const uint16_t*>(values) + start;
@@ -154,16 +174,20 @@ static void activate_values(const void* values, bool bf16, int64_t start, int64_
 }
 
 // `values` from number `start`, activated and encoded; with factors they are those of a pixel or of
-// a row, from channel 0.
-static void encode_values(const void* values, bool bf16, int64_t start, int64_t count, int kind,
+// a row, from channel 0. Whether all are finite.
+static bool encode_values(const void* values, bool bf16, int64_t start, int64_t count, int kind,
                           const Levels& levels, uint8_t* codes) {
     float y[kSpan];
+    bool finite = true;
     for (int64_t i = 0; i < count; i += kSpan) {
         const int64_t n = count - i < kSpan ? count - i : kSpan;
-        activate_values(values, bf16, start + i, n, kind, y);
+        finite &= activate_values(values, bf16, start + i, n, kind, y);
         encode_floats(y, n, levels, codes + i, i);
     }
+    return finite;
 }
+
+INLINE bool is_finite(double x) { return x - x == 0.0; }
 
 // Where so few values are to be done, waking other threads takes longer than the work.
 static const int64_t kSmall = 16384;

@@ -114,7 +114,8 @@ void measure(const GroupNorm& norm, int64_t b, int64_t block, float* scratch) {
     }
 }
 
-void set_factors(const GroupNorm& norm, int64_t b, int64_t g) {
+// Whether the group's values are finite.
+bool set_factors(const GroupNorm& norm, int64_t b, int64_t g) {
     const int64_t channels = norm.shape.channels, size = channels / norm.groups;
     double total = 0.0, squares = 0.0;
     for (int64_t block = 0; block < norm.blocks; ++block) {
@@ -132,6 +133,7 @@ void set_factors(const GroupNorm& norm, int64_t b, int64_t g) {
         factor[c] = float(f);
         offset[c] = float((norm.bias ? norm.bias[c] : 0.0) + (a - mean) * f);
     }
+    return is_finite(squares);
 }
 
 template <int kind, typename T>
@@ -174,19 +176,22 @@ void encode_row(const GroupNorm& norm, int64_t b, int64_t h, int kind, float* y)
         encode_row<kNone>(norm, b, h, y);
 }
 
-// The same blocks for any number of threads, so that the sums, and the codes, are the same.
-void run(const GroupNorm& norm, int kind, int threads, float* scratch) {
+// The same blocks for any number of threads, so that the sums, and the codes, are the same. Whether
+// all values are finite.
+bool run(const GroupNorm& norm, int kind, int threads, float* scratch) {
+    bool finite = true;
     const int64_t batch = norm.shape.batch, height = norm.shape.height;
     // Whole images stay in a core's own cache between the two passes.
     const bool whole = batch % threads == 0 || batch >= 4 * threads;
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : finite)
     {
         float* own = scratch + omp_get_thread_num() * 3 * norm.shape.channels;
         if (whole) {
 #pragma omp for schedule(dynamic)
             for (int64_t b = 0; b < batch; ++b) {
                 for (int64_t block = 0; block < norm.blocks; ++block) measure(norm, b, block, own);
-                for (int64_t g = 0; g < norm.groups; ++g) set_factors(norm, b, g);
+                for (int64_t g = 0; g < norm.groups; ++g)
+                    finite = set_factors(norm, b, g) && finite;
                 for (int64_t h = 0; h < height; ++h) encode_row(norm, b, h, kind, own);
             }
         } else {
@@ -195,26 +200,29 @@ void run(const GroupNorm& norm, int kind, int threads, float* scratch) {
                 measure(norm, i / norm.blocks, i % norm.blocks, own);
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < batch * norm.groups; ++i)
-                set_factors(norm, i / norm.groups, i % norm.groups);
+                finite = set_factors(norm, i / norm.groups, i % norm.groups) && finite;
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < batch * height; ++i)
                 encode_row(norm, i / height, i % height, kind, own);
         }
     }
+    return finite;
 }
 
-// Row `h` of an image whose channels do not lie side by side, encoded channel by channel.
-void encode_transposed(const Image& x, const Shape& shape, int64_t b, int64_t h, int kind,
+// Row `h` of an image whose channels do not lie side by side, encoded channel by channel. Whether
+// its values are finite.
+bool encode_transposed(const Image& x, const Shape& shape, int64_t b, int64_t h, int kind,
                        const Levels& levels, uint8_t* row) {
     float y[kSpan];
     uint8_t codes[kSpan];
+    bool finite = true;
     Levels own = levels;  // what is side by side here is of one channel
     own.factors = nullptr;
     for (int64_t c = 0; c < shape.channels; ++c) {
         const int64_t from = b * x.stride_b + c * x.stride_c + h * x.stride_h;
         for (int64_t start = 0; start < shape.width; start += kSpan) {
             const int64_t left = shape.width - start, n = left < kSpan ? left : kSpan;
-            activate_values(x.data, x.bf16, from + start, n, kind, y);
+            finite &= activate_values(x.data, x.bf16, from + start, n, kind, y);
             if (levels.factors)
                 for (int64_t i = 0; i < n; ++i) y[i] *= levels.factors[c];
             encode_floats(y, n, own, codes);
@@ -222,6 +230,7 @@ void encode_transposed(const Image& x, const Shape& shape, int64_t b, int64_t h,
             for (int64_t i = 0; i < n; ++i) to[i * shape.channels] = codes[i];
         }
     }
+    return finite;
 }
 
 }  // namespace
@@ -253,7 +262,7 @@ EXPORT int32_t NAME(group_norm_encode)(const Shape* shape, const Image* parts, i
     const GroupNorm norm = {*shape,  parts,  part_count,   added,      weight, bias,    groups,
                             eps,     outputs, levels,      output_count, block_rows, blocks, moments,
                             factors};
-    if (status == kDone) run(norm, kind, threads, scratch);
+    if (status == kDone && !run(norm, kind, threads, scratch)) status = kNotFinite;
     free(memory);
     return status;
 }
@@ -267,20 +276,24 @@ EXPORT int32_t NAME(encode_image)(const Shape* shape, const Image* x, int32_t ki
     const bool pixels = x->stride_c == 1 || channels == 1;
     const bool dense = pixels && (x->stride_w == channels || width == 1) && !levels.factors;
     threads = threads_for(shape->batch * height * width * channels, threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    bool finite = true;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) \
+    reduction(&& : finite)
     for (int64_t i = 0; i < shape->batch * height; ++i) {
         const int64_t b = i / height, h = i % height;
         fill_border(*output, levels, *shape, b, h);
         uint8_t* row = inner_row(*output, *shape, b, h);
         const int64_t from = b * x->stride_b + h * x->stride_h;
         if (!pixels)
-            encode_transposed(*x, *shape, b, h, kind, levels, row);
+            finite = encode_transposed(*x, *shape, b, h, kind, levels, row) && finite;
         else if (dense)
-            encode_values(x->data, x->bf16, from, width * channels, kind, levels, row);
+            finite = encode_values(x->data, x->bf16, from, width * channels, kind, levels, row) &&
+                     finite;
         else
             for (int64_t w = 0; w < width; ++w)
-                encode_values(x->data, x->bf16, from + w * x->stride_w, channels, kind, levels,
-                              row + w * channels);
+                finite = encode_values(x->data, x->bf16, from + w * x->stride_w, channels, kind,
+                                       levels, row + w * channels) &&
+                         finite;
     }
-    return kDone;
+    return finite ? kDone : kNotFinite;
 }

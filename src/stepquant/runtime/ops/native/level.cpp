@@ -149,7 +149,8 @@ std::string described() {
     text += "Activation: " + listed({{"none", kNone}, {"silu", kSilu}, {"gelu", kGelu},
                                      {"gelu_tanh", kGeluTanh}});
     text += "Status: " + listed({{"done", kDone}, {"row_outside", kRowOutside},
-                                 {"no_memory", kNoMemory}});
+                                 {"no_memory", kNoMemory},
+                                 {"not_finite", kNotFinite}});
     return text;
 }
 

@@ -16,22 +16,26 @@ struct LayerNorm {
     float* factors;  // [batch, 2, C]: y = factor * normed + offset
 };
 
-void set_factors(const LayerNorm& norm, int64_t b) {
+// Whether scale and shift of sample `b` are finite.
+bool set_factors(const LayerNorm& norm, int64_t b) {
     const int64_t channels = norm.x.channels;
     float *factor = norm.factors + 2 * b * channels, *offset = factor + channels;
     const float* scale = norm.scale ? norm.scale + b * norm.scale_stride : nullptr;
     const float* shift = norm.shift ? norm.shift + b * norm.shift_stride : nullptr;
     const float *weight = norm.weight, *bias = norm.bias;
+    int32_t largest = 0;
     for (int64_t c = 0; c < channels; ++c) {
         const float f = scale ? 1.0f + scale[c] : 1.0f;
         factor[c] = weight ? weight[c] * f : f;
         offset[c] = madd(bias ? bias[c] : 0.0f, f, shift ? shift[c] : 0.0f);
+        largest = larger(larger(largest, size_of(factor[c])), size_of(offset[c]));
     }
+    return largest < kNotFiniteSize;
 }
 
-// Row `r`, normed and modulated, into `y`.
+// Row `r`, normed and modulated, into `y`; whether it is finite.
 template <typename T>
-void norm_row(const LayerNorm& norm, int64_t r, float* y) {
+bool norm_row(const LayerNorm& norm, int64_t r, float* y) {
     const int64_t channels = norm.x.channels;
     const T* x = static_cast<const T*>(norm.x.data) + r * channels;
     const float* factor = norm.factors + 2 * (r / norm.x.count) * channels;
@@ -49,23 +53,30 @@ void norm_row(const LayerNorm& norm, int64_t r, float* y) {
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c)
         y[c] = madd((load(x, c) - mean) * inverse, factor[c], offset[c]);
+    return is_finite(square);
 }
 
-// A row's first half times its activated second half.
+// A row's first half times its activated second half. Whether the gates and products are finite.
 template <int kind, typename T>
-void gate_row(const T* x, int64_t channels, const Levels& levels, uint8_t* codes) {
+bool gate_row(const T* x, int64_t channels, const Levels& levels, uint8_t* codes) {
     float y[kSpan];
+    int32_t largest = 0;
     for (int64_t start = 0; start < channels; start += kSpan) {
         const int64_t n = channels - start < kSpan ? channels - start : kSpan;
         const T *values = x + start, *gates = values + channels;
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) y[i] = load(values, i) * activate<kind>(load(gates, i));
+#pragma omp simd reduction(max : largest)
+        for (int64_t i = 0; i < n; ++i) {
+            const float gate = load(gates, i);
+            y[i] = load(values, i) * activate<kind>(gate);
+            largest = larger(larger(largest, size_of(gate)), size_of(y[i]));
+        }
         encode_floats(y, n, levels, codes + start, start);
     }
+    return largest < kNotFiniteSize;
 }
 
 template <typename T>
-void gate_row(const T* x, int64_t channels, int kind, const Levels& levels, uint8_t* codes) {
+bool gate_row(const T* x, int64_t channels, int kind, const Levels& levels, uint8_t* codes) {
     switch (kind) {
         case kSilu: return gate_row<kSilu>(x, channels, levels, codes);
         case kGelu: return gate_row<kGelu>(x, channels, levels, codes);
@@ -96,17 +107,18 @@ EXPORT int32_t NAME(layer_norm_encode)(const Rows* x, const float* weight, const
     const LayerNorm norm = {*x,    weight,       bias,    eps, scale, scale_stride,
                             shift, shift_stride, factors};
     if (status == kDone) {
-        for (int64_t b = 0; b < x->batch; ++b) set_factors(norm, b);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        bool finite = true;
+        for (int64_t b = 0; b < x->batch; ++b) finite &= set_factors(norm, b);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) \
+    reduction(&& : finite)
         for (int64_t r = 0; r < rows; ++r) {
             float* y = scratch + omp_get_thread_num() * channels;
-            if (x->bf16)
-                norm_row<uint16_t>(norm, r, y);
-            else
-                norm_row<float>(norm, r, y);
+            finite = (x->bf16 ? norm_row<uint16_t>(norm, r, y) : norm_row<float>(norm, r, y)) &&
+                     finite;
             for (int64_t g = 0; g < grid_count; ++g)
                 encode_floats(y, channels, levels[g], codes[g] + r * channels);
         }
+        if (!finite) status = kNotFinite;
     }
     free(memory);
     return status;
@@ -119,16 +131,19 @@ EXPORT int32_t NAME(gated_encode)(const Rows* x, int32_t kind, const Grid* grid,
     Levels levels;
     if (!levels_of(*grid, &levels)) return kRowOutside;
     threads = threads_for(rows * channels, threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    bool finite = true;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) \
+    reduction(&& : finite)
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t from = 2 * r * channels;
         uint8_t* to = codes + r * channels;
-        if (x->bf16)
-            gate_row(static_cast<const uint16_t*>(x->data) + from, channels, kind, levels, to);
-        else
-            gate_row(static_cast<const float*>(x->data) + from, channels, kind, levels, to);
+        const auto *h = static_cast<const uint16_t*>(x->data) + from;
+        const auto *f = static_cast<const float*>(x->data) + from;
+        finite = (x->bf16 ? gate_row(h, channels, kind, levels, to)
+                          : gate_row(f, channels, kind, levels, to)) &&
+                 finite;
     }
-    return kDone;
+    return finite ? kDone : kNotFinite;
 }
 
 // See fused.encode, for anything but images: `count` values, `channels` in a row.
@@ -139,12 +154,14 @@ EXPORT int32_t NAME(encode_flat)(const void* x, int32_t bf16, int64_t count, int
     if (!levels_of(*grid, &levels)) return kRowOutside;
     threads = threads_for(count, threads);
     const int64_t chunk = levels.factors ? channels : 4096;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    bool finite = true;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1) \
+    reduction(&& : finite)
     for (int64_t start = 0; start < count; start += chunk) {
         const int64_t n = count - start < chunk ? count - start : chunk;
-        encode_values(x, bf16, start, n, kind, levels, codes + start);
+        finite = encode_values(x, bf16, start, n, kind, levels, codes + start) && finite;
     }
-    return kDone;
+    return finite ? kDone : kNotFinite;
 }
 
 // See fused.epilogue. `y` is [channels + 1]: the bias, then the scale. `sums` is null where the

@@ -66,7 +66,7 @@ ATTENTION = Structure(
 STRUCTURES = (IMAGE, SHAPE, GRID, OUTPUT, ROWS, CODES, WEIGHT, RESULT, ENCODED, ATTENTION)
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
-STATUS = {"done": 0, "row_outside": 1, "no_memory": 2}
+STATUS = {"done": 0, "row_outside": 1, "no_memory": 2, "not_finite": 3}
 
 
 def layout() -> list[str]:

@@ -60,7 +60,7 @@ def check(laid_out: Tensor, spec: LayerSpec) -> None:
     expected = halved if laid_out.dtype is torch.uint8 else whole
     if laid_out.dtype not in (torch.int8, torch.uint8) or laid_out.shape != expected:
         raise StepQuantError(
-            f"a weight in tiles is {laid_out.dtype} {tuple(laid_out.shape)}: expected int8 "
+            f"a tiled weight is {laid_out.dtype} {tuple(laid_out.shape)}: expected int8 "
             f"{whole} or uint8 {halved} for {spec.out_channels} out-channels of {spec.columns} "
             "columns"
         )
