@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import ablation_tables  # noqa: F401  # importing registers a module's tables
+import behaviour_tables  # noqa: F401
 import quality_tables  # noqa: F401
 import speed_tables  # noqa: F401
 import study_tables  # noqa: F401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -205,3 +206,18 @@ def test_what_cannot_be_quantized_is_told():
     message = refused(lambda: quantize_weights(nn.Sequential(nn.Linear(2, 2)), "it"))
     assert "it is Sequential: expected a model of diffusers or transformers" in message
     assert "has no linear or conv layer" in refused(lambda: quantize_weights(nn.SiLU(), "it"))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_projections_of_codes_are_not_fused(copied):
+    """They were concatenated as codes: an error of sizes, or other numbers."""
+    model = build("vae")
+    model = copy.deepcopy(model) if copied else model
+    wanted = run(model)
+    message = refused(model.fuse_qkv_projections)
+    assert "the quantized layer 'encoder.conv_in'" in message
+    assert torch.equal(run(model), wanted)
+    float_vae = vae(4)
+    before = run(float_vae)
+    float_vae.fuse_qkv_projections()
+    torch.testing.assert_close(run(float_vae), before)

@@ -58,6 +58,17 @@ def check_architecture(model: Any, recorded: dict[str, Any] | None) -> None:
         _compare(found, recorded, f"config.json of {type(model).__name__}")
 
 
+def changed(model: Any, recorded: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the values of the config of `model` that differ from `recorded`, by key.
+
+    `register_to_config` of diffusers makes them differ. Without a copy, nothing differs.
+    """
+    found = architecture_of(model)
+    if recorded is None or found is None:
+        return {}
+    return {key: found[key] for key in recorded if key in found and found[key] != recorded[key]}
+
+
 def check_written(path: Path, config: dict[str, Any]) -> None:
     """Check the values of the config file `path` against the copy in its quantization config.
 

@@ -35,6 +35,7 @@ class StepQuantConfig(QuantizationConfigMixin):
     - `float_layers`: for each layer left in float, the reason.
     - `architecture`: the values of the model's config that its results depend on, which a load
       compares with those of the model; None in checkpoints from before there was a copy.
+    - `rewritten_layers`: names of the convolutions that `models.rewriting` replaces, in order.
     - `scheme`: the requested bits and protocol.
     - `recipe`: the resolved recipe.
     - `provenance`: seed, scheduler and versions.
@@ -61,6 +62,7 @@ class StepQuantConfig(QuantizationConfigMixin):
         input_error_bypass: str | None = None,
         format_version: int = FORMAT_VERSION,
         architecture: dict[str, Any] | None = None,
+        rewritten_layers: list[str] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method: Any = StepQuantMethod.STEPQUANT  # not a member of diffusers' enum
@@ -70,7 +72,8 @@ class StepQuantConfig(QuantizationConfigMixin):
             raise StepQuantError(
                 f"the quantization config has the unknown key '{min(unknown)}': expected "
                 "format_version, scheme, steps, layer_default, layers, attention, "
-                "input_error_bypass, architecture, float_layers, recipe and provenance"
+                "input_error_bypass, architecture, rewritten_layers, float_layers, recipe and "
+                "provenance"
             )
         self.scheme = _json_object("scheme", scheme)
         self.float_layers = _json_object("float_layers", float_layers)
@@ -79,6 +82,14 @@ class StepQuantConfig(QuantizationConfigMixin):
         self.architecture = (
             None if architecture is None else _json_object("architecture", architecture)
         )
+        self.rewritten_layers = [] if rewritten_layers is None else rewritten_layers
+        if not isinstance(self.rewritten_layers, list) or not all(
+            isinstance(name, str) for name in self.rewritten_layers
+        ):
+            raise StepQuantError(
+                f"rewritten_layers of the quantization config is {rewritten_layers!r}: expected a "
+                "list of layer names"
+            )
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise StepQuantError(
                 f"steps of the quantization config is {steps!r}: expected the length of the step "
@@ -134,6 +145,7 @@ class StepQuantConfig(QuantizationConfigMixin):
             "provenance": _sorted(self.provenance),
             "quant_method": self.quant_method.value,
             "recipe": _sorted(self.recipe),
+            **({"rewritten_layers": self.rewritten_layers} if self.rewritten_layers else {}),
             "scheme": _sorted(self.scheme),
             "steps": self.steps,
         }
@@ -146,6 +158,8 @@ class StepQuantConfig(QuantizationConfigMixin):
             layers["/input_error_bypass"] = self.input_error_bypass
         if self.architecture is not None:
             layers["/architecture"] = self.architecture
+        if self.rewritten_layers:
+            layers["/rewritten_layers"] = self.rewritten_layers
         return json.dumps(layers, sort_keys=True, separators=(",", ":"))
 
     def to_json_string(self, use_diff: bool = True) -> str:

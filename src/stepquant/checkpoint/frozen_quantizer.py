@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+from stepquant.checkpoint.architecture import changed
 from stepquant.checkpoint.casts import allow_all_casts
 from stepquant.runtime.layers.adapters import adapters_text, named_adapters
 from stepquant.runtime.layers.lora_branch import named_branches
@@ -32,7 +35,7 @@ def check_device_map(device_map: Any) -> None:
 
 
 def check_no_adapters(model: nn.Module) -> None:
-    """Check that no layer has a LoRA or an adapter of peft, which dequantizing would lose.
+    """Check that no layer has a LoRA of stepquant or an adapter of peft, before dequantizing.
 
     Raises:
         StepQuantError: one has.
@@ -44,8 +47,8 @@ def check_no_adapters(model: nn.Module) -> None:
         )
     for name, adapters in named_adapters(model):
         raise StepQuantError(
-            f"the layer '{name}' has {adapters_text(adapters)} of peft: expected a model "
-            "without them; call unload_lora_weights of the pipeline first"
+            f"the layer '{name}' has {adapters_text(adapters)} of peft: expected a model without "
+            "them; call unload_lora_weights of the pipeline first"
         )
 
 
@@ -71,6 +74,8 @@ class FrozenQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._owned: set[str] = set()  # names of the tensors that stepquant puts in place
+        self.saved_model: Any = None
+        """The model that `save_pretrained` writes with this quantizer."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a `device_map` that would leave quantized tensors on the disk.
@@ -113,8 +118,54 @@ class FrozenQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
-        """True: these models save and load."""
+        """True: these models save and load.
+
+        `save_pretrained` asks this before it writes anything. Here the copy of the model's config
+        follows what `register_to_config` has changed since the model was quantized or loaded.
+
+        Raises:
+            StepQuantError: the changed config describes another model, so that a load would fail.
+        """
+        model, config = self.saved_model, self.quantization_config
+        if isinstance(model, ModelMixin):
+            found = changed(model, config.architecture)
+            if found:
+                self._check_rebuilt(model, ", ".join(f"'{key}'" for key in sorted(found)))
+                config.architecture = {**config.architecture, **found}
+                # After a load, the model's own config holds another object with the same values.
+                model.register_to_config(quantization_config=config)
         return True
+
+    def _check_rebuilt(self, model: Any, keys: str) -> None:
+        """Check that a load builds `model` from its config, of which `keys` were changed.
+
+        Raises:
+            StepQuantError: the config is not valid, or gives other tensors.
+        """
+        plain = {key: value for key, value in model.config.items() if key not in CONFIG_KEYS}
+        try:
+            with init_empty_weights():
+                built: Any = type(model).from_config(plain)
+        except Exception as error:
+            raise StepQuantError(
+                f"{type(model).__name__} cannot be built from its config, of which "
+                f"register_to_config has changed {keys} ({error}): expected a config that a load "
+                "takes; take the change back before saving"
+            ) from error
+        wanted = {name: list(each.shape) for name, each in self._loadable(built).items()}
+        found = {name: list(each.shape) for name, each in model.state_dict().items()}
+        for name in sorted(found.keys() | wanted.keys()):
+            if found.get(name) != wanted.get(name):
+                raise StepQuantError(
+                    f"the tensor '{name}' of {type(model).__name__} has the shape "
+                    f"{found.get(name)}, and {wanted.get(name)} in a model of its config, of which "
+                    f"register_to_config has changed {keys}: expected a config that describes the "
+                    "model, because a load refuses others; take the change back before saving"
+                )
+
+    def _loadable(self, built: Any) -> dict[str, Tensor]:
+        """Return the state dict that a load into the float model `built` expects; changes it."""
+        raise NotImplementedError
 
     @property
     def is_trainable(self) -> bool:

@@ -24,13 +24,13 @@ from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
 from stepquant.models.attention_processor import ProductsProcessor
 from stepquant.models.input_bypass import SLOPES_NAME, InputBypass, bypass_of, detach_bypass
 from stepquant.models.non_finite import NonFiniteSamples
+from stepquant.models.rewriting import rewrite, without_rewritten
 from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.blocks import use_fast_blocks, use_plain_blocks
-from stepquant.runtime.layers.adapters import (
-    check_no_adapter_tensors,
-)
+from stepquant.runtime.layers.adapters import check_no_adapter_tensors
 from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
+from stepquant.runtime.layers.fusion import refuse_fusion
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.layer_tensors import Reader, not_read
 from stepquant.support.errors import StepQuantError
@@ -104,8 +104,16 @@ class StepQuantQuantizer(FrozenQuantizer):
             StepQuantError: the model lacks such a layer or does not fit the config, or the
                 checkpoint lacks a tensor or has one too many.
         """
+        check_architecture(model, self.quantization_config.architecture)
+        context = self._put_packed(model)
+        validate.check_names([*model.state_dict(), CHECKSUM_NAME], self._loaded_keys)
+        self._owned = validate.packed_names(model)
+        self._model, self._context = model, context
+
+    def _put_packed(self, model: Any) -> StepContext:
+        """Replace the layers that the config names, and return the step context that they share."""
         config = self.quantization_config
-        check_architecture(model, config.architecture)
+        rewrite(model, set(config.rewritten_layers))
         modules = dict(model.named_modules())
         unknown = sorted((set(config.layers) | set(config.attention)) - set(modules))
         if unknown:
@@ -131,9 +139,11 @@ class StepQuantQuantizer(FrozenQuantizer):
         if config.input_error_bypass is not None:
             slopes = torch.empty(config.steps, device="meta")
             InputBypass(config.input_error_bypass).attach(model, slopes)
-        validate.check_names([*model.state_dict(), CHECKSUM_NAME], self._loaded_keys)
-        self._owned = validate.packed_names(model)
-        self._model, self._context = model, context
+        return context
+
+    def _loadable(self, built: Any) -> dict[str, Tensor]:
+        self._put_packed(built)
+        return built.state_dict()
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Check each tensor as it is in the file, before diffusers casts it.
@@ -191,8 +201,9 @@ class StepQuantQuantizer(FrozenQuantizer):
         model.requires_grad_(False)  # as after quantize: calls follow gradients where asked to
         place_markers(model)
         count_as_float(model)
+        refuse_fusion(model)
         allow_casts(model, other_dtypes=False)
-        self.saved_names = frozenset(model.state_dict())
+        self.saved_names, self.saved_model = frozenset(model.state_dict()), model
         self._loaded_keys, self._checksum, self._owned = [], FileChecksum(), set()
         self._model = self._context = None
 
@@ -260,6 +271,7 @@ class StepQuantQuantizer(FrozenQuantizer):
                 float_layer(module, dtype) if isinstance(module, IntegerLayer) else None
             ),
         )
+        without_rewritten(model)
         use_plain_blocks(model)  # whose attention lets go of its products
         for module in model.modules():
             if isinstance(getattr(module, "processor", None), ProductsProcessor):

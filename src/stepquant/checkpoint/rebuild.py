@@ -7,6 +7,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from stepquant.models.attention_processor import PRODUCTS
+from stepquant.models.rewriting import name_before
 
 
 def why_not_rebuilt(model: nn.Module) -> str | None:
@@ -20,7 +21,10 @@ def why_not_rebuilt(model: nn.Module) -> str | None:
     plain = {key: value for key, value in model.config.items() if key != "quantization_config"}
     with init_empty_weights():
         known = {name for name, _ in type(model).from_config(plain).named_modules()}  # type: ignore[attr-defined]
-    owners = {name.rpartition(".")[0].removesuffix(PRODUCTS) for name in model.state_dict()}
+    owners = {
+        name_before(model, name.rpartition(".")[0].removesuffix(PRODUCTS))
+        for name in model.state_dict()
+    }
     extra = sorted(owners - known)
     if not extra:
         return None

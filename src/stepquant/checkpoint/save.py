@@ -30,8 +30,10 @@ from stepquant.checkpoint.validate import (
 )
 from stepquant.models.attention_processor import PRODUCTS
 from stepquant.models.input_bypass import bypass_of
+from stepquant.models.rewriting import names_of_rewritten
 from stepquant.quantizers import StepContext
 from stepquant.runtime.layers.dtype_marker import count_as_float
+from stepquant.runtime.layers.fusion import refuse_fusion
 from stepquant.support.atomic import atomic_folder, user_path
 from stepquant.support.errors import StepQuantError
 
@@ -54,9 +56,10 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
 
     Afterwards `save_pretrained` of a diffusers `ModelMixin` writes a checkpoint; `save_pipeline`
     does so for other modules. The function sets `layers`, `attention`, `steps`,
-    `input_error_bypass` and `architecture` of `config` from the model. The caller sets the rest.
-    The model's step context must be attached already (`StepContext.attach`). From here on diffusers
-    treats the model as quantized: it moves between devices, but not to another dtype.
+    `input_error_bypass`, `architecture` and `rewritten_layers` of `config` from the model. The
+    caller sets the rest. The model's step context must be attached already (`StepContext.attach`).
+    From here on diffusers treats the model as quantized: it moves between devices, but not to
+    another dtype.
 
     Raises:
         StepQuantError: `model` has no packed layer, layers of several step contexts, or tensors
@@ -68,16 +71,18 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     bypass = bypass_of(model)
     config.input_error_bypass = None if bypass is None else bypass.layer
     config.architecture = architecture_of(model)
+    config.rewritten_layers = names_of_rewritten(model)
     StepQuantConfig.from_dict(config.to_dict())  # the check that a load makes
     device = next(model.buffers()).device
     model.register_buffer(STEP_GRID_NAME, grid.timesteps.clone().to(device))
     check_model(model)
     quantizer = StepQuantQuantizer(config)
-    quantizer.saved_names = frozenset(model.state_dict())
+    quantizer.saved_names, quantizer.saved_model = frozenset(model.state_dict()), model
     quantizer.why_not_saved = why_not_rebuilt(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     count_as_float(model)
+    refuse_fusion(model)
     allow_casts(model, other_dtypes=False)
     model.quantization_method = config.quant_method
     if hasattr(model, "register_to_config"):

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from stepquant.engines.captured_calls import state
+from stepquant.models.rewritten_conv import RewrittenConv
 from stepquant.pipelines.resolved import denoiser_of
 from stepquant.runtime.kernels import Backend
 from stepquant.runtime.kernels.onednn import pairs_saturate
@@ -50,7 +51,7 @@ def slow_paths(model: nn.Module | DiffusionPipeline) -> list[str]:
     notes = [*_on_reference(layers)]
     if any(layer.weight_packed.is_cpu for layer in layers):
         notes += [*_without_vnni(layers), *_without_library(layers), *_plain_blocks(model)]
-        notes += [*_dtype(model), *_unrecorded(model), *_threads()]
+        notes += [*_rewritten(model), *_dtype(model), *_unrecorded(model), *_threads()]
     return notes
 
 
@@ -102,6 +103,22 @@ def _without_library(layers: list[IntegerLayer]) -> Iterable[str]:
         yield (
             "norms, activations and rounding are several passes of torch instead of one native "
             f"pass: {reason}"
+        )
+
+
+def _rewritten(model: nn.Module) -> Iterable[str]:
+    library = native.library()
+    if library is None or library.product_level != "avx2":
+        return
+    slower = [
+        module
+        for module in model.modules()
+        if isinstance(module, RewrittenConv) and (module.transposed or module.only_in_time)
+    ]
+    if slower:
+        yield (
+            f"{len(slower)} transposed convolutions, or convolutions in time alone, take 1.1 to "
+            "1.3 times as long as float ones: AVX2 has no dot products of integers"
         )
 
 

@@ -15,6 +15,7 @@ from stepquant.models.calling import call_denoiser, tensors_in
 from stepquant.models.eligibility import LAYERS
 from stepquant.models.hooks import hooked
 from stepquant.models.inputs import Inputs
+from stepquant.models.rewriting import name_before
 from stepquant.support.errors import StepQuantError
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -122,7 +123,11 @@ class ModuleAdapter(DiffusersAdapter):
         survey, layers = self._survey(model), _layers(model)
         reasons: dict[str, str] = {}
         for pattern in self._float_patterns:
-            matching = [name for name in layers if fnmatchcase(name, pattern)]
+            matching = [
+                name
+                for name in layers
+                if fnmatchcase(name, pattern) or fnmatchcase(name_before(model, name), pattern)
+            ]
             if not matching:
                 raise StepQuantError(
                     f"the pattern '{pattern}' of layers that stay float matches none: expected one "

@@ -24,6 +24,7 @@ from stepquant.models.eligibility import (
     unmatched,
     why_float,
 )
+from stepquant.models.rewriting import name_before
 from stepquant.numerics import check_bits
 from stepquant.support.errors import StepQuantError
 
@@ -198,12 +199,17 @@ class Scheme(BaseModel):
                 continue
             bits[name] = (8, 8) if name in outer else (self.weight_bits, self.activation_bits)
             for override in self.overrides:
-                if fnmatchcase(name, override.pattern):
+                if _matches(model, name, override.pattern):
                     bits[name] = (override.weight_bits, override.activation_bits)
         for override in self.overrides:
-            if not any(fnmatchcase(name, override.pattern) for name in bits):
+            if not any(_matches(model, name, override.pattern) for name in bits):
                 raise StepQuantError(
                     f"override pattern '{override.pattern}' matches no layer: expected a pattern "
                     f"of layer names such as '{next(iter(bits), 'conv_in')}'"
                 )
         return bits, left_float
+
+
+def _matches(model: nn.Module, name: str, pattern: str) -> bool:
+    """Whether `pattern` names the layer `name`, or the layer that it is rewritten from."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name_before(model, name), pattern)

@@ -133,7 +133,8 @@ def quantize(
     chosen = with_settings(loaded, weights, activations, steps, settings)
     target = check_output(out, resume)
     check_seed(seed)
-    source = open_float(model, adapter, components or {}, reporter)
+    kept = chosen.scheme.modules_to_not_convert
+    source = open_float(model, adapter, components or {}, kept, reporter)
     if target is not None:
         reason = why_not_rebuilt(source.denoiser)
         if reason is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from stepquant.lora.pipeline import check_no_lora
 from stepquant.methods.recipe import Recipe, WeightOnlyRecipe
 from stepquant.methods.session import SAMPLES_PER_STEP, Session
 from stepquant.models.adapter import DenoiserAdapter
+from stepquant.models.rewriting import with_rewritten
 from stepquant.pipelines.conditioning import Conditioning
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.resolved import ResolvedPipeline
@@ -153,9 +154,12 @@ def open_float(
     model: str | Path | DiffusionPipeline,
     adapter: DenoiserAdapter | None,
     components: Mapping[str, str],
+    kept: Iterable[str],
     reporter: Reporter,
 ) -> ResolvedPipeline:
-    """Open the float pipeline `model` and find its adapter.
+    """Open the float pipeline `model`, rewrite layers for the kernels, and find its adapter.
+
+    `kept`: patterns of modules that stay as they are.
 
     Raises:
         StepQuantError: the denoiser or one of `components` cannot be quantized.
@@ -165,6 +169,9 @@ def open_float(
     check_no_lora(source.pipeline)
     check_components(source.pipeline, source.name, components)
     check_denoiser(source.denoiser, f"{source.name} of '{source.kind}'")
+    rewritten = with_rewritten(source.denoiser, kept)
+    if rewritten is not source.denoiser:
+        source = source.with_denoiser(rewritten)
     source = replace(source, adapter=adapter)
     return replace(source, adapter=adapter_of(source))
 

@@ -28,6 +28,7 @@ from stepquant.checkpoint.validate import check_names as check_tensor_names
 from stepquant.quantizers.weight import GridSearch, minmax_weight_range
 from stepquant.runtime.layers.adapters import check_no_adapter_tensors
 from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
+from stepquant.runtime.layers.fusion import refuse_fusion
 from stepquant.support.errors import StepQuantError
 from stepquant.weight_only.config import WeightOnlyConfig
 from stepquant.weight_only.model import (
@@ -132,6 +133,7 @@ class WeightOnlyQuantizer(FrozenQuantizer):
         check_loaded(model, config)
         place_markers(model)
         count_as_float(model)
+        refuse_fusion(model)
         allow_casts(model, other_dtypes=True)
         if not self.pre_quantized:
             config.architecture = architecture_of(model)
@@ -139,6 +141,11 @@ class WeightOnlyQuantizer(FrozenQuantizer):
             self._checksum.check(config.layers_json(), REMEDY)
         self._checksum, self._loaded_keys, self._expected = FileChecksum(), [], {}
         model.register_to_config(quantization_config=config)
+        self.saved_model = model
+
+    def _loadable(self, built: Any) -> dict[str, Tensor]:
+        put_layers(built, self.quantization_config, empty=True)
+        return built.state_dict()
 
     def _dequantize(self, model: Any) -> Any:
         put_float_layers(model)
@@ -207,6 +214,7 @@ def mark_weight_only(model: Any, config: WeightOnlyConfig, what: str) -> None:
     config.architecture = architecture_of(model)
     if isinstance(model, ModelMixin):
         quantizer = WeightOnlyQuantizer(config)
+        quantizer.saved_model = model
         model.register_to_config(quantization_config=config)
     else:
         quantizer = _text_quantizer(model, config, what)
@@ -214,6 +222,7 @@ def mark_weight_only(model: Any, config: WeightOnlyConfig, what: str) -> None:
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = config.quant_method
     count_as_float(model)
+    refuse_fusion(model)
     allow_casts(model, other_dtypes=True)
 
 

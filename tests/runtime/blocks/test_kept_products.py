@@ -122,7 +122,7 @@ def test_a_save_refuses_what_a_load_would(pipeline, tmp_path):
 
 
 def test_packed_projections_are_not_fused(pipeline):
-    assert "fuse_qkv_projections was called on a packed" in refused(
+    assert "fuse_qkv_projections was called on a UNet2DConditionModel with" in refused(
         pipeline.unet.fuse_qkv_projections
     )
 
