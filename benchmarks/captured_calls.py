@@ -167,6 +167,8 @@ def rows_of(model: str, batch: int, args: argparse.Namespace) -> list[dict[str, 
                 "setup_seconds": min(each["setup_seconds"] for each in found),
                 "largest_difference": max(each["largest_difference"] for each in found),
                 "peak_memory_mb": max(each["peak_memory_mb"] for each in found),
+                "repeats": args.repeats,
+                "rounds": args.rounds,
             }
         )
     return rows
@@ -204,13 +206,7 @@ def main() -> None:
     for model in args.model or MODELS:
         for batch in args.batch or (1, 4):
             rows = merged(rows, rows_of(model, batch, args))
-            record = {
-                "machine": machine(),
-                "seed": 0,
-                "repeats": args.repeats,
-                "rounds": args.rounds,
-            }
-            write_record({**record, "rows": rows}, file)
+            write_record({"machine": machine(), "seed": 0, "rows": rows}, file)
 
 
 if __name__ == "__main__":

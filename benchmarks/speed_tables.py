@@ -226,12 +226,20 @@ WAYS = {
 }
 
 
+CAPTURED_MODELS = {
+    "embedded": "`builtin:fashion-ddpm`",
+    "paper": "35.7 M DDPM",
+    "sd15": "Stable Diffusion 1.5 UNet",
+    "dit-xl": "DiT-XL/2",
+}
+
+
 @table
 def captured_calls() -> str:
     """Five ways to call a packed denoiser."""
     rows = []
     for each in read("captured_calls.json")["rows"]:
-        model = {"paper": "35.7 M DDPM", "embedded": "`builtin:fashion-ddpm`"}[each["model"]]
+        model = CAPTURED_MODELS[each["model"]]
         cells = [f"{model}, batch {each['batch']}", WAYS[each["way"]]]
         if "error" in each:
             rows.append([*cells, "-", "-", "-"])
