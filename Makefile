@@ -15,7 +15,8 @@ help:
 	@echo "make demo       quantize the embedded model, sample it, compare it with the float model"
 	@echo "make test       the tests, without the slow ones"
 	@echo "make test-slow  the slow tests"
-	@echo "make sanitize   the tests of the native kernels, compiled with the compiler's sanitizers"
+	@echo "make sanitize   the tests of the native kernels, compiled with the compiler's sanitizers;"
+	@echo "                SANITIZE=--quick leaves the emulated instruction sets out"
 	@echo "make test-wheel  build the wheel, install it into an empty environment, quantize and sample"
 	@echo "make fuzz       damaged and hostile files of every kind that stepquant reads, about a minute"
 	@echo "make lint       ruff, mypy, and the order of the rooms"
@@ -72,7 +73,7 @@ test-wheel: $(STAMP)
 	test -s build/wheel/run/grid.png
 
 sanitize: $(STAMP)
-	$(BIN)/python tests/helpers/sanitized_kernels.py build/sanitize
+	$(BIN)/python tests/helpers/sanitized_kernels.py build/sanitize $(SANITIZE)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 `python sanitized_kernels.py FOLDER` copies the package to FOLDER, compiles its kernels there with
 checks of addresses and of undefined behaviour, and runs their tests on the copy. Emulated products
-are compiled with the same checks. An error ends the process of the tests, and fails this one.
+are compiled with the same checks; `--quick` leaves them out, which take most of the time. An error
+ends the process of the tests, and fails this one.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ TESTS = (
 )
 # Emulated products take long with checks: threads and bfloat16 results are the same code for all.
 CHOICE = "not (emulated and (threads or dtype1))"
+QUICK = "not emulated"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1")
 
 
@@ -47,7 +49,7 @@ def libraries(compiler: list[str]) -> list[str] | None:
     return found
 
 
-def main(folder: Path) -> str | int:
+def main(folder: Path, choice: str) -> str | int:
     """What to exit with."""
     compiler = build.compiler()
     preloaded = None if compiler is None else libraries(compiler)
@@ -68,7 +70,7 @@ def main(folder: Path) -> str | int:
         return "the kernels do not compile with sanitizers"
     tests = [str(ROOT / "tests/runtime/ops" / name) for name in TESTS]
     # Captured, the report of an error would end with the process.
-    options = ["-q", "--capture=no", "-p", "no:cacheprovider", "-k", CHOICE]
+    options = ["-q", "--capture=no", "-p", "no:cacheprovider", "-k", choice]
     testing = [sys.executable, "-m", "pytest", *options, *tests]
     environment |= {
         "LD_PRELOAD": " ".join(preloaded),
@@ -80,4 +82,5 @@ def main(folder: Path) -> str | int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]).absolute()))
+    quick = "--quick" in sys.argv[2:]
+    sys.exit(main(Path(sys.argv[1]).absolute(), QUICK if quick else CHOICE))

@@ -182,7 +182,7 @@ A, B, C = (Image.new("RGB", (2, 2), color) for color in ("red", "green", "blue")
         ([], []),
         ([0.1, 0.2, 0.3], [0.1, 0.2, 0.3]),
     ],
-    ids=str,
+    ids=["one", "list of one", "two", "three", "tuple", "nested", "empty", "numbers"],
 )
 @pytest.mark.parametrize("name", ["image", "mask_image"])
 def test_a_list_with_a_picture_for_each_prompt_is_taken_in_turn(name, given, wanted):
