@@ -72,6 +72,13 @@ def behaviours_pipelines() -> str:
     return behaviours_of("Pipelines")
 
 
+def without_names(reason: str) -> str:
+    """The reason as it is for every layer and every model."""
+    reason = re.sub(r"(layer|such as) '[^']+'", r"\1 'NAME'", reason)
+    reason = re.sub(r"on a \w+ with", "on a MODEL with", reason)
+    return reason.replace("|", "\\|")
+
+
 def behaviours_that(outcome: str) -> str:
     """The reasons of an outcome, a row for each behaviour and reason."""
     rows: dict[tuple[str, str], list[str]] = {}
@@ -80,8 +87,7 @@ def behaviours_that(outcome: str) -> str:
             for text in row.get(kind, {}) if kind not in PEERS else ():
                 word, _, reason = text.partition(": ")
                 if word == outcome:
-                    # One row for layers and models that differ in names and sizes only.
-                    general = re.sub(r"\(.*", "", reason.replace("|", "\\|"))
+                    general = without_names(reason)
                     rows.setdefault((name, general), []).append(KINDS[kind])
     lines = ["| Behaviour | Kinds | Reason |", "| --- | --- | --- |"]
     lines += [

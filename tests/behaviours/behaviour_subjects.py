@@ -102,7 +102,7 @@ def load(kind: str, name: str, **more: Any) -> Any:
     config = config_of(kind)
     folder = saved(kind if config is None else FLOAT, name)
     if config is not None:
-        # diffusers loads in bfloat16 for torchao where no dtype is named.
+        # Named, because diffusers loads in bfloat16 for torchao without.
         more = {"torch_dtype": torch.float32, **more, "quantization_config": config}
     model = type(getattr(float_pipeline(name), component_of(name)))
     return model.from_pretrained(folder, **more).eval()
@@ -168,6 +168,11 @@ class Subject:
     @property
     def sample_name(self) -> str:
         return next(iter(self.inputs))
+
+    @property
+    def named_dtype(self) -> dict[str, Any]:
+        """Arguments of a load in float32: diffusers loads in bfloat16 for torchao without."""
+        return {"torch_dtype": torch.float32} if self.kind in PEERS else {}
 
     @property
     def component(self) -> str:

@@ -16,9 +16,9 @@ def cells(entry: dict[str, list[str]]) -> dict[str, str]:
 
 
 def compact(found: dict[str, str]) -> dict[str, list[str]]:
-    """The entry of `found`."""
+    """The entry of `found`, in an order of its own, so that equal runs write equal files."""
     entry: dict[str, list[str]] = {}
-    for model, text in found.items():
+    for model, text in sorted(found.items()):
         entry.setdefault(text, []).append(model)
     return entry
 

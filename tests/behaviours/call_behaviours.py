@@ -198,8 +198,8 @@ def hooks_on_layers(s: Subject) -> None:
     ]
     found, wanted = s.predict(), s.predict(s.float_model)
     assert len(seen) == 2, f"{len(seen)} of 2 hooks were called"
-    s.as_float(*seen)
-    s.as_float(found, wanted)
+    s.as_float(*seen, 0.1)
+    s.as_float(found, wanted, 0.1)
     for handle in handles:
         handle.remove()
     s.same(s.predict(), s.predict(s.again()))

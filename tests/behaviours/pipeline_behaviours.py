@@ -31,7 +31,7 @@ def pipeline_saved_and_loaded(s: Subject) -> None:
     pipeline = s.pipeline()
     wanted = s.draw(pipeline, 2)
     pipeline.save_pretrained(s.folder)
-    loaded = DiffusionPipeline.from_pretrained(s.folder)
+    loaded = DiffusionPipeline.from_pretrained(s.folder, **s.named_dtype)
     assert type(loaded) is type(pipeline)
     s.same(s.draw(loaded, 2), wanted)
 

@@ -18,7 +18,7 @@ GROUP = "Save and load"
 
 def check_loaded(s: Subject, **more: Any) -> Any:
     """The folder of `s` loads to a model of the same bits, which is returned."""
-    loaded = type(s.model).from_pretrained(s.folder, **more).eval()
+    loaded = type(s.model).from_pretrained(s.folder, **s.named_dtype, **more).eval()
     s.same(s.predict(loaded), s.predict())
     return loaded
 
@@ -191,6 +191,6 @@ def dequantize(s: Subject) -> None:
     model = s.float_model if s.kind == FLOAT else s.model.dequantize()
     s.as_float(s.predict(model), s.predict(s.float_model))
     model.save_pretrained(s.folder)
-    loaded = type(model).from_pretrained(s.folder).eval()
+    loaded = type(model).from_pretrained(s.folder, **s.named_dtype).eval()
     assert loaded.num_parameters() == s.float_model.num_parameters()
     s.same(s.predict(loaded), s.predict(model))

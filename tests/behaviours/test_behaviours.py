@@ -29,16 +29,21 @@ BEHIND: dict[tuple[str, str], str] = {}
 def quick(name: str, kind: str) -> str | None:
     """The model on which the default run tries the behaviour; it changes, so that all have a share.
 
-    The slow run tries all models.
+    The slowest models are tried where no other has the behaviour. Kinds that differ in bits only
+    take turns. The slow run tries all.
     """
+    number = list(BEHAVIOURS).index(name)
+    if kind in (("w4", "W8A8") if number % 2 else ("w8", "W4A4")):
+        return None
     tried = [
         model
         for model in MODELS
         if first_word(OUTCOMES.get((name, kind, model), NOT_APPLICABLE)) != NOT_APPLICABLE
     ]
+    tried = [model for model in tried if model not in ("sd", "sdxl", "sd3")] or tried
     if not tried or BEHAVIOURS[name].slow:
         return None
-    return tried[(list(BEHAVIOURS).index(name) + OWN.index(kind)) % len(tried)]
+    return tried[(number + OWN.index(kind)) % len(tried)]
 
 
 CELLS = [
