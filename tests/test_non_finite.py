@@ -17,7 +17,7 @@ from stepquant.api import DynamicConfig, WeightOnlyConfig
 from stepquant.engines.captured_calls import RecordedDenoiser
 from stepquant.models.adapter import adapter_for
 from stepquant.models.calling import call_denoiser
-from stepquant.models.non_finite import NonFiniteError, let_through
+from stepquant.models.non_finite import NonFiniteError, NonFiniteSamples, let_through, report
 from stepquant.quantizers import QuantAttention, StepContext
 from stepquant.runtime.layers.weight_only import weight_only_in_place_of
 from stepquant.runtime.ops import native
@@ -102,6 +102,21 @@ def test_what_is_not_finite_within_a_denoiser_is_let_through(
         assert bad_samples(found) == [False, True]
         assert torch.equal(found[0], good[0])
     assert torch.equal(prediction(fast, None, ""), good)
+
+
+@pytest.mark.parametrize("frames", [2, 3])
+def test_frames_in_the_batch_are_of_their_sample(frames: int) -> None:
+    class Folds(nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            report(x.repeat_interleave(frames, dim=0))
+            return torch.nan_to_num(x)
+
+    model = Folds()
+    NonFiniteSamples.attach(model)
+    x = torch.ones(2, 3)
+    assert bad_samples(model(x, timestep=torch.tensor(0))) == [False, False]
+    x[1, 2] = torch.nan
+    assert bad_samples(model(x, timestep=torch.tensor(0))) == [False, True]
 
 
 def test_a_failed_call_leaves_nothing_behind() -> None:

@@ -35,6 +35,9 @@ def assert_stands_for(layer: Any, x: Tensor) -> None:
     assert all(type(conv) is nn.Conv2d for conv in made.convs)
     assert all(conv.groups == 1 and conv.padding_mode == "zeros" for conv in made.convs)
     torch.testing.assert_close(made(x), layer(x), rtol=0, atol=1e-12)
+    if made.like["padding_mode"] == "zeros":  # torch pads no single sample otherwise
+        torch.testing.assert_close(made(x[0]), layer(x[0]), rtol=0, atol=1e-12)
+    assert torch.equal(made.weight, layer.weight) and made.kernel_size == layer.kernel_size
     again: Any = made.original()
     assert type(again) is type(layer) and str(again) == str(layer)
     assert torch.equal(again.weight, layer.weight)
@@ -163,3 +166,15 @@ def test_a_size_of_the_result_is_refused() -> None:
     assert kind is not None and issubclass(kind, RewrittenConv)
     with pytest.raises(StepQuantError, match=r"called with output_size=\[16\]"):
         kind(layer)(torch.zeros(1, 64, 8), output_size=[16])
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
+def test_a_layer_that_somebody_changed_stays_what_it_is(how: str) -> None:
+    layer = nn.Conv1d(64, 64, 3)
+    if how == "hook":
+        layer.register_forward_hook(lambda module, args, output: output * 0)
+    elif how == "pre-hook":
+        layer.register_forward_pre_hook(lambda module, args: args)
+    else:
+        layer.forward = lambda x: x  # type: ignore[method-assign]
+    assert class_for(layer) is None

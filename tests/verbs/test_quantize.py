@@ -12,6 +12,7 @@ from stepquant.calibration.observe import quant_layers
 from stepquant.pipelines.opening import open_pipeline
 from stepquant.pipelines.sampling import sample_images
 from stepquant.runtime.layers.integer import IntegerLayer
+from stepquant.support.errors import StepQuantError
 from stepquant.verbs.quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -191,12 +192,24 @@ def test_the_seed_decides_everything(tiny_pipeline, tmp_path):
 
 def test_layers_that_stay_float_are_announced_and_kept(tiny_pipeline, tmp_path):
     pipeline, reporter = tiny_pipeline(**SMALL), Lines()
+    block = pipeline.unet.mid_block.resnets[0]
+    channels = block.conv1.in_channels
+    block.conv1 = nn.Conv2d(channels, channels, 3, padding=1, groups=2)
+    result = quantize(pipeline, "dilatequant", 4, 8, steps=2, settings=FAST, reporter=reporter)
+    name = "mid_block.resnets.0.conv1"
+    assert result.record["left_float"] == {name: "grouped conv (2 groups)"}
+    assert reporter.lines[-1] == f"layer '{name}' stays float: grouped conv (2 groups)"
+    kept = result.pipeline.unet.get_submodule(name)
+    assert torch.equal(kept.weight, block.conv1.weight)
+
+
+def test_a_convolution_that_no_load_could_rewrite_is_refused_before_the_work(
+    tiny_pipeline, tmp_path
+):
+    pipeline = tiny_pipeline(**SMALL)
     conv = pipeline.unet.mid_block.resnets[0].conv1
     conv.padding_mode = "circular"
     conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
-    result = quantize(pipeline, "dilatequant", 4, 8, steps=2, settings=FAST, reporter=reporter)
-    name = "mid_block.resnets.0.conv1"
-    assert result.record["left_float"] == {name: "padding (1, 1) of mode 'circular'"}
-    assert reporter.lines[-1] == f"layer '{name}' stays float: padding (1, 1) of mode 'circular'"
-    kept = result.pipeline.unet.get_submodule(name)
-    assert torch.equal(kept.weight, conv.weight)
+    with pytest.raises(StepQuantError, match=r"'mid_block\.resnets\.0\.conv1' of UNet2DModel has"):
+        quantize(pipeline, "minmax", 8, 8, tmp_path / "out", 2)
+    assert not (tmp_path / "out.work").exists()

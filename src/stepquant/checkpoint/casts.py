@@ -26,6 +26,8 @@ def allow_casts(model: nn.Module, other_dtypes: bool) -> None:
         return
     # accelerate has put a function of its own on a model with a device_map.
     inner = vars(model).get("to")
+    if isinstance(inner, partial) and inner.func is _to:
+        inner = inner.args[2]
     # Not bound methods, which pickle would look up by their names on the model.
     model.to = partial(_to, model, other_dtypes, inner)  # type: ignore[method-assign]
     for name in DTYPES:

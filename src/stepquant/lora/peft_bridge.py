@@ -43,12 +43,12 @@ def _check_adapters(peft: ModuleType) -> None:
     original = peft.BaseTuner.inject_adapter
 
     @wraps(original)
-    def inject(tuner: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject(tuner: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         from stepquant.lora.peft_checks import check_adapter, quantized_layers
 
         if quantized_layers(model):
             check_adapter(tuner, model, adapter_name, kwargs.get("state_dict"))
-        original(tuner, model, adapter_name, *args, **kwargs)
+        return original(tuner, model, adapter_name, *args, **kwargs)
 
     peft.BaseTuner.inject_adapter = inject
 
@@ -96,6 +96,8 @@ def _refuse_fusing_of_pipelines(loaders: ModuleType) -> None:
 def _read_widths_of_flux(loaders: ModuleType) -> None:
     """Leave quantized layers out where Flux's loader reads widths from the shapes of weights."""
     owner = loaders.FluxLoraLoaderMixin
+    if not hasattr(owner, "_maybe_expand_transformer_param_shape_or_error_"):
+        return  # a release of diffusers that reads no widths
     widen_model = owner._maybe_expand_transformer_param_shape_or_error_.__func__
     widen_lora = owner._maybe_expand_lora_state_dict.__func__
 

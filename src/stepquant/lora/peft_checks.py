@@ -39,7 +39,9 @@ def check_adapter(
     """
     config, layers = tuner.peft_config[name], quantized_layers(model)
     if tensors is None:
-        wanted = {key for key in layers if tuner._check_target_module_exists(config, key)}
+        # The shorthand for all linear layers: peft resolves it later.
+        every = config.target_modules == "all-linear"
+        wanted = {key for key in layers if every or tuner._check_target_module_exists(config, key)}
     else:
         names = {key.rsplit(f".{tuner.prefix}", 1)[0].removeprefix("_orig_mod.") for key in tensors}
         wanted = layers.keys() & names

@@ -154,9 +154,10 @@ class NonFiniteSamples:
             return output
         bad = torch.zeros(len(prediction), dtype=torch.bool, device=prediction.device)
         for found in reports:
-            # What is the same for all samples, and blocks with batches of their own (the frames of
-            # videos), are reported for all.
-            found = found if found.shape == bad.shape else found.any()
+            # Blocks may fold frames or tokens into the batch, those of a sample side by side. All
+            # samples share a value without a batch, or with one that is no multiple.
+            folded = found.dim() == 1 and len(found) and len(found) % len(bad) == 0
+            found = found.view(len(bad), -1).any(dim=1) if folded else found.any()
             bad = bad | found.to(prediction.device)
         return with_prediction(output, _filled(prediction, bad))
 

@@ -33,7 +33,7 @@ def class_for(layer: nn.Module, shared: Collection[int] = ()) -> type[RewrittenC
 
     | Layer | Rewritten if |
     |---|---|
-    | `nn.Conv1d`, `nn.Conv3d` | always |
+    | `nn.Conv1d`, `nn.Conv3d` | with any padding |
     | `nn.Conv2d` | it has groups, padding other than zeros, or padding given as a text |
     | `nn.ConvTranspose1d`, `nn.ConvTranspose2d` | see below |
 
@@ -41,12 +41,15 @@ def class_for(layer: nn.Module, shared: Collection[int] = ()) -> type[RewrittenC
     and no more output padding than padding. With another kernel, taps of zero would be computed,
     and float is faster; with more output padding, no input reaches the last values.
 
-    With groups, each needs at least `FEWEST_CHANNELS` in-channels. `shared`: see
+    With groups, each needs at least `FEWEST_CHANNELS` in-channels. Layers with hooks, or with a
+    `forward` of their own, are left as they are. `shared`: see
     `eligibility.shared_weights`; such a layer would take the weight from another module.
     """
     kind = type(layer)
     if kind not in (*CONVS, *TRANSPOSED) or id(layer._parameters.get("weight")) in shared:
         return None
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        return None  # the new layer would lose what they do
     conv = cast(Any, layer)
     if conv.groups > 1 and conv.in_channels // conv.groups < FEWEST_CHANNELS:
         return None

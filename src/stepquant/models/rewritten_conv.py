@@ -58,10 +58,13 @@ class RewrittenConv(nn.Module):
     @property
     def only_in_time(self) -> bool:
         """Whether it takes one pixel of several frames."""
-        return self.dims == 3 and self.like["kernel_size"][1:] == (1, 1)
+        first, *others = self.like["kernel_size"]
+        return self.dims == 3 and first > 1 and others == [1, 1]
 
     def forward(self, x: Tensor) -> Tensor:
         """The result of the layer that it stands for: `x [B, C_in, ...]` to `[B, C_out, ...]`."""
+        if x.dim() == self.dims + 1:  # one sample without a batch
+            return RewrittenConv.forward(self, x[None])[0]
         x = self._padded(x)
         found = []
         for conv, part in zip(self.convs, x.chunk(len(self.convs), dim=1), strict=True):
@@ -81,6 +84,15 @@ class RewrittenConv(nn.Module):
         layer.requires_grad_(first.weight.requires_grad)
         layer.train(self.training)
         return cast(nn.Module, layer)
+
+    def __getattr__(self, name: str) -> Any:
+        """The original layer's `weight`, as long as it is float, and its arguments by name."""
+        arguments = self.__dict__.get("like", {})
+        if name in arguments and name != "bias":
+            return arguments[name]
+        if name in ("weight", "bias") and all(type(conv) is nn.Conv2d for conv in self.convs):
+            return getattr(self.original(), name)
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         """The class and the arguments of the layer, as `print(model)` shows them."""

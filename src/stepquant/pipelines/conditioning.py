@@ -107,8 +107,12 @@ class Conditioning:
             name: _texts(value, chosen) if name.startswith(TEXTS) else value
             for name, value in self.call.items()
         }
+        several = takes_several_pictures(pipeline)
         for name, value in found.items():
-            if PICTURES.fullmatch(name):
+            nested = isinstance(value, list | tuple) and any(
+                isinstance(entry, list | tuple) for entry in value
+            )
+            if PICTURES.fullmatch(name) and (nested or not several):
                 found[name] = _pictures(value, chosen, len(self.prompts))
         if self.guidance is not None:
             found["guidance_scale"] = self.guidance
@@ -201,6 +205,12 @@ def _texts(value: Any, chosen: Sequence[int]) -> Any:
     if not isinstance(several, list | tuple) or not all(isinstance(v, str) for v in several):
         return value
     return [several[i % len(several)] for i in chosen] if several else value
+
+
+def takes_several_pictures(pipeline: DiffusionPipeline) -> bool:
+    """Whether a list holds a picture for each ControlNet or T2I-Adapter of `pipeline`."""
+    kinds = [type(getattr(pipeline, name, None)) for name in ("controlnet", "adapter")]
+    return any(kind.__name__.startswith("Multi") for kind in kinds)
 
 
 def _pictures(value: Any, chosen: Sequence[int], prompts: int) -> Any:

@@ -44,7 +44,8 @@ def layer_spec(layer: QuantLayer) -> LayerSpec:
         if len(levels) > 1
         else None,
         half_zero_points=any(
-            bool((weights.zero_point % 1 != 0).any()) for _, weights, _ in layer.parts()
+            bool((weights.zero_point != weights.zero_point.round()).any())
+            for _, weights, _ in layer.parts()
         ),
     )
     if isinstance(layer, QuantLinear):
@@ -137,9 +138,11 @@ def weight_zero_codes(quantizer: WeightQuantizer, halves: bool) -> Tensor:
     low = torch.where(symmetric, WEIGHT_ZERO_POINT_8BIT, 0)
     high = torch.where(symmetric, WEIGHT_ZERO_POINT_8BIT, max_codes(bits))
     if halves and bool((bits > MOST_BITS_WITH_HALVES).any()):
+        wide = zero_point[bits > MOST_BITS_WITH_HALVES]
         raise StepQuantError(
-            f"a layer with half zero points has out-channels of {int(bits.max())} bits: expected "
-            f"at most {MOST_BITS_WITH_HALVES}, so that differences in half steps fit in int8"
+            f"a layer with half zero points has out-channels of {int(bits.max())} bits, with zero "
+            f"points of {float(wide.min())} to {float(wide.max())}: expected at most "
+            f"{MOST_BITS_WITH_HALVES} bits, so that differences in half steps fit in int8"
         )
     if not bool(((zero_point >= low) & (zero_point <= high)).all()):
         if len(bits.unique()) > 1:

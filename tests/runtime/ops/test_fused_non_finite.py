@@ -45,6 +45,7 @@ CALLS: dict[str, Callable[[Path, Tensor], object]] = {
     ),
 }
 OF_SAMPLES = ("added", "scale", "shift")  # take one value for each channel of a sample
+OF_PRODUCTS = ("values", "gates")  # whose product overflows
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -64,9 +65,17 @@ def test_a_native_function_reports_it(name: str, call: str) -> None:
                     CALLS[call](path, broken)
 
 
-@pytest.mark.parametrize("call", [each for each in CALLS if each not in OF_SAMPLES])
+@pytest.mark.parametrize(
+    "call", [each for each in CALLS if each not in (*OF_SAMPLES, *OF_PRODUCTS)]
+)
 @pytest.mark.parametrize("name", NATIVE)
 def test_the_largest_floats_are_not_reported(name: str, call: str) -> None:
     x = image(2, 9, 3, 70)
     x[1, 4, 1, 5], x[0, 2, 0, 3] = 3e38, -3e38
     CALLS[call](Path(name), x)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_gated_product_that_overflows_is_reported(name: str) -> None:
+    with pytest.raises(NonFiniteError, match="hold NaN or infinity"):
+        Path(name).gated_encode(torch.full((2, 4, 6), 3e38), "gelu", GRID)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from stepquant.numerics import max_code
 
@@ -41,3 +42,14 @@ def pad(codes: Tensor, zero_point: Tensor, padding: Sequence[int]) -> Tensor:
     padded.copy_(zero_point.to(torch.uint8).view(1, 1, 1, 1).expand(shape))
     padded[:, :, top : top + height, left : left + width] = codes
     return padded
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """`activation(x)`, in the dtype of `x`; `activation` is as in `fused.encode`."""
+    if activation == "silu":
+        return functional.silu(x)
+    if activation == "gelu":
+        return functional.gelu(x)
+    if activation == "gelu_tanh":
+        return functional.gelu(x, approximate="tanh")
+    return x

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from stepquant.models.non_finite import report
+from stepquant.runtime.ops.encoding import activated, pad
 from stepquant.runtime.ops.encoding import encode as packed_encode
-from stepquant.runtime.ops.encoding import pad
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.layer_spec import LayerSpec
 from stepquant.runtime.ops.native import tiles
@@ -38,7 +38,7 @@ def group_norm_encode(
         x = x + added.to(torch.float32)[:, :, None, None]
     report(x)
     y = functional.group_norm(x, groups, _float32(weight), _float32(bias), eps)
-    y = _activate(y, activation)
+    y = activated(y, activation)
     return [
         encode(y[:, out.start : out.start + out.channels], "none", out.grid, out.padding)
         for out in outputs
@@ -51,7 +51,7 @@ def encode(
     """See `fused.encode`."""
     report(x)
     channel_dim = 1 if x.dim() == 4 else -1
-    codes = _codes(_activate(x.to(torch.float32), activation), output_grid, channel_dim)
+    codes = _codes(activated(x.to(torch.float32), activation), output_grid, channel_dim)
     if x.dim() != 4:
         return codes
     return pad(codes, output_grid.in_force()[1], padding)
@@ -81,9 +81,11 @@ def layer_norm_encode(
 
 def gated_encode(x: Tensor, gate_activation: str, output_grid: Grid) -> Tensor:
     """See `fused.gated_encode`."""
-    report(x)
     values, gates = x.to(torch.float32).chunk(2, dim=-1)
-    return _codes(values * _activate(gates, gate_activation), output_grid)
+    y = values * activated(gates, gate_activation)
+    report(x)
+    report(y)
+    return _codes(y, output_grid)
 
 
 def epilogue(
@@ -143,9 +145,9 @@ def tiled_product_codes(
     """See `fused.tiled_product_codes`."""
     y = tiled_product(codes, grid, weight, spec, None, torch.float32, None)
     if not gated:
-        return _codes(_activate(y, activation), output_grid)
+        return _codes(activated(y, activation), output_grid)
     values, gates = y.chunk(2, dim=-1)
-    return _codes(values * _activate(gates, activation), output_grid)
+    return _codes(values * activated(gates, activation), output_grid)
 
 
 def attention_codes(query: Tensor, key: Tensor, value: Tensor, heads: int, grid: Grid) -> Tensor:
@@ -167,16 +169,6 @@ def step_bias_in_force(step_bias: Tensor, grid: Grid) -> Tensor:
 def _codes(y: Tensor, grid: Grid, channel_dim: int = -1) -> Tensor:
     y = grid.scaled(y, channel_dim)
     return packed_encode(y, *grid.in_force(), grid.largest.bit_length()).contiguous()
-
-
-def _activate(x: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return functional.silu(x)
-    if activation == "gelu":
-        return functional.gelu(x)
-    if activation == "gelu_tanh":
-        return functional.gelu(x, approximate="tanh")
-    return x
 
 
 def _float32(x: Tensor | None) -> Tensor | None:

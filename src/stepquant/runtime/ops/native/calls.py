@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stepquant.models.non_finite import report_found
+from stepquant.runtime.ops.encoding import activated
 from stepquant.runtime.ops.grids import Grid, Output
 from stepquant.runtime.ops.native import Library, structures
 from stepquant.runtime.ops.native.structures import ACTIVATIONS, STATUS
@@ -151,8 +152,9 @@ def gated_encode(library: Library, x: Tensor, gate_activation: str, grid: Grid) 
         result.data_ptr(),
         torch.get_num_threads(),
     )
-    if status:
-        check(status, x)
+    if status:  # of finite halves, the product may be infinite
+        values, gates = x.to(torch.float32).chunk(2, dim=-1)
+        check(status, x, values * activated(gates, gate_activation))
     return result
 
 
