@@ -1,4 +1,4 @@
-"""What adapters of peft fit quantized layers; checked before peft changes the model."""
+"""Checks of peft adapters for quantized layers, made before peft changes the model."""
 
 from __future__ import annotations
 

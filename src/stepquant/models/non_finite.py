@@ -4,7 +4,7 @@ Rounding turns NaN into some code and clips infinity, so a packed model would dr
 where the float model gives NaN. In a float denoiser, NaN spreads over the sample; here the whole
 prediction of the sample is NaN.
 
-What turns floats into codes reports the samples that are not finite, and hooks of the denoiser
+Code that turns floats into codes reports the samples that are not finite, and hooks of the denoiser
 collect these reports.
 """
 
@@ -20,7 +20,7 @@ from stepquant.models.calling import argument_names, prediction_in, tensors_in, 
 from stepquant.quantizers.call_state import PerThread
 from stepquant.support.errors import StepQuantError
 
-# What a call reports, bool tensors `[B]`: true for samples that are not finite. None outside calls.
+# The reports of a call, bool tensors `[B]`, true for samples that are not finite; None outside.
 _REPORTS = PerThread()
 
 

@@ -110,7 +110,7 @@ class RewrittenConv(nn.Module):
         return [(each, each) for each in padding]
 
     def _explicit(self) -> Pads:
-        """What is padded in a step of its own, because the `nn.Conv2d` cannot."""
+        """The padding that is a step of its own, because the `nn.Conv2d` cannot do it."""
         pads = self._pads()
         plain = self.like["padding_mode"] == "zeros"
         return [
@@ -193,8 +193,8 @@ class RewrittenConvTranspose(RewrittenConv):
 
     With kernel size k and stride s, the result at `s * q + r` sums `x[q - m] * w[r + s * m]` over
     m. For each phase r, that is a convolution of k / s taps. The `nn.Conv2d` has an out-channel for
-    each channel and phase, and scales of their own. What the padding takes off the result is cut
-    off at the end.
+    each channel and phase, and scales of their own. The padding is cut off the result
+    at the end.
     """
 
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
