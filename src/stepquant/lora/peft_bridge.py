@@ -61,6 +61,8 @@ def _fuse_and_save_models(loaders: ModuleType) -> None:
 
     @wraps(fuse_model)
     def fuse(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not loaders.USE_PEFT_BACKEND:  # diffusers' own error says so
+            return fuse_model(model, *args, **kwargs)
         from stepquant.lora.peft_checks import check_not_fused
 
         check_not_fused(model)
@@ -68,6 +70,8 @@ def _fuse_and_save_models(loaders: ModuleType) -> None:
 
     @wraps(save_adapter)
     def save(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not loaders.USE_PEFT_BACKEND:
+            return save_adapter(model, *args, **kwargs)
         from stepquant.lora.peft_checks import quantized_layers
         from stepquant.lora.peft_saving import Uncast
 
@@ -82,6 +86,8 @@ def _refuse_fusing_of_pipelines(loaders: ModuleType) -> None:
 
     @wraps(original)
     def fuse(pipeline: Any, components: Any = (), *args: Any, **kwargs: Any) -> Any:
+        if not loaders.USE_PEFT_BACKEND:
+            return original(pipeline, components, *args, **kwargs)
         from stepquant.lora.peft_checks import check_not_fused
 
         for name in [components] if isinstance(components, str) else components:
