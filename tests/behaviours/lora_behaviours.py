@@ -64,15 +64,19 @@ def both(s: Subject) -> tuple[Any, Any]:
     return s.model, s.float_model
 
 
-@behaviour(GROUP)
-def lora_loaded_and_unloaded(s: Subject) -> None:
-    """`load_lora_adapter` changes the numbers as in the float model, `unload_lora` changes back."""
-    plain, plain_float, tensors = s.predict(), s.predict(s.float_model), lora(s)
+def check_loaded_and_unloaded(s: Subject, tensors: dict[str, Tensor]) -> None:
+    plain, plain_float = s.predict(), s.predict(s.float_model)
     for model in both(s):
         put(model, tensors)
     check_change(s, plain, plain_float)
     s.model.unload_lora()
     s.same(s.predict(), plain)
+
+
+@behaviour(GROUP)
+def lora_loaded_and_unloaded(s: Subject) -> None:
+    """`load_lora_adapter` changes the numbers as in the float model, `unload_lora` changes back."""
+    check_loaded_and_unloaded(s, lora(s))
 
 
 @behaviour(GROUP)
@@ -129,12 +133,7 @@ def lora_swapped(s: Subject) -> None:
 @behaviour(GROUP)
 def lora_on_convolutions(s: Subject) -> None:
     """A LoRA of 3x3 convolutions changes the numbers as in the float model."""
-    plain, plain_float, tensors = s.predict(), s.predict(s.float_model), lora(s, conv=True)
-    for model in both(s):
-        put(model, tensors)
-    check_change(s, plain, plain_float)
-    s.model.unload_lora()
-    s.same(s.predict(), plain)
+    check_loaded_and_unloaded(s, lora(s, conv=True))
 
 
 @behaviour(GROUP)

@@ -35,7 +35,7 @@ def assert_stands_for(layer: Any, x: Tensor) -> None:
     assert all(type(conv) is nn.Conv2d for conv in made.convs)
     assert all(conv.groups == 1 and conv.padding_mode == "zeros" for conv in made.convs)
     torch.testing.assert_close(made(x), layer(x), rtol=0, atol=1e-12)
-    if made.like["padding_mode"] == "zeros":  # torch pads no single sample otherwise
+    if made.arguments["padding_mode"] == "zeros":  # torch pads no single sample otherwise
         torch.testing.assert_close(made(x[0]), layer(x[0]), rtol=0, atol=1e-12)
     assert torch.equal(made.weight, layer.weight) and made.kernel_size == layer.kernel_size
     again: Any = made.original()

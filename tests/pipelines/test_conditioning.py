@@ -200,3 +200,16 @@ def test_arrays_and_tensors_are_pictures():
         conditioning = Conditioning.of(["a", "b"], call={"image": several})
         (found,) = conditioning.arguments(Pictures(), 1, 1)["image"]
         assert found is several[1]
+
+
+@pytest.mark.parametrize("name", ["controlnet", "adapter"])
+def test_a_flat_list_is_one_for_each_of_several_controlnets(name):
+    class MultiControlNetModel:
+        pass
+
+    pipeline = Pictures()
+    setattr(pipeline, name, MultiControlNetModel())
+    flat = Conditioning.of(["a", "b"], call={"image": [A, B]})
+    assert flat.arguments(pipeline, 1, 1)["image"] == [A, B]
+    nested = Conditioning.of(["a", "b"], call={"image": [[A, B], C]})
+    assert nested.arguments(pipeline, 1, 1)["image"] == [[B], C]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from stepquant.checkpoint import validate
 from stepquant.checkpoint.architecture import check_architecture
-from stepquant.checkpoint.casts import allow_casts
 from stepquant.checkpoint.checksum import (
     CHECKSUM_NAME,
     FileChecksum,
@@ -21,6 +20,7 @@ from stepquant.checkpoint.checksum import (
 )
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
+from stepquant.checkpoint.quantized_model import adapt_methods
 from stepquant.models.attention_processor import ProductsProcessor
 from stepquant.models.input_bypass import SLOPES_NAME, InputBypass, bypass_of, detach_bypass
 from stepquant.models.non_finite import NonFiniteSamples
@@ -29,8 +29,7 @@ from stepquant.models.surgery import replace_modules
 from stepquant.quantizers import StepContext, StepGrid
 from stepquant.runtime.blocks import use_fast_blocks, use_plain_blocks
 from stepquant.runtime.layers.adapters import check_no_adapter_tensors
-from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
-from stepquant.runtime.layers.fusion import refuse_fusion
+from stepquant.runtime.layers.dtype_marker import place_markers
 from stepquant.runtime.layers.integer import IntegerLayer
 from stepquant.runtime.layers.layer_tensors import Reader, not_read
 from stepquant.support.errors import StepQuantError
@@ -200,9 +199,7 @@ class StepQuantQuantizer(FrozenQuantizer):
         use_fast_blocks(model)
         model.requires_grad_(False)  # as after quantize: calls follow gradients where asked to
         place_markers(model)
-        count_as_float(model)
-        refuse_fusion(model)
-        allow_casts(model, other_dtypes=False)
+        adapt_methods(model, other_dtypes=False)
         self.saved_names, self.saved_model = frozenset(model.state_dict()), model
         self._loaded_keys, self._checksum, self._owned = [], FileChecksum(), set()
         self._model = self._context = None

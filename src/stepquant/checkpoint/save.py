@@ -14,12 +14,12 @@ from torch import nn
 
 from stepquant.checkpoint.architecture import architecture_of
 from stepquant.checkpoint.attention_config import AttentionConfig
-from stepquant.checkpoint.casts import allow_casts
 from stepquant.checkpoint.config import StepQuantConfig
 from stepquant.checkpoint.file_sums import write_sums
 from stepquant.checkpoint.layer_config import LayerConfig
 from stepquant.checkpoint.module import write_module
 from stepquant.checkpoint.plugin import StepQuantQuantizer
+from stepquant.checkpoint.quantized_model import adapt_methods
 from stepquant.checkpoint.rebuild import why_not_rebuilt
 from stepquant.checkpoint.validate import (
     STEP_GRID_NAME,
@@ -32,8 +32,6 @@ from stepquant.models.attention_processor import PRODUCTS
 from stepquant.models.input_bypass import bypass_of
 from stepquant.models.rewriting import names_of_rewritten
 from stepquant.quantizers import StepContext
-from stepquant.runtime.layers.dtype_marker import count_as_float
-from stepquant.runtime.layers.fusion import refuse_fusion
 from stepquant.support.atomic import atomic_folder, user_path
 from stepquant.support.errors import StepQuantError
 
@@ -81,9 +79,7 @@ def attach_config(model: Any, config: StepQuantConfig) -> Any:
     quantizer.why_not_saved = why_not_rebuilt(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
-    count_as_float(model)
-    refuse_fusion(model)
-    allow_casts(model, other_dtypes=False)
+    adapt_methods(model, other_dtypes=False)
     model.quantization_method = config.quant_method
     if hasattr(model, "register_to_config"):
         model.register_to_config(quantization_config=config)

@@ -28,7 +28,7 @@ FUSING = (
 
 
 class _OnQuantizedLayer(lora.LoraLayer):
-    """What peft's LoRA layers do otherwise where the base layer is quantized."""
+    """Overrides of peft's LoRA layers for a quantized base layer."""
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:

@@ -55,6 +55,11 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(".".join(span), pattern) for span in spans)
 
 
+def kept_by_class(model: nn.Module) -> tuple[str, ...]:
+    """Patterns of the modules that the class of `model` keeps in float32."""
+    return tuple(model._keep_in_fp32_modules or ()) if isinstance(model, ModelMixin) else ()
+
+
 def modules_kept_float(model: nn.Module, patterns: Iterable[str] = ()) -> dict[str, str]:
     """The layers of `model` that its class or `patterns` keep float, each with its reason.
 
@@ -62,8 +67,10 @@ def modules_kept_float(model: nn.Module, patterns: Iterable[str] = ()) -> dict[s
     `patterns` are the user's `modules_to_not_convert`; see `matches`.
     """
     asked = {pattern: f"modules_to_not_convert has '{pattern}'" for pattern in patterns}
-    of_class = (model._keep_in_fp32_modules or ()) if isinstance(model, ModelMixin) else ()
-    reasons = {entry: f"{type(model).__name__} keeps '{entry}' in float32" for entry in of_class}
+    reasons = {
+        entry: f"{type(model).__name__} keeps '{entry}' in float32"
+        for entry in kept_by_class(model)
+    }
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, LAYERS):

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any, cast
 
-from diffusers import ModelMixin
 from torch import nn
 
-from stepquant.models.eligibility import matches, shared_weights
+from stepquant.models.eligibility import kept_by_class, matches, shared_weights
 from stepquant.models.rewritten_conv import (
     CONVS,
     TRANSPOSED,
@@ -71,7 +70,7 @@ def with_rewritten(model: nn.Module, kept: Iterable[str] = ()) -> nn.Module:
 
     `kept`: patterns of modules that stay as they are, as in `eligibility.matches`.
     """
-    patterns = [*kept, *_kept_by_class(model)]
+    patterns = [*kept, *kept_by_class(model)]
     shared = shared_weights(model)
     found = {
         name: kind
@@ -105,10 +104,6 @@ def rewrite(model: nn.Module, names: Collection[str]) -> nn.Module:
         return None if kind is None else kind(module)
 
     return replace_modules(model, replacement)
-
-
-def _kept_by_class(model: nn.Module) -> Iterable[str]:
-    return (model._keep_in_fp32_modules or ()) if isinstance(model, ModelMixin) else ()
 
 
 def names_of_rewritten(model: nn.Module) -> list[str]:

@@ -20,21 +20,21 @@ Pads = list[tuple[int, int]]
 class RewrittenConv(nn.Module):
     """A convolution as one `nn.Conv2d` for each group, in `convs`.
 
-    `like` has the arguments of the layer that it stands for, of the class `kind`.
+    `kind` and `arguments` are the class and the arguments of the original layer.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         source = cast(Any, layer)
         self.kind = type(layer)
-        self.like = {
+        self.arguments = {
             **dict(in_channels=source.in_channels, out_channels=source.out_channels),
             **dict(kernel_size=source.kernel_size, stride=source.stride, padding=source.padding),
             **dict(dilation=source.dilation, groups=source.groups, bias=source.bias is not None),
             **dict(padding_mode=source.padding_mode),
         }
         if self.transposed:
-            self.like["output_padding"] = source.output_padding
+            self.arguments["output_padding"] = source.output_padding
         weights = self._conv_weights(source.weight.detach())
         biases: Iterable[Any] = [None] * len(weights)
         if source.bias is not None:
@@ -48,7 +48,7 @@ class RewrittenConv(nn.Module):
     @property
     def dims(self) -> int:
         """The number of dimensions after the channels: 1, 2 or 3."""
-        return len(self.like["kernel_size"])
+        return len(self.arguments["kernel_size"])
 
     @property
     def transposed(self) -> bool:
@@ -58,7 +58,7 @@ class RewrittenConv(nn.Module):
     @property
     def only_in_time(self) -> bool:
         """Whether it takes one pixel of several frames."""
-        first, *others = self.like["kernel_size"]
+        first, *others = self.arguments["kernel_size"]
         return self.dims == 3 and first > 1 and others == [1, 1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +74,9 @@ class RewrittenConv(nn.Module):
     def original(self) -> nn.Module:
         """The layer that it stands for, with the weights of `convs`."""
         first = cast(nn.Conv2d, self.convs[0])
-        layer: Any = self.kind(**self.like, device=first.weight.device, dtype=first.weight.dtype)
+        layer: Any = self.kind(
+            **self.arguments, device=first.weight.device, dtype=first.weight.dtype
+        )
         convs = [cast(nn.Conv2d, conv) for conv in self.convs]
         made = [self._layer_weight(conv.weight.detach()) for conv in convs]
         layer.weight.data.copy_(torch.cat(made))
@@ -87,7 +89,7 @@ class RewrittenConv(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """The original layer's `weight`, as long as it is float, and its arguments by name."""
-        arguments = self.__dict__.get("like", {})
+        arguments = self.__dict__.get("arguments", {})
         if name in arguments and name != "bias":
             return arguments[name]
         if name in ("weight", "bias") and all(type(conv) is nn.Conv2d for conv in self.convs):
@@ -96,23 +98,23 @@ class RewrittenConv(nn.Module):
 
     def extra_repr(self) -> str:
         """The class and the arguments of the layer, as `print(model)` shows them."""
-        shown = {name: value for name, value in self.like.items() if name != "bias"}
+        shown = {name: value for name, value in self.arguments.items() if name != "bias"}
         return f"{self.kind.__name__}: " + ", ".join(f"{k}={v}" for k, v in shown.items())
 
     def _pads(self) -> Pads:
         """Values before and after in each dimension."""
-        padding = self.like["padding"]
+        padding = self.arguments["padding"]
         if padding == "valid":
             return [(0, 0)] * self.dims
         if padding == "same":
-            sizes = zip(self.like["kernel_size"], self.like["dilation"], strict=True)
+            sizes = zip(self.arguments["kernel_size"], self.arguments["dilation"], strict=True)
             return [(d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2) for k, d in sizes]
         return [(each, each) for each in padding]
 
     def _explicit(self) -> Pads:
         """The padding that is a step of its own, because the `nn.Conv2d` cannot do it."""
         pads = self._pads()
-        plain = self.like["padding_mode"] == "zeros"
+        plain = self.arguments["padding_mode"] == "zeros"
         return [
             (0, 0) if plain and low == high and not time else (low, high)
             for (low, high), time in zip(pads, self._times(), strict=True)
@@ -125,7 +127,7 @@ class RewrittenConv(nn.Module):
         pads = [each for pair in reversed(self._explicit()) for each in pair]
         if self.transposed or not any(pads):
             return x
-        mode = self.like["padding_mode"]
+        mode = self.arguments["padding_mode"]
         return functional.pad(x, pads, mode="constant" if mode == "zeros" else mode)
 
     def _before(self, x: Tensor) -> Tensor:
@@ -134,7 +136,9 @@ class RewrittenConv(nn.Module):
             return x.unsqueeze(2)
         if self.dims == 2:
             return x
-        taps, step, apart = (self.like[key][0] for key in ("kernel_size", "stride", "dilation"))
+        taps, step, apart = (
+            self.arguments[key][0] for key in ("kernel_size", "stride", "dilation")
+        )
         count = self._frames(x.shape[2])
         shifted = [
             x[:, :, tap * apart : tap * apart + step * (count - 1) + 1 : step]
@@ -144,7 +148,9 @@ class RewrittenConv(nn.Module):
         return frames.transpose(1, 2).flatten(0, 1)
 
     def _frames(self, frames: int) -> int:
-        taps, step, apart = (self.like[key][0] for key in ("kernel_size", "stride", "dilation"))
+        taps, step, apart = (
+            self.arguments[key][0] for key in ("kernel_size", "stride", "dilation")
+        )
         return (frames - apart * (taps - 1) - 1) // step + 1
 
     def _after(self, y: Tensor, x: Tensor) -> Tensor:
@@ -161,7 +167,7 @@ class RewrittenConv(nn.Module):
             weight = weight.unsqueeze(2)
         elif self.dims == 3:
             weight = weight.transpose(1, 2).flatten(1, 2)  # taps in time, then channels
-        return list(weight.chunk(self.like["groups"]))
+        return list(weight.chunk(self.arguments["groups"]))
 
     def _layer_weight(self, weight: Tensor) -> Tensor:
         """`_conv_weights`, undone for one group."""
@@ -169,13 +175,15 @@ class RewrittenConv(nn.Module):
             return weight.squeeze(2)
         if self.dims == 2:
             return weight
-        return weight.unflatten(1, (self.like["kernel_size"][0], -1)).transpose(1, 2)
+        return weight.unflatten(1, (self.arguments["kernel_size"][0], -1)).transpose(1, 2)
 
     def _layer_bias(self, bias: Tensor) -> Tensor:
         return bias
 
     def _conv(self, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-        stride, dilation = (self._of_plane(self.like[key], 1) for key in ("stride", "dilation"))
+        stride, dilation = (
+            self._of_plane(self.arguments[key], 1) for key in ("stride", "dilation")
+        )
         pads, explicit = self._pads(), self._explicit()
         padding = [
             low if low != own else 0 for (low, _), (own, _) in zip(pads, explicit, strict=True)
@@ -213,7 +221,9 @@ class RewrittenConvTranspose(RewrittenConv):
 
     def _sizes(self) -> list[tuple[int, int, int]]:
         """Kernel size, stride and taps of a phase, for height and width."""
-        kernel, stride = (self._of_plane(self.like[key], 1) for key in ("kernel_size", "stride"))
+        kernel, stride = (
+            self._of_plane(self.arguments[key], 1) for key in ("kernel_size", "stride")
+        )
         return [(k, s, k // s) for k, s in zip(kernel, stride, strict=True)]
 
     def _explicit(self) -> Pads:
@@ -223,7 +233,7 @@ class RewrittenConvTranspose(RewrittenConv):
         weight = weight.unsqueeze(2) if self.dims == 1 else weight
         (_, sh, mh), (_, sw, mw) = self._sizes()
         made = []
-        for part in weight.chunk(self.like["groups"]):  # [C_in, C_out, mh * sh, mw * sw]
+        for part in weight.chunk(self.arguments["groups"]):  # [C_in, C_out, mh * sh, mw * sw]
             phases = part.unflatten(3, (mw, sw)).unflatten(2, (mh, sh)).flip(2, 4)
             made.append(phases.permute(1, 3, 5, 0, 2, 4).flatten(0, 2).contiguous())
         return made
@@ -249,7 +259,7 @@ class RewrittenConvTranspose(RewrittenConv):
         y = y.unflatten(1, (-1, sh, sw)).permute(0, 1, 4, 2, 5, 3)
         y = y.reshape(y.shape[0], y.shape[1], height * sh, width * sw)
         (top, left), (more_h, more_w) = (
-            self._of_plane(self.like[key], 0) for key in ("padding", "output_padding")
+            self._of_plane(self.arguments[key], 0) for key in ("padding", "output_padding")
         )
         sizes = x.shape[2:] if self.dims == 2 else (1, *x.shape[2:])
         rows = (sizes[0] - 1) * sh - 2 * top + kh + more_h

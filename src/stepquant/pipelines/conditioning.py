@@ -107,7 +107,7 @@ class Conditioning:
             name: _texts(value, chosen) if name.startswith(TEXTS) else value
             for name, value in self.call.items()
         }
-        several = takes_several_pictures(pipeline)
+        several = _takes_several_pictures(pipeline)
         for name, value in found.items():
             nested = isinstance(value, list | tuple) and any(
                 isinstance(entry, list | tuple) for entry in value
@@ -207,7 +207,7 @@ def _texts(value: Any, chosen: Sequence[int]) -> Any:
     return [several[i % len(several)] for i in chosen] if several else value
 
 
-def takes_several_pictures(pipeline: DiffusionPipeline) -> bool:
+def _takes_several_pictures(pipeline: DiffusionPipeline) -> bool:
     """Whether a list holds a picture for each ControlNet or T2I-Adapter of `pipeline`."""
     kinds = [type(getattr(pipeline, name, None)) for name in ("controlnet", "adapter")]
     return any(kind.__name__.startswith("Multi") for kind in kinds)

@@ -14,7 +14,6 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from stepquant.checkpoint.architecture import architecture_of, check_architecture
-from stepquant.checkpoint.casts import allow_casts
 from stepquant.checkpoint.checksum import (
     CHECKSUM_NAME,
     FileChecksum,
@@ -23,12 +22,12 @@ from stepquant.checkpoint.checksum import (
     tensor_line,
 )
 from stepquant.checkpoint.frozen_quantizer import FrozenQuantizer
+from stepquant.checkpoint.quantized_model import adapt_methods
 from stepquant.checkpoint.validate import REMEDY
 from stepquant.checkpoint.validate import check_names as check_tensor_names
 from stepquant.quantizers.weight import GridSearch, minmax_weight_range
 from stepquant.runtime.layers.adapters import check_no_adapter_tensors
-from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
-from stepquant.runtime.layers.fusion import refuse_fusion
+from stepquant.runtime.layers.dtype_marker import place_markers
 from stepquant.support.errors import StepQuantError
 from stepquant.weight_only.config import WeightOnlyConfig
 from stepquant.weight_only.model import (
@@ -132,9 +131,7 @@ class WeightOnlyQuantizer(FrozenQuantizer):
         config = self.quantization_config
         check_loaded(model, config)
         place_markers(model)
-        count_as_float(model)
-        refuse_fusion(model)
-        allow_casts(model, other_dtypes=True)
+        adapt_methods(model, other_dtypes=True)
         if not self.pre_quantized:
             config.architecture = architecture_of(model)
         elif config.architecture is not None:
@@ -221,9 +218,7 @@ def mark_weight_only(model: Any, config: WeightOnlyConfig, what: str) -> None:
         model.config.quantization_config = config
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = config.quant_method
-    count_as_float(model)
-    refuse_fusion(model)
-    allow_casts(model, other_dtypes=True)
+    adapt_methods(model, other_dtypes=True)
 
 
 def _text_quantizer(model: Any, config: WeightOnlyConfig, what: str) -> Any:

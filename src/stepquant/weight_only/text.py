@@ -15,16 +15,17 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from stepquant.checkpoint.architecture import architecture_of, check_architecture
-from stepquant.checkpoint.casts import allow_all_casts, allow_casts
+from stepquant.checkpoint.casts import allow_all_casts
 from stepquant.checkpoint.checksum import checksum, tensor_line
 from stepquant.checkpoint.frozen_quantizer import (
     check_device_map,
     check_in_memory,
     check_no_adapters,
 )
+from stepquant.checkpoint.quantized_model import adapt_methods
 from stepquant.checkpoint.validate import REMEDY
 from stepquant.runtime.layers.adapters import check_no_adapter_tensors
-from stepquant.runtime.layers.dtype_marker import count_as_float, place_markers
+from stepquant.runtime.layers.dtype_marker import place_markers
 from stepquant.support.errors import StepQuantError
 from stepquant.support.safetensors_file import opened
 from stepquant.weight_only.config import WeightOnlyConfig
@@ -125,8 +126,7 @@ class TextWeightOnlyQuantizer(HfQuantizer):
         config = self.quantization_config
         check_loaded(model, config)
         place_markers(model)
-        count_as_float(model)
-        allow_casts(model, other_dtypes=True)
+        adapt_methods(model, other_dtypes=True)
         for name, parameter in model.named_parameters():
             check_finite(name, parameter)
         if self.pre_quantized and config.sha256 is not None:

@@ -91,12 +91,12 @@ class FastAttention(Attention):
     def fuse_projections(self, fuse: bool = True) -> None:
         """As `Attention`.
 
-        Raises StepQuantError for packed projections: each has its own grids, so they cannot fuse.
+        Raises StepQuantError for packed projections; `layers.fusion` refuses for a whole model.
         """
         if fuse and isinstance(self.to_q, IntegerLayer):
             raise StepQuantError(
                 "fuse_qkv_projections was called on a packed denoiser: expected a float one, "
-                "because each packed projection has its own grids; load the float denoiser"
+                "because quantized projections have codes of their own; load the float denoiser"
             )
         super().fuse_projections(fuse)
 

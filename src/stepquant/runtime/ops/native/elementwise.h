@@ -67,9 +67,9 @@ INLINE float exp_of(float x) {
     return p * float_of((bits_of(shifted) << 23) + 0x3F800000u);  // times 2^n
 }
 
-// `exp_of` stops growing at 88, so below -88 the quotient must not grow either.
-INLINE float over_one_plus_exp(float x, float minus_exponent) {
-    return (x > -88.0f ? x : -88.0f) / (1.0f + exp_of(-minus_exponent));
+// x / (1 + e^-exponent). `exp_of` stops growing at 88, so below -88 the quotient must not grow either.
+INLINE float over_one_plus_exp(float x, float exponent) {
+    return (x > -88.0f ? x : -88.0f) / (1.0f + exp_of(-exponent));
 }
 
 INLINE float silu_of(float x) { return over_one_plus_exp(x, x); }
